@@ -1,0 +1,298 @@
+"""What the engine needs to know about a backbone, and the places where exits can sit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from erde_hub._tree import tensors
+from erde_hub.cost import StageCall, Trace, trace
+from erde_hub.errors import ExitPointError, InputTypeError, nearest
+from erde_hub.heads import FeatureSpec
+from erde_hub.routing import StageStep
+
+if TYPE_CHECKING:
+    from erde_hub.config import EarlyExitConfig
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A place where an exit can sit.
+
+    Attributes:
+        name: Module name in the backbone.
+        width: Number of channels of its output.
+        format: Order of the axes of its output.
+        macs: MACs per sample up to and including it, without heads.
+        share: ``macs`` as a fraction of the whole backbone.
+        spec: All that a head needs to know.
+    """
+
+    name: str
+    width: int
+    format: str
+    macs: int
+    share: float
+    spec: FeatureSpec
+
+
+class ExitPoints(list[ExitPoint]):
+    """Exit points, shallow to deep; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                p.name,
+                str(p.width),
+                p.format,
+                "x".join(map(str, p.spec.size)) or "-",
+                f"{p.macs / 1e6:.1f}",
+                f"{p.share:.1%}",
+            )
+            for p in self
+        ]
+        return format_table(("name", "width", "format", "size", "MMACs", "share"), rows)
+
+    __repr__ = __str__
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligns a small table for the terminal: first column left, the others right."""
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [
+            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def parse_exit(name: str) -> tuple[str, int | None]:
+    """Splits ``module@call`` into the module name and the call, counted from 0 (None where not given)."""
+    module, mark, call = name.partition("@")
+    if not mark:
+        return module, None
+    if not call.isdigit():
+        raise ExitPointError(f"exit {name!r}: the part behind '@' must be the number of a call, counted from 0")
+    return module, int(call)
+
+
+class BackboneAdapter:
+    """Knows one kind of backbone. Stateless: every method gets the module."""
+
+    #: Value of ``config.library``.
+    library: ClassVar[str]
+
+    def matches(self, module: nn.Module) -> bool:
+        """Tells whether this adapter is for that module."""
+        raise NotImplementedError
+
+    def describe(self, module: nn.Module) -> dict[str, Any]:
+        """Returns what can be read off a living module: ``architecture``, ``preprocessing``, ``input_size``."""
+        raise NotImplementedError
+
+    def build(self, config: EarlyExitConfig) -> nn.Module:
+        """Builds the backbone from a config alone; runs nothing."""
+        raise NotImplementedError
+
+    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> None:
+        """Raises :class:`~erde_hub.errors.RebuildError` if ``build`` would give another network than ``module``."""
+
+    def candidates(self, module: nn.Module, traced: Trace) -> list[str]:
+        """Names of the modules worth offering as exits."""
+        raise NotImplementedError
+
+    def feature_spec(self, module: nn.Module, name: str, call: StageCall, traced: Trace) -> FeatureSpec:
+        """Width and layout of a stage's output, as seen in a trace."""
+        raise NotImplementedError
+
+    def declared_spec(self, module: nn.Module, name: str) -> FeatureSpec:
+        """Width and layout of a stage from what the backbone says of itself, without running it."""
+        raise ExitPointError(
+            f"the config does not say what exit {name!r} reads (exit_features), and {type(module).__name__} does not"
+            " say it either: wrap the living model once with EarlyExitWrapper(model, exits=[...]) and use its config"
+        )
+
+    def classifier_names(self, module: nn.Module) -> list[str]:
+        """Names of the classifier's modules, where the backbone knows them."""
+        return []
+
+    def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
+        """Returns the staged forward if this backbone has one that stops at all of ``exits``, else None."""
+        return None
+
+    def logits(self, output: Any) -> Tensor:
+        """Returns the classifier's logits from the backbone's output."""
+        if not isinstance(output, Tensor):
+            raise InputTypeError(
+                f"the backbone returned {type(output).__name__} where logits (N, K) were expected: wrap a classifier"
+            )
+        return output
+
+    def init_non_persistent_buffers(self, module: nn.Module) -> None:
+        """Fills the buffers of one submodule that no checkpoint holds."""
+
+    def set_gradient_checkpointing(self, module: nn.Module, enable: bool) -> bool:
+        """Switches activation checkpointing of the backbone; returns False where it has none."""
+        return False
+
+
+def trace_backbone(module: nn.Module, inputs: Sequence[Tensor]) -> Trace:
+    """Traces a backbone on example inputs; see :func:`erde_hub.cost.trace`."""
+    return trace(module, inputs)
+
+
+def find_exit_points(adapter: BackboneAdapter, module: nn.Module, traced: Trace) -> ExitPoints:
+    """Returns the places that the adapter offers, shallow to deep, that lie before the classifier."""
+    points = ExitPoints()
+    limit = classifier_order(adapter, module, traced)
+    for name in adapter.candidates(module, traced):
+        calls = traced.calls.get(name, [])
+        if len(calls) != 1 or calls[0].order >= limit:
+            continue
+        points.append(exit_point(adapter, module, name, calls[0], traced))
+    points.sort(key=lambda p: traced.calls[p.name][0].order)
+    return points
+
+
+def exit_point(adapter: BackboneAdapter, module: nn.Module, name: str, call: StageCall, traced: Trace) -> ExitPoint:
+    """Describes one call of one module."""
+    spec = adapter.feature_spec(module, name, call, traced)
+    return ExitPoint(name, spec.width, spec.format, call.macs, call.macs / max(traced.total_macs, 1), spec)
+
+
+def classifier_order(adapter: BackboneAdapter, module: nn.Module, traced: Trace) -> int:
+    """When the classifier ended in a trace; everything from there on is at or behind it."""
+    named = [traced.calls[n][0].order for n in adapter.classifier_names(module) if n in traced.calls]
+    return min(named, default=traced.last_parametrised)
+
+
+def resolve_exits(
+    adapter: BackboneAdapter, module: nn.Module, exits: Sequence[str] | int | str, traced: Trace
+) -> tuple[list[ExitPoint], str]:
+    """Turns names, a number or "auto" into exit points; returns them and, for the log, how they were chosen.
+
+    Raises:
+        ExitPointError: Unknown, never called, called several times, out of order, twice, at or behind the classifier,
+            or more exits asked for than there are places.
+    """
+    if isinstance(exits, bool) or not isinstance(exits, (int, str, Sequence)):
+        raise ExitPointError(f"exits must be a list of names, a number or 'auto', got {exits!r}")
+    if isinstance(exits, str) and exits != "auto":
+        raise ExitPointError(
+            f"exits must be a list of names, a number or 'auto', got {exits!r}; for one exit: [{exits!r}]"
+        )
+    if isinstance(exits, (int, str)):
+        return _spread(find_exit_points(adapter, module, traced), exits)
+    if not exits:
+        raise ExitPointError("exits is empty: name at least one place (erde_hub.list_exit_points(model) lists them)")
+    points = [_named_exit(adapter, module, name, traced) for name in exits]
+    orders = [order for _, order in points]
+    for i, name in enumerate(exits):
+        if name in exits[:i] or orders[i] in orders[:i]:
+            raise ExitPointError(f"exits names {name!r} twice: {list(exits)}")
+    if orders != sorted(orders):
+        right = [name for _, name in sorted(zip(orders, exits, strict=True))]
+        raise ExitPointError(f"exits must run from shallow to deep: got {list(exits)}, the order is {right}")
+    return [point for point, _ in points], "as named"
+
+
+def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: Trace) -> tuple[ExitPoint, int]:
+    if not isinstance(name, str):
+        raise ExitPointError(f"exits must hold module names, got {name!r}")
+    path, call = parse_exit(name)
+    names = dict(module.named_modules())
+    if path not in names or not path:
+        offered = [p.name for p in find_exit_points(adapter, module, traced)]
+        hint = nearest(path, offered) or nearest(path, names)
+        raise ExitPointError(f"{type(module).__name__} has no stage {name!r}{hint} (exit points: {', '.join(offered)})")
+    calls = traced.calls.get(path, [])
+    if not calls:
+        raise ExitPointError(f"{name!r} is never called in a forward pass, so no exit can sit behind it")
+    if call is None and len(calls) > 1:
+        listed = ", ".join(f"{path}@{i}" for i in range(len(calls)))
+        raise ExitPointError(f"{name!r} is called {len(calls)} times in a forward pass: name the call ({listed})")
+    if call is not None and call >= len(calls):
+        raise ExitPointError(f"{path!r} is called {len(calls)} times, so the last call is {path}@{len(calls) - 1}")
+    seen = calls[call or 0]
+    if seen.order >= classifier_order(adapter, module, traced):
+        raise ExitPointError(
+            f"exit {name!r} is at or behind the classifier, which is an exit anyway; name an earlier stage"
+        )
+    return exit_point(adapter, module, name, seen, traced), seen.order
+
+
+def _spread(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]:
+    """Chooses places evenly spaced in MACs."""
+    # Too early and the head sees edges only; too late and leaving saves nothing.
+    useful = [p for p in points if 0.08 <= p.share <= 0.92] if exits == "auto" else list(points)
+    useful = useful or list(points)
+    if not useful:
+        raise ExitPointError("no place for an exit was found; name modules yourself: exits=['module.name', ...]")
+    number = min(3, len(useful)) if isinstance(exits, str) else exits
+    if not 1 <= number <= len(useful):
+        raise ExitPointError(f"exits={exits!r}: this backbone has {len(useful)} places, ask for 1 to {len(useful)}")
+    chosen: list[int] = []
+    for i in range(1, number + 1):
+        target = i / (number + 1)
+        first = chosen[-1] + 1 if chosen else 0
+        last = len(useful) - (number - i)  # leave room for those that follow
+        chosen.append(min(range(first, last), key=lambda j: abs(useful[j].share - target)))
+    picked = [useful[j] for j in chosen]
+    places = ", ".join(f"{p.name} ({p.share:.0%} of the MACs)" for p in picked)
+    return picked, f"{number} of {len(points)} places, nearest to even shares of the computation: {places}"
+
+
+def first_leaf(output: Any, batch: int) -> tuple[Tensor, int | None]:
+    """Returns the tensor of a stage's output and its position (None where the output is one tensor)."""
+    if isinstance(output, Tensor):
+        return output, None
+    for position, tensor in enumerate(tensors(output)):
+        if tensor.ndim >= 2 and tensor.shape[0] == batch:
+            return tensor, position
+    raise ExitPointError(
+        f"the stage returned {type(output).__name__} without a batch-first tensor: no head can read it"
+    )
+
+
+def tap_module(module: nn.Module, name: str) -> nn.Module:
+    """Returns the module whose output is that of ``name`` and which activation checkpointing still calls.
+
+    timm's checkpointing calls the children of a Sequential and never the Sequential, so its last child is tapped.
+    """
+    target = module.get_submodule(name)
+    while type(target) is nn.Sequential and len(target):
+        child = target[len(target) - 1]
+        if sum(1 for m in module.modules() if any(c is child for c in m.children())) > 1:
+            break  # used elsewhere too
+        target = child
+    return target
+
+
+def check_routable(
+    module: nn.Module, drive_batch: int, inputs: Sequence[Tensor], names: Sequence[str], run: Any
+) -> None:
+    """Runs ``run(batch)`` on meta tensors with a shrinking batch; see :func:`EarlyExitWrapper`."""
+    try:
+        rows = run(drive_batch)
+    except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
+        raise ExitPointError(
+            f"the batch cannot shrink behind all of {list(names)} ({type(error).__name__}: {error}): an exit inside a"
+            " residual block, or a backbone that keeps the whole batch aside; name the enclosing block"
+        ) from error
+    if rows != drive_batch - len(names):
+        raise ExitPointError(
+            f"after {len(names)} samples of {drive_batch} had left, {type(module).__name__} returned {rows} rows: an"
+            f" exit of {list(names)} lies inside a residual block; name the enclosing block"
+        )
+
+
+def example_inputs(input_size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Returns one meta input of that size."""
+    return (torch.empty((1, *input_size), dtype=dtype, device="meta"),)

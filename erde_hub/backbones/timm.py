@@ -1,0 +1,352 @@
+"""timm models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import timm
+import torch
+from timm.models import convnext, efficientnet, mobilenetv3, resnet, vision_transformer
+from timm.models._manipulate import checkpoint, checkpoint_seq
+from torch import Tensor, nn
+
+from erde_hub.cost import StageCall, Trace
+from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, RebuildError, unknown_name
+from erde_hub.heads import FeatureSpec
+from erde_hub.routing import StageStep
+
+from .base import BackboneAdapter, first_leaf
+
+if TYPE_CHECKING:
+    from erde_hub.config import EarlyExitConfig
+
+#: Creation arguments that would fetch or read something, or that the config holds elsewhere.
+_REFUSED_KWARGS = frozenset(
+    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"}
+    | {"features_only", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit"}
+)
+
+
+class TimmAdapter(BackboneAdapter):
+    """Reads names, widths and layouts from ``feature_info`` and the model's own attributes."""
+
+    library: ClassVar[str] = "timm"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Tells by the ``pretrained_cfg`` that timm's builder leaves on every model."""
+        cfg = getattr(module, "pretrained_cfg", None)
+        return isinstance(cfg, dict) and "architecture" in cfg and timm.is_model(cfg["architecture"])
+
+    def describe(self, module: nn.Module) -> dict[str, Any]:
+        """Architecture, input size and preprocessing from ``pretrained_cfg`` and the model."""
+        cfg: dict[str, Any] = module.pretrained_cfg  # type: ignore[assignment]
+        if (
+            not callable(getattr(module, "forward_head", None))
+            and hasattr(module, "feature_info")
+            and not hasattr(module, "num_classes")
+        ):
+            raise InputTypeError(
+                f"{type(module).__name__} extracts features and does not classify: create it without features_only"
+            )
+        size = list(cfg.get("input_size", (3, 224, 224)))
+        embed = getattr(module, "patch_embed", None)
+        if isinstance(getattr(embed, "img_size", None), tuple):
+            size[1:] = [int(s) for s in embed.img_size]  # type: ignore[union-attr]
+        return {
+            "architecture": cfg["architecture"],
+            "input_size": size,
+            "preprocessing": {
+                "mean": [float(v) for v in cfg.get("mean", (0.5, 0.5, 0.5))],
+                "std": [float(v) for v in cfg.get("std", (0.5, 0.5, 0.5))],
+                "interpolation": cfg.get("interpolation") or "bicubic",
+                "crop_pct": float(cfg.get("crop_pct") or 1.0),
+                "size": size[1:],
+            },
+        }
+
+    def build(self, config: EarlyExitConfig) -> nn.Module:
+        """Builds a registered architecture; anything that points elsewhere, or fetches, is refused.
+
+        Raises:
+            ConfigError: ``architecture`` is no registered timm name, or ``backbone_kwargs`` holds what is not allowed.
+        """
+        architecture = config.architecture
+        if not isinstance(architecture, str) or ":" in architecture or "/" in architecture:
+            raise ConfigError(f"architecture must be a registered timm name such as 'resnet18', got {architecture!r}")
+        if not timm.is_model(architecture):
+            raise unknown_name("architecture (timm model)", architecture, timm.list_models())
+        check_backbone_kwargs(config.backbone_kwargs or {})
+        try:
+            return timm.create_model(
+                architecture, pretrained=False, num_classes=config.num_labels, **(config.backbone_kwargs or {})
+            )
+        except TypeError as error:
+            raise ConfigError(
+                f"backbone_kwargs={config.backbone_kwargs!r} do not fit {architecture}: {error}"
+            ) from error
+
+    @torch.no_grad()
+    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> None:
+        """Rebuilds from the config, copies the weights and compares the outputs of one random input.
+
+        Raises:
+            RebuildError: Other weights or another answer; the message names ``backbone_kwargs``.
+        """
+        advice = (
+            f"; pass the arguments that {config.architecture} was created with as backbone_kwargs={{...}} (now"
+            f" {config.backbone_kwargs!r}), so that the checkpoint can be loaded"
+        )
+        rebuilt = self.build(config)
+        mine, theirs = module.state_dict(), rebuilt.state_dict()
+        differs = [k for k in (*mine, *theirs) if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape]
+        if differs:
+            raise RebuildError(
+                f"{config.architecture} rebuilt from its config has other weights ({len(differs)} differ, first"
+                f" {differs[0]!r})" + advice
+            )
+        weight = next(iter(module.parameters()))
+        if weight.device.type == "meta":
+            return
+        rebuilt.load_state_dict(mine)
+        rebuilt.to(weight.device, weight.dtype)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn((1, *config.input_size), generator=generator).to(weight.device, weight.dtype)  # type: ignore[misc]
+        for name, ours, other in zip(("output", "features"), _answers(module, x), _answers(rebuilt, x), strict=False):
+            scale = ours.abs().max().clamp_min(1e-6)
+            # The same sums over memory of another alignment differ in the last bits; another network differs visibly.
+            tolerance = 1e-3 if ours.dtype == torch.float32 else 5e-2
+            if ours.shape != other.shape or not torch.allclose(ours / scale, other / scale, rtol=0, atol=tolerance):
+                raise RebuildError(
+                    f"{config.architecture} rebuilt from its config gives another {name} with the same weights" + advice
+                )
+
+    def candidates(self, module: nn.Module, traced: Trace) -> list[str]:
+        """``feature_info``'s modules where they exist, else the children of the trunk's sequences."""
+        names = {n for n in _feature_info(module) if n in traced.calls}
+        if len(names) < 2:
+            names = set(_trunk_blocks(module, traced))
+        return [n for n in traced.calls if n in names]
+
+    def feature_spec(self, module: nn.Module, name: str, call: StageCall, traced: Trace) -> FeatureSpec:
+        """Layout from the model's ``output_fmt`` and ``feature_info``; a contradiction is an error, not a guess.
+
+        Raises:
+            ExitPointError: The channels that ``feature_info`` declares are on no axis where the layout puts them.
+        """
+        feature, leaf = first_leaf(call.output, traced.batch)
+        declared = _feature_info(module).get(name)
+        layout = _layout(module, feature, declared, traced)
+        axis = {"NCHW": 1, "NHWC": 3, "NLC": 2, "NC": 1}[layout]
+        width = int(feature.shape[axis])
+        if declared is not None and declared != width:
+            raise ExitPointError(
+                f"exit {name!r}: feature_info declares {declared} channels, but the output has shape"
+                f" {tuple(feature.shape)} in layout {layout}"
+            )
+        size = tuple(int(s) for i, s in enumerate(feature.shape) if i not in (0, axis))
+        pool, prefix = _token_pool(module) if layout == "NLC" else ("avg", 0)
+        return FeatureSpec(width, layout, size, pool, prefix, leaf)
+
+    def declared_spec(self, module: nn.Module, name: str) -> FeatureSpec:
+        """``feature_info`` for the families whose layout is known by their class."""
+        declared = _feature_info(module).get(name)
+        layout = next((fmt for cls, (fmt, _) in _STAGED.items() if isinstance(module, cls)), None)
+        if declared is None or layout is None:
+            return super().declared_spec(module, name)
+        pool, prefix = _token_pool(module) if layout == "NLC" else ("avg", 0)
+        return FeatureSpec(declared, layout, (), pool, prefix)
+
+    def classifier_names(self, module: nn.Module) -> list[str]:
+        """What ``pretrained_cfg`` calls the classifier."""
+        names = getattr(module, "pretrained_cfg", {}).get("classifier") or ()
+        return [names] if isinstance(names, str) else list(names)
+
+    def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
+        """Staged forward of the families in :data:`_STAGED`, expanded where an exit lies inside a Sequential."""
+        for cls, (_, parts) in _STAGED.items():
+            same = all(getattr(type(module), f) is getattr(cls, f) for f in ("forward", "forward_features"))
+            if isinstance(module, cls) and same:
+                return staged_steps(module, parts(module), exits, checkpointed)
+        return None
+
+    def logits(self, output: Any) -> Tensor:
+        """Distilled transformers return two sets of logits in training; their mean is what they answer in eval mode."""
+        if isinstance(output, tuple) and len(output) == 2 and all(isinstance(o, Tensor) for o in output):
+            return (output[0] + output[1]) / 2
+        return super().logits(output)
+
+    def init_non_persistent_buffers(self, module: nn.Module) -> None:
+        """Calls timm's own initialisation of buffers that no checkpoint holds."""
+        fill: Any = getattr(module, "init_non_persistent_buffers", None)
+        if callable(fill):
+            fill()
+
+    def set_gradient_checkpointing(self, module: nn.Module, enable: bool) -> bool:
+        """Passes it on to timm; models without it raise an assertion there."""
+        switch: Any = getattr(module, "set_grad_checkpointing", None)
+        if not callable(switch):
+            return False
+        try:
+            switch(enable)
+        except AssertionError:
+            return False
+        return True
+
+
+def check_backbone_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuses creation arguments that a stored config must not hold.
+
+    Raises:
+        ConfigError: An argument that fetches or reads files, or a value that JSON cannot store.
+    """
+    for key, value in kwargs.items():
+        if key in _REFUSED_KWARGS:
+            raise ConfigError(f"backbone_kwargs must not hold {key!r}: it is set elsewhere, or would fetch weights")
+        try:
+            stored = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"backbone_kwargs[{key!r}]={value!r} cannot be stored in config.json: use numbers, strings, lists"
+            ) from error
+        if isinstance(value, str) and ("://" in value or value.startswith(("hf-hub:", "local-dir:"))):
+            raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} points elsewhere, which a config must not")
+        del stored
+
+
+def _answers(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and, where it is one tensor, the features before the head; eval mode for the time being."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        answers = [module(x)]
+        features: Any = getattr(module, "forward_features", None)
+        if callable(features):
+            answers.append(features(x))
+        return [a for a in answers if isinstance(a, Tensor)]
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def _feature_info(module: nn.Module) -> dict[str, int]:
+    info = getattr(module, "feature_info", None)
+    rows = getattr(info, "info", info) or []
+    return {row["module"]: int(row["num_chs"]) for row in rows if row.get("module")}
+
+
+def _trunk_blocks(module: nn.Module, traced: Trace) -> Iterator[str]:
+    for name, child in module.named_children():
+        if isinstance(child, (nn.Sequential, nn.ModuleList)) and len(child) > 1:
+            yield from (f"{name}.{i}" for i in range(len(child)) if f"{name}.{i}" in traced.calls)
+
+
+def _layout(module: nn.Module, feature: Tensor, declared: int | None, traced: Trace) -> str:
+    if feature.ndim in (2, 3):
+        return {2: "NC", 3: "NLC"}[feature.ndim]
+    if feature.ndim != 4:
+        raise ExitPointError(f"a stage output of shape {tuple(feature.shape)} is neither a map, tokens nor a vector")
+    if getattr(module, "output_fmt", None) in ("NHWC", "NCHW"):
+        return str(module.output_fmt)
+    votes = {"NCHW": 0, "NHWC": 0}
+    for name, width in _feature_info(module).items():
+        for call in traced.calls.get(name, [])[:1]:
+            if isinstance(call.output, Tensor) and call.output.ndim == 4:
+                shape = call.output.shape
+                votes["NCHW"] += shape[1] == width
+                votes["NHWC"] += shape[3] == width
+    return "NHWC" if votes["NHWC"] > votes["NCHW"] else "NCHW"
+
+
+def _token_pool(module: nn.Module) -> tuple[str, int]:
+    prefix = int(getattr(module, "num_prefix_tokens", 0) or 0)
+    pool = getattr(module, "global_pool", "avg")
+    if pool == "token" and prefix:
+        return "token", prefix
+    return (pool if pool in ("avg", "max", "avgmax") else "avg"), prefix
+
+
+# Staged forwards: the top-level parts of each family's forward, in order. A name stands for the submodule.
+_Part = str | Callable[[Tensor], Tensor]
+
+
+def _resnet(m: Any) -> list[_Part]:
+    stages = [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(m, name)]
+    return ["conv1", "bn1", "act1", "maxpool", *stages, m.forward_head]
+
+
+def _convnext(m: Any) -> list[_Part]:
+    return ["stem", "stages", "norm_pre", m.forward_head]
+
+
+def _efficientnet(m: Any) -> list[_Part]:
+    return ["conv_stem", "bn1", "blocks", "conv_head", "bn2", m.forward_head]
+
+
+def _mobilenetv3(m: Any) -> list[_Part]:
+    return ["conv_stem", "bn1", "blocks", m.forward_head]
+
+
+def _vision_transformer(m: Any) -> list[_Part]:
+    return ["patch_embed", m._pos_embed, "patch_drop", "norm_pre", "blocks", "norm", m.forward_head]
+
+
+_STAGED: dict[type[nn.Module], tuple[str, Callable[[Any], list[_Part]]]] = {
+    resnet.ResNet: ("NCHW", _resnet),
+    convnext.ConvNeXt: ("NCHW", _convnext),
+    efficientnet.EfficientNet: ("NCHW", _efficientnet),
+    mobilenetv3.MobileNetV3: ("NCHW", _mobilenetv3),
+    vision_transformer.VisionTransformer: ("NLC", _vision_transformer),
+}
+
+
+def staged_steps(
+    module: nn.Module, parts: Sequence[_Part], exits: Sequence[str], checkpointed: bool
+) -> list[StageStep] | None:
+    """Expands parts into steps that end at every exit, or returns None where an exit lies inside a block.
+
+    Args:
+        module: The backbone.
+        parts: Names of submodules, or callables, in the order of its forward.
+        exits: Names of the early exits.
+        checkpointed: Recompute the activations of Sequentials in the backward pass, as timm does.
+    """
+    steps: list[StageStep] = []
+    found: list[int] = []
+    checkpointed = checkpointed and bool(getattr(module, "grad_checkpointing", False))
+
+    def add(name: str, child: nn.Module) -> None:
+        inside = any(e.startswith(name + ".") for e in exits)
+        if type(child) is nn.Sequential and inside:
+            for part, grandchild in child.named_children():
+                add(f"{name}.{part}", grandchild)
+            if name not in exits:
+                return
+            steps.append(StageStep(_identity))
+        else:
+            steps.append(StageStep(_checkpointed(child) if checkpointed and _has_blocks(name, module) else child))
+        if name in exits:
+            steps[-1].exit_index = exits.index(name)
+            found.append(exits.index(name))
+
+    for part in parts:
+        if isinstance(part, str):
+            add(part, module.get_submodule(part))
+        else:
+            steps.append(StageStep(part))
+    return steps if found == list(range(len(exits))) else None
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _has_blocks(name: str, module: nn.Module) -> bool:
+    return isinstance(module.get_submodule(name.split(".")[0]), nn.Sequential)
+
+
+def _checkpointed(child: nn.Module) -> Callable[[Tensor], Tensor]:
+    if type(child) is nn.Sequential:
+        return lambda x: checkpoint_seq(child, x)
+    return lambda x: checkpoint(child, x)

@@ -1,0 +1,174 @@
+"""Everything that is needed to rebuild an early-exit model, as a transformers config."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from .errors import ConfigError, ExitPointError, nearest
+from .policies import create_policy
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+
+#: Keys that transformers itself passes or stores and that are not fields of a config.
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+        "num_labels",
+        "torch_dtype",
+        "model_type",
+        "transformers_version",
+        "output_attentions",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation_internal",
+        "_attn_implementation_autoset",
+        "per_layer_config",
+        "auto_map",
+        "quantization_config",
+    }
+)
+
+_reading_file: contextvars.ContextVar[bool] = contextvars.ContextVar("erde_hub_reading_config", default=False)
+
+
+@contextlib.contextmanager
+def _file_being_read() -> Iterator[None]:
+    token = _reading_file.set(True)
+    try:
+        yield
+    finally:
+        _reading_file.reset(token)
+
+
+class EarlyExitConfig(PreTrainedConfig):
+    """Configuration of an :class:`~erde_hub.EarlyExitWrapper`.
+
+    A wrapped model writes its own; by hand, ``architecture``, ``num_labels`` and ``exits`` (names) are enough for the
+    common families.
+
+    Args:
+        format_version: Version of this format; a newer one than the library knows is refused.
+        library: Where the backbone comes from: ``"timm"``, or ``"torch"`` for any other module (which loads only with
+            ``from_pretrained(path, backbone=module)``).
+        architecture: Registered timm name; for ``"torch"`` the class name, for the reader.
+        backbone_kwargs: Creation arguments of the backbone other than the number of classes.
+        exits: Names of the modules behind which an early exit sits, shallow to deep.
+        exit_features: What each early exit reads: ``{"width", "format", "size"}``. Written when a living model is
+            wrapped; optional for families whose ``feature_info`` says it.
+        head: Key of the heads table.
+        head_kwargs: Arguments of the head.
+        policy: Key of the policies table.
+        policy_kwargs: Arguments of the policy.
+        threshold: One number, or one per early exit; None takes the policy's default.
+        exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1.
+        input_size: Shape of one input without the batch, (C, H, W) for images.
+        preprocessing: ``{"mean", "std", "interpolation", "crop_pct", "size"}`` of the images the model was trained on.
+        erde_hub_version: Version that wrote the file.
+
+    Raises:
+        ConfigError: A key that does not exist (from a stored file: a warning), or a value that is not allowed.
+        ThresholdError: A threshold that the policy does not take.
+        ExitPointError: No exit, or the same exit twice.
+    """
+
+    model_type: ClassVar[str] = "early_exit"
+
+    format_version: int = FORMAT_VERSION
+    library: str = "timm"
+    architecture: str | None = None
+    backbone_kwargs: dict[str, Any] | None = None
+    exits: list[str] | tuple[str, ...] | None = None
+    exit_features: list[dict[str, Any]] | None = None
+    head: str = "fc"
+    head_kwargs: dict[str, Any] | None = None
+    policy: str = "entropy"
+    policy_kwargs: dict[str, Any] | None = None
+    threshold: float | int | list[float] | tuple[float, ...] | None = None
+    exit_weights: list[float] | tuple[float, ...] | None = None
+    input_size: list[int] | tuple[int, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
+    erde_hub_version: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Checks keys and values; see the class for what is raised."""
+        allowed = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
+        for key in [k for k in kwargs if k not in _TRANSFORMERS_KEYS]:
+            hint = nearest(key, allowed)
+            if not _reading_file.get():
+                raise ConfigError(f"EarlyExitConfig has no field {key!r}{hint} (fields: {', '.join(sorted(allowed))})")
+            writer = self.erde_hub_version or "an unknown version"
+            logger.warning(f"ignoring the unknown config key {key!r}{hint}; the file was written by erde_hub {writer}")
+            kwargs.pop(key)
+        self.backbone_kwargs = dict(self.backbone_kwargs or {})
+        self.head_kwargs = dict(self.head_kwargs or {})
+        self.policy_kwargs = dict(self.policy_kwargs or {})
+        self.exits = list(self.exits) if isinstance(self.exits, (list, tuple)) else self.exits
+        if isinstance(self.input_size, (list, tuple)):
+            self.input_size = [int(s) for s in self.input_size]
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Checks the values against each other; called again where a model is built, since fields can be set."""
+        if self.format_version > FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version is {self.format_version}, this erde_hub reads up to {FORMAT_VERSION}: upgrade it with"
+                " `pip install -U erde-hub`"
+            )
+        if self.exits is None:  # an empty config, which transformers builds to find defaults
+            return
+        if isinstance(self.exits, (int, str)):
+            raise ExitPointError(
+                f"exits={self.exits!r} needs the living model, since a config runs nothing: wrap it once with"
+                " EarlyExitWrapper(model, exits=...) and use its config, or name the exits"
+            )
+        if not self.exits or not all(isinstance(name, str) for name in self.exits):
+            raise ExitPointError(f"exits must be a list of module names, got {self.exits!r}")
+        twice = {name for name in self.exits if self.exits.count(name) > 1}
+        if twice:
+            raise ExitPointError(f"exits names {sorted(twice)[0]!r} twice: {self.exits}")
+        if "num_classes" in (self.backbone_kwargs or {}):
+            raise ConfigError("backbone_kwargs must not hold 'num_classes': the number of classes is num_labels")
+        if self.exit_features is not None and len(self.exit_features) != len(self.exits):
+            raise ConfigError(f"exit_features has {len(self.exit_features)} entries for {len(self.exits)} exits")
+        if self.exit_weights is not None:
+            self.exit_weights = check_exit_weights(self.exit_weights, len(self.exits) + 1)
+        policy = create_policy(self.policy, **(self.policy_kwargs or {}))
+        if self.threshold is None:
+            self.threshold = policy.default_threshold
+        values = policy.check_threshold(self.threshold, len(self.exits))
+        self.threshold = float(self.threshold) if isinstance(self.threshold, (int, float)) else values
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the backbone's own classifier included."""
+        return len(self.exits or []) + 1
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads a stored config; unknown keys in it warn, unknown keyword arguments are handed back by transformers."""
+        with _file_being_read():
+            return super().from_dict(config_dict, **kwargs)
+
+
+def check_exit_weights(weights: list[float] | tuple[float, ...], num_exits: int) -> list[float]:
+    """Returns the weights as floats, one per exit, classifier last; raises :class:`ConfigError` otherwise."""
+    values = [float(w) for w in weights]
+    if len(values) != num_exits:
+        raise ConfigError(f"got {len(values)} exit_weights for {num_exits} exits (the last is the classifier's)")
+    if any(not math.isfinite(w) or w < 0 for w in values) or not any(values):
+        raise ConfigError(f"exit_weights must be finite, at least 0 and not all 0, got {values}")
+    return values

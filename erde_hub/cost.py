@@ -1,0 +1,144 @@
+"""What a backbone computes, stage by stage, found by running a weightless copy of it once.
+
+Costs are multiply-accumulates (MACs), one half of the floating point operations that torch's own counter reports. The
+copy lives on the meta device: no memory for weights, no arithmetic, and fused attention is counted, which the counter
+does not see on a CPU (pytorch issue 195460).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ._tree import map_tensors, tensors
+from .errors import ExitPointError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _cpu_attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of the fused attention operator of the CPU, which torch does not register."""
+    return sdpa_flop_count(query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Returns torch's counter, with the CPU's fused attention operator added."""
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={operator: _cpu_attention_flop})
+
+
+@dataclass
+class StageCall:
+    """One call of one module: when it ended, what had been computed by then, and what came out (without values)."""
+
+    order: int
+    macs: int
+    output: Any
+
+
+@dataclass
+class Trace:
+    """What one forward pass called, per sample.
+
+    Attributes:
+        calls: Module name to its calls, in the order in which the modules ended first.
+        total_macs: MACs of the whole pass.
+        output: The backbone's output, without values.
+        last_parametrised: Order at which the last module with weights of its own ended: the classifier.
+        batch: Number of samples of the traced pass.
+    """
+
+    calls: dict[str, list[StageCall]] = field(default_factory=dict)
+    total_macs: int = 0
+    output: Any = None
+    last_parametrised: int = 0
+    batch: int = 1
+
+
+def _tensor_attributes(module: nn.Module) -> Iterable[Tensor]:
+    for child in module.modules():
+        yield from child.parameters(recurse=False)
+        yield from child.buffers(recurse=False)
+        for value in vars(child).values():
+            if isinstance(value, (Tensor, list, tuple, dict)):
+                yield from tensors(value)
+
+
+def meta_copy(module: M) -> M:
+    """Copies a module without its weights: the same structure, every tensor on the meta device, in eval mode."""
+    memo: dict[int, Any] = {}
+    for tensor in _tensor_attributes(module):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo).eval()
+
+
+def weightless_copy(module: M) -> tuple[M, torch.device]:
+    """Returns a copy to run and its device; checkpointing is off in it, which would hide modules from hooks."""
+    clone = meta_copy(module)
+    for child in clone.modules():
+        if getattr(child, "grad_checkpointing", False) is True:
+            child.grad_checkpointing = False  # type: ignore[assignment]
+    return clone, torch.device("meta")
+
+
+def example_batch(inputs: Sequence[Tensor], batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Blows example inputs (batch first) up to ``batch`` rows, values aside."""
+    return tuple(torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=device) for x in inputs)
+
+
+@torch.no_grad()
+def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 4) -> Trace:
+    """Runs a weightless copy of ``module`` once and records every call of every submodule.
+
+    Args:
+        module: The backbone; it is not touched.
+        inputs: Example inputs, batch first; only their shapes and dtypes matter.
+        batch: Number of samples to trace with.
+
+    Raises:
+        ExitPointError: The backbone does not run on inputs of that shape.
+    """
+    clone, device = weightless_copy(module)
+    result = Trace(batch=batch)
+    counter = flop_counter()
+    ended = 0
+
+    def record(name: str, child: nn.Module) -> Any:
+        weighted = any(True for _ in child.parameters(recurse=False))
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            nonlocal ended
+            call = StageCall(ended, counter.get_total_flops() // 2 // batch, output)
+            result.calls.setdefault(name, []).append(call)
+            if weighted:
+                result.last_parametrised = ended
+            ended += 1
+
+        return child.register_forward_hook(hook)
+
+    for name, child in clone.named_modules():
+        if name:
+            record(name, child)
+    try:
+        with counter:
+            result.output = clone(*example_batch(inputs, batch, device))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
+        raise ExitPointError(
+            f"{type(module).__name__} does not run on inputs of shape {shapes} ({type(error).__name__}: {error}); pass"
+            " input_size=(C, H, W), or example_inputs= for modules that take something else"
+        ) from error
+    result.total_macs = counter.get_total_flops() // 2 // batch
+    return result
+
+
+def without_values(tree: Any) -> Any:
+    """Replaces the tensors of a structure by meta tensors of the same shape."""
+    return map_tensors(lambda t: torch.empty_like(t, device="meta"), tree)

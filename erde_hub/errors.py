@@ -1,0 +1,98 @@
+"""Errors that name the value, what is allowed and what to do.
+
+Every error also inherits the builtin that a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ErdeError(Exception):
+    """Base of all errors that erde_hub raises on purpose."""
+
+
+class ConfigError(ErdeError, ValueError):
+    """A setting, a key or a combination of settings is not allowed."""
+
+
+class UnknownNameError(ConfigError):
+    """A name is not in its table; the message lists what is and the nearest spelling."""
+
+
+class ExitPointError(ErdeError, ValueError):
+    """An exit is named wrongly, out of order, twice, or lies where no exit can be."""
+
+
+class ExitNotReachedError(ErdeError, RuntimeError):
+    """An exit did not fire during a forward pass, so there is no answer to give."""
+
+
+class ThresholdError(ErdeError, ValueError):
+    """A threshold is NaN, out of the policy's range or of the wrong length."""
+
+
+class ShapeError(ErdeError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class InputTypeError(ErdeError, TypeError):
+    """An argument has the wrong type or dtype."""
+
+
+class LabelError(ErdeError, ValueError):
+    """Labels lie outside the classes of the model."""
+
+
+class RebuildError(ErdeError, ValueError):
+    """The backbone handed in cannot be rebuilt from what the config would store."""
+
+
+class CheckpointError(ErdeError, ValueError):
+    """A checkpoint is incomplete, damaged or does not fit its config."""
+
+
+class CheckpointWriteError(ErdeError, OSError, ValueError):
+    """Writing a checkpoint failed (full disk, permissions); the previous one is intact."""
+
+
+class DataError(ErdeError, ValueError):
+    """A data set lacks a column or a split, is empty, or holds an unreadable row."""
+
+
+class LaunchError(ErdeError, ValueError):
+    """The processes that were started do not form the group that was asked for."""
+
+
+class NonFiniteLossError(ErdeError, ArithmeticError):
+    """A loss became NaN or infinite; the message names step, exit and term."""
+
+
+class RunExistsError(ErdeError, FileExistsError, ValueError):
+    """The output folder already holds a run."""
+
+
+class RecordsError(ErdeError, ValueError):
+    """Recorded exits are damaged, hold NaN, or do not fit the model or each other."""
+
+
+class ResultsError(ErdeError, ValueError):
+    """A results file lacks a part, holds a value that JSON cannot, or names a place on the machine."""
+
+
+class MissingDependencyError(ErdeError, ImportError):
+    """An optional package is needed; the message gives the install command."""
+
+
+def nearest(value: str, allowed: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the allowed spelling closest to ``value``, or an empty string."""
+    match = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UnknownNameError:
+    """Builds the error for a name that is not in a table."""
+    names = sorted(allowed)
+    hint = nearest(value, names) if isinstance(value, str) else ""
+    return UnknownNameError(f"unknown {kind} {value!r}{hint} (available: {', '.join(names)})")

@@ -1,0 +1,131 @@
+"""What every exit of a wrapped model costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from .backbones.base import format_table
+from .cost import flop_counter, weightless_copy
+from .errors import ExitPointError
+from .heads import ExitHead
+from .routing import RunAll
+
+if TYPE_CHECKING:
+    from .modeling import EarlyExitWrapper
+
+
+@dataclass(frozen=True)
+class ExitRow:
+    """One exit of :meth:`EarlyExitWrapper.exit_table`; MACs are per sample.
+
+    Attributes:
+        exit: Name of the stage, ``"classifier"`` for the backbone's own.
+        width: Channels that the head reads, None for the classifier.
+        head: Key of the head, None for the classifier.
+        macs: What this exit adds: the layers since the previous exit and its own head.
+        cumulative_macs: All that a sample has cost that leaves here, heads of earlier exits included.
+        params: Parameters of those layers and that head.
+        cumulative_params: Parameters that a sample has touched that leaves here.
+    """
+
+    exit: str
+    width: int | None
+    head: str | None
+    macs: int
+    cumulative_macs: int
+    params: int
+    cumulative_params: int
+
+
+class ExitTable(list[ExitRow]):
+    """One row per exit, shallow to deep; prints as a table."""
+
+    @property
+    def cumulative_macs(self) -> list[int]:
+        """MACs per sample up to each exit."""
+        return [row.cumulative_macs for row in self]
+
+    def __str__(self) -> str:
+        total = max(self[-1].cumulative_macs, 1)
+        rows = [
+            (
+                row.exit,
+                str(row.width or "-"),
+                row.head or "-",
+                f"{row.macs / 1e6:.1f}",
+                f"{row.cumulative_macs / 1e6:.1f}",
+                f"{row.cumulative_macs / total:.1%}",
+                f"{row.params / 1e6:.3f}",
+                f"{row.cumulative_params / 1e6:.3f}",
+            )
+            for row in self
+        ]
+        header = ("exit", "width", "head", "own MMACs", "MMACs", "share", "own params M", "params M")
+        return format_table(header, rows)
+
+    __repr__ = __str__
+
+
+class _CountingPass(RunAll):
+    """Runs every exit of a weightless copy and notes what had been computed and touched at each."""
+
+    def __init__(self, model: EarlyExitWrapper, total: Any, touched: set[int]) -> None:
+        super().__init__(model.heads)  # type: ignore[arg-type]
+        self.total = total
+        self.touched = touched
+        self.macs: list[int] = []
+        self.params: list[set[int]] = []
+
+    def visit(self, exit_index: int, output: Any) -> Any:
+        output = super().visit(exit_index, output)
+        self.macs.append(self.total())
+        self.params.append(set(self.touched))
+        return output
+
+
+@torch.no_grad()
+def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
+    """Counts MACs and parameters of every exit on a weightless copy."""
+    batch = 2
+    clone, device = weightless_copy(model)
+    counter = flop_counter()
+    sizes = {id(p): p.numel() for p in clone.parameters()}
+    touched = {id(p) for p in clone.backbone.parameters(recurse=False)}
+
+    def touch(module: nn.Module, _args: Any) -> None:
+        touched.update(id(p) for p in module.parameters(recurse=False))
+
+    for module in clone.modules():
+        module.register_forward_pre_hook(touch)
+    visitor = _CountingPass(clone, lambda: counter.get_total_flops() // 2 // batch, touched)
+    dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
+    inputs = torch.empty((batch, *size), dtype=dtype, device=device)
+    try:
+        with counter:
+            clone._drive(checkpointed=False)(visitor, (inputs,), {})
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ExitPointError(
+            f"{type(model.backbone).__name__} does not run on inputs of shape {size}: {error}"
+        ) from error
+    macs = [*visitor.macs, visitor.total()]
+    touched.update(id(p) for p in clone.backbone.parameters())
+    params = [sum(sizes[i] for i in ids) for ids in (*visitor.params, touched)]
+    table = ExitTable()
+    for i, name in enumerate(model.exit_names):
+        early = i < len(model.heads)
+        table.append(
+            ExitRow(
+                exit=name,
+                width=cast(ExitHead, model.heads[i]).spec.width if early else None,
+                head=model.config.head if early else None,
+                macs=macs[i] - (macs[i - 1] if i else 0),
+                cumulative_macs=macs[i],
+                params=params[i] - (params[i - 1] if i else 0),
+                cumulative_params=params[i],
+            )
+        )
+    return table

@@ -1,0 +1,39 @@
+"""A head with one hidden layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from erde_hub.errors import ConfigError
+
+from .base import ExitHead, FeatureSpec, vector_pool
+
+
+class MLPHead(ExitHead):
+    """Global pooling, layer norm, one hidden layer with ReLU and dropout, one linear layer.
+
+    Args:
+        spec: What the exit reads.
+        num_labels: Number of classes.
+        hidden: Width of the hidden layer; None takes the width of the feature.
+        dropout: Probability of zeroing a hidden unit in training.
+
+    Raises:
+        ConfigError: A hidden width below 1 or a dropout outside [0, 1).
+    """
+
+    def __init__(self, spec: FeatureSpec, num_labels: int, *, hidden: int | None = None, dropout: float = 0.1) -> None:
+        super().__init__(spec, num_labels)
+        hidden = spec.width if hidden is None else hidden
+        if hidden < 1:
+            raise ConfigError(f"hidden must be at least 1, got {hidden!r}")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.layers = nn.Sequential(
+            vector_pool(spec), nn.LayerNorm(spec.width), nn.Linear(spec.width, hidden), nn.ReLU(), nn.Dropout(dropout)
+        )
+        self.fc = nn.Linear(hidden, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature in the format of ``spec`` to (N, num_labels)."""
+        return self.fc(self.layers(x))

@@ -1,0 +1,625 @@
+"""The wrapper: a backbone with exits, as a transformers model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BitImageProcessor, PreTrainedModel
+from transformers.utils import logging
+
+from . import __version__
+from ._tree import shrink
+from .backbones import BackboneAdapter, ExitPoints, find_adapter, get_adapter
+from .backbones.base import (
+    check_routable,
+    example_inputs,
+    find_exit_points,
+    parse_exit,
+    resolve_exits,
+    tap_module,
+)
+from .config import EarlyExitConfig
+from .cost import Trace, example_batch, trace, weightless_copy
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    ExitPointError,
+    InputTypeError,
+    LabelError,
+    ShapeError,
+    ThresholdError,
+    nearest,
+)
+from .exit_table import ExitTable, count_exits
+from .heads import FeatureSpec, create_head
+from .outputs import EarlyExitOutput
+from .policies import create_policy
+from .preprocessing import build_image_processor, check_preprocessing
+from .routing import Drive, ExitTap, HookDrive, Route, RunAll, StagedDrive
+
+logger = logging.get_logger(__name__)
+
+CLASSIFIER = "classifier"
+
+
+def list_exit_points(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    example_inputs: Sequence[Tensor] | Tensor | None = None,
+) -> ExitPoints:
+    """Lists the places where a model can get exits: name, width, layout, cumulative MACs.
+
+    Args:
+        model: A timm model or any nn.Module that maps a batch to logits; it is not run, a weightless copy is.
+        input_size: Shape of one input without the batch; timm models know theirs.
+        example_inputs: Batch-first tensors instead, for modules that take several inputs.
+
+    Raises:
+        ExitPointError: The model does not run on inputs of that shape, or the shape is missing.
+    """
+    adapter, _, inputs = _inspect(model, input_size, example_inputs)
+    return find_exit_points(adapter, model, trace(model, inputs))
+
+
+def _inspect(
+    model: nn.Module,
+    input_size: Sequence[int] | None,
+    examples: Sequence[Tensor] | Tensor | None,
+) -> tuple[BackboneAdapter, dict[str, Any], tuple[Tensor, ...]]:
+    """Finds the adapter, what the model says of itself, and example inputs."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"expected an nn.Module (a timm model, say), got {type(model).__name__}")
+    adapter = find_adapter(model)
+    facts = adapter.describe(model)
+    if examples is not None:
+        tensors = (examples,) if isinstance(examples, Tensor) else tuple(examples)
+        if input_size is None:
+            input_size = tuple(tensors[0].shape[1:])
+    else:
+        input_size = input_size if input_size is not None else facts["input_size"]
+        if input_size is None:
+            raise ExitPointError(
+                f"{type(model).__name__} does not say what it takes: pass input_size=(C, H, W), or example_inputs="
+            )
+        if not all(isinstance(s, int) and s > 0 for s in input_size):
+            raise ConfigError(f"input_size must hold positive integers, such as (3, 224, 224), got {input_size!r}")
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        tensors = example_inputs(input_size, dtype)
+    facts["input_size"] = [int(s) for s in input_size]
+    return adapter, facts, tensors
+
+
+class _DropLast:
+    """Takes one sample out at every exit, to find out whether the rest of the backbone follows."""
+
+    def __init__(self, batch: int) -> None:
+        self.count = batch
+
+    def visit(self, exit_index: int, output: Any) -> Any:
+        self.count -= 1
+        return shrink(output, torch.arange(self.count, device="meta"), self.count + 1)
+
+
+class EarlyExitWrapper(PreTrainedModel):
+    """A backbone with early exits.
+
+    In train mode, and with ``output_all_exits=True``, one pass runs every exit. In eval mode each sample leaves at the
+    first exit that the policy is sure of; what lies behind runs on the samples that are left, and not at all when there
+    are none. Wrapping changes no weight and no output: where nobody can leave early, the answer is the backbone's own,
+    bit for bit.
+
+    Args:
+        model: A timm model, any nn.Module that maps a batch to logits (N, K), or an :class:`EarlyExitConfig` to build
+            the same model from.
+        exits: Module names, shallow to deep (:func:`list_exit_points` lists the usual ones); an int n for n places
+            evenly spaced in MACs; ``"auto"`` for a good choice, which is logged with its reason.
+        head: Key of the heads table.
+        policy: Key of the policies table.
+        threshold: One number, or one per early exit; None takes the policy's default.
+        input_size: Shape of one input without the batch. Known for timm models.
+        example_inputs: Batch-first tensors instead of ``input_size``.
+        backbone_kwargs: What the backbone was created with, the number of classes aside. They cannot be read off a timm
+            model, so wrapping rebuilds it from the config and compares.
+        head_kwargs: Arguments of the head.
+        policy_kwargs: Arguments of the policy.
+        exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1.
+        id2label: Class names, as a list or as ``{0: "cat", ...}``.
+        backbone: With a config: the living backbone, for configs that cannot rebuild it.
+
+    Raises:
+        ExitPointError: See :func:`~erde_hub.backbones.base.resolve_exits`; also exits inside residual blocks.
+        RebuildError: The config would build another backbone; the message names ``backbone_kwargs``.
+        ConfigError: Unknown head, policy or argument.
+        ThresholdError: A threshold that the policy does not take.
+        InputTypeError: Not a classifier.
+
+    Example:
+        >>> model = EarlyExitWrapper(timm.create_model("resnet18", num_classes=10), exits=["layer1", "layer2"])
+        >>> out = model.eval()(torch.randn(8, 3, 224, 224), threshold=1.0)
+        >>> out.logits.shape, out.exit_index.shape
+        (torch.Size([8, 10]), torch.Size([8]))
+    """
+
+    config_class = EarlyExitConfig
+    config: EarlyExitConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    model_tags: ClassVar[list[str]] = ["erde_hub", "early-exit"]
+
+    def __init__(
+        self,
+        model: nn.Module | EarlyExitConfig,
+        exits: Sequence[str] | int | str = "auto",
+        *,
+        head: str = "fc",
+        policy: str = "entropy",
+        threshold: float | Sequence[float] | None = None,
+        input_size: Sequence[int] | None = None,
+        example_inputs: Sequence[Tensor] | Tensor | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        head_kwargs: dict[str, Any] | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        exit_weights: Sequence[float] | None = None,
+        id2label: Sequence[str] | dict[int, str] | None = None,
+        backbone: nn.Module | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            key = next(iter(unknown))
+            allowed = [n for n in EarlyExitWrapper.__init__.__annotations__ if n not in ("unknown", "return", "model")]
+            raise ConfigError(
+                f"EarlyExitWrapper has no argument {key!r}{nearest(key, allowed)} (it takes: {', '.join(allowed)})"
+            )
+        if isinstance(model, EarlyExitConfig):
+            self._from_config(model, backbone)
+            return
+        if backbone is not None:
+            raise ConfigError("backbone= goes with a config; hand the module in as the first argument instead")
+        adapter, facts, inputs = _inspect(model, input_size, example_inputs)
+        traced = trace(model, inputs)
+        num_labels = _num_labels(model, adapter, traced)
+        points, reason = resolve_exits(adapter, model, exits, traced)
+        if isinstance(exits, (int, str)):
+            logger.info(f"exits={exits!r}: {reason}")
+        labels = id2label if id2label is None or isinstance(id2label, dict) else dict(enumerate(id2label))
+        if labels is not None and sorted(labels) != list(range(num_labels)):
+            raise LabelError(
+                f"id2label names {len(labels)} classes, the classifier has {num_labels}: name 0 to {num_labels - 1}"
+            )
+        names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]
+        config = EarlyExitConfig(
+            library=adapter.library,
+            architecture=facts["architecture"],
+            backbone_kwargs=dict(backbone_kwargs or {}),
+            exits=names,
+            exit_features=[p.spec.to_dict() for p in points],
+            head=head,
+            head_kwargs=head_kwargs,
+            policy=policy,
+            policy_kwargs=policy_kwargs,
+            threshold=list(threshold) if isinstance(threshold, (list, tuple)) else threshold,
+            exit_weights=list(exit_weights) if exit_weights is not None else None,
+            input_size=facts["input_size"],
+            preprocessing=facts["preprocessing"],
+            erde_hub_version=__version__,
+            **(
+                {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+                if labels
+                else {"num_labels": num_labels}
+            ),
+        )
+        adapter.check_rebuild(model, config)
+        super().__init__(config)
+        self._assemble(adapter, model, adopted=True)
+        if self._taps:
+            self._check_routable(inputs)
+
+    def _from_config(self, config: EarlyExitConfig, backbone: nn.Module | None) -> None:
+        config.check()
+        if not config.exits:
+            raise ExitPointError("the config names no exits: set exits=['stage', ...]")
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ConfigError(
+                f"problem_type={config.problem_type!r} is not supported: this version gives each sample one label"
+            )
+        adapter = get_adapter(config.library)
+        if config.id2label is None:
+            raise ConfigError("the config does not say how many classes there are: set num_labels or id2label")
+        super().__init__(config)
+        module = adapter.build(config) if backbone is None else backbone
+        self._assemble(adapter, module, adopted=backbone is not None)
+
+    def _assemble(self, adapter: BackboneAdapter, backbone: nn.Module, adopted: bool) -> None:
+        config = self.config
+        names = list(config.exits or [])
+        modules = dict(backbone.named_modules())
+        for name in names:
+            path, _ = parse_exit(name)
+            if path not in modules:
+                raise ExitPointError(f"{type(backbone).__name__} has no stage {name!r}{nearest(path, modules)}")
+        if config.exit_features:
+            specs = [FeatureSpec.from_dict(values) for values in config.exit_features]
+        else:
+            specs = [adapter.declared_spec(backbone, name) for name in names]
+            config.exit_features = [spec.to_dict() for spec in specs]
+        self._adapter = adapter
+        self.backbone = backbone
+        self.heads = nn.ModuleList(
+            create_head(config.head, spec, self.config.num_labels, **(config.head_kwargs or {})) for spec in specs
+        )
+        self.policy = create_policy(config.policy, **(config.policy_kwargs or {}))
+        self._backbone_frozen = False
+        self._costs: dict[tuple[int, ...], ExitTable] = {}
+        self._taps: list[ExitTap] = []
+        if adapter.steps(backbone, names, checkpointed=False) is None:
+            self._taps = [ExitTap(i, parse_exit(name)[1] or 0) for i, name in enumerate(names)]
+            for tap, name in zip(self._taps, names, strict=True):
+                tap_module(backbone, parse_exit(name)[0]).register_forward_hook(tap)
+        on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
+        weight = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+        if adopted and weight is not None and not on_meta:
+            self.heads.to(weight.device, weight.dtype)
+            self.policy.to(weight.device)
+        # Constructors, or the user, have set every weight that is not on meta. post_init() would set again whatever it
+        # does not know to be set, trained weights and batch-norm statistics included.
+        for module in [*(() if on_meta else self.modules()), *(backbone.modules() if adopted else ())]:
+            module._is_hf_initialized = True
+        self.supports_gradient_checkpointing = adapter.set_gradient_checkpointing(backbone, False)
+        training = backbone.training
+        self.post_init()
+        self.train(training)
+
+    def _check_routable(self, inputs: tuple[Tensor, ...]) -> None:
+        """Runs a weightless copy with a shrinking batch: an exit inside a residual block shows here, not in use."""
+        clone, device = weightless_copy(self)
+
+        def run(batch: int) -> int:
+            drive = HookDrive(clone.backbone, clone._taps)
+            with torch.no_grad():
+                output = drive(_DropLast(batch), example_batch(inputs, batch, device), {})
+            return int(self._adapter.logits(output).shape[0])
+
+        check_routable(self.backbone, len(self._taps) + 3, inputs, list(self.config.exits or []), run)
+
+    # What the model is
+
+    @property
+    def exit_names(self) -> list[str]:
+        """Names of all exits, shallow to deep; the last is the backbone's own classifier."""
+        return [*(self.config.exits or []), CLASSIFIER]
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the backbone's own classifier included."""
+        return self.config.num_exits
+
+    @property
+    def threshold(self) -> float | list[float]:
+        """The stored threshold: one number, or one per early exit. Setting it checks it."""
+        return self.config.threshold  # type: ignore[return-value]
+
+    @threshold.setter
+    def threshold(self, value: float | Sequence[float]) -> None:
+        values = self._thresholds(value)
+        self.config.threshold = values[0] if isinstance(value, (int, float)) else values
+
+    def _thresholds(self, threshold: float | Sequence[float]) -> list[float]:
+        if isinstance(threshold, Tensor):
+            threshold = threshold.tolist()
+        return self.policy.check_threshold(threshold, len(self.heads))
+
+    def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
+        """Returns what each exit costs, in MACs per sample and parameters, heads included.
+
+        Args:
+            input_size: Shape of one input without the batch; None takes the config's. Results are kept per size.
+
+        Raises:
+            ExitPointError: The backbone does not run on inputs of that size.
+        """
+        size = tuple(input_size or self.config.input_size or ())
+        if not size:
+            raise ConfigError("the config has no input_size: pass input_size=(C, H, W)")
+        if size not in self._costs:
+            self._costs[size] = count_exits(self, size)
+        return self._costs[size]
+
+    def set_preprocessing(
+        self,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: Sequence[int],
+        interpolation: str = "bilinear",
+        crop_pct: float = 1.0,
+    ) -> None:
+        """Stores how images become ``pixel_values``; saved in the config and as ``preprocessor_config.json``.
+
+        Args:
+            mean: Per channel, of pixels in [0, 1].
+            std: Per channel, of pixels in [0, 1].
+            size: (H, W) in pixels.
+            interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
+            crop_pct: The shorter side is resized to size / crop_pct, then the centre is cropped.
+
+        Raises:
+            ConfigError: A value that is not allowed.
+        """
+        self.config.preprocessing = check_preprocessing(
+            {"mean": mean, "std": std, "size": size, "interpolation": interpolation, "crop_pct": crop_pct}
+        )
+
+    def image_processor(self) -> BitImageProcessor:
+        """Returns the transformers image processor that makes this model's ``pixel_values``.
+
+        Raises:
+            ConfigError: The model has no preprocessing; :meth:`set_preprocessing` sets it.
+        """
+        if not self.config.preprocessing:
+            raise ConfigError(
+                "this model has no preprocessing: set it with model.set_preprocessing(mean=..., std=..., size=...)"
+            )
+        return build_image_processor(self.config.preprocessing)
+
+    # Training
+
+    def freeze_backbone(self) -> None:
+        """Trains the heads alone: no gradients in the backbone, and its layers stay in eval mode under ``train()``."""
+        self.backbone.requires_grad_(False)
+        self._backbone_frozen = True
+        self.backbone.eval()
+
+    def train(self, mode: bool = True) -> EarlyExitWrapper:
+        """Sets the mode of everything but a frozen backbone, whose batch-norm statistics would move."""
+        super().train(mode)
+        if getattr(self, "_backbone_frozen", False):
+            self.backbone.eval()
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
+        self._adapter.set_gradient_checkpointing(self.backbone, enable)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the backbone recomputes activations in the backward pass."""
+        return any(getattr(m, "grad_checkpointing", False) is True for m in self.backbone.modules())
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Sets what a checkpoint did not hold while it is loaded: buffers, weights of changed shapes if allowed."""
+        super()._init_weights(module)
+        self._adapter.init_non_persistent_buffers(module)
+
+    # The forward pass
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        threshold: float | Sequence[float] | None = None,
+        output_all_exits: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> EarlyExitOutput | tuple[Any, ...]:
+        """Routes in eval mode; runs every exit in train mode and with ``output_all_exits``.
+
+        Args:
+            pixel_values: (N, C, H, W) float, preprocessed.
+            labels: (N,) int64 class indices; with them ``loss`` is set.
+            threshold: For this call only: one number, or one per early exit.
+            output_all_exits: No routing: every exit, in eval mode too.
+            return_dict: False returns a tuple of what is set.
+            **kwargs: Passed on to the backbone's own forward, where it is not staged.
+
+        Raises:
+            ShapeError: Inputs or labels of the wrong shape.
+            InputTypeError: Inputs or labels of the wrong type.
+            LabelError: Labels outside the classes.
+            ThresholdError: A threshold that the policy does not take, or one where every exit runs.
+            ExitNotReachedError: An exit did not fire.
+        """
+        inputs = self._check_inputs(pixel_values)
+        if labels is not None:
+            self._check_labels(labels, len(inputs))
+        if kwargs and not self._taps:
+            raise InputTypeError(
+                f"{type(self.backbone).__name__} takes pixel_values only, got {sorted(kwargs)[0]!r} as well"
+            )
+        if self.training or output_all_exits:
+            if threshold is not None:
+                raise ThresholdError(
+                    f"threshold={threshold!r} has no effect where every exit runs: call model.eval() and leave"
+                    " output_all_exits out to route"
+                )
+            output = self._run_all(inputs, labels, kwargs)
+        else:
+            thresholds = self._thresholds(self.threshold if threshold is None else threshold)
+            output = self._route(inputs, thresholds, kwargs)
+            if labels is not None and output.logits is not None:
+                output.loss = F.cross_entropy(output.logits, labels)
+        use_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if use_dict else output.to_tuple()
+
+    def _run_all(self, inputs: Tensor, labels: Tensor | None, kwargs: dict[str, Any]) -> EarlyExitOutput:
+        visitor = RunAll(self.heads)  # type: ignore[arg-type]
+        final = self._drive(checkpointed=self.training and torch.is_grad_enabled())(visitor, (inputs,), kwargs)
+        exit_logits = visitor.finish(self._adapter.logits(final), self.exit_names[:-1])
+        loss = None
+        if labels is not None:
+            weights = self.config.exit_weights or [1.0] * len(exit_logits)
+            losses = [w * F.cross_entropy(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
+            loss = torch.stack(losses).sum()
+        return EarlyExitOutput(loss=loss, logits=exit_logits[-1], exit_logits=exit_logits)
+
+    def _route(self, inputs: Tensor, thresholds: Sequence[float], kwargs: dict[str, Any]) -> EarlyExitOutput:
+        batch = len(inputs)
+        if batch == 0:
+            empty = torch.zeros(0, dtype=torch.int64, device=inputs.device)
+            return EarlyExitOutput(logits=inputs.new_zeros((0, self.config.num_labels)), exit_index=empty)
+        if all(self.policy.never_leaves(t) for t in thresholds):
+            logits = self._adapter.logits(self.backbone(inputs, **kwargs))
+            index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=inputs.device)
+            return EarlyExitOutput(logits=logits, exit_index=index)
+        visitor = Route(self.heads, self.policy, thresholds, batch, inputs.device)  # type: ignore[arg-type]
+        with self._without_checkpointing():
+            final = self._drive(checkpointed=False)(visitor, (inputs,), kwargs)
+        if final is not None:
+            final = self._adapter.logits(final)
+        logits, index = visitor.finish(final, self.exit_names[:-1])
+        return EarlyExitOutput(logits=logits, exit_index=index)
+
+    def _drive(self, checkpointed: bool) -> Drive:
+        if self._taps:
+            return HookDrive(self.backbone, self._taps)
+        backbone = getattr(self.backbone, "_orig_mod", self.backbone)  # what torch.compile wraps
+        steps = self._adapter.steps(backbone, list(self.config.exits or []), checkpointed)
+        if steps is None:
+            raise ExitPointError(
+                f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"
+            )
+        return StagedDrive(steps)
+
+    @contextlib.contextmanager
+    def _without_checkpointing(self) -> Iterator[None]:
+        """Recomputation would run a hook's shrinking again; only passes with gradients recompute."""
+        flagged: list[nn.Module] = []
+        if self._taps and torch.is_grad_enabled():
+            flagged = [m for m in self.backbone.modules() if getattr(m, "grad_checkpointing", False) is True]
+        for module in flagged:
+            module.grad_checkpointing = False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module in flagged:
+                module.grad_checkpointing = True  # type: ignore[assignment]
+
+    def _check_inputs(self, pixel_values: Any) -> Tensor:
+        if not isinstance(pixel_values, Tensor):
+            raise InputTypeError(f"pixel_values must be a tensor (N, C, H, W), got {type(pixel_values).__name__}")
+        size = self.config.input_size or ()
+        if size and pixel_values.ndim != len(size) + 1:
+            raise ShapeError(
+                f"pixel_values must have {len(size) + 1} axes, (N, {', '.join(map(str, size))}), got shape"
+                f" {tuple(pixel_values.shape)}"
+            )
+        if len(size) == 3 and pixel_values.shape[1] != size[0]:
+            raise ShapeError(f"pixel_values must have {size[0]} channels, got shape {tuple(pixel_values.shape)}")
+        if len(size) == 3 and not pixel_values.is_floating_point():
+            raise InputTypeError(
+                f"pixel_values must be floats, got {pixel_values.dtype}: preprocess images with model.image_processor()"
+            )
+        return pixel_values
+
+    def _check_labels(self, labels: Any, batch: int) -> None:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise InputTypeError(
+                f"labels must be an int64 tensor (N,), got {getattr(labels, 'dtype', type(labels).__name__)}"
+            )
+        if labels.shape != (batch,):
+            raise ShapeError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
+        # On an accelerator the comparison would wait for the device; there the loss kernel itself asserts.
+        if (
+            labels.device.type == "cpu"
+            and batch
+            and (int(labels.min()) < 0 or int(labels.max()) >= self.config.num_labels)
+        ):
+            raise LabelError(
+                f"labels must lie in 0 to {self.config.num_labels - 1}, got {int(labels.min())} to {int(labels.max())}"
+            )
+
+    # Saving and loading
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Saves config, weights (safetensors) and, where the preprocessing is known, ``preprocessor_config.json``.
+
+        See :meth:`transformers.PreTrainedModel.save_pretrained` for the arguments.
+        """
+        self.config.erde_hub_version = __version__
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        if self.config.preprocessing and kwargs.get("is_main_process", True):
+            self.image_processor().save_pretrained(save_directory)
+        return result
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Loads a checkpoint, in eval mode; ``threshold=`` and other config fields may be overridden.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub repository.
+            *model_args: As for any transformers model.
+            **kwargs: As for any transformers model; also ``backbone=module`` for checkpoints of plain modules.
+
+        Raises:
+            CheckpointError: Weights that are missing, left over or of other shapes than the config says, or a plain
+                backbone without ``backbone=``.
+        """
+        backbone = kwargs.get("backbone")
+        wants_info = kwargs.pop("output_loading_info", False)
+        kept = _non_persistent_buffers(backbone) if isinstance(backbone, nn.Module) else {}
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise CheckpointError(
+                f"the weights of {pretrained_model_name_or_path} do not fit its config: {error}"
+            ) from error
+        wrong = {k: sorted(map(str, v)) for k, v in info.items() if k in _MUST_BE_EMPTY and v}
+        if wrong and not kwargs.get("ignore_mismatched_sizes"):
+            what = "; ".join(f"{k.replace('_', ' ')}: {len(v)}, first {v[0]!r}" for k, v in wrong.items())
+            raise CheckpointError(
+                f"the weights of {pretrained_model_name_or_path} do not match its config ({what}): the file belongs to"
+                " another model, or the config was edited"
+            )
+        with torch.no_grad():
+            for name, value in kept.items():
+                module, _, leaf = name.rpartition(".")
+                setattr(model.backbone.get_submodule(module), leaf, value)
+            for tensor in (*model.parameters(), *model.buffers()):
+                # Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last
+                # bits from those of the model that was saved, and rewriting the file would change this one.
+                if tensor.device.type == "cpu":
+                    tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        return (model, info) if wants_info else model
+
+
+_MUST_BE_EMPTY = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    stored = set(module.state_dict())
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if name not in stored}
+
+
+def _num_labels(model: nn.Module, adapter: BackboneAdapter, traced: Trace) -> int:
+    """Number of classes that the backbone answers with.
+
+    Raises:
+        InputTypeError: The output is not (N, K) with at least two classes.
+    """
+    logits = adapter.logits(traced.output)
+    declared = getattr(model, "num_classes", None)
+    if declared == 0:
+        raise InputTypeError(
+            f"{type(model).__name__} was created with num_classes=0 and has no classifier: give it one, e.g."
+            " model.reset_classifier(10)"
+        )
+    if logits.ndim != 2 or logits.shape[0] != traced.batch or logits.shape[1] < 2:
+        raise InputTypeError(
+            f"{type(model).__name__} returns shape {tuple(logits.shape)} for {traced.batch} inputs; a classifier"
+            " returns (N, K) with at least 2 classes"
+        )
+    if isinstance(declared, int) and declared != logits.shape[1]:
+        raise InputTypeError(f"{type(model).__name__} says num_classes={declared} but returns {logits.shape[1]} logits")
+    return int(logits.shape[1])

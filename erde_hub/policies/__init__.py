@@ -1,0 +1,52 @@
+"""Exit policies: when is a sample sure enough to leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from erde_hub._registry import Entry, Registry
+
+from .base import ExitPolicy
+from .confidence import ConfidencePolicy, MarginPolicy
+from .constant import AlwaysPolicy, NeverPolicy
+from .entropy import EntropyPolicy
+from .patience import PatiencePolicy
+
+__all__ = [
+    "AlwaysPolicy",
+    "ConfidencePolicy",
+    "EntropyPolicy",
+    "ExitPolicy",
+    "MarginPolicy",
+    "NeverPolicy",
+    "PatiencePolicy",
+    "create_policy",
+    "get_policy",
+    "list_policies",
+    "register_policy",
+]
+
+_POLICIES: Registry[ExitPolicy] = Registry("policy")
+register_policy = _POLICIES.register
+
+register_policy("entropy", EntropyPolicy, "softmax entropy below the threshold (nats)", "arXiv 1709.01686, 2510.04856")
+register_policy("confidence", ConfidencePolicy, "largest probability at or above the threshold", "arXiv 1703.09844")
+register_policy("margin", MarginPolicy, "best minus second probability at or above the threshold")
+register_policy("patience", PatiencePolicy, "k consecutive exits agree with the one before", "arXiv 2006.04152")
+register_policy("never", NeverPolicy, "runs to the last exit")
+register_policy("always", AlwaysPolicy, "leaves at the first exit")
+
+
+def create_policy(name: str, **kwargs: Any) -> ExitPolicy:
+    """Builds a policy by name; an unknown name or argument raises :class:`erde_hub.errors.ConfigError`."""
+    return _POLICIES.create(name, **kwargs)
+
+
+def get_policy(name: str) -> Entry[ExitPolicy]:
+    """Returns the table entry of that name: class, summary, reference."""
+    return _POLICIES.get(name)
+
+
+def list_policies() -> list[str]:
+    """Returns the names of all policies."""
+    return _POLICIES.names()

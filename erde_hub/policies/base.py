@@ -1,0 +1,81 @@
+"""What an exit policy is: a pure function of the log-probabilities of the exits so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from erde_hub.errors import ShapeError, ThresholdError
+
+
+class ExitPolicy(nn.Module):
+    """Decides which samples leave at an exit.
+
+    A policy sees log-probabilities only, never the network, so the same object routes a live batch and sweeps
+    thresholds over recorded logits. It is a module so that a learned policy keeps its parameters in the checkpoint.
+
+    Subclasses implement :meth:`score` and :meth:`compare`.
+    """
+
+    #: The score is at or above the threshold for samples that leave (False: strictly below it).
+    leaves_above: ClassVar[bool] = True
+    #: :meth:`score` reads earlier exits too; if False, callers may pass the current exit alone.
+    uses_history: ClassVar[bool] = True
+    #: The decision depends on the threshold.
+    uses_threshold: ClassVar[bool] = True
+    #: The decision can be written into an ONNX graph.
+    exportable: ClassVar[bool] = False
+    #: Closed range of thresholds.
+    threshold_range: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    #: Used where no threshold is given.
+    default_threshold: ClassVar[float] = 0.5
+
+    def score(self, log_probs: Tensor) -> Tensor:
+        """Scores the deepest exit given.
+
+        Shape:
+            log_probs: (exits so far, N, K). Returns (N,).
+        """
+        raise NotImplementedError
+
+    def compare(self, score: Tensor, threshold: float | Tensor) -> Tensor:
+        """Turns scores (N,) into a boolean mask (N,) of the samples that leave; NaN never leaves."""
+        return score >= threshold if self.leaves_above else score < threshold
+
+    def forward(self, log_probs: Tensor, threshold: float | Tensor) -> Tensor:
+        """Returns the mask (N,) of samples that leave at the deepest exit of ``log_probs`` (exits so far, N, K)."""
+        if log_probs.ndim != 3:
+            raise ShapeError(f"log_probs must be (exits so far, N, K), got shape {tuple(log_probs.shape)}")
+        return self.compare(self.score(log_probs), threshold)
+
+    def never_leaves(self, threshold: float) -> bool:
+        """Tells whether nobody can leave at this threshold, whatever the scores, so that the head need not run."""
+        return False
+
+    def check_threshold(self, threshold: float | Sequence[float], num_early_exits: int) -> list[float]:
+        """Returns one float per early exit.
+
+        Raises:
+            ThresholdError: NaN, outside :attr:`threshold_range`, or neither one number nor one per early exit.
+        """
+        name = type(self).__name__
+        values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}")
+        low, high = self.threshold_range
+        for value in values:
+            if math.isnan(value) or not low <= value <= high:
+                raise ThresholdError(
+                    f"threshold {value!r} is not allowed for {name}: give a number in [{low:g}, {high:g}]"
+                )
+        if isinstance(threshold, (int, float)):
+            return [float(threshold)] * num_early_exits
+        if len(values) != num_early_exits:
+            raise ThresholdError(
+                f"got {len(values)} thresholds for {num_early_exits} early exits: give one number for all, or one per"
+                " early exit (the last exit, the backbone's own classifier, has none)"
+            )
+        return [float(v) for v in values]

@@ -1,0 +1,34 @@
+"""Leave when the softmax entropy is low."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from .base import ExitPolicy
+
+
+class EntropyPolicy(ExitPolicy):
+    """Leaves when the softmax entropy in nats is strictly below the threshold.
+
+    H(p) = -sum_k p_k log p_k lies in [0, log K]; a threshold of 0 never leaves, one above log K always does. The
+    maximum grows with the number of classes, so a threshold does not carry over between data sets.
+
+    References:
+        Teerapittayanon et al., BranchyNet, 2016, arXiv 1709.01686; used by ERDE, arXiv 2510.04856.
+    """
+
+    leaves_above: ClassVar[bool] = False
+    uses_history: ClassVar[bool] = False
+    exportable: ClassVar[bool] = True
+
+    def score(self, log_probs: Tensor) -> Tensor:
+        """Returns the entropy of the deepest exit, (N,), in nats; saturated probabilities count 0, NaN stays NaN."""
+        last = log_probs[-1]
+        # A class of probability 0 has log-probability -inf and would give 0 * inf.
+        return -(last.exp() * last.clamp_min(-1e4)).sum(-1)
+
+    def never_leaves(self, threshold: float) -> bool:
+        """No entropy is strictly below 0."""
+        return threshold <= 0

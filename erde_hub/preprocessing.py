@@ -1,0 +1,62 @@
+"""How images become ``pixel_values``: stored in the config, handed out as a transformers image processor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import BitImageProcessor
+
+from .errors import ConfigError, nearest
+
+#: Names that timm uses, to Pillow's numbers.
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+_KEYS = ("mean", "std", "size", "interpolation", "crop_pct")
+
+
+def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values as JSON types.
+
+    Args:
+        values: ``mean`` and ``std`` per channel, of pixels in [0, 1]; ``size`` (H, W); ``interpolation``; ``crop_pct``:
+            the shorter side is resized to size / crop_pct, then the centre is cropped.
+
+    Raises:
+        ConfigError: A key that is missing or does not exist, or a value that is not allowed.
+    """
+    for key in values:
+        if key not in _KEYS:
+            raise ConfigError(f"preprocessing has no {key!r}{nearest(key, _KEYS)} (it has: {', '.join(_KEYS)})")
+    missing = [key for key in _KEYS if key not in values]
+    if missing:
+        raise ConfigError(f"preprocessing lacks {', '.join(missing)}")
+    mean, std, size = ([float(v) for v in values[key]] for key in ("mean", "std", "size"))
+    crop_pct = float(values["crop_pct"])
+    if values["interpolation"] not in _RESAMPLE:
+        raise ConfigError(f"interpolation must be one of {', '.join(_RESAMPLE)}, got {values['interpolation']!r}")
+    if len(mean) != len(std) or any(s <= 0 for s in std) or len(size) != 2 or min(size) < 1 or not 0 < crop_pct <= 1:
+        raise ConfigError(
+            f"mean={mean}, std={std}, size={size}, crop_pct={crop_pct} is not allowed: mean and std per channel, std"
+            " above 0, size (H, W) in pixels, crop_pct in (0, 1]"
+        )
+    return {
+        "mean": mean,
+        "std": std,
+        "size": [int(s) for s in size],
+        "interpolation": values["interpolation"],
+        "crop_pct": crop_pct,
+    }
+
+
+def build_image_processor(preprocessing: dict[str, Any]) -> BitImageProcessor:
+    """Returns the processor that resizes, crops, scales and normalises as ``preprocessing`` says."""
+    p = check_preprocessing(preprocessing)
+    height, width = p["size"]
+    resize = [int(s / p["crop_pct"]) for s in (height, width)]
+    return BitImageProcessor(
+        do_convert_rgb=len(p["mean"]) == 3,
+        size={"shortest_edge": resize[0]} if height == width else {"height": resize[0], "width": resize[1]},
+        resample=_RESAMPLE[p["interpolation"]],
+        crop_size={"height": height, "width": width},
+        image_mean=p["mean"],
+        image_std=p["std"],
+    )

@@ -1,0 +1,278 @@
+"""One engine behind every forward pass: how the backbone is driven, and what happens at an exit.
+
+A *drive* runs the backbone and shows the output of every exit's stage to a *pass*. There are two drives: a staged one,
+for families whose forward is a known sequence of steps, and hooks for everything else. There are two passes: one runs
+every exit, one lets samples leave and hands a smaller batch back, so that nothing behind an exit runs for them.
+
+All state of a pass lives in that pass. Hooks find it through a context variable, so threads, models wrapped twice and
+wrapped models inside wrapped models do not see each other's, and outside a wrapper's call a hook does nothing.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ._tree import shrink, tensors
+from .errors import ExitNotReachedError, ShapeError
+from .heads import ExitHead
+from .policies import ExitPolicy
+
+
+class Pass(Protocol):
+    """What happens at the exits during one forward pass."""
+
+    def visit(self, exit_index: int, output: Any) -> Any | None:
+        """Takes the output of an exit's stage, returns what the next layers get, or None when nobody is left."""
+
+
+class Drive(Protocol):
+    """How the backbone is run so that a pass sees every exit."""
+
+    def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+        """Returns the backbone's output, or None if the pass ended early."""
+
+
+class StageStep:
+    """One step of a staged forward: a callable, and the exit behind it if there is one."""
+
+    __slots__ = ("exit_index", "run")
+
+    def __init__(self, run: Callable[[Any], Any], exit_index: int | None = None) -> None:
+        self.run = run
+        self.exit_index = exit_index
+
+
+class StagedDrive:
+    """Runs a backbone step by step. Holds callables, so it is built for a call and never stored in a model."""
+
+    def __init__(self, steps: Sequence[StageStep], checkpointed: bool = False) -> None:
+        self.steps = steps
+        self.checkpointed = checkpointed
+
+    def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+        """Runs the steps in order; the staged families take one input tensor and no keyword arguments."""
+        (x,) = inputs
+        for step in self.steps:
+            x = step.run(x)
+            if step.exit_index is not None:
+                x = visitor.visit(step.exit_index, x)
+                if x is None:
+                    return None
+        return x
+
+
+class _NobodyLeft(BaseException):
+    """Ends a pass inside somebody else's forward; not an Exception, so that no backbone swallows it."""
+
+
+class _Live:
+    """A running hook pass: whose taps it answers, and how often each was reached."""
+
+    __slots__ = ("calls", "taps", "visitor")
+
+    def __init__(self, taps: Sequence[ExitTap], visitor: Pass) -> None:
+        self.taps = taps
+        self.visitor = visitor
+        self.calls = [0] * len(taps)
+
+
+_running: contextvars.ContextVar[tuple[_Live, ...]] = contextvars.ContextVar("erde_hub_running", default=())
+
+
+class ExitTap:
+    """Forward hook behind one exit; a plain object that copies and pickles with the module it sits on.
+
+    Args:
+        exit_index: Index of the exit.
+        call: The exit is behind this call of the module, counted from 0, where a module is called several times.
+    """
+
+    def __init__(self, exit_index: int, call: int = 0) -> None:
+        self.exit_index = exit_index
+        self.call = call
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any | None:
+        """Shows the output to the pass that owns this tap, if one is running in this context."""
+        for live in reversed(_running.get()):
+            for position, tap in enumerate(live.taps):
+                if tap is self:
+                    call = live.calls[position]
+                    live.calls[position] += 1
+                    if call != self.call:
+                        return None
+                    seen = live.visitor.visit(self.exit_index, output)
+                    if seen is None:
+                        raise _NobodyLeft
+                    return seen
+        return None
+
+
+class HookDrive:
+    """Runs a backbone's own forward; taps on its modules call the pass."""
+
+    def __init__(self, backbone: nn.Module, taps: Sequence[ExitTap]) -> None:
+        self.backbone = backbone
+        self.taps = taps
+
+    def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+        """Runs the backbone; the pass's own exception, and nothing else, ends it early."""
+        token = _running.set((*_running.get(), _Live(self.taps, visitor)))
+        try:
+            return self.backbone(*inputs, **kwargs)
+        except _NobodyLeft:
+            return None
+        finally:
+            _running.reset(token)
+
+
+def read_feature(output: Any, leaf: int | None) -> Tensor:
+    """Returns the tensor that a head reads from a stage's output."""
+    if leaf is None:
+        if not isinstance(output, Tensor):
+            raise ExitNotReachedError(
+                f"the stage of an exit returned {type(output).__name__} where one tensor was seen at wrapping"
+            )
+        return output
+    return tensors(output)[leaf]
+
+
+class RunAll:
+    """Runs every exit; the output of each stage goes on unchanged."""
+
+    def __init__(self, heads: Sequence[ExitHead], features: bool = False) -> None:
+        self.heads = heads
+        self.exit_logits: list[Tensor | None] = [None] * len(heads)
+        self.features: list[Tensor] | None = [] if features else None
+
+    def visit(self, exit_index: int, output: Any) -> Any:
+        """Stores the head's logits."""
+        head = self.heads[exit_index]
+        feature = read_feature(output, head.spec.leaf)
+        self.exit_logits[exit_index] = head(feature)
+        return output
+
+    def finish(self, final: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Returns the logits of all exits, or raises if one did not fire."""
+        missing = [name for name, logits in zip(names, self.exit_logits, strict=True) if logits is None]
+        if missing:
+            raise ExitNotReachedError(not_reached(missing))
+        return (*(logits for logits in self.exit_logits if logits is not None), final)
+
+
+def not_reached(names: Sequence[str]) -> str:
+    """The message for exits that did not fire."""
+    return (
+        f"the forward pass did not reach the exits {list(names)}: the backbone took another path than at wrapping"
+        " (torch.compile of the backbone, changed modules?); there is no answer to give"
+    )
+
+
+class Route:
+    """Lets each sample leave at the first exit that is sure of it and hands the rest of the batch on.
+
+    Args:
+        heads: The early exits' heads.
+        policy: Decides from log-probabilities.
+        thresholds: One per early exit.
+        batch: Number of samples.
+        device: Where the indices live.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[ExitHead],
+        policy: ExitPolicy,
+        thresholds: Sequence[float],
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        self.heads = heads
+        self.policy = policy
+        self.thresholds = thresholds
+        self.batch = batch
+        self.device = device
+        self.next_exit = 0
+        self.live: Tensor | None = None  # indices of the live samples, None while that is all of them
+        self.count = batch
+        self.history: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.exits: list[int] = []
+
+    def _leave(self, rows: Tensor | None, logits: Tensor, exit_index: int) -> None:
+        every = torch.arange(self.batch, device=self.device) if rows is None else rows
+        self.rows.append(every)
+        self.logits.append(logits)
+        self.exits.append(exit_index)
+
+    def visit(self, exit_index: int, output: Any) -> Any | None:
+        """Runs the head, takes out who leaves, returns the output of those who stay, or None."""
+        if exit_index != self.next_exit:
+            raise ExitNotReachedError(
+                f"exit {exit_index} fired where exit {self.next_exit} was due: the backbone took another path than at"
+                " wrapping; there is no answer to give"
+            )
+        self.next_exit += 1
+        threshold = self.thresholds[exit_index]
+        if self.policy.never_leaves(threshold) and not self.policy.uses_history:
+            return output
+        head = self.heads[exit_index]
+        feature = read_feature(output, head.spec.leaf)
+        if feature.shape[0] != self.count:
+            raise ExitNotReachedError(
+                f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are alive"
+            )
+        logits = head(feature)
+        log_probs = logits.float().log_softmax(-1)
+        if self.policy.uses_history:
+            self.history.append(log_probs)
+            seen = torch.stack(self.history)
+        else:
+            seen = log_probs.unsqueeze(0)
+        leaves = self.policy(seen, threshold)
+        stay = leaves.logical_not().nonzero().squeeze(1)
+        staying = stay.shape[0]
+        if staying == self.count:
+            return output
+        if staying == 0:
+            self._leave(self.live, logits, exit_index)
+            self.count = 0
+            return None
+        gone = leaves.nonzero().squeeze(1)
+        live = torch.arange(self.batch, device=self.device) if self.live is None else self.live
+        self._leave(live.index_select(0, gone), logits.index_select(0, gone), exit_index)
+        self.live = live.index_select(0, stay)
+        self.history = [h.index_select(0, stay) for h in self.history]
+        output = shrink(output, stay, self.count)
+        self.count = staying
+        return output
+
+    def finish(self, final: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Puts logits (N, K) and exit indices (N,) back into the order of the input."""
+        if final is not None:
+            if self.next_exit != len(self.heads):
+                raise ExitNotReachedError(not_reached(names[self.next_exit :]))
+            if final.shape[0] != self.count:
+                raise ShapeError(
+                    f"the backbone returned {final.shape[0]} rows for {self.count} live samples: something behind the"
+                    " last exit reads the whole batch"
+                )
+            self._leave(self.live, final, len(self.heads))
+        if len(self.rows) == 1:
+            return self.logits[0], torch.full((self.batch,), self.exits[0], dtype=torch.int64, device=self.device)
+        order = torch.cat(self.rows)
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=self.device)
+        dtype = self.logits[0].dtype
+        for logits in self.logits[1:]:  # under autocast a head and the classifier may differ
+            dtype = torch.promote_types(dtype, logits.dtype)
+        merged = torch.cat([logits.to(dtype) for logits in self.logits]).index_select(0, position)
+        index = torch.cat([torch.full_like(r, e) for r, e in zip(self.rows, self.exits, strict=True)]).index_select(
+            0, position
+        )
+        return merged, index
