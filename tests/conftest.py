@@ -1,0 +1,56 @@
+"""What every test gets: no network, no traces left for the next test, and the shared reference data."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples on every run and machine: a failure is then a change of the code, not of the luck.
+settings.register_profile(
+    "erde_hub", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("erde_hub")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Seeds every generator before a test; gives back generators, default dtype, threads and gradient mode after it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is meant
+    torch_state = torch.random.get_rng_state()
+    dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test draw from it
+    torch.manual_seed(0)
+    yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)  # noqa: NPY002 - as above
+    torch.random.set_rng_state(torch_state)
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    torch.use_deterministic_algorithms(deterministic)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ``shared/`` beside the checkout: reference vectors and data sets. A checkout alone has none."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        message = f"the reference data are not there: {folder.name}/ is looked for beside the checkout"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder

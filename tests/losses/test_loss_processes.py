@@ -1,0 +1,104 @@
+"""Two processes with half a batch each give the loss and the gradients of one process with the whole batch."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from erde_hub.losses import create_loss
+
+SAMPLES, CLASSES, EXITS = 8, 4, 3
+LOSSES = [
+    ("ce", {}),
+    ("kd", {"exit_weights": [0.5, 1.0, 2.0]}),
+    ("erde", {}),
+    ("erde", {"entropy_weight": 1.0, "reduction": "batch", "entropy_exits": "all"}),
+    ("erde", {"entropy_weight": 1.0, "reduction": "subset"}),
+    ("erde", {"reduction": "subset", "kd_on_teacher_wrong": True}),
+    ("erde", {"reduction": "subset", "kd_on_all_samples_at_final_exit": True, "correctness": "final_exit"}),
+    ("erde", {"reduction": "sum"}),
+]
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(6, CLASSES) for _ in range(EXITS))
+
+    def forward(self, inputs):
+        return [head(inputs) for head in self.heads]
+
+
+def make_batch():
+    """The teacher is right on different shares of the two halves, and at exit 0 only on samples of the second."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(SAMPLES, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+    right = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 1], [1, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 1, 0]])
+    answers = torch.where(right.bool(), labels, (labels + 1) % CLASSES)
+    teacher = torch.randn(EXITS, SAMPLES, CLASSES, generator=generator, dtype=torch.float64)
+    return inputs, teacher + 8 * nn.functional.one_hot(answers, CLASSES), labels
+
+
+def run(rows, wrap):
+    """Losses, terms and gradients of each configuration on some rows of the batch."""
+    inputs, teacher, labels = make_batch()
+    results = []
+    for name, arguments in LOSSES:
+        torch.manual_seed(5)
+        student = wrap(Student().double())
+        result = create_loss(name, **arguments)(student(inputs[rows]), teacher[:, rows].unbind(0), labels[rows])
+        result.loss.backward()
+        terms = torch.stack([result.loss.detach(), *result.terms.values()])
+        results.append((terms, [parameter.grad for parameter in student.parameters()]))
+    return results
+
+
+def worker(rank, folder):
+    if Path("/sys/class/net/lo").exists():  # the host's name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    half = SAMPLES // 2
+    results = run(slice(rank * half, (rank + 1) * half), DistributedDataParallel)
+    for terms, _ in results:
+        dist.all_reduce(terms)
+        terms /= 2
+    if rank == 0:
+        # In eval mode nobody else is waited for, and the sums are local.
+        inputs, teacher, labels = make_batch()
+        local = create_loss("erde", reduction="subset").eval()
+        torch.manual_seed(5)
+        value = local(Student().double()(inputs), teacher.unbind(0), labels).loss.detach()
+        torch.save({"results": results, "local": value}, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(worker, args=(tmp_path,), nprocs=2)
+    together = torch.load(tmp_path / "results.pt")
+    alone = run(slice(None), lambda module: module)
+    assert len(together["results"]) == len(LOSSES)
+    for (name, arguments), (terms, grads), (expected_terms, expected_grads) in zip(
+        LOSSES, together["results"], alone, strict=True
+    ):
+        message = f"{name} {arguments}"
+        torch.testing.assert_close(terms, expected_terms, rtol=1e-9, atol=1e-12, msg=message)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-12, msg=message)
+    subset = LOSSES.index(("erde", {"entropy_weight": 1.0, "reduction": "subset"}))
+    batch = LOSSES.index(("erde", {"entropy_weight": 1.0, "reduction": "batch", "entropy_exits": "all"}))
+    assert not torch.allclose(alone[subset][0][0], alone[batch][0][0])
+    inputs, teacher, labels = make_batch()
+    torch.manual_seed(5)
+    local = create_loss("erde", reduction="subset")(Student().double()(inputs), teacher.unbind(0), labels).loss
+    torch.testing.assert_close(together["local"], local)
