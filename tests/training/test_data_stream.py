@@ -1,0 +1,144 @@
+"""Streams: the same rules without row numbers and without knowing the length."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from data_fakes import picture, rows, write_parquet
+from test_data_loader import joined, same
+
+from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError
+from erde_hub.training.data import BatchLoader, load_image_data
+from erde_hub.training.data_stream import bucket_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_parquet(tmp_path_factory.mktemp("stream"), {"train": rows(120), "test": rows(30, first_seed=500)}, shards=3)
+
+
+@pytest.fixture(scope="module")
+def stream(folder):
+    return load_image_data(folder, streaming=True, progress=False)
+
+
+def content(batch):
+    return {tuple(image.flatten().tolist()) for image in batch["pixel_values"]}
+
+
+def test_splits_are_disjoint_and_complete(folder, stream):
+    train, validation = joined(BatchLoader(stream.train, 7)), joined(BatchLoader(stream.validation, 7))
+    assert not content(train) & content(validation)
+    assert len(content(train) | content(validation)) == 120
+    share = len(validation["labels"]) / 120
+    assert 0.02 < share < 0.2
+    assert len(joined(BatchLoader(stream.test, 7))["labels"]) == 30
+    expected = sum(bucket_of(image) < 10 for image in rows(120)["img"])
+    assert len(validation["labels"]) == expected
+    assert stream.split_info["validation"] == {
+        "rows": None,
+        "source": "train",
+        "rule": "hash of the image modulo 100 in [0, 10)",
+    }
+
+
+def test_labels_belong_to_their_images(stream):
+    whole = joined(BatchLoader(stream.train, 50, shuffle=True))
+    red = whole["pixel_values"][:, 0, 0, 0] * stream.std[0] + stream.mean[0]
+    assert torch.equal((red * 255 / 20).round().long(), whole["labels"])
+    ordered = joined(BatchLoader(stream.train, 50))
+    assert ordered["index"].tolist() == sorted(whole["index"].tolist())
+    assert torch.equal(whole["labels"][whole["index"].argsort()], ordered["labels"])
+    assert set((ordered["index"] >> 32).tolist()) == {0, 1, 2}  # the files
+    assert not torch.equal(whole["labels"], ordered["labels"])
+
+
+def test_statistics_are_those_of_the_pixels(stream):
+    values = joined(BatchLoader(stream.train, 50))["pixel_values"]
+    assert values.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (values.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-3
+
+
+def test_order_depends_on_seed_and_epoch_alone(stream):
+    def epoch(number, seed=0, **kwargs):
+        loader = BatchLoader(stream.train, 16, shuffle=True, augment="crop_flip", seed=seed, **kwargs)
+        loader.set_epoch(number)
+        return list(loader)
+
+    assert all(same(a, b) for a, b in zip(epoch(1), epoch(1), strict=True))
+    assert not torch.equal(joined(epoch(1))["labels"], joined(epoch(2))["labels"])
+    assert not torch.equal(joined(epoch(1))["labels"], joined(epoch(1, seed=1))["labels"])
+    assert all(same(a, b) for a, b in zip(epoch(1), epoch(1, num_workers=2), strict=True))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_ranks_share_the_batches_of_one_process(stream, drop_last):
+    args = {"shuffle": True, "augment": "crop_flip", "drop_last": drop_last}
+    single = list(BatchLoader(stream.train, 16, **args))
+    parts = [list(BatchLoader(stream.train, 8, rank=r, world_size=2, **args)) for r in range(2)]
+    assert len(parts[0]) == len(parts[1]) == len(single)
+    for expected, *both in zip(single, *parts, strict=True):
+        assert not set(both[0]["index"].tolist()) & set(both[1]["index"].tolist())
+        assert same(joined(both), expected)
+    assert all(len(b["labels"]) == 16 for b in single) is drop_last
+
+
+def test_resuming_skips_what_was_seen(stream):
+    loader = BatchLoader(stream.train, 16, shuffle=True, augment="crop_flip")
+    loader.set_epoch(3)
+    whole = list(loader)
+    loader.set_epoch(3, first_batch=4)
+    rest = list(loader)
+    assert len(rest) == len(whole) - 4
+    assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_what_a_stream_cannot_tell(stream):
+    loader = BatchLoader(stream.train, 16)
+    assert loader.num_batches is None
+    with pytest.raises(InputTypeError, match="number of rows of the streamed split 'train' is unknown: set max_steps"):
+        len(loader)
+    with pytest.raises(DataError, match="no list of labels"):
+        _ = stream.train.labels
+    with pytest.raises(DataError, match="no list of rows"):
+        _ = stream.train.indices
+    with pytest.raises(DataError, match="streamed data have no rows to store"):
+        stream.save_split("split.json")
+
+
+def test_a_limit_makes_a_prefix(folder):
+    data = load_image_data(folder, streaming=True, progress=False, max_train_samples=20)
+    assert len(joined(BatchLoader(data.train, 8))["labels"]) <= 20
+    with pytest.raises(ConfigError, match="streaming does not go with max_eval_samples"):
+        load_image_data(folder, streaming=True, max_eval_samples=5)
+    with pytest.raises(ConfigError, match="streaming does not go with split_file"):
+        load_image_data(folder, streaming=True, split_file="split.json")
+
+
+def test_given_splits_and_large_images(tmp_path):
+    size = {"size": (120, 100)}
+    splits = {"train": rows(20, **size), "validation": rows(6, first_seed=50, **size), "test": rows(5, **size)}
+    data = load_image_data(write_parquet(tmp_path, splits), streaming=True, input_size=32, progress=False)
+    counts = [len(joined(BatchLoader(split, 4))["labels"]) for split in (data.train, data.validation, data.test)]
+    assert counts == [20, 6, 5]
+    batch = next(iter(BatchLoader(data.train, 4, shuffle=True, augment=data.augment)))
+    assert batch["pixel_values"].shape == (4, 3, 32, 32)
+
+
+def test_bad_rows_are_named(tmp_path):
+    columns = rows(30)
+    columns["img"][21] = b"this is no image"
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    folder = write_parquet(tmp_path / "set", {"train": columns, "validation": rows(6), "test": rows(6)}, features)
+    with pytest.raises(DataError, match=r"row 21 of split 'train' of 'set' \(streamed\) cannot be read"):
+        load_image_data(folder, streaming=True)
+    columns = rows(30)
+    columns["label"][4] = None
+    folder = write_parquet(tmp_path / "other", {"train": columns, "validation": rows(6), "test": rows(6)}, features)
+    with pytest.raises(LabelError, match=r"label None in row 4 of split 'train'"):
+        load_image_data(folder, streaming=True)
+    plain = {"img": datasets.Image(), "label": datasets.Value("int64")}
+    folder = write_parquet(tmp_path / "plain", {"train": {"img": [picture(0, 0)], "label": [0]}}, plain)
+    with pytest.raises(DataError, match="'label' of 'plain' does not name its classes"):
+        load_image_data(folder, streaming=True)
