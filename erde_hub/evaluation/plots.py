@@ -1,0 +1,254 @@
+"""Pictures of a run, drawn from the contents of its ``results.json``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from erde_hub.errors import MissingDependencyError
+
+from ._files import replacing
+from .formatting import mmacs, percent, threshold_label
+from .report import validate_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+# Okabe and Ito's palette, told apart with any kind of colour vision; shapes differ as well.
+_BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+_ORANGE_TEXT = "#8F6200"  # the same hue, dark enough for words on white
+
+#: A teacher up to this many times the student's cost is drawn as a point; a dearer one as a line with its cost written
+#: on it, so that the student's curve keeps the width of the picture.
+_TEACHER_ON_AXIS = 1.5
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
+    "font.size": 11,
+    "axes.labelsize": 12,
+    "legend.fontsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.8,
+    "lines.markersize": 8,
+    "legend.frameon": True,
+    "legend.framealpha": 0.9,
+    "legend.edgecolor": "none",
+    "svg.hashsalt": "erde_hub",
+}
+
+
+def plot_frontier(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws accuracy against mean cost: the threshold sweep, each exit alone, the teacher and the full student.
+
+    The fine sweep is the line, the round thresholds are dots on it, a few of them labelled. Squares are what each exit
+    gives when every sample leaves there. A separately trained network without exits is drawn where ``results`` hold a
+    ``static_student``. The same results give the same bytes with the same matplotlib.
+
+    Args:
+        results: Contents of ``results.json``.
+        path: The picture; the ending gives the format, ``.png`` say.
+
+    Raises:
+        ResultsError: See :func:`~erde_hub.evaluation.validate_results`.
+        MissingDependencyError: matplotlib is not installed.
+        CheckpointWriteError: The file cannot be written.
+    """
+    try:
+        import matplotlib.style as mpl_style  # noqa: PLC0415 - an extra
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingDependencyError(
+            'drawing needs matplotlib: install it with `pip install "erde-hub[train]"`'
+        ) from error
+    results = validate_results(results)
+    suffix = Path(path).suffix.lstrip(".").lower() or "png"
+    with mpl_style.context(["default", _STYLE]):  # whatever a user's own style says; it is back afterwards
+        figure = Figure(figsize=(6.4, 4.4), dpi=200, layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw_frontier(figure, results)
+        with replacing(path) as temporary:
+            # Neither date nor version, so that a picture changes only when its numbers do.
+            blank = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None}, "svg": {"Date": None}}
+            figure.savefig(temporary, format=suffix, metadata=blank.get(suffix))
+
+
+def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
+    axes = figure.add_subplot()
+    per_exit, steps, final = results["per_exit"], results["sweep"], results["per_exit"][-1]
+    teacher, static = results.get("teacher"), results.get("static_student")
+    line = sorted([*results.get("fine_sweep", []), *steps], key=lambda row: row["mean_macs"])
+    policy = results["student"].get("policy", "entropy")
+    white: dict[str, Any] = {"markeredgecolor": "white", "zorder": 5}
+    axes.plot(*_points(line, "mean_macs"), color=_BLUE, linewidth=2.2, zorder=3)
+    axes.plot(*_points(steps, "mean_macs"), "o", color=_BLUE, markersize=6.5, zorder=4, label=f"threshold θ ({policy})")
+    axes.plot(*_points(per_exit[:-1], "macs"), "s", color=_ORANGE, label="every sample leaves at one exit", **white)
+    axes.plot(*_points([final], "macs"), "D", color=_GREEN, markersize=9, label="student run to its last exit", **white)
+    if static is not None:
+        axes.plot(
+            *_points([static], "macs"),
+            "^",
+            color=_PURPLE,
+            markersize=10,
+            label="student trained without exits",
+            **white,
+        )
+    far = teacher is not None and teacher["macs"] > _TEACHER_ON_AXIS * final["macs"]
+    if teacher is not None and not far:
+        axes.plot(*_points([teacher], "macs"), "*", color=_RED, markersize=15, label="teacher", **white)
+    axes.set_xlabel("mean cost per image (MMACs)")
+    axes.set_ylabel("accuracy (%)")
+    axes.margins(x=0.07, y=0.1)
+    left, right = axes.get_xlim()
+    if left < 0.3 * (right - left):  # so near to 0 that an axis from 0 costs little and says more
+        axes.set_xlim(0, right)
+    if teacher is not None and far:
+        style: dict[str, Any] = {"color": _RED, "linestyle": (0, (5, 3)), "linewidth": 1.8, "zorder": 2}
+        axes.axhline(100 * teacher["accuracy"], label="teacher", **style)
+    low, high = axes.get_ylim()
+    low = max(low, -3)
+    room = 100 * teacher["accuracy"] + 0.1 * (high - low) if teacher is not None and far else 0  # for words on the line
+    axes.set_ylim(low, max(min(high, 103), room))
+    level = 100 * teacher["accuracy"] if teacher is not None and far else None
+    others = [row for row in (static, None if far else teacher) if row is not None]
+    labels = _Labels(figure, axes, line, level, [*per_exit, *steps, *others])
+    labels.legend()
+    if teacher is not None and level is not None:
+        ratio = teacher["macs"] / max(final["macs"], 1)
+        text = f"{percent(teacher['accuracy'])} % at {mmacs(teacher['macs'])} MMACs, {ratio:.1f} times the student →"
+        labels.on_line(level, text, _RED)
+    for row in per_exit[:-1]:
+        labels.beside(row["macs"], row["accuracy"], row["exit"], _ORANGE_TEXT, _BELOW)
+    for row in steps:
+        labels.beside(row["mean_macs"], row["accuracy"], f"θ={threshold_label(row['threshold'])}", _BLUE, _ABOVE)
+
+
+def _points(rows: Sequence[Mapping[str, Any]], cost: str) -> tuple[list[float], list[float]]:
+    return [row[cost] / 1e6 for row in rows], [100 * row["accuracy"] for row in rows]
+
+
+#: Offsets in points and alignment, tried in turn.
+_ABOVE = [(-6, 5, "right", "bottom"), (-8, 0, "right", "center"), (0, 9, "center", "bottom"), (7, -5, "left", "top")]
+_BELOW = [(8, -3, "left", "top"), (9, 0, "left", "center"), (0, -9, "center", "top"), (-9, 0, "right", "center")]
+
+
+class _Labels:
+    """Writes words beside points, each only where it covers neither the data nor another word."""
+
+    def __init__(
+        self,
+        figure: Figure,
+        axes: Axes,
+        line: Sequence[Mapping[str, Any]],
+        level: float | None,
+        points: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.figure = figure
+        self.axes = axes
+        self.line = line
+        self.level = level
+        self.points = [(row.get("mean_macs", row.get("macs")) / 1e6, 100 * row["accuracy"]) for row in points]
+        self.taken: list[Bbox] = []
+        self._measure()
+
+    def _measure(self) -> None:
+        """Finds out where the data lie in pixels."""
+        self.figure.canvas.draw()  # places everything
+        self.data = self._dense(self.line)
+        if self.level is not None:
+            across = [(x, self.level) for x in np.linspace(*self.axes.get_xlim(), 400)]
+            self.data = np.concatenate([self.data, self.axes.transData.transform(across)])
+        self.marks = self.axes.transData.transform(self.points)
+
+    def legend(self) -> None:
+        """Puts the legend into the first place that is free, or below the axes."""
+        for corner in (
+            "lower right",
+            "center right",
+            "upper left",
+            "lower left",
+            "center left",
+            "upper right",
+            "center",
+        ):
+            legend = self.axes.legend(loc=corner)
+            box = legend.get_window_extent()
+            if not _any_inside(box, self.data) and not _any_inside(box.padded(10), self.marks):
+                self.taken.append(box)
+                return
+            legend.remove()
+        self.figure.legend(loc="outside lower center", ncols=2)
+        self._measure()
+
+    def _dense(self, line: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """The pixels of a polyline, a few apart."""
+        corners = self.axes.transData.transform(np.stack(_points(line, "mean_macs"), 1))
+        steps = np.linspace(0, 1, 40)[:, None, None]
+        return (corners[:-1] * (1 - steps) + corners[1:] * steps).reshape(-1, 2) if len(corners) > 1 else corners
+
+    def beside(self, macs: float, accuracy: float, text: str, color: str, places: Sequence[Any]) -> None:
+        """Tries the places around a point in turn and writes nothing if all are taken."""
+        for dx, dy, horizontal, vertical in places:
+            note = self.axes.annotate(
+                text,
+                (macs / 1e6, 100 * accuracy),
+                (dx, dy),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                color=color,
+                fontsize=10,
+                zorder=7,
+            )
+            if self._keep(note):
+                return
+
+    def on_line(self, level: float, text: str, color: str) -> None:
+        """Writes above or below a horizontal line, at either end."""
+        for x, horizontal in ((0.995, "right"), (0.01, "left")):
+            for dy, vertical in ((4, "bottom"), (-4, "top")):
+                note = self.axes.annotate(
+                    text,
+                    (x, level),
+                    (0, dy),
+                    xycoords=("axes fraction", "data"),
+                    textcoords="offset points",
+                    ha=horizontal,
+                    va=vertical,
+                    color=color,
+                    fontsize=10,
+                    zorder=7,
+                )
+                if self._keep(note):
+                    return
+
+    def _keep(self, note: Annotation) -> bool:
+        box = note.get_window_extent().padded(3)
+        frame, paper = self.axes.bbox, self.figure.bbox
+        inside = frame.x0 <= box.x0 and box.x1 <= paper.x1 and frame.y0 <= box.y0 and box.y1 <= paper.y1
+        around = box.padded(8)
+        free = not (_any_inside(box, self.data) or _any_inside(around, self.marks)) and not box.count_overlaps(
+            self.taken
+        )
+        if inside and free:
+            self.taken.append(box)
+            return True
+        note.remove()
+        return False
+
+
+def _any_inside(box: Bbox, points: np.ndarray) -> bool:
+    x, y = points[:, 0], points[:, 1]
+    return bool(((x > box.x0) & (x < box.x1) & (y > box.y0) & (y < box.y1)).any())

@@ -1,0 +1,304 @@
+"""What a policy and its thresholds would do, from records alone: no network runs here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erde_hub.errors import ConfigError, InputTypeError, ThresholdError
+from erde_hub.policies import (
+    ConfidencePolicy,
+    EntropyPolicy,
+    ExitPolicy,
+    MarginPolicy,
+    PatiencePolicy,
+    create_policy,
+)
+
+from ._files import write_text
+from .metrics import ECE_BINS, SampleMetrics, sample_metrics
+from .records import ExitRecords
+
+#: Samples that are scored at a time.
+_ROWS = 8192
+
+
+def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
+    """Scores every sample at every early exit, as the running model would: in float32.
+
+    Shape:
+        Returns (E - 1, N).
+    """
+    policy = _policy(policy)
+    early = records.num_exits - 1
+    if early == 0:
+        return torch.empty(0, records.num_samples)
+    parts = []
+    with torch.no_grad():
+        for logits in records.logits[:early].split(_ROWS, 1):
+            log_probs = logits.log_softmax(-1)
+            seen = [log_probs[: e + 1] if policy.uses_history else log_probs[e : e + 1] for e in range(early)]
+            parts.append(torch.stack([policy.score(history) for history in seen]))
+    return torch.cat(parts, 1)
+
+
+def exit_indices(scores: Tensor, policy: ExitPolicy, thresholds: Sequence[float]) -> Tensor:
+    """Returns the exit that each sample takes: the first whose score passes, otherwise the last.
+
+    Shape:
+        scores: (E - 1, N), from :func:`exit_scores`. thresholds: E - 1 numbers. Returns (N,) int64.
+    """
+    stays = torch.ones(scores.shape[1], dtype=torch.bool)
+    index = torch.zeros(scores.shape[1], dtype=torch.int64)
+    for score, threshold in zip(scores, thresholds, strict=True):
+        if not policy.never_leaves(threshold):
+            stays &= policy.compare(score, threshold).logical_not()
+        index += stays
+    return index
+
+
+def route_records(
+    records: ExitRecords, policy: str | ExitPolicy, threshold: float | Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Routes recorded samples as the model would route them live.
+
+    Args:
+        records: Logits of every exit.
+        policy: A key of the policies table, or a policy.
+        threshold: One number, or one per early exit.
+
+    Shape:
+        Returns exit indices (N,) int64, 0 for the first exit, and the logits (N, K) of the exit each sample took.
+
+    Raises:
+        ThresholdError: NaN, outside the policy's range, or of the wrong length.
+        UnknownNameError: There is no policy of that name.
+    """
+    policy = _policy(policy)
+    thresholds = policy.check_threshold(_numbers(threshold), records.num_exits - 1)
+    index = exit_indices(exit_scores(records, policy), policy, thresholds)
+    return index, records.logits[index, torch.arange(records.num_samples)]
+
+
+def sweep_thresholds(
+    records: ExitRecords,
+    thresholds: Iterable[float | Sequence[float]] | None = None,
+    policy: str | ExitPolicy = "entropy",
+    bins: int = ECE_BINS,
+) -> list[dict[str, Any]]:
+    """Evaluates a policy at each threshold; scores and per-sample metrics are computed once for all of them.
+
+    Args:
+        records: Logits of every exit.
+        thresholds: Each one number for all early exits, or one per early exit. None takes :func:`step_thresholds`;
+            pass :func:`fine_thresholds` for a smooth curve.
+        policy: A key of the policies table, or a policy.
+        bins: Number of right-closed bins of the calibration error.
+
+    Returns:
+        One row per threshold, in the order given: ``threshold`` (infinity is the string ``"inf"``, which JSON can hold
+        and ``float`` reads), ``accuracy``, ``mean_macs`` (per sample; heads on the way count, also where nobody can
+        leave), ``exit_share`` (fractions, shallow to deep), ``top5`` (above five classes), ``nll``, ``brier``, ``ece``.
+
+    Raises:
+        ThresholdError: NaN, outside the policy's range, or of the wrong length.
+        ConfigError: There are no thresholds.
+        InputTypeError: ``thresholds`` is a single number.
+        UnknownNameError: There is no policy of that name.
+    """
+    policy = _policy(policy)
+    early = records.num_exits - 1
+    if thresholds is None:
+        thresholds = step_thresholds(policy, early) or fine_thresholds(records, policy)
+    if isinstance(thresholds, (int, float, str)):
+        raise InputTypeError(f"thresholds must be a sequence with one entry per row, got {thresholds!r}: write [...]")
+    wanted = [_numbers(threshold) for threshold in thresholds]
+    if not wanted:
+        raise ConfigError("there are no thresholds to sweep: give at least one, or None for the default steps")
+    checked = [policy.check_threshold(threshold, early) for threshold in wanted]
+    scores = exit_scores(records, policy)
+    samples = SampleMetrics.stack([sample_metrics(logits, records.labels) for logits in records.logits])
+    rows = []
+    for threshold, per_exit in zip(wanted, checked, strict=True):
+        index = exit_indices(scores, policy, per_exit)
+        counts = torch.bincount(index, minlength=records.num_exits)
+        cost = sum(count * macs for count, macs in zip(counts.tolist(), records.cumulative_macs, strict=True))
+        metrics = samples.at(index).summary(bins)
+        rows.append(
+            {
+                "threshold": _json_threshold(threshold),
+                "accuracy": metrics.pop("accuracy"),
+                "mean_macs": cost / records.num_samples,
+                "exit_share": (counts.double() / records.num_samples).tolist(),
+                **metrics,
+            }
+        )
+    return rows
+
+
+def per_exit_metrics(records: ExitRecords, bins: int = ECE_BINS) -> list[dict[str, Any]]:
+    """Evaluates each exit as if every sample left there: rows with exit, accuracy, macs, top5, nll, brier, ece."""
+    rows = []
+    for name, logits, macs in zip(records.exit_names, records.logits, records.cumulative_macs, strict=True):
+        metrics = sample_metrics(logits, records.labels).summary(bins)
+        rows.append({"exit": name, "accuracy": metrics.pop("accuracy"), "macs": macs, **metrics})
+    return rows
+
+
+def step_thresholds(policy: str | ExitPolicy, num_early_exits: int) -> list[float]:
+    """Returns the round thresholds of a default sweep; empty for a learned policy, whose scores have no fixed range.
+
+    Entropy: 0 to 2 in steps of 0.2. Confidence and margin: 0 to 1 in steps of 0.1, and infinity, where nobody leaves.
+    Patience: 1 to the number of early exits. Policies without a threshold: 0 once.
+    """
+    policy = _policy(policy)
+    if not policy.uses_threshold:
+        return [0.0]
+    if isinstance(policy, EntropyPolicy):
+        return [step / 5 for step in range(11)]
+    if isinstance(policy, (ConfidencePolicy, MarginPolicy)):
+        return [*(step / 10 for step in range(11)), math.inf]
+    if isinstance(policy, PatiencePolicy):
+        return [float(step) for step in range(1, max(num_early_exits, 1) + 1)]
+    return []
+
+
+def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", n: int = 100) -> list[float]:
+    """Returns about ``n`` rising thresholds, from never leaving to always leaving or the other way round.
+
+    They are quantiles of all exits' scores, so that neighbours differ for an equal share of samples and a curve through
+    them is smooth, however the scores are spread. Rounded to six digits. Samples that share a score move together.
+
+    Raises:
+        ConfigError: ``n`` is below 2.
+    """
+    policy = _policy(policy)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise ConfigError(f"n must be an integer of at least 2, got {n!r}")
+    if not policy.uses_threshold or records.num_exits == 1:
+        return step_thresholds(policy, 0) or [policy.default_threshold]
+    scores = exit_scores(records, policy).flatten()
+    scores = scores[scores.isfinite()].double().sort().values
+    picks = torch.linspace(0, len(scores) - 1, n, dtype=torch.float64).round().long()
+    lowest, highest = scores[0].item(), scores[-1].item()
+    integers = bool((scores == scores.round()).all())
+    values = [float(f"{value:.6g}") for value in scores[picks].tolist()]
+    # The two ends, which rounding must not move to the wrong side of the outermost score.
+    values += [_beyond(lowest, -1, integers), _beyond(highest, 1, integers)]
+    low, high = policy.threshold_range
+    if policy.never_leaves(low):
+        values.append(low)
+    return sorted({min(max(value, low), high) for value in values})
+
+
+def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the rows that no other row beats in both cost and accuracy, by rising cost."""
+    front: list[Mapping[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (r["mean_macs"], -r["accuracy"])):
+        if not front or row["accuracy"] > front[-1]["accuracy"]:
+            front.append(row)
+    return front
+
+
+def accuracy_at_cost(rows: Sequence[Mapping[str, Any]], macs: float) -> float | None:
+    """Returns the accuracy that a sweep reaches at a mean cost, for comparisons at matched cost.
+
+    Linear between neighbours on the Pareto front: what drawing between their two thresholds at random would give.
+
+    Args:
+        rows: Rows of :func:`sweep_thresholds`, best of a fine sweep.
+        macs: Mean multiply-accumulates per sample.
+
+    Returns:
+        A fraction; None where even the cheapest row costs more; the best accuracy where ``macs`` exceeds all rows.
+
+    Raises:
+        ConfigError: There are no rows.
+    """
+    front = pareto_front(rows)
+    if not front:
+        raise ConfigError("accuracy_at_cost needs at least one row")
+    if macs < front[0]["mean_macs"]:
+        return None
+    for left, right in pairwise(front):
+        if macs < right["mean_macs"]:
+            share = (macs - left["mean_macs"]) / (right["mean_macs"] - left["mean_macs"])
+            return left["accuracy"] + share * (right["accuracy"] - left["accuracy"])
+    return front[-1]["accuracy"]
+
+
+def write_sweep_csv(
+    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], exit_names: Sequence[str] | None = None
+) -> None:
+    """Writes a sweep as CSV: one column per number, ``exit_share`` as one column per exit.
+
+    Args:
+        rows: Rows of :func:`sweep_thresholds`.
+        path: The file; an earlier one is replaced only once the new one is complete.
+        exit_names: Name the share columns ``exit_share:NAME`` instead of ``exit_share:0`` and so on.
+
+    Raises:
+        ConfigError: There are no rows, or not one name per exit.
+        CheckpointWriteError: The file cannot be written.
+    """
+    if not rows:
+        raise ConfigError("there are no rows to write")
+    exits = len(rows[0]["exit_share"])
+    names = [str(e) for e in range(exits)] if exit_names is None else list(exit_names)
+    if len(names) != exits:
+        raise ConfigError(f"got {len(names)} exit_names for {exits} exits: {names}")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    keys = [key for key in rows[0] if key != "exit_share"]
+    writer.writerow([*keys, *(f"exit_share:{name}" for name in names)])
+    for row in rows:
+        cells = [" ".join(map(str, row[key])) if isinstance(row[key], list) else row[key] for key in keys]
+        writer.writerow([*cells, *row["exit_share"]])
+    write_text(path, buffer.getvalue())
+
+
+def _policy(policy: str | ExitPolicy) -> ExitPolicy:
+    if isinstance(policy, ExitPolicy):
+        return policy
+    if isinstance(policy, str):
+        return create_policy(policy)
+    raise InputTypeError(f"policy must be a name or an ExitPolicy, got {type(policy).__name__}")
+
+
+def _numbers(threshold: Any) -> float | list[float]:
+    """A threshold or one per exit as Python floats; rows of an earlier sweep may hold ``"inf"``."""
+    if isinstance(threshold, (torch.Tensor, np.ndarray, np.generic)):
+        threshold = threshold.tolist()
+    if isinstance(threshold, (list, tuple)):
+        return [_number(value) for value in threshold]
+    return _number(threshold)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str) and value in ("inf", "-inf"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ThresholdError(f"a threshold must be a number, or one number per early exit, got {value!r}")
+    return float(value)
+
+
+def _json_threshold(threshold: float | list[float]) -> Any:
+    if isinstance(threshold, list):
+        return [_json_threshold(value) for value in threshold]
+    return threshold if math.isfinite(threshold) else str(threshold)
+
+
+def _beyond(value: float, side: int, integers: bool) -> float:
+    """A short number just outside ``value``; below it for ``side`` -1, above it for 1."""
+    if integers:
+        return value + side
+    return float(f"{value + side * max(abs(value) * 1e-5, 1e-9):.6g}")

@@ -1,0 +1,314 @@
+"""The model card: README.md of a checkpoint, rendered from the contents of its ``results.json`` and nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from erde_hub.errors import ConfigError, MissingDependencyError
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
+from erde_hub.evaluation.report import validate_results
+
+#: Accuracy that a cheap operating point may lose against the full network, as a fraction.
+TOLERANCE = 0.01
+
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
+
+_ERDE = """\
+@misc{guidez2025erde,
+  title         = {{ERDE}: Entropy-Regularized Distillation for Early-exit},
+  author        = {Guidez, Martial and Duffner, Stefan and Alpou, Yannick and R{\\"o}th, Oscar and Garcia, Christophe},
+  year          = {2025},
+  eprint        = {2510.04856},
+  archivePrefix = {arXiv},
+}"""
+_HINTON = """\
+@misc{hinton2015distilling,
+  title         = {Distilling the Knowledge in a Neural Network},
+  author        = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
+  year          = {2015},
+  eprint        = {1503.02531},
+  archivePrefix = {arXiv},
+}"""
+_BRANCHYNET = """\
+@inproceedings{teerapittayanon2016branchynet,
+  title         = {{BranchyNet}: Fast Inference via Early Exiting from Deep Neural Networks},
+  author        = {Teerapittayanon, Surat and McDanel, Bradley and Kung, H. T.},
+  booktitle     = {International Conference on Pattern Recognition},
+  year          = {2016},
+}"""
+
+
+def render_model_card(
+    results: Mapping[str, Any], *, repo_id: str | None = None, license: str | None = "apache-2.0"
+) -> str:
+    """Renders the README.md of a checkpoint: Hub metadata, tables, how to load it, limits, citation.
+
+    Args:
+        results: Contents of ``results.json``; see :func:`~erde_hub.evaluation.build_results`.
+        repo_id: Where the model is published, ``"org/name"``; without it the card speaks of a local folder.
+        license: Licence of the weights, as the Hub spells it; None leaves it out.
+
+    Raises:
+        ResultsError: See :func:`~erde_hub.evaluation.validate_results`.
+        ConfigError: ``repo_id`` is no repository name.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    try:
+        import jinja2  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise MissingDependencyError(
+            'rendering a model card needs jinja2: install it with `pip install "erde-hub[train]"`'
+        ) from error
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise ConfigError(f"repo_id {repo_id!r} is no repository name such as 'org/name': {error}") from error
+    results = validate_results(results)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters |= _FILTERS
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(_context(results, repo_id, license))
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _context(results: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
+    student, teacher, per_exit = results["student"], results.get("teacher"), results["per_exit"]
+    cheap = _cheapest(results)
+    matched: dict[str, dict[float, Any]] = {}
+    for row in results.get("matched_cost", []):
+        matched.setdefault(row["of"], {})[row["share"]] = row["accuracy"]
+    loss = results.get("loss")
+    static = results.get("static_student")
+    names = {"teacher": teacher, "student": student, "student without exits": static}
+    return {
+        "card_data": _card_data(results, repo_id, license).to_yaml(),
+        "title": _title(results, repo_id),
+        "repo": repo_id or "path/to/this/folder",
+        "erde_hub": results["erde_hub"],
+        "versions": results.get("versions", {}),
+        "args": results["args"],
+        "student": student,
+        "teacher": teacher,
+        "networks": [(name, part) for name, part in names.items() if part is not None],
+        "dataset": results["dataset"],
+        "split_lines": _split_lines(results["dataset"]),
+        "metrics": {"split": "test", "samples": None, "ece_bins": "", "ece_binning": "", **results.get("metrics", {})},
+        "per_exit": [{"ece": None, "nll": None, **row} for row in per_exit],
+        "exits": len(per_exit),
+        "final": per_exit[-1],
+        "sweep": [{"ece": None, "nll": None, **row} for row in results["sweep"]],
+        "point": results.get("operating_point"),
+        "cheap": cheap,
+        "example_threshold": _literal(cheap["threshold"] if cheap else 0.5),
+        "matched": [(of, list(values.values())) for of, values in matched.items()],
+        "matched_shares": list(next(iter(matched.values()))) if matched else [],
+        "loss": loss,
+        "training": results.get("training"),
+        "trained_with": _trained_with(loss, teacher),
+        "limits": _limits(results),
+        "citation": _citation(results),
+    }
+
+
+def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | None) -> ModelCardData:
+    student, data_name = results["student"], _plain(results["dataset"]["name"])
+    on_hub = _HUB_DATA.fullmatch(data_name) is not None
+    evaluations = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=data_name,
+            dataset_name=data_name,
+            dataset_split=_plain(results.get("metrics", {}).get("split", "test")),
+            metric_type="accuracy",
+            metric_value=round(row["accuracy"], 6),
+            metric_name=f"Accuracy, threshold {threshold_label(row['threshold'])}, {mmacs(row['mean_macs'])} MMACs",
+            metric_args={"threshold": row["threshold"], "mean_macs": round(row["mean_macs"])},
+        )
+        for row in results["sweep"]
+    ]
+    loss = results.get("loss") or {}
+    tags = ["erde_hub", "early-exit", "image-classification", "dynamic-neural-networks"]
+    if results.get("teacher") is not None and loss.get("name") != "ce":
+        tags.append("knowledge-distillation")
+    if "name" in loss:
+        tags.append(_plain(loss["name"]))
+    return ModelCardData(
+        library_name="erde_hub",
+        pipeline_tag="image-classification",
+        license=license,
+        base_model=_plain(base) if isinstance(base := student.get("base_model"), str) else base,
+        datasets=[data_name] if on_hub else None,
+        metrics=["accuracy"],
+        tags=tags,
+        model_name=repo_id.split("/")[-1] if repo_id else _plain(student["architecture"]),
+        eval_results=evaluations,
+    )
+
+
+def _title(results: Mapping[str, Any], repo_id: str | None) -> str:
+    if repo_id:
+        return repo_id.split("/")[-1]
+    early = len(results["per_exit"]) > 1
+    return f"{results['student']['architecture']}{' with early exits' if early else ''}, {results['dataset']['name']}"
+
+
+def _trained_with(loss: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> str:
+    name = (loss or {}).get("name")
+    if teacher is None or name is None or name == "ce":
+        return " with cross-entropy" if name == "ce" else ""
+    return f" by distillation (`{_code(name)}`) from `{_code(teacher['architecture'])}`"
+
+
+def _cheapest(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The cheapest row that loses at most the tolerance against the last exit."""
+    if len(results["per_exit"]) == 1:
+        return None
+    enough = results["per_exit"][-1]["accuracy"] - TOLERANCE
+    rows = [row for row in (*results["sweep"], *results.get("fine_sweep", [])) if row["accuracy"] >= enough]
+    return min(rows, key=lambda row: row["mean_macs"], default=None)
+
+
+def _split_lines(dataset: Mapping[str, Any]) -> list[str]:
+    """One line per part of the data: how many images, from where, by which rule."""
+    split = dataset.get("split")
+    sizes = {name: {"rows": dataset[name]} for name in ("train", "validation", "test") if dataset.get(name) is not None}
+    lines = []
+    for name, how in {**sizes, **(split if isinstance(split, Mapping) else {})}.items():
+        if not isinstance(how, Mapping):
+            lines.append(f"{_text(name)}: {_value(how)}")
+            continue
+        facts = dict(how)
+        words = [f"{_number(facts.pop('rows'))} images"] if isinstance(facts.get("rows"), int) else []
+        words += [f"{_text(key)} {_value(value)}" for key, value in facts.items() if not isinstance(value, Mapping)]
+        lines.append(f"{_text(name)}: {', '.join(words)}")
+    return lines
+
+
+def _limits(results: Mapping[str, Any]) -> list[str]:
+    student, classes = results["student"], results["dataset"]["num_classes"]
+    early = len(results["per_exit"]) > 1
+    lines = []
+    if "latency" not in results:
+        lines.append(
+            "Latency was not measured. MACs say what is computed, not how long it takes: that depends on the hardware"
+            " and on the batch, from which samples leave at different times."
+        )
+    if early:
+        lines.append(
+            "The operating points describe the test data. A threshold for use should be chosen on data that were"
+            " neither trained nor tested on."
+        )
+    if early and student.get("policy") == "entropy":
+        lines.append(
+            f"The entropy of {classes} classes is at most {math.log(classes):.2f} nats: thresholds do not carry over to"
+            " data with another number of classes."
+        )
+    seed = results["args"].get("seed")
+    lines.append(
+        f"These are the numbers of one training run{f' (seed {_value(seed)})' if seed is not None else ''}; how much"
+        " another seed would change them was not measured."
+    )
+    if results.get("teacher") is not None and results.get("static_student") is None:
+        lines.append("No network of the same size trained without exits was run for comparison.")
+    lines.append(
+        f"Tested on images of {_text(results['dataset']['name'])} only. The model answers every image with one of its"
+        f" {classes} classes; other kinds of images, corruptions and unknown classes were not tested."
+    )
+    return lines
+
+
+def _citation(results: Mapping[str, Any]) -> str:
+    loss = (results.get("loss") or {}).get("name")
+    entries = []
+    if loss == "erde" or results["student"].get("head", "fc") == "fc":
+        entries.append(_ERDE)
+    if loss == "kd":
+        entries.append(_HINTON)
+    if results["student"].get("policy") == "entropy" and len(results["per_exit"]) > 1:
+        entries.append(_BRANCHYNET)
+    return "\n\n".join(entries)
+
+
+def _plain(value: Any) -> str:
+    """Words on one line: a line break could end the metadata."""
+    return re.sub(r"\s+", " ", str(value)).strip()
+
+
+def _text(value: Any) -> str:
+    """Words for running text and tables: nothing in them is read as Markdown or HTML."""
+    return re.sub(r"([\\|`*<>\[\]#])", r"\\\1", _plain(value))
+
+
+def _code(value: Any) -> str:
+    """Words that go between single backticks."""
+    return re.sub(r"[`|\s]+", " ", str(value)).strip()
+
+
+def _value(value: Any) -> str:
+    """An argument: short numbers, lists and mappings in one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_text(key)}={_value(entry)}" for key, entry in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(entry) for entry in value) or "none"
+    return _text(value)
+
+
+def _literal(threshold: Any) -> str:
+    """A threshold as Python source."""
+    if isinstance(threshold, (list, tuple)):
+        return f"[{', '.join(_literal(value) for value in threshold)}]"
+    return threshold_label(threshold) if math.isfinite(float(threshold)) else f'float("{threshold}")'
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+def _decimal(value: float | str | None) -> str:
+    return "-" if value is None else f"{float(value):.3f}"
+
+
+def _kwargs(kwargs: Mapping[str, Any] | None) -> str:
+    return f" ({_value(kwargs)})" if kwargs else ""
+
+
+def _tick(name: str) -> str:
+    return f"`{name}`"
+
+
+_FILTERS = {
+    "code": _code,
+    "decimal": _decimal,
+    "duration": duration,
+    "kwargs": _kwargs,
+    "mmacs": mmacs,
+    "number": _number,
+    "percent": percent,
+    "percent_or_dash": lambda fraction: "-" if fraction is None else percent(fraction),
+    "percent_whole": lambda fraction: f"{100 * fraction:.0f}",
+    "text": _text,
+    "threshold": threshold_label,
+    "tick": _tick,
+    "value": _value,
+}

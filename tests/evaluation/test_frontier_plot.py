@@ -1,0 +1,151 @@
+"""The picture: that it is drawn from results alone, says what it should, and leaves no traces."""
+
+import copy
+import subprocess
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from erde_hub.errors import CheckpointWriteError, MissingDependencyError, ResultsError
+from erde_hub.evaluation import plot_frontier
+from erde_hub.evaluation.plots import _draw_frontier
+
+
+def make_results(teacher_macs=20_000_000, exits=3, static=False):
+    costs = [1_000_000, 2_000_000, 3_500_000, 5_000_000][-exits:]
+    accuracies = [0.7, 0.85, 0.91, 0.92][-exits:]
+    thresholds = [step / 5 for step in range(11)]
+    sweep = []
+    for i, threshold in enumerate(thresholds):
+        share = i / 10
+        sweep.append(
+            {
+                "threshold": threshold,
+                "accuracy": accuracies[-1] - share**3 * (accuracies[-1] - accuracies[0]),
+                "mean_macs": costs[-1] - share * (costs[-1] - costs[0]),
+                "exit_share": [share, *[0.0] * (exits - 2), 1 - share] if exits > 1 else [1.0],
+            }
+        )
+    results = {
+        "erde_hub": "0.1.0",
+        "args": {},
+        "teacher": {"architecture": "big", "macs": teacher_macs, "accuracy": 0.94} if teacher_macs else None,
+        "student": {"architecture": "small", "exits": ["a", "b"], "macs": costs[-1], "accuracy": accuracies[-1]},
+        "dataset": {"name": "digits", "num_classes": 10},
+        "per_exit": [
+            {"exit": f"layer{e}", "accuracy": accuracy, "macs": macs}
+            for e, (accuracy, macs) in enumerate(zip(accuracies, costs, strict=True))
+        ],
+        "sweep": sweep,
+    }
+    if static:
+        results["static_student"] = {"architecture": "small", "macs": 4_800_000, "accuracy": 0.9}
+    return results
+
+
+def draw(results):
+    figure = Figure(figsize=(6.4, 4.4), dpi=100, layout="constrained")
+    _draw_frontier(figure, results)
+    return figure, figure.axes[0]
+
+
+def words(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_shows_everything_that_was_run():
+    _, axes = draw(make_results(static=True))
+    assert legend(axes) == [
+        "threshold θ (entropy)",
+        "every sample leaves at one exit",
+        "student run to its last exit",
+        "student trained without exits",
+        "teacher",
+    ]
+    assert axes.get_xlabel() == "mean cost per image (MMACs)"
+    assert axes.get_ylabel() == "accuracy (%)"
+    assert {"layer0", "layer1"} <= set(words(axes))
+    assert sum(text.startswith("θ=") for text in words(axes)) >= 4
+    assert any("94.0 % at 20.0 MMACs, 4.0 times the student" in text for text in words(axes))
+    assert axes.get_xlim()[1] < 6  # the teacher's cost does not squeeze the student's curve
+
+
+def test_a_teacher_of_similar_cost_is_a_point_and_none_is_nothing():
+    _, axes = draw(make_results(teacher_macs=6_000_000))
+    assert axes.get_xlim()[1] > 6
+    assert not any("times the student" in text for text in words(axes))
+    assert "teacher" in legend(axes)
+    _, axes = draw(make_results(teacher_macs=None))
+    assert "teacher" not in legend(axes)
+
+
+@pytest.mark.parametrize("exits", [1, 2, 4])
+@pytest.mark.parametrize("teacher_macs", [None, 6_000_000, 500_000_000])
+def test_words_cover_neither_each_other_nor_the_data(exits, teacher_macs):
+    figure, axes = draw(make_results(teacher_macs=teacher_macs, exits=exits, static=True))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes += [axes.get_legend().get_window_extent()] if axes.get_legend() else []
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :]), words(axes)
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1
+        for line in axes.lines[:-1]:  # the last is the teacher's, which its words sit on
+            points = axes.transData.transform(np.stack(line.get_data(), 1).astype(float))
+            assert not any(box.contains(x, y) for x, y in points), words(axes)
+
+
+def test_same_results_same_bytes_and_no_traces(tmp_path):
+    results = make_results()
+    before = copy.deepcopy(results)
+    settings = dict(mpl.rcParams)
+    plot_frontier(results, tmp_path / "a.png")
+    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red"}):  # a user's own style does not show
+        plot_frontier(results, tmp_path / "b.png")
+    assert dict(mpl.rcParams) == settings
+    assert results == before
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "b.png"]
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (1280, 880)
+        assert "Software" not in image.info
+        assert str(tmp_path) not in str(image.info)
+    for suffix in ("svg", "pdf"):
+        plot_frontier(results, tmp_path / f"a.{suffix}")
+        first = (tmp_path / f"a.{suffix}").read_bytes()
+        plot_frontier(results, tmp_path / f"a.{suffix}")
+        assert first == (tmp_path / f"a.{suffix}").read_bytes()
+
+
+def test_bad_results_and_places(tmp_path):
+    with pytest.raises(ResultsError, match="sweep"):
+        plot_frontier({**make_results(), "sweep": []}, tmp_path / "a.png")
+    with pytest.raises(CheckpointWriteError):
+        plot_frontier(make_results(), tmp_path / "missing" / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "erde-hub\[train\]"'):
+        plot_frontier(make_results(), tmp_path / "a.png")
+
+
+def test_importing_the_package_pulls_in_no_plotting_or_data_libraries():
+    code = (
+        "import sys, erde_hub, tqdm.auto; before = set(sys.modules); import erde_hub.evaluation, erde_hub.hub;"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "print(new & {'matplotlib', 'jinja2', 'sklearn', 'datasets', 'torchmetrics', 'onnx', 'pandas', 'scipy'});"
+        "print('matplotlib' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split("\n")[:2] == ["set()", "False"], run.stderr

@@ -1,0 +1,272 @@
+"""The model card: metadata that the Hub reads, text that follows from the results, no place on the machine."""
+
+import ast
+import json
+import re
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from erde_hub.errors import ConfigError, MissingDependencyError, ResultsError
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
+from erde_hub.hub import render_model_card
+
+
+def make_results(**changes):
+    rows = [
+        (0.0, 0.92, 50e6, [0, 0, 1]),
+        (0.4, 0.915, 24e6, [0.5, 0.25, 0.25]),
+        (1.0, 0.88, 12e6, [0.9, 0.1, 0.0]),
+    ]
+    sweep = [
+        {"threshold": t, "accuracy": a, "mean_macs": m, "exit_share": s, "ece": 0.0312, "nll": 0.25, "brier": 0.1}
+        for t, a, m, s in rows
+    ]
+    return {
+        "erde_hub": "0.1.0",
+        "versions": {"torch": "2.9.0"},
+        "args": {"epochs": 12, "seed": 3, "lr": 0.1, "note": "a|b", "unset": None},
+        "teacher": {
+            "architecture": "resnet18_cifar",
+            "backbone_kwargs": {"width": 32},
+            "exits": ["layer1", "layer2"],
+            "macs": 553_000_000,
+            "params": 2_800_000,
+            "accuracy": 0.945,
+        },
+        "student": {
+            "architecture": "resnet10_cifar",
+            "exits": ["layer1", "layer2"],
+            "head": "fc",
+            "policy": "entropy",
+            "threshold": 0.4,
+            "macs": 50_000_000,
+            "params": 323_450,
+            "accuracy": 0.92,
+            "teacher_exits": [0, 1, 2],
+        },
+        "dataset": {
+            "name": "uoft-cs/cifar10",
+            "fingerprint": "beef",
+            "num_classes": 10,
+            "input_size": [3, 32, 32],
+            "train": 45_000,
+            "validation": 5_000,
+            "test": 10_000,
+            "split": {"validation": {"rows": 5000, "rule": "stratified part of train", "fraction": 0.1, "seed": 0}},
+        },
+        "loss": {"name": "erde", "temperature": 2.0},
+        "training": {"epochs": 12, "seconds": 725.0},
+        "metrics": {"split": "test", "samples": 10_000, "ece_bins": 15, "ece_binning": "right-closed"},
+        "per_exit": [
+            {"exit": "layer1", "accuracy": 0.7, "macs": 8_000_000, "ece": 0.05, "nll": 1.0},
+            {"exit": "layer2", "accuracy": 0.87, "macs": 22_000_000, "ece": 0.04, "nll": 0.5},
+            {"exit": "classifier", "accuracy": 0.92, "macs": 50_000_000, "ece": 0.0312, "nll": 0.25},
+        ],
+        "sweep": sweep,
+        "fine_sweep": [{**sweep[1], "threshold": 0.53, "accuracy": 0.9104, "mean_macs": 20e6}],
+        "matched_cost": [
+            {"of": "student", "share": 0.25, "macs": 12.5e6, "accuracy": None},
+            {"of": "student", "share": 0.5, "macs": 25e6, "accuracy": 0.915},
+        ],
+        "operating_point": sweep[1],
+        **changes,
+    }
+
+
+MINIMAL = {
+    "erde_hub": "0.1.0",
+    "args": {},
+    "student": {"architecture": "net", "exits": ["a"], "macs": 2, "accuracy": 0.5},
+    "dataset": {"name": "digits", "num_classes": 10},
+    "per_exit": [{"exit": "a", "accuracy": 0.4, "macs": 1}, {"exit": "classifier", "accuracy": 0.5, "macs": 2}],
+    "sweep": [{"threshold": 0.0, "accuracy": 0.5, "mean_macs": 2.0, "exit_share": [0.0, 1.0]}],
+}
+
+
+def split_card(card):
+    """The metadata and the text, read as the Hub reads them."""
+    _, front, text = card.split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_metadata():
+    data, _ = split_card(render_model_card(make_results(), repo_id="org/erde-resnet10-cifar10"))
+    assert data["library_name"] == "erde_hub"
+    assert data["pipeline_tag"] == "image-classification"
+    assert data["datasets"] == ["uoft-cs/cifar10"]
+    assert data["metrics"] == ["accuracy"]
+    assert data["license"] == "apache-2.0"
+    assert {"erde_hub", "early-exit", "knowledge-distillation", "erde"} <= set(data["tags"])
+    assert "base_model" not in data
+    (index,) = data["model-index"]
+    assert index["name"] == "erde-resnet10-cifar10"
+    (result,) = index["results"]
+    assert result["task"]["type"] == "image-classification"
+    assert result["dataset"] == {"name": "uoft-cs/cifar10", "type": "uoft-cs/cifar10", "split": "test"}
+    assert [metric["value"] for metric in result["metrics"]] == [0.92, 0.915, 0.88]
+    assert result["metrics"][1]["args"] == {"threshold": 0.4, "mean_macs": 24_000_000}
+    assert result["metrics"][1]["name"] == "Accuracy, threshold 0.4, 24.0 MMACs"
+
+
+def test_the_hub_client_reads_it_back():
+    card = ModelCard(render_model_card(make_results()))
+    assert card.data.library_name == "erde_hub"
+    assert len(card.data.eval_results) == 3
+    assert card.data.eval_results[0].metric_value == 0.92
+
+
+def test_local_data_and_a_known_base_model():
+    results = make_results()
+    results["dataset"]["name"] = "my birds"
+    results["student"]["base_model"] = "timm/convnext_atto.d2_in1k"
+    data, text = split_card(render_model_card(results, license=None))
+    assert "datasets" not in data
+    assert "license" not in data
+    assert data["base_model"] == "timm/convnext_atto.d2_in1k"
+    assert data["model-index"][0]["name"] == "resnet10_cifar"
+    assert "path/to/this/folder" in text
+
+
+def test_text_holds_the_numbers_in_one_format():
+    _, text = split_card(render_model_card(make_results(), repo_id="org/name"))
+    assert "| layer2 | 87.0 | 22.0 | 0.040 | 0.500 |" in text
+    assert "| 0.4 | 91.5 | 24.0 | 48.0 | 50.0 / 25.0 / 25.0 | 0.031 | 0.250 |" in text
+    assert "**91.5 % accuracy at 24.0 MMACs**" in text
+    # From the fine sweep: 0.9104 loses less than a point, 0.88 more.
+    assert "threshold 0.53: 91.0 % at 20.0 MMACs, 40.0 % of the full cost" in text
+    assert "| teacher | resnet18_cifar (width=32) | 3 | 94.5 | 553.0 | 2,800,000 |" in text
+    assert "| student | resnet10_cifar | 3 | 92.0 | 50.0 | 323,450 |" in text
+    assert "learned from the teacher's exits 0, 1, 2" in text
+    assert "| student | - | 91.5 |" in text
+    assert "ECE has 15 right-closed bins" in text
+    assert "10,000 images of the test split" in text
+    assert "by distillation (`erde`) from `resnet18_cifar`" in text
+    assert "- validation: 5,000 images, rule stratified part of train, fraction 0.1, seed 0" in text
+    assert "- duration: 12 min 5 s" in text
+    assert "| note | a\\|b |" in text
+    assert "unset" not in text
+    assert "![" in text
+    assert "](frontier.png)" in text
+    assert "2510.04856" in text
+    assert "BranchyNet" in text
+    assert "(seed 3)" in text
+    assert "2.30 nats" in text
+    assert "Latency was not measured" in text
+
+
+def test_tables_are_well_formed():
+    _, text = split_card(render_model_card(make_results()))
+    tables = re.findall(r"(?:^\|.*\|$\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 5
+    for table in tables:
+        rows = [re.split(r"(?<!\\)\|", row) for row in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1, table
+        assert re.fullmatch(r"[|:-]+", table.splitlines()[1])
+        start = text.index(table)
+        assert text[start - 2 : start] == "\n\n"
+        assert text[start + len(table)] == "\n"
+    assert "\n\n\n" not in text
+
+
+def test_code_in_the_card_is_python_and_says_where_and_how():
+    _, text = split_card(render_model_card(make_results(), repo_id="org/name"))
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        ast.parse(block)
+    assert 'EarlyExitWrapper.from_pretrained("org/name")' in blocks[0]
+    assert "threshold=0.53" in blocks[0]
+    assert 'pipeline("image-classification", model="org/name")' in blocks[1]
+
+
+@pytest.mark.parametrize("threshold", ["inf", [0.2, 0.4], ["inf", 0.4], 1e-7])
+def test_every_kind_of_threshold(threshold):
+    results = make_results(fine_sweep=[])
+    for row in (results["sweep"][1], results["operating_point"]):
+        row["threshold"] = threshold
+    data, text = split_card(render_model_card(results))
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        ast.parse(block)
+    assert data["model-index"][0]["results"][0]["metrics"][1]["args"]["threshold"] == threshold
+
+
+def test_the_least_that_results_may_hold():
+    data, text = split_card(render_model_card(MINIMAL))
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+    assert "Teacher" not in text
+    assert "| classifier | 50.0 | 2e-06 | - | - |" in text
+    single = {**MINIMAL, "per_exit": [MINIMAL["per_exit"][1]]}
+    single["sweep"] = [{**MINIMAL["sweep"][0], "exit_share": [1.0]}]
+    single["student"] = {**MINIMAL["student"], "exits": []}
+    assert "without early exits" in render_model_card(single)
+
+
+def test_static_student_and_other_losses():
+    static = {"architecture": "resnet10_cifar", "macs": 49_000_000, "accuracy": 0.91, "params": 310_000}
+    text = render_model_card(make_results(static_student=static, loss={"name": "kd"}))
+    assert "| student without exits | resnet10_cifar | 1 | 91.0 | 49.0 | 310,000 |" in text
+    assert "trained without exits was run" not in text
+    assert "hinton2015distilling" in text
+    text = render_model_card(make_results(teacher=None, loss={"name": "ce"}))
+    assert "with cross-entropy" in text
+    assert "knowledge-distillation" not in text
+
+
+def test_names_cannot_break_out_of_the_text():
+    results = make_results()
+    results["dataset"]["name"] = "x <script> | `y`\n# z"
+    results["per_exit"][0]["exit"] = "a|b"
+    results["student"]["architecture"] = "net`\n---\nlicense: other"
+    data, text = split_card(render_model_card(results))
+    assert data["license"] == "apache-2.0"
+    assert "<script>" not in text.replace("\\<script", "")
+    assert "\n# z" not in text
+    assert "| a\\|b |" in text
+
+
+def test_rendering_changes_nothing_and_repeats():
+    results = make_results()
+    before = json.dumps(results)
+    assert render_model_card(results) == render_model_card(json.loads(before))
+    assert json.dumps(results) == before
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "org/na me", "", 'x"); import os #'])
+def test_bad_repository_names(repo_id):
+    with pytest.raises(ConfigError, match="repo_id"):
+        render_model_card(make_results(), repo_id=repo_id)
+
+
+def test_bad_results():
+    with pytest.raises(ResultsError, match="per_exit"):
+        render_model_card({**MINIMAL, "per_exit": []})
+    with pytest.raises(ResultsError, match="place on the machine"):
+        render_model_card(make_results(args={"output_dir": "/home/ada/runs"}))
+
+
+def test_without_jinja2_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "erde-hub\[train\]"'):
+        render_model_card(make_results())
+
+
+def test_formats():
+    assert [percent(value) for value in (0, 0.92345, 1)] == ["0.0", "92.3", "100.0"]
+    assert [mmacs(value) for value in (0, 1234, 1.234e6, 12.34e6, 1297.83e6)] == [
+        "0.0",
+        "0.00123",
+        "1.23",
+        "12.3",
+        "1297.8",
+    ]
+    assert [threshold_label(value) for value in (0.0, 2.0, 0.30000000000000004, "inf", [0.1, "inf"])] == [
+        "0",
+        "2",
+        "0.3",
+        "inf",
+        "0.1 / inf",
+    ]
+    assert [duration(value) for value in (0.5, 42, 725, 7380)] == ["0.5 s", "42 s", "12 min 5 s", "2 h 3 min"]
