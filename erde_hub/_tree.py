@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import ShapeError
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -15,8 +19,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        mapped = {key: map_tensors(function, value) for key, value in tree.items()}
-        return mapped if type(tree) is dict else type(tree)(mapped)  # type: ignore[call-arg]
+        mapped: Any = copy.copy(tree)  # a defaultdict, say, cannot be made from its items alone
+        for key, value in tree.items():
+            mapped[key] = map_tensors(function, value)
+        return mapped
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, value) for value in tree))
     if isinstance(tree, (list, tuple)):
@@ -47,14 +53,26 @@ def select_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.index_select(0, rows)
 
 
-def shrink(tree: Any, rows: Tensor, batch: int) -> Any:
+def shrink(tree: Any, rows: Tensor, batch: int, batched: Sequence[int] = ()) -> Any:
     """Keeps the rows of every tensor whose first axis is the live batch; everything else stays as it is.
 
     Args:
-        tree: Output of a stage.
+        tree: Output of a stage: one batch-first tensor, or a structure.
         rows: Indices of the samples that go on, (M,) int64.
         batch: Number of live samples before.
+        batched: Positions of the batch-first tensors of a structure. Their lengths alone do not tell: a table of 64
+            positions is not a batch of 64 samples.
+
+    Raises:
+        ShapeError: A batch-first tensor has another number of rows.
     """
-    if isinstance(tree, Tensor):  # nearly every stage
-        return select_rows(tree, rows)
-    return map_tensors(lambda t: select_rows(t, rows) if t.ndim and t.shape[0] == batch else t, tree)
+    positions = itertools.count()
+
+    def select(tensor: Tensor) -> Tensor:
+        if not isinstance(tree, Tensor) and next(positions) not in batched:
+            return tensor
+        if tensor.shape[0] != batch:
+            raise ShapeError(f"a stage returned a tensor of shape {tuple(tensor.shape)} for {batch} live samples")
+        return select_rows(tensor, rows)
+
+    return map_tensors(select, tree)

@@ -12,7 +12,9 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .errors import ConfigError, ExitPointError, nearest
-from .policies import create_policy
+from .heads import FeatureSpec, get_head
+from .policies import create_policy, plain_threshold
+from .preprocessing import check_preprocessing
 
 logger = logging.get_logger(__name__)
 
@@ -104,25 +106,42 @@ class EarlyExitConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Checks keys and values; see the class for what is raised."""
-        allowed = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
+        reading = _reading_file.get()
         for key in [k for k in kwargs if k not in _TRANSFORMERS_KEYS]:
-            hint = nearest(key, allowed)
-            if not _reading_file.get():
-                raise ConfigError(f"EarlyExitConfig has no field {key!r}{hint} (fields: {', '.join(sorted(allowed))})")
+            hint = nearest(key, _FIELDS)
+            if not reading:
+                raise ConfigError(f"EarlyExitConfig has no field {key!r}{hint} (fields: {', '.join(_FIELDS)})")
             writer = self.erde_hub_version or "an unknown version"
             logger.warning(f"ignoring the unknown config key {key!r}{hint}; the file was written by erde_hub {writer}")
             kwargs.pop(key)
-        self.backbone_kwargs = dict(self.backbone_kwargs or {})
-        self.head_kwargs = dict(self.head_kwargs or {})
-        self.policy_kwargs = dict(self.policy_kwargs or {})
+        for name in ("backbone_kwargs", "head_kwargs", "policy_kwargs"):
+            value = getattr(self, name) or {}
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} must be a dict of arguments, got {value!r}")
+            setattr(self, name, dict(value))
         self.exits = list(self.exits) if isinstance(self.exits, (list, tuple)) else self.exits
-        if isinstance(self.input_size, (list, tuple)):
-            self.input_size = [int(s) for s in self.input_size]
+        self.input_size = list(self.input_size) if isinstance(self.input_size, (list, tuple)) else self.input_size
+        if self.exits is not None and not reading:  # transformers leaves the id2label of two classes out of its files
+            self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
         self.check()
 
+    def _check_labels(self, num_labels: Any) -> None:
+        """Refuses what transformers replaces: two classes where nothing is said, 10 where 3 are named."""
+        if self.id2label is None and num_labels is None:
+            raise ConfigError("the config does not say how many classes there are: set num_labels or id2label")
+        if self.id2label is None:
+            if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 2:
+                raise ConfigError(f"num_labels must be an integer of at least 2, got {num_labels!r}")
+        elif num_labels is not None and num_labels != len(self.id2label):
+            raise ConfigError(f"num_labels={num_labels} contradicts id2label, which names {len(self.id2label)} classes")
+        elif getattr(self, "label2id", None) is None:
+            self.label2id = {label: int(i) for i, label in self.id2label.items()}
+
     def check(self) -> None:
         """Checks the values against each other; called again where a model is built, since fields can be set."""
+        if not isinstance(self.format_version, int):
+            raise ConfigError(f"format_version must be an integer, got {self.format_version!r}")
         if self.format_version > FORMAT_VERSION:
             raise ConfigError(
                 f"format_version is {self.format_version}, this erde_hub reads up to {FORMAT_VERSION}: upgrade it with"
@@ -140,17 +159,28 @@ class EarlyExitConfig(PreTrainedConfig):
         twice = {name for name in self.exits if self.exits.count(name) > 1}
         if twice:
             raise ExitPointError(f"exits names {sorted(twice)[0]!r} twice: {self.exits}")
+        if sorted(self.id2label or {}) != list(range(max(self.num_labels or 0, 2))):
+            raise ConfigError(f"id2label must name the classes 0 to n - 1 of at least two, got {self.id2label}")
         if "num_classes" in (self.backbone_kwargs or {}):
             raise ConfigError("backbone_kwargs must not hold 'num_classes': the number of classes is num_labels")
-        if self.exit_features is not None and len(self.exit_features) != len(self.exits):
-            raise ConfigError(f"exit_features has {len(self.exit_features)} entries for {len(self.exits)} exits")
+        if self.exit_features is not None:
+            if len(self.exit_features) != len(self.exits):
+                raise ConfigError(f"exit_features has {len(self.exit_features)} entries for {len(self.exits)} exits")
+            for values in self.exit_features:
+                FeatureSpec.from_dict(values)
+        size = self.input_size
+        if size is not None and (
+            not isinstance(size, list) or not size or any(type(side) is not int or side < 1 for side in size)
+        ):
+            raise ConfigError(f"input_size must hold positive integers, such as [3, 224, 224], got {size!r}")
+        if self.preprocessing is not None:
+            self.preprocessing = check_preprocessing(self.preprocessing)
+        get_head(self.head)
         if self.exit_weights is not None:
             self.exit_weights = check_exit_weights(self.exit_weights, len(self.exits) + 1)
         policy = create_policy(self.policy, **(self.policy_kwargs or {}))
-        if self.threshold is None:
-            self.threshold = policy.default_threshold
-        values = policy.check_threshold(self.threshold, len(self.exits))
-        self.threshold = float(self.threshold) if isinstance(self.threshold, (int, float)) else values
+        self.threshold = policy.default_threshold if self.threshold is None else plain_threshold(self.threshold)
+        policy.check_threshold(self.threshold, len(self.exits))
 
     @property
     def num_exits(self) -> int:
@@ -164,8 +194,17 @@ class EarlyExitConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
 
 
+#: What a person sets: the fields of this class and those of transformers that say something about a classifier.
+_FIELDS = sorted([*EarlyExitConfig.__annotations__, "num_labels", "id2label", "label2id", "problem_type", "dtype"])
+_FIELDS.remove("model_type")
+
+
 def check_exit_weights(weights: list[float] | tuple[float, ...], num_exits: int) -> list[float]:
     """Returns the weights as floats, one per exit, classifier last; raises :class:`ConfigError` otherwise."""
+    if not isinstance(weights, (list, tuple)) or any(
+        isinstance(w, bool) or not isinstance(w, (int, float)) for w in weights
+    ):
+        raise ConfigError(f"exit_weights must be a list of {num_exits} numbers, got {weights!r}")
     values = [float(w) for w in weights]
     if len(values) != num_exits:
         raise ConfigError(f"got {len(values)} exit_weights for {num_exits} exits (the last is the classifier's)")

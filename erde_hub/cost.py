@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ._tree import map_tensors, tensors
+from ._tree import tensors
 from .errors import ExitPointError
 
 M = TypeVar("M", bound=nn.Module)
@@ -75,12 +75,16 @@ def meta_copy(module: M) -> M:
     memo: dict[int, Any] = {}
     for tensor in _tensor_attributes(module):
         empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        # Without gradients: torch's counter asserts where a module gets a parameter as an argument.
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo).eval()
 
 
 def weightless_copy(module: M) -> tuple[M, torch.device]:
-    """Returns a copy to run and its device; checkpointing is off in it, which would hide modules from hooks."""
+    """Returns a copy to run, and its device, to run it under: tensors that a forward makes must lie there too.
+
+    Checkpointing is off in the copy; it would hide modules from hooks.
+    """
     clone = meta_copy(module)
     for child in clone.modules():
         if getattr(child, "grad_checkpointing", False) is True:
@@ -94,13 +98,13 @@ def example_batch(inputs: Sequence[Tensor], batch: int, device: torch.device) ->
 
 
 @torch.no_grad()
-def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 4) -> Trace:
+def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Trace:
     """Runs a weightless copy of ``module`` once and records every call of every submodule.
 
     Args:
         module: The backbone; it is not touched.
         inputs: Example inputs, batch first; only their shapes and dtypes matter.
-        batch: Number of samples to trace with.
+        batch: Number of samples to trace with; unlikely to be the length of anything else.
 
     Raises:
         ExitPointError: The backbone does not run on inputs of that shape.
@@ -127,7 +131,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 4) -> Tra
         if name:
             record(name, child)
     try:
-        with counter:
+        with device, counter:
             result.output = clone(*example_batch(inputs, batch, device))
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
@@ -137,8 +141,3 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 4) -> Tra
         ) from error
     result.total_macs = counter.get_total_flops() // 2 // batch
     return result
-
-
-def without_values(tree: Any) -> Any:
-    """Replaces the tensors of a structure by meta tensors of the same shape."""
-    return map_tensors(lambda t: torch.empty_like(t, device="meta"), tree)

@@ -87,7 +87,7 @@ class MissingDependencyError(ErdeError, ImportError):
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the allowed spelling closest to ``value``, or an empty string."""
-    match = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(value, [name for name in allowed if name], n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
@@ -95,4 +95,8 @@ def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UnknownNam
     """Builds the error for a name that is not in a table."""
     names = sorted(allowed)
     hint = nearest(value, names) if isinstance(value, str) else ""
-    return UnknownNameError(f"unknown {kind} {value!r}{hint} (available: {', '.join(names)})")
+    shown = ", ".join(names)
+    if len(names) > 50:  # timm's thousand would hide the hint
+        close = difflib.get_close_matches(str(value), names, n=8, cutoff=0.3)
+        shown = f"{len(names)} names, among them {', '.join(close or names[:8])}"
+    return UnknownNameError(f"unknown {kind} {value!r}{hint} (available: {shown})")

@@ -105,11 +105,11 @@ def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
     dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
     inputs = torch.empty((batch, *size), dtype=dtype, device=device)
     try:
-        with counter:
+        with device, counter:
             clone._drive(checkpointed=False)(visitor, (inputs,), {})
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except Exception as error:
         raise ExitPointError(
-            f"{type(model.backbone).__name__} does not run on inputs of shape {size}: {error}"
+            f"{type(model.backbone).__name__} does not run on inputs of shape {size} ({type(error).__name__}: {error})"
         ) from error
     macs = [*visitor.macs, visitor.total()]
     touched.update(id(p) for p in clone.backbone.parameters())

@@ -39,7 +39,7 @@ from .errors import (
 from .exit_table import ExitTable, count_exits
 from .heads import FeatureSpec, create_head
 from .outputs import EarlyExitOutput
-from .policies import create_policy
+from .policies import create_policy, plain_threshold
 from .preprocessing import build_image_processor, check_preprocessing
 from .routing import Drive, ExitTap, HookDrive, Route, RunAll, StagedDrive
 
@@ -79,6 +79,8 @@ def _inspect(
     facts = adapter.describe(model)
     if examples is not None:
         tensors = (examples,) if isinstance(examples, Tensor) else tuple(examples)
+        if not tensors or not all(isinstance(t, Tensor) and t.ndim >= 2 for t in tensors):
+            raise InputTypeError(f"example_inputs must be a tensor with a batch axis, or several, got {examples!r}")
         if input_size is None:
             input_size = tuple(tensors[0].shape[1:])
     else:
@@ -87,23 +89,30 @@ def _inspect(
             raise ExitPointError(
                 f"{type(model).__name__} does not say what it takes: pass input_size=(C, H, W), or example_inputs="
             )
-        if not all(isinstance(s, int) and s > 0 for s in input_size):
+        if not isinstance(input_size, (list, tuple)) or any(type(s) is not int or s < 1 for s in input_size):
             raise ConfigError(f"input_size must hold positive integers, such as (3, 224, 224), got {input_size!r}")
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         tensors = example_inputs(input_size, dtype)
     facts["input_size"] = [int(s) for s in input_size]
+    if facts["preprocessing"]:
+        # What the weights were published with says nothing of images of another number of channels.
+        channels, *size = facts["input_size"]
+        same = channels == len(facts["preprocessing"]["mean"])
+        facts["preprocessing"] = {**facts["preprocessing"], "size": size} if same and len(size) == 2 else None
     return adapter, facts, tensors
 
 
 class _DropLast:
     """Takes one sample out at every exit, to find out whether the rest of the backbone follows."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, specs: Sequence[FeatureSpec]) -> None:
         self.count = batch
+        self.specs = specs
 
     def visit(self, exit_index: int, output: Any) -> Any:
         self.count -= 1
-        return shrink(output, torch.arange(self.count, device="meta"), self.count + 1)
+        rows = torch.arange(self.count, device="meta")
+        return shrink(output, rows, self.count + 1, self.specs[exit_index].batched)
 
 
 class EarlyExitWrapper(PreTrainedModel):
@@ -206,7 +215,7 @@ class EarlyExitWrapper(PreTrainedModel):
             head_kwargs=head_kwargs,
             policy=policy,
             policy_kwargs=policy_kwargs,
-            threshold=list(threshold) if isinstance(threshold, (list, tuple)) else threshold,
+            threshold=threshold if threshold is None else plain_threshold(threshold),
             exit_weights=list(exit_weights) if exit_weights is not None else None,
             input_size=facts["input_size"],
             preprocessing=facts["preprocessing"],
@@ -232,8 +241,6 @@ class EarlyExitWrapper(PreTrainedModel):
                 f"problem_type={config.problem_type!r} is not supported: this version gives each sample one label"
             )
         adapter = get_adapter(config.library)
-        if config.id2label is None:
-            raise ConfigError("the config does not say how many classes there are: set num_labels or id2label")
         super().__init__(config)
         module = adapter.build(config) if backbone is None else backbone
         self._assemble(adapter, module, adopted=backbone is not None)
@@ -273,19 +280,25 @@ class EarlyExitWrapper(PreTrainedModel):
         # does not know to be set, trained weights and batch-norm statistics included.
         for module in [*(() if on_meta else self.modules()), *(backbone.modules() if adopted else ())]:
             module._is_hf_initialized = True
+        recomputes = self.is_activation_checkpointing
         self.supports_gradient_checkpointing = adapter.set_gradient_checkpointing(backbone, False)
-        training = backbone.training
+        if recomputes:
+            adapter.set_gradient_checkpointing(backbone, True)
         self.post_init()
-        self.train(training)
+        # The backbone keeps its modes, layer by layer: somebody may have put some of them in eval mode.
+        self.training = backbone.training
+        self.heads.train(self.training)
+        self.policy.train(self.training)
 
     def _check_routable(self, inputs: tuple[Tensor, ...]) -> None:
         """Runs a weightless copy with a shrinking batch: an exit inside a residual block shows here, not in use."""
         clone, device = weightless_copy(self)
+        specs = [head.spec for head in self.heads]
 
         def run(batch: int) -> int:
             drive = HookDrive(clone.backbone, clone._taps)
-            with torch.no_grad():
-                output = drive(_DropLast(batch), example_batch(inputs, batch, device), {})
+            with torch.no_grad(), device:
+                output = drive(_DropLast(batch, specs), example_batch(inputs, batch, device), {})
             return int(self._adapter.logits(output).shape[0])
 
         check_routable(self.backbone, len(self._taps) + 3, inputs, list(self.config.exits or []), run)
@@ -309,12 +322,10 @@ class EarlyExitWrapper(PreTrainedModel):
 
     @threshold.setter
     def threshold(self, value: float | Sequence[float]) -> None:
-        values = self._thresholds(value)
-        self.config.threshold = values[0] if isinstance(value, (int, float)) else values
+        self._thresholds(value)
+        self.config.threshold = plain_threshold(value)
 
     def _thresholds(self, threshold: float | Sequence[float]) -> list[float]:
-        if isinstance(threshold, Tensor):
-            threshold = threshold.tolist()
         return self.policy.check_threshold(threshold, len(self.heads))
 
     def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
@@ -450,7 +461,8 @@ class EarlyExitWrapper(PreTrainedModel):
         return output if use_dict else output.to_tuple()
 
     def _run_all(self, inputs: Tensor, labels: Tensor | None, kwargs: dict[str, Any]) -> EarlyExitOutput:
-        visitor = RunAll(self.heads)  # type: ignore[arg-type]
+        deferred = bool(self._taps) and torch.is_grad_enabled() and self.is_activation_checkpointing
+        visitor = RunAll(self.heads, deferred)  # type: ignore[arg-type]
         final = self._drive(checkpointed=self.training and torch.is_grad_enabled())(visitor, (inputs,), kwargs)
         exit_logits = visitor.finish(self._adapter.logits(final), self.exit_names[:-1])
         loss = None
@@ -465,6 +477,11 @@ class EarlyExitWrapper(PreTrainedModel):
         if batch == 0:
             empty = torch.zeros(0, dtype=torch.int64, device=inputs.device)
             return EarlyExitOutput(logits=inputs.new_zeros((0, self.config.num_labels)), exit_index=empty)
+        if inputs.is_meta:  # shapes without values, as when a wrapped model inside another is traced: nobody is sure
+            logits = self._run_all(inputs, None, kwargs).logits
+            return EarlyExitOutput(
+                logits=logits, exit_index=torch.full((batch,), len(self.heads), dtype=torch.int64, device="meta")
+            )
         if all(self.policy.never_leaves(t) for t in thresholds):
             logits = self._adapter.logits(self.backbone(inputs, **kwargs))
             index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=inputs.device)

@@ -50,9 +50,8 @@ class StageStep:
 class StagedDrive:
     """Runs a backbone step by step. Holds callables, so it is built for a call and never stored in a model."""
 
-    def __init__(self, steps: Sequence[StageStep], checkpointed: bool = False) -> None:
+    def __init__(self, steps: Sequence[StageStep]) -> None:
         self.steps = steps
-        self.checkpointed = checkpointed
 
     def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Runs the steps in order; the staged families take one input tensor and no keyword arguments."""
@@ -68,6 +67,10 @@ class StagedDrive:
 
 class _NobodyLeft(BaseException):
     """Ends a pass inside somebody else's forward; not an Exception, so that no backbone swallows it."""
+
+    def __init__(self, live: _Live) -> None:
+        super().__init__()
+        self.live = live
 
 
 class _Live:
@@ -107,7 +110,7 @@ class ExitTap:
                         return None
                     seen = live.visitor.visit(self.exit_index, output)
                     if seen is None:
-                        raise _NobodyLeft
+                        raise _NobodyLeft(live)
                     return seen
         return None
 
@@ -121,10 +124,13 @@ class HookDrive:
 
     def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Runs the backbone; the pass's own exception, and nothing else, ends it early."""
-        token = _running.set((*_running.get(), _Live(self.taps, visitor)))
+        live = _Live(self.taps, visitor)
+        token = _running.set((*_running.get(), live))
         try:
             return self.backbone(*inputs, **kwargs)
-        except _NobodyLeft:
+        except _NobodyLeft as end:
+            if end.live is not live:  # of a pass around this one
+                raise
             return None
         finally:
             _running.reset(token)
@@ -142,22 +148,45 @@ def read_feature(output: Any, leaf: int | None) -> Tensor:
 
 
 class RunAll:
-    """Runs every exit; the output of each stage goes on unchanged."""
+    """Runs every exit; the output of each stage goes on unchanged.
 
-    def __init__(self, heads: Sequence[ExitHead], features: bool = False) -> None:
+    Args:
+        heads: The early exits' heads.
+        deferred: Run the heads when the backbone is done. Inside a region that activation checkpointing recomputes, a
+            head would leave tensors that the recomputation, where taps are silent, does not make again.
+    """
+
+    def __init__(self, heads: Sequence[ExitHead], deferred: bool = False) -> None:
         self.heads = heads
+        self.deferred = deferred
+        self.grad = torch.is_grad_enabled()
         self.exit_logits: list[Tensor | None] = [None] * len(heads)
-        self.features: list[Tensor] | None = [] if features else None
+        self.features: dict[int, tuple[Tensor, int]] = {}  # with the version that the head should read
 
     def visit(self, exit_index: int, output: Any) -> Any:
-        """Stores the head's logits."""
+        """Stores the head's logits, or the feature for later."""
         head = self.heads[exit_index]
         feature = read_feature(output, head.spec.leaf)
-        self.exit_logits[exit_index] = head(feature)
+        if not self.deferred:
+            self.exit_logits[exit_index] = head(feature)
+        elif self.grad and not torch.is_grad_enabled():
+            raise ExitNotReachedError(
+                f"exit {exit_index} lies in a region of reentrant activation checkpointing, which records no gradients"
+                " for it: use the non-reentrant one (timm.layers.set_reentrant_ckpt(False))"
+            )
+        else:
+            self.features[exit_index] = (feature, feature._version)
         return output
 
     def finish(self, final: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
         """Returns the logits of all exits, or raises if one did not fire."""
+        for exit_index, (feature, version) in self.features.items():
+            if feature._version != version:
+                raise ExitNotReachedError(
+                    f"the feature of exit {names[exit_index]!r} was overwritten in place by the next layer before its"
+                    " head could read it: name another exit, or switch activation checkpointing off"
+                )
+            self.exit_logits[exit_index] = self.heads[exit_index](feature)
         missing = [name for name, logits in zip(names, self.exit_logits, strict=True) if logits is None]
         if missing:
             raise ExitNotReachedError(not_reached(missing))
@@ -248,7 +277,7 @@ class Route:
         self._leave(live.index_select(0, gone), logits.index_select(0, gone), exit_index)
         self.live = live.index_select(0, stay)
         self.history = [h.index_select(0, stay) for h in self.history]
-        output = shrink(output, stay, self.count)
+        output = shrink(output, stay, self.count, head.spec.batched)
         self.count = staying
         return output
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub._tree import tensors
-from erde_hub.cost import StageCall, Trace, trace
+from erde_hub.cost import StageCall, Trace
 from erde_hub.errors import ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
 from erde_hub.routing import StageStep
@@ -143,11 +143,6 @@ class BackboneAdapter:
         return False
 
 
-def trace_backbone(module: nn.Module, inputs: Sequence[Tensor]) -> Trace:
-    """Traces a backbone on example inputs; see :func:`erde_hub.cost.trace`."""
-    return trace(module, inputs)
-
-
 def find_exit_points(adapter: BackboneAdapter, module: nn.Module, traced: Trace) -> ExitPoints:
     """Returns the places that the adapter offers, shallow to deep, that lie before the classifier."""
     points = ExitPoints()
@@ -249,13 +244,21 @@ def _spread(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]
     return picked, f"{number} of {len(points)} places, nearest to even shares of the computation: {places}"
 
 
-def first_leaf(output: Any, batch: int) -> tuple[Tensor, int | None]:
-    """Returns the tensor of a stage's output and its position (None where the output is one tensor)."""
+def first_leaf(output: Any, batch: int) -> tuple[Tensor, int | None, tuple[int, ...]]:
+    """Returns the tensor of a stage's output that a head can read, its position, and those of all batch-first tensors.
+
+    Where the output is one tensor, the position is None and there are no others.
+
+    Raises:
+        ExitPointError: There is no batch-first tensor.
+    """
     if isinstance(output, Tensor):
-        return output, None
-    for position, tensor in enumerate(tensors(output)):
-        if tensor.ndim >= 2 and tensor.shape[0] == batch:
-            return tensor, position
+        return output, None, ()
+    found = tensors(output)
+    batched = tuple(i for i, tensor in enumerate(found) if tensor.ndim and tensor.shape[0] == batch)
+    for position in batched:
+        if found[position].ndim >= 2:
+            return found[position], position, batched
     raise ExitPointError(
         f"the stage returned {type(output).__name__} without a batch-first tensor: no head can read it"
     )

@@ -70,14 +70,14 @@ class PlainAdapter(BackboneAdapter):
         Raises:
             ExitPointError: The output has none of the known numbers of axes.
         """
-        feature, leaf = first_leaf(call.output, traced.batch)
+        feature, leaf, batched = first_leaf(call.output, traced.batch)
         shape = tuple(int(s) for s in feature.shape)
         if feature.ndim == 4:
-            return FeatureSpec(shape[1], "NCHW", shape[2:], leaf=leaf)
+            return FeatureSpec(shape[1], "NCHW", shape[2:], leaf=leaf, batched=batched)
         if feature.ndim == 3:
-            return FeatureSpec(shape[2], "NLC", shape[1:2], leaf=leaf)
+            return FeatureSpec(shape[2], "NLC", shape[1:2], leaf=leaf, batched=batched)
         if feature.ndim == 2:
-            return FeatureSpec(shape[1], "NC", leaf=leaf)
+            return FeatureSpec(shape[1], "NC", leaf=leaf, batched=batched)
         raise ExitPointError(f"exit {name!r}: an output of shape {shape} is neither a map, tokens nor a vector")
 
     def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from erde_hub.errors import ConfigError
 
 FORMATS = ("NCHW", "NHWC", "NLC", "NC")
+POOLS = ("token", "avg", "max", "avgmax")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class FeatureSpec:
         pool: Pooling of tokens that the backbone itself uses: ``token``, ``avg``, ``max`` or ``avgmax``.
         prefix_tokens: Number of class and register tokens in front of the patch tokens.
         leaf: Which tensor of a stage that returns several; None where it returns one.
+        batched: Which of several tensors hold one row per sample and shrink with the batch.
     """
 
     width: int
@@ -33,22 +35,31 @@ class FeatureSpec:
     pool: str = "avg"
     prefix_tokens: int = 0
     leaf: int | None = None
+    batched: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(f"feature format {self.format!r} is unknown (available: {', '.join(FORMATS)})")
         if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
             raise ConfigError(f"feature width must be a positive integer, got {self.width!r}")
+        if self.pool not in POOLS:
+            raise ConfigError(f"pooling {self.pool!r} is unknown (available: {', '.join(POOLS)})")
         object.__setattr__(self, "size", tuple(self.size))
+        object.__setattr__(self, "batched", tuple(self.batched))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FeatureSpec:
         """Reads what a config stores; a key that does not exist raises :class:`ConfigError`."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"exit_features must hold one dict per exit, got {values!r}")
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ConfigError(
                 f"exit_features has an unknown key {sorted(unknown)[0]!r} (keys: {', '.join(cls.__dataclass_fields__)})"
             )
+        missing = [key for key in ("width", "format") if key not in values]
+        if missing:
+            raise ConfigError(f"exit_features lacks {' and '.join(missing)}, got {values}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +71,7 @@ class FeatureSpec:
             "pool": self.pool,
             "prefix_tokens": self.prefix_tokens,
             "leaf": self.leaf,
+            "batched": list(self.batched),
         }
 
 
@@ -77,6 +89,13 @@ class ExitHead(nn.Module):
         super().__init__()
         self.spec = spec
         self.num_labels = num_labels
+
+
+def check_dropout(dropout: float) -> float:
+    """Returns the probability, or raises :class:`ConfigError` where it is not in [0, 1)."""
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be in [0, 1), got {dropout!r}")
+    return dropout
 
 
 class ToNCHW(nn.Module):

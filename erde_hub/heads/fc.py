@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError
 
-from .base import ExitHead, FeatureSpec, ToNCHW, vector_pool
+from .base import ExitHead, FeatureSpec, ToNCHW, check_dropout, vector_pool
 
 
 class FCHead(ExitHead):
@@ -37,8 +37,6 @@ class FCHead(ExitHead):
         super().__init__(spec, num_labels)
         if pool not in self.POOLS:
             raise ConfigError(f"pool must be one of {', '.join(self.POOLS)}, got {pool!r}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), got {dropout!r}")
         layers: list[nn.Module]
         if spec.format in ("NCHW", "NHWC"):
             inputs = 4 * spec.width
@@ -58,7 +56,7 @@ class FCHead(ExitHead):
             inputs = spec.width
             norm = nn.LayerNorm(inputs) if spec.format == "NLC" else nn.BatchNorm1d(inputs)
             layers = [vector_pool(spec), norm, nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Dropout(dropout))
+        self.layers = nn.Sequential(*layers, nn.Dropout(check_dropout(dropout)))
         self.fc = nn.Linear(inputs, num_labels)
 
     def forward(self, x: Tensor) -> Tensor:

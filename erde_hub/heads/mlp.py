@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError
 
-from .base import ExitHead, FeatureSpec, vector_pool
+from .base import ExitHead, FeatureSpec, check_dropout, vector_pool
 
 
 class MLPHead(ExitHead):
@@ -25,12 +25,14 @@ class MLPHead(ExitHead):
     def __init__(self, spec: FeatureSpec, num_labels: int, *, hidden: int | None = None, dropout: float = 0.1) -> None:
         super().__init__(spec, num_labels)
         hidden = spec.width if hidden is None else hidden
-        if hidden < 1:
-            raise ConfigError(f"hidden must be at least 1, got {hidden!r}")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), got {dropout!r}")
+        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
+            raise ConfigError(f"hidden must be an integer of at least 1, got {hidden!r}")
         self.layers = nn.Sequential(
-            vector_pool(spec), nn.LayerNorm(spec.width), nn.Linear(spec.width, hidden), nn.ReLU(), nn.Dropout(dropout)
+            vector_pool(spec),
+            nn.LayerNorm(spec.width),
+            nn.Linear(spec.width, hidden),
+            nn.ReLU(),
+            nn.Dropout(check_dropout(dropout)),
         )
         self.fc = nn.Linear(hidden, num_labels)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from erde_hub._registry import Entry, Registry
 
-from .base import ExitPolicy
+from .base import ExitPolicy, plain_threshold
 from .confidence import ConfidencePolicy, MarginPolicy
 from .constant import AlwaysPolicy, NeverPolicy
 from .entropy import EntropyPolicy
@@ -23,6 +23,7 @@ __all__ = [
     "create_policy",
     "get_policy",
     "list_policies",
+    "plain_threshold",
     "register_policy",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -32,6 +32,9 @@ class ExitPolicy(nn.Module):
     threshold_range: ClassVar[tuple[float, float]] = (0.0, math.inf)
     #: Used where no threshold is given.
     default_threshold: ClassVar[float] = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Scores the deepest exit given.
@@ -61,21 +64,35 @@ class ExitPolicy(nn.Module):
         Raises:
             ThresholdError: NaN, outside :attr:`threshold_range`, or neither one number nor one per early exit.
         """
-        name = type(self).__name__
-        values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
-        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}")
+        plain = plain_threshold(threshold)
+        values = plain if isinstance(plain, list) else [plain] * num_early_exits
         low, high = self.threshold_range
         for value in values:
             if math.isnan(value) or not low <= value <= high:
                 raise ThresholdError(
-                    f"threshold {value!r} is not allowed for {name}: give a number in [{low:g}, {high:g}]"
+                    f"threshold {value!r} is not allowed for {type(self).__name__}: give a number in"
+                    f" [{low:g}, {high:g}]"
                 )
-        if isinstance(threshold, (int, float)):
-            return [float(threshold)] * num_early_exits
         if len(values) != num_early_exits:
             raise ThresholdError(
                 f"got {len(values)} thresholds for {num_early_exits} early exits: give one number for all, or one per"
                 " early exit (the last exit, the backbone's own classifier, has none)"
             )
-        return [float(v) for v in values]
+        return values
+
+
+def plain_threshold(threshold: Any) -> float | list[float]:
+    """Turns what a person may pass, numbers of numpy and tensors included, into a float or a list of floats.
+
+    Raises:
+        ThresholdError: Neither a number nor numbers.
+    """
+    plain = threshold.tolist() if hasattr(threshold, "tolist") else threshold
+    values = plain if isinstance(plain, (list, tuple)) else [plain]
+    try:
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise TypeError
+        floats = [float(v) for v in values]
+    except (TypeError, OverflowError):
+        raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}") from None
+    return floats if isinstance(plain, (list, tuple)) else floats[0]

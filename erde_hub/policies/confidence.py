@@ -25,8 +25,8 @@ class ConfidencePolicy(ExitPolicy):
         return log_probs[-1].amax(-1).exp()
 
     def never_leaves(self, threshold: float) -> bool:
-        """A probability is at most 1; rounding may put it a hair above, hence the slack."""
-        return threshold > 1.001
+        """A probability is at most 1."""
+        return threshold > 1
 
 
 class MarginPolicy(ExitPolicy):
@@ -42,5 +42,5 @@ class MarginPolicy(ExitPolicy):
         return best[..., 0] - best[..., 1]
 
     def never_leaves(self, threshold: float) -> bool:
-        """A difference of probabilities is at most 1; rounding may put it a hair above, hence the slack."""
-        return threshold > 1.001
+        """A difference of probabilities is at most 1."""
+        return threshold > 1

@@ -1,0 +1,158 @@
+"""What is found out before the first step: do student, teacher, loss and data go together, is it the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from erde_hub.errors import ConfigError, LabelError
+from erde_hub.losses import ExitLoss
+
+from .arguments import DistillationArguments
+
+if TYPE_CHECKING:
+    from .data import ImageData
+
+logger = logging.getLogger(__name__)
+
+
+def exit_names(model: nn.Module) -> list[str]:
+    """Returns the names of a model's exits; a module without exits has one, its classifier."""
+    return list(getattr(model, "exit_names", ["classifier"]))
+
+
+def all_exits(model: nn.Module, images: Tensor) -> Sequence[Tensor]:
+    """Returns the logits of every exit, shallow to deep; one for a module that just returns logits."""
+    # a student inside DDP shows no exit_names, but it is in train mode then, where every exit runs anyway
+    output = model(images, output_all_exits=True) if hasattr(model, "exit_names") else model(images)
+    if isinstance(output, Tensor):
+        return (output,)
+    every = getattr(output, "exit_logits", None)
+    return (output.logits,) if every is None else every
+
+
+def check_models(student: nn.Module, teacher: nn.Module | None, data: ImageData) -> None:
+    """Raises :class:`ConfigError` where classes or image sizes of student, teacher and data differ."""
+    if teacher is student:
+        raise ConfigError("teacher and student are the same object: hand in a copy, since the student's weights change")
+    models = [("student", student)] + ([("teacher", teacher)] if teacher is not None else [])
+    for name, model in models:
+        classes = num_classes(model)
+        if classes is not None and classes != data.num_classes:
+            raise ConfigError(
+                f"the {name} has {classes} classes, {data.name!r} has {data.num_classes}: build it with"
+                f" num_classes={data.num_classes}"
+            )
+        config = getattr(model, "config", None)
+        size = getattr(config, "input_size", None)
+        if size is not None and tuple(size) != tuple(data.input_size):
+            raise ConfigError(
+                f"the {name} was built for inputs {tuple(size)}, {data.name!r} gives {tuple(data.input_size)}: build it"
+                f" with input_size={tuple(data.input_size)}, or load the data with that size"
+            )
+        names = _class_names(config)
+        if names is not None and data.class_names and names != list(data.class_names):
+            first = next((i for i, (a, b) in enumerate(zip(names, data.class_names, strict=False)) if a != b), 0)
+            raise ConfigError(
+                f"the {name} and {data.name!r} disagree about the classes: class {first} is {names[first]!r} for the"
+                f" {name} and {data.class_names[first]!r} in the data"
+            )
+    if (
+        teacher is not None
+        and num_classes(student) != num_classes(teacher)
+        and None not in map(num_classes, (student, teacher))
+    ):
+        raise ConfigError(
+            f"the student has {num_classes(student)} classes, the teacher {num_classes(teacher)}: both need the same"
+        )
+
+
+def num_classes(model: nn.Module) -> int | None:
+    """Returns how many classes a model has, None if it does not say."""
+    value = getattr(getattr(model, "config", None), "num_labels", None)
+    return value if value is not None else getattr(model, "num_classes", None)
+
+
+def _class_names(config: Any) -> list[str] | None:
+    """Returns a model's class names, None where they are transformers' placeholders."""
+    names = getattr(config, "id2label", None)
+    if not names or all(str(name) == f"LABEL_{index}" for index, name in names.items()):
+        return None
+    return [str(names[index]) for index in sorted(names, key=int)]
+
+
+def check_loss(
+    loss: ExitLoss, student: nn.Module, teacher: nn.Module | None, args: DistillationArguments
+) -> list[int] | None:
+    """Checks that loss, teacher and exits go together, hands label smoothing to the loss, returns the map of exits.
+
+    Raises:
+        ConfigError: A teacher is missing or useless, weights or map do not fit the exits, or the loss has no
+            cross-entropy to smooth.
+    """
+    name = type(loss).__name__
+    if loss.needs_teacher and teacher is None:
+        raise ConfigError(f"{name} learns from a teacher and there is none: pass teacher=, or train with loss 'ce'")
+    if not loss.needs_teacher and teacher is not None:
+        raise ConfigError(f"{name} does not use a teacher: leave teacher out, or choose a loss such as 'erde' or 'kd'")
+    if args.label_smoothing:
+        if not hasattr(loss, "label_smoothing"):
+            raise ConfigError(f"label_smoothing is {args.label_smoothing}, but {name} has none: set it to 0")
+        loss.label_smoothing = args.label_smoothing  # type: ignore[assignment]
+    students = len(exit_names(student))
+    loss.weights_for(students)
+    if teacher is None:
+        return None
+    teachers = exit_names(teacher)
+    pairs = loss.teacher_exit_map(students, len(teachers))
+    text = ", ".join(f"{a} <- {teachers[b]}" for a, b in zip(exit_names(student), pairs, strict=True))
+    logger.info("student exit <- teacher exit: %s", text)
+    return pairs
+
+
+def check_data(data: ImageData) -> None:
+    """Raises :class:`LabelError` where a split holds a label outside the classes, naming its row."""
+    for name in ("train", "validation"):
+        split = getattr(data, name)
+        if split.num_samples is None:  # a stream knows its labels only as they come; the loss checks those
+            continue
+        labels = split.labels
+        wrong = torch.nonzero((labels < 0) | (labels >= data.num_classes)).flatten()
+        if len(wrong):
+            raise LabelError(
+                f"label {int(labels[wrong[0]])} in row {int(wrong[0])} of the {name} split of {data.name!r} is outside"
+                f" the classes 0 to {data.num_classes - 1} ({len(wrong)} such rows)"
+            )
+
+
+def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
+    """Compares what a checkpoint was trained with against what it is to be continued with.
+
+    Raises:
+        ConfigError: They differ; the message names the first setting, both values, and what to do.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(DistillationArguments)}
+    for name, value in now["args"].items():
+        before = stored["args"].get(name, defaults.get(name))
+        if before != value:
+            raise ConfigError(
+                f"--resume with {name}={value!r}, but {checkpoint} was written with {name}={before!r}: continue with"
+                f" --{name} {before}, or start a new run in another output_dir"
+            )
+    texts = {
+        "processes": "the number of processes",
+        "loss": "the loss",
+        "data": "the data (fingerprint)",
+        "teacher": "the teacher (hash of its weights)",
+    }
+    for name, text in texts.items():
+        if stored[name] != now[name]:
+            raise ConfigError(
+                f"--resume with another {text.removeprefix('the ')}: {checkpoint} was written with {stored[name]},"
+                f" now it is {now[name]}; restore it or start a new run in another output_dir"
+            )

@@ -1,0 +1,459 @@
+"""The training loop: teacher, distilled student and static student, on one process or many.
+
+Read :meth:`Distiller.train` first: prepare, forward, backward, clip, step, moving average, log, checkpoint. Everything
+that the processes share goes through Accelerate, so the same lines run on a CPU, on GPUs, and under FSDP or DeepSpeed
+(the last two are written for, and not tested).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from erde_hub.errors import ConfigError, NonFiniteLossError
+from erde_hub.losses import ExitLoss, LossResult, create_loss
+
+from ._checks import all_exits, check_data, check_loss, check_models, exit_names
+from ._launch import StopRequest, create_accelerator, run_on_main
+from ._meter import StepMeter, Totals, describe_non_finite
+from ._run_state import Position, gather, identity, restore, save
+from .arguments import DistillationArguments
+from .data_loader import BatchLoader
+from .run_folder import CHECKPOINTS, check_run_folder
+from .schedules import create_schedule
+
+if TYPE_CHECKING:
+    from .data import ImageData
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What came of a training.
+
+    Attributes:
+        status: ``"completed"``, or ``"interrupted"`` by a signal: a checkpoint was written, and nothing else should be
+            made of the run.
+        step: Optimizer steps done, of ``total_steps``.
+        history: One entry per epoch: loss, terms and accuracy per exit in training, accuracy and NLL per exit on the
+            validation split, learning rate, seconds.
+        teacher_exits: For each student exit the index of the teacher exit it learnt from; None without a teacher.
+        checkpoint: Newest checkpoint, None without an ``output_dir``.
+        seconds: Time spent, earlier processes of a resumed run included.
+    """
+
+    status: Literal["completed", "interrupted"]
+    step: int
+    total_steps: int
+    exit_names: list[str]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    teacher_exits: list[int] | None = None
+    checkpoint: Path | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything but the path, as plain data for ``results.json``."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "checkpoint"}
+
+
+class DistillerCallback:
+    """Hooks into the loop, for what neither a loss nor an argument covers. Both do nothing here."""
+
+    def on_step_end(self, distiller: Distiller) -> None:
+        """Called after every optimizer step, on every process."""
+
+    def on_epoch_end(self, distiller: Distiller, record: dict[str, Any]) -> None:
+        """Called after the validation of every epoch with the new entry of the history, on every process."""
+
+
+class Distiller:
+    """Trains a model with exits from labels, and from a teacher if there is one.
+
+    The student is trained in place and left in eval mode, with the averaged weights if ``ema_decay`` is set. The
+    teacher runs in eval mode, without gradients, unwrapped, in the same precision and on the same augmented batch.
+    The global random generators are seeded at the start (dropout draws from them).
+
+    With several processes, each takes its contiguous share of a global batch (two of 64 see exactly what one of 128
+    sees), and DDP averages the gradients. Batch-norm statistics are torch DDP's: every process normalises by its own
+    share, and the running statistics that are validated and saved are those of rank 0.
+
+    Args:
+        student: An :class:`~erde_hub.EarlyExitWrapper`, or any module that maps images to logits (one exit).
+        data: Training and validation split (:func:`~erde_hub.training.load_image_data`).
+        args: Everything else.
+        loss: A loss or its key; ``"ce"`` with ``teacher=None`` trains a teacher or a static student.
+        teacher: The model that the loss learns from.
+        accelerator: For scripts that train twice (:func:`~erde_hub.training.create_accelerator`); built if None.
+        callbacks: Called in order.
+
+    Raises:
+        ConfigError: Loss and teacher do not go together, teacher and student have different classes, the data do not
+            fill one step, or a setting is not supported by the model, the device or the launcher.
+        LabelError: A label outside the classes.
+        RunExistsError: ``output_dir`` already holds a run.
+        LaunchError: The launcher started processes that do not know each other.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        data: ImageData,
+        args: DistillationArguments,
+        loss: ExitLoss | str = "erde",
+        teacher: nn.Module | None = None,
+        accelerator: Accelerator | None = None,
+        callbacks: Sequence[DistillerCallback] = (),
+    ) -> None:
+        self.student, self.teacher, self.data, self.args, self.callbacks = student, teacher, data, args, callbacks
+        self.loss = create_loss(loss) if isinstance(loss, str) else loss
+        self.augment = args.augment or data.augment
+        self.exit_names = exit_names(student)
+        self.accelerator = accelerator = accelerator or create_accelerator(args)
+        if args.mixed_precision not in (None, accelerator.mixed_precision):
+            raise ConfigError(
+                f"mixed_precision is {args.mixed_precision!r}, the accelerator was built with"
+                f" {accelerator.mixed_precision!r}"
+            )
+        check_models(student, teacher, data)
+        check_data(data)
+        self.teacher_exits = check_loss(self.loss, student, teacher, args)
+        self._place_models()
+        self.train_loader = self._loader(data.train, train=True)
+        self.steps_per_epoch, self.total_steps, self.epochs = self._count_steps()
+        self.optimizer: Any = create_optimizer_v2(
+            student, args.optimizer, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
+        )
+        self.scheduler = create_schedule(args, self.optimizer, self.total_steps, self.steps_per_epoch)
+        self.average: ModelEmaV3 | None = None
+        self.position, self.meter = Position(), StepMeter()
+        self.history: list[dict[str, Any]] = []
+        self.checkpoint: Path | None = None
+        if args.output_dir is not None:
+            self.identity = identity(self)
+            run_on_main(accelerator, self._claim_output_dir)
+        elif args.resume:
+            raise ConfigError("resume needs the output_dir of the run to continue")
+
+    def train(self) -> TrainResult:
+        """Trains until the last step, or until somebody asks to stop, and returns what came of it.
+
+        Raises:
+            NonFiniteLossError: The loss became NaN or infinite; the message names step, term and exit.
+            CheckpointWriteError: A checkpoint could not be written; the one before is intact.
+            ConfigError: The run to resume was started with other settings, data or teacher.
+        """
+        args, accelerator, position = self.args, self.accelerator, self.position
+        with self._prepared() as student, StopRequest() as stop, self._progress_bar() as bar:
+            started = time.perf_counter() - position.seconds
+            while position.step < self.total_steps and position.epoch < self.epochs:
+                self.loss.set_epoch(position.epoch + 1, self.epochs)
+                self.train_loader.set_epoch(position.epoch, first_batch=position.batch)
+                student.train()
+                for batch in islice(self.train_loader, self._batches_left()):
+                    with accelerator.accumulate(student):
+                        result, logits = self.training_step(student, batch)
+                        self.meter.add(position.step + 1, result, logits, batch["labels"])
+                        if accelerator.sync_gradients:
+                            stopping = self._check_step(bool(stop))
+                            if args.max_grad_norm:
+                                accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                        self.optimizer.step()
+                        self.optimizer.zero_grad()
+                    position.batch += 1
+                    if not accelerator.sync_gradients:
+                        continue
+
+                    position.step += 1
+                    position.seconds = time.perf_counter() - started
+                    self.scheduler.step_update(position.step)
+                    if self.average is not None:
+                        self.average.update(self.student, step=position.step)
+                    self._log_step(bar)
+                    for callback in self.callbacks:
+                        callback.on_step_end(self)
+                    if stopping and position.step < self.total_steps:
+                        self._save()
+                        return self._result("interrupted", stop.reason)
+                    if args.checkpoint_steps and position.step % args.checkpoint_steps == 0 and self._batches_left():
+                        self._save()
+                self._finish_epoch()
+                position.seconds = time.perf_counter() - started
+                self._save()
+            if self.average is not None:
+                self.student.load_state_dict(self.average.module.state_dict())
+                self.average = None
+        self.student.eval()
+        return self._result("completed")
+
+    def training_step(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[LossResult, Sequence[Tensor]]:
+        """Runs forward and backward on one batch and returns the loss and the student's logits per exit."""
+        accelerator = self.accelerator
+        images = batch["pixel_values"] = batch["pixel_values"].to(accelerator.device, non_blocking=True)
+        labels = batch["labels"] = batch["labels"].to(accelerator.device, non_blocking=True)
+        with accelerator.autocast():
+            teacher_logits = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_logits = all_exits(self.teacher, images)
+            logits = all_exits(student, images)
+        result = self.loss(logits, teacher_logits, labels)
+        accelerator.backward(result.loss)
+        return result, logits
+
+    @torch.no_grad()
+    def evaluate(self, split: Any = None) -> dict[str, Any]:
+        """Returns accuracy and mean NLL per exit on a split (the validation split), of the averaged weights if any."""
+        accelerator, device = self.accelerator, self.accelerator.device
+        model: nn.Module = self.student if self.average is None else self.average.module
+        if self.sharded:
+            model = self._wrapped
+        elif accelerator.num_processes > 1:
+            for buffer in model.buffers():  # each process has its own running statistics; rank 0's are the ones saved
+                torch.distributed.broadcast(buffer, src=0)
+        model.eval()
+        precision = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.zeros(3, len(self.exit_names), dtype=precision, device=device)
+        for batch in self._loader(self.data.validation if split is None else split, train=False):
+            labels = batch["labels"].to(device)
+            if not len(labels):  # the last global batch may have fewer rows than there are processes
+                continue
+            with accelerator.autocast():
+                logits = torch.stack(list(all_exits(model, batch["pixel_values"].to(device)))).float()
+            sums[0] += (logits.argmax(-1) == labels).sum(1)
+            sums[1] += F.cross_entropy(
+                logits.permute(1, 2, 0), labels[:, None].expand(-1, len(logits)), reduction="none"
+            ).sum(0)
+            sums[2] += len(labels)
+        correct, nll, count = accelerator.reduce(sums, "sum")
+        return {"accuracy": (correct / count).tolist(), "nll": (nll / count).tolist()}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the student's weights are spread over the processes."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def _place_models(self) -> None:
+        args, device = self.args, self.accelerator.device
+        for model in filter(None, (self.student, self.teacher)):
+            model.to(device)
+            if args.channels_last:
+                model.to(memory_format=torch.channels_last)
+        self.loss.to(device)
+        if self.teacher is not None:
+            self.teacher.eval()
+        for wanted, method in (
+            (args.freeze_backbone, "freeze_backbone"),
+            (args.gradient_checkpointing, "gradient_checkpointing_enable"),
+        ):
+            if wanted and not hasattr(self.student, method):
+                raise ConfigError(f"{type(self.student).__name__} has no {method}(): wrap it in an EarlyExitWrapper")
+            if wanted:
+                getattr(self.student, method)()
+
+    def _loader(self, split: Any, train: bool) -> BatchLoader:
+        """Builds the batches of this process.
+
+        The order is a pure function of seed and epoch. Accelerate would shard and skip a torch DataLoader instead,
+        whose order depends on how often the global generator was drawn from: a run resumed within an epoch would
+        then see other batches than the one that was never interrupted.
+        """
+        args, accelerator = self.args, self.accelerator
+        return BatchLoader(
+            split,
+            args.batch_size,
+            shuffle=train,
+            augment=self.augment if train else None,
+            seed=args.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            drop_last=train,
+            channels_last=args.channels_last,
+            num_workers=args.num_workers,
+        )
+
+    def _count_steps(self) -> tuple[int, int, int]:
+        """Returns steps per epoch, steps in all, and epochs; a remainder that does not fill a step is left out."""
+        args, batches = self.args, self.train_loader.num_batches
+        if batches is None:
+            if not args.max_steps:
+                raise ConfigError(f"the length of {self.data.name!r} is unknown, as it is streamed: set max_steps")
+            return args.max_steps, args.max_steps, args.epochs
+        per_epoch = batches // args.gradient_accumulation_steps
+        if not per_epoch:
+            raise ConfigError(
+                f"an epoch has {batches} batches, fewer than gradient_accumulation_steps ="
+                f" {args.gradient_accumulation_steps}: lower it or batch_size ({args.batch_size})"
+            )
+        total = min(per_epoch * args.epochs, args.max_steps or math.inf)
+        return per_epoch, int(total), math.ceil(total / per_epoch)
+
+    def _batches_left(self) -> int:
+        """Batches that are still to come in this epoch."""
+        accumulation, position = self.args.gradient_accumulation_steps, self.position
+        in_epoch = self.steps_per_epoch * accumulation - position.batch
+        return min(in_epoch, (self.total_steps - position.step) * accumulation)
+
+    def _claim_output_dir(self) -> None:
+        args, folder = self.args, Path(str(self.args.output_dir))
+        check_run_folder(folder, resume=args.resume, overwrite=args.overwrite_output_dir)
+        if args.overwrite_output_dir:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+    @contextmanager
+    def _prepared(self) -> Iterator[nn.Module]:
+        """Hands student and optimizer to Accelerate, starts or resumes, and gives the student back as it was."""
+        args, accelerator, optimizer = self.args, self.accelerator, self.optimizer
+        if args.ema_decay and self.sharded:
+            raise ConfigError("ema_decay is not supported under FSDP and DeepSpeed: set it to 0")
+        if args.ema_decay:
+            self.average = ModelEmaV3(self.student, decay=args.ema_decay, use_warmup=True)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+        accelerator.gradient_accumulation_steps, accelerator.step = args.gradient_accumulation_steps, 0
+        own_forward = self.student.__dict__.get("forward")
+        try:
+            self._wrapped, self.optimizer = accelerator.prepare(self.student, optimizer)
+            if args.report_to:
+                accelerator.project_configuration.logging_dir = str(Path(args.output_dir or ".") / "logs")
+                accelerator.init_trackers("erde_hub", config=_flat(args.public_dict()))
+            set_seed(args.seed, device_specific=True)
+            if args.resume:
+                self.checkpoint = restore(self)
+            yield self._wrapped
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            accelerator.trackers = []
+            # For mixed precision Accelerate patches `forward`, and its unwrapping leaves a bound method in the module
+            accelerator.unwrap_model(self.student, keep_fp32_wrapper=False)
+            self.student.__dict__.pop("forward", None)
+            if own_forward is not None:
+                self.student.forward = own_forward
+            self.optimizer = optimizer
+            accelerator.free_memory()
+
+    def _progress_bar(self) -> tqdm[Any]:
+        """One bar per training, on the main process; into a log file it writes a line every half minute."""
+        terminal = sys.stderr.isatty()
+        return tqdm(
+            total=self.total_steps,
+            initial=self.position.step,
+            desc=f"epoch {self.position.epoch + 1}/{self.epochs}",
+            unit="step",
+            dynamic_ncols=terminal,
+            smoothing=0.1,
+            mininterval=0.2 if terminal else 30.0,
+            maxinterval=10.0 if terminal else 60.0,
+            disable=not (self.args.progress_bar and self.accelerator.is_main_process),
+        )
+
+    def _log_step(self, bar: tqdm[Any]) -> None:
+        step = self.position.step
+        if step % self.args.logging_steps == 0 or step == self.total_steps:
+            values = self.meter.collect().average()
+            shown = {name: f"{value:.3f}" for name, value in {"loss": values["loss"], **values["terms"]}.items()}
+            shown["acc"] = "/".join(f"{100 * share:.0f}" for share in values["accuracy"]) + "%"
+            bar.set_description(f"epoch {self.position.epoch + 1}/{self.epochs}", refresh=False)
+            bar.set_postfix(shown, refresh=False)
+            self._track({"train": values, "lr": self.optimizer.param_groups[0]["lr"]})
+        bar.update()
+
+    def _track(self, values: dict[str, Any]) -> None:
+        if self.accelerator.trackers:
+            self.accelerator.log(_flat(values, self.exit_names), step=self.position.step)
+
+    def _finish_epoch(self) -> None:
+        """Validates, writes the epoch into the history and moves the position to the next one."""
+        self._check_step(now=True)
+        self.meter.collect()
+        totals = Totals()
+        for share in gather(self.accelerator, self.meter.epoch):
+            totals.add(share)
+        record = {
+            "epoch": self.position.epoch + 1,
+            "step": self.position.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train": totals.average(),
+            "validation": self.evaluate(),
+            "seconds": self.position.seconds,
+        }
+        self.history.append(record)
+        self._track({"validation": record["validation"], "epoch": record["epoch"]})
+        for callback in self.callbacks:
+            callback.on_epoch_end(self, record)
+        self.meter.restart()
+        self.position.epoch += 1
+        self.position.batch = self.accelerator.step = 0
+
+    def _save(self) -> None:
+        if self.args.output_dir is not None:
+            self._check_step(now=True)
+            self.meter.collect()
+            self.checkpoint = save(self)
+
+    def _check_step(self, stop: bool = False, now: bool = False) -> bool:
+        """Raises before a step that would spoil the weights; tells whether any process was asked to stop after it.
+
+        All processes must leave the loop at the same step, so they agree here. A GPU is asked for its losses at the
+        logging cadence and before a checkpoint only, since asking waits for it.
+        """
+        accelerator, step = self.accelerator, self.position.step + 1
+        due = now or accelerator.device.type == "cpu" or step == self.total_steps or step % self.args.logging_steps == 0
+        several = accelerator.num_processes > 1
+        if not due:
+            return stop and not several
+        bad = self.meter.first_bad_batch()
+        message = describe_non_finite(*bad, self.exit_names) if bad else None
+        if several:
+            flags = torch.tensor([float(stop), float(bad is not None)], device=accelerator.device)
+            stop, any_bad = (accelerator.reduce(flags, "sum") > 0).tolist()
+            if any_bad:
+                message = next(text for text in gather(accelerator, message) if text)
+        if message is not None:
+            kept = f"; the last good checkpoint is {self.checkpoint.name}" if self.checkpoint else ""
+            raise NonFiniteLossError(f"{message}{kept}. Try a lower lr, max_grad_norm, or mixed_precision 'no'")
+        return stop
+
+    def _result(self, status: Literal["completed", "interrupted"], reason: str = "") -> TrainResult:
+        if reason:
+            kept = f"saved as {self.checkpoint}; --resume continues" if self.checkpoint else "not saved: no output_dir"
+            logger.warning("stopped at step %d (%s), %s", self.position.step, reason, kept)
+        return TrainResult(
+            status=status,
+            step=self.position.step,
+            total_steps=self.total_steps,
+            exit_names=self.exit_names,
+            history=self.history,
+            teacher_exits=self.teacher_exits,
+            checkpoint=self.checkpoint,
+            seconds=self.position.seconds,
+        )
+
+
+def _flat(values: Any, names: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Flattens nested values for trackers, which take numbers and texts: ``train/accuracy/layer1``."""
+    if isinstance(values, dict):
+        return {k: v for key, value in values.items() for k, v in _flat(value, names, f"{prefix}/{key}").items()}
+    if isinstance(values, list) and len(values) == len(names):
+        return {f"{prefix[1:]}/{name}": value for name, value in zip(names, values, strict=True)}
+    return {prefix[1:]: values if isinstance(values, (int, float, str)) else str(values)}

@@ -1,0 +1,118 @@
+"""Folders of runs: the next free one, the newest one, and none overwritten by accident."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from erde_hub.errors import ConfigError, RunExistsError
+
+from .checkpointing import newest_checkpoint
+
+CHECKPOINTS = "checkpoints"
+
+#: Any of these makes a folder a run.
+_MARKS = ("config.json", "model.safetensors", "results.json")
+#: What a run leaves besides; deleted with it.
+_REST = ("preprocessor_config.json", "sweep.csv", "frontier.png", "README.md")
+
+
+def open_run_folder(
+    output_dir: str | Path | None,
+    config: str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    root: str | Path = "runs",
+) -> Path:
+    """Returns the folder of a run, made if it was not there; called once, before time is spent.
+
+    Args:
+        output_dir: The folder, or None for ``root/<config>-<n>``: the next free n, or with ``resume`` the newest one.
+        config: Name of the configuration (a file's stem).
+        resume: Continue the run in the folder.
+        overwrite: Delete the run in the folder (its checkpoints and results, no other file).
+        root: Parent of the folders that are named automatically.
+
+    Raises:
+        RunExistsError: The folder holds a run, and neither ``resume`` nor ``overwrite`` is set.
+        ConfigError: There is nothing to resume, both are set, or the path is not a folder.
+    """
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite_output_dir contradict each other: choose one")
+    if output_dir is None:
+        if not resume:
+            return _next_run_folder(Path(root), config)
+        newest = newest_run(root, config)
+        if newest is None:
+            raise ConfigError(f"nothing to resume: no folder {Path(root) / config}-<n>; start without --resume")
+        return newest
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {str(output_dir)!r} is a file, not a folder")
+    if resume and not holds_run(folder) and not holds_run(folder / "teacher"):
+        raise ConfigError(f"nothing to resume in output_dir {str(output_dir)!r}; start without --resume")
+    check_run_folder(folder, resume=resume, overwrite=overwrite)
+    if overwrite:
+        clear_run(folder)
+        clear_run(folder / "teacher")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_run_folder(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Raises :class:`RunExistsError` if a folder holds a run and nothing says what to do with it."""
+    folder = Path(folder)
+    if not resume and not overwrite and (holds_run(folder) or holds_run(folder / "teacher")):
+        raise RunExistsError(
+            f"{str(folder)!r} already holds a run: continue it with --resume, delete it with --overwrite_output_dir, or"
+            " choose another --output_dir"
+        )
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Tells whether a folder holds checkpoints or results of a run."""
+    folder = Path(folder)
+    checkpoints = folder / CHECKPOINTS
+    return any((folder / name).exists() for name in _MARKS) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def clear_run(folder: str | Path) -> None:
+    """Deletes the checkpoints and results of a run and leaves every other file alone."""
+    if not holds_run(folder):
+        return
+    shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
+    for name in (*_MARKS, *_REST):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def newest_run(root: str | Path, config: str) -> Path | None:
+    """Returns the folder ``root/<config>-<n>`` with the highest n, or None."""
+    runs = _runs(Path(root), config)
+    return runs[max(runs)] if runs else None
+
+
+def find_checkpoint(folder: str | Path) -> Path | None:
+    """Returns the newest complete checkpoint of a run, or None."""
+    return newest_checkpoint(Path(folder) / CHECKPOINTS)
+
+
+def _next_run_folder(root: Path, config: str) -> Path:
+    if not config or Path(config).name != config:
+        raise ConfigError(f"config name {config!r} cannot be part of a folder's name")
+    number = max(_runs(root, config), default=0) + 1
+    while True:  # another process may take the same number in this moment
+        folder = root / f"{config}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _runs(root: Path, config: str) -> dict[int, Path]:
+    pattern = re.compile(rf"{re.escape(config)}-(\d+)")
+    paths = root.iterdir() if root.is_dir() else []
+    return {int(m[1]): path for path in paths if path.is_dir() and (m := pattern.fullmatch(path.name))}
