@@ -1,0 +1,324 @@
+"""The command line of every recipe: dataclasses in, one YAML file and flags on top, errors that fit on a screen.
+
+transformers' ``HfArgumentParser`` turns dataclass fields into flags, but its ``parse_yaml_file`` ignores the flags
+and keeps ``learning_rate: 1e-3`` as the text that YAML says it is, and argparse accepts abbreviations. Here the file's
+keys and types are checked against the fields, the file's values become defaults, and the flags are parsed on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from erde_hub.errors import ConfigError, ErdeError, nearest
+from erde_hub.training.recipe import Interrupted
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows one spelling per flag, and a default only where there is one to show."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        options = [o for o in action.option_strings if not (o.startswith("--") and "-" in o[2:])]
+        if not options or options == action.option_strings:
+            return super()._format_action_invocation(action)
+        shown = argparse.Action(
+            options, action.dest, nargs=action.nargs, metavar=action.metavar, choices=action.choices
+        )
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default == [] or action.default == {} or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _KeyValues(argparse.Action):
+    """``--student_kwargs width=16 act_layer=relu``: adds to what the file says, key by key."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        merged = dict(getattr(namespace, self.dest) or {})
+        for text in values:
+            key, equals, value = text.partition("=")
+            if not equals or not key:
+                parser.error(f"argument {option_string}: {text!r} is not KEY=VALUE (example: {option_string} width=16)")
+            merged[key] = parse_scalar(value)
+        setattr(namespace, self.dest, merged)
+
+
+class RecipeParser(HfArgumentParser):
+    """``HfArgumentParser`` with mappings (``KEY=VALUE``), no abbreviations, and misses that name the nearest flag."""
+
+    def __init__(self, dataclass_types: Mapping[str, type], description: str) -> None:
+        super().__init__(
+            description=description,
+            usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", metavar="FILE.yaml", help="settings from a file; a flag wins over the file")
+        for title, cls in dataclass_types.items():
+            self._add_group(title, cls)
+
+    def _add_group(self, title: str, cls: type) -> None:
+        group = self.add_argument_group(title)
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.init:
+                # A copy: HfArgumentParser writes the simplified type back into the field.
+                copied = copy.copy(field)
+                copied.type = hints[field.name]
+                self._add_field(group, copied)
+
+    def _add_field(self, group: Any, field: dataclasses.Field[Any]) -> None:
+        kind = _without_none(field.type)
+        if get_origin(kind) is not dict and kind is not dict:
+            HfArgumentParser._parse_dataclass_field(group, field)
+            shown = get_args(kind)[0] if get_origin(kind) is list else kind
+            action = self._option_string_actions[f"--{field.name}"]
+            action.metavar = action.metavar or _METAVARS.get(shown)
+            if f"--no_{field.name}" in self._option_string_actions:
+                self._option_string_actions[f"--no_{field.name}"].help = f"the same as --{field.name} false"
+            return
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        hyphens = [f"--{field.name.replace('_', '-')}"] if "_" in field.name else []
+        options = {"default": default, "metavar": "KEY=VALUE", **field.metadata}
+        group.add_argument(f"--{field.name}", *hyphens, nargs="+", action=_KeyValues, **options)
+
+    def flags(self) -> list[str]:
+        """Returns every ``--flag`` in its spelling with underscores."""
+        return [o for o in self._option_string_actions if o.startswith("--") and "-" not in o[2:]]
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with one line instead of a page of usage."""
+        print(f"{self.prog}: error: {message}\n(--help lists all flags)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
+
+
+def parse_arguments(
+    dataclass_types: Mapping[str, type],
+    description: str,
+    argv: Sequence[str] | None = None,
+    default_config: str | Path | None = None,
+    promote: str | None = None,
+    ignored: Sequence[type] = (),
+) -> tuple[Any, ...]:
+    """Reads ``--config FILE.yaml`` and the flags into one instance of each dataclass.
+
+    Args:
+        dataclass_types: Their fields are the flags and the keys of the file, by the title under which ``--help`` lists
+            them; no name may occur twice.
+        description: First lines of ``--help``.
+        argv: The flags; those of the process if None.
+        default_config: The file where ``--config`` is not given.
+        promote: A mapping in the file whose entries replace the keys of the same name (a flag still wins), so that
+            ``train_teacher.py`` reads the teacher's half of a distillation's file.
+        ignored: Further dataclasses whose fields may stand in the file, for other recipes to read.
+
+    Returns:
+        The instances, in the order of ``dataclass_types``, and last the name of the configuration (the file's stem).
+
+    Raises:
+        ConfigError: The file is not there, is not a mapping, or has a key or a value that no field takes. A wrong flag
+            ends the program with exit code 2 instead, as argparse does.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = RecipeParser(dataclass_types, description)
+    path = _config_path(argv) or default_config
+    if path is not None:
+        values = read_config(path, [*dataclass_types.values(), *ignored])
+        if promote and values.get(promote):
+            values |= _check_types(values[promote], dataclass_types.values(), where=f"{promote!r} of {path}")
+        values = {key: value for key, value in values.items() if f"--{key}" in parser._option_string_actions}
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+        parser.set_defaults(**values)
+    parser.set_defaults(config=None if path is None else str(path))
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0].replace("-", "_")
+        flag = f"--{flag.lstrip('_')}" if unknown[0].startswith("--") else unknown[0]
+        parser.error(f"unknown argument {unknown[0]!r}{nearest(flag, parser.flags())}")
+    settings = vars(namespace)
+    instances = [
+        cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.init})
+        for cls in dataclass_types.values()
+    ]
+    return (*instances, Path(path).stem if path is not None else Path(parser.prog).stem)
+
+
+def read_config(path: str | Path, dataclass_types: Iterable[type]) -> dict[str, Any]:
+    """Reads a YAML file and checks its keys and types against the fields of the dataclasses.
+
+    Raises:
+        ConfigError: No such file, no mapping, a key twice, an unknown key, or a value of the wrong type; the message
+            names file, key and what is allowed.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        known = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.yaml"))
+        hint = nearest(path.name, known)
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}){hint}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold 'key: value' lines, it holds a {type(values).__name__}")
+    return _check_types(values, dataclass_types, where=str(path))
+
+
+def parse_scalar(text: str) -> Any:
+    """Reads ``16``, ``0.1``, ``1e-3``, ``true``, ``[1, 2]`` or plain text, as the value of ``KEY=VALUE``."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return _numbers(value)
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """Turns the library's typed errors into one message and exit code 2; everything else keeps its traceback."""
+    try:
+        yield
+    except Interrupted as stop:
+        print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
+        raise SystemExit(1) from stop
+    except ErdeError as error:
+        print(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; a person who wrote both wants to know."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} occurs twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    return finder.parse_known_args(argv)[0].config
+
+
+def _check_types(values: Mapping[Any, Any], dataclass_types: Iterable[type], where: str) -> dict[str, Any]:
+    hints = {}
+    for cls in dataclass_types:
+        resolved = get_type_hints(cls)
+        hints |= {field.name: resolved[field.name] for field in dataclasses.fields(cls) if field.init}
+    checked = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {key!r} in {where}{nearest(str(key), hints)} (--help lists all keys)")
+        checked[key] = _convert(value, hints[key], key, where)
+    return checked
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        rest = [k for k in get_args(kind) if k is not type(None)]
+        return rest[0] if len(rest) == 1 else Union[tuple(rest)]  # noqa: UP007 - built at run time
+    return kind
+
+
+def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
+    """Checks one value of the file against the type of its field, and reads the numbers that YAML leaves as text."""
+    inner = _without_none(kind)
+    if value is None and inner is not kind:
+        return None
+    origin = get_origin(inner)
+    if origin is list or inner is list:
+        element = (get_args(inner) or (Any,))[0]
+        return [_convert(v, element, key, where) for v in (value if isinstance(value, list) else [value])]
+    if origin is dict or inner is dict:
+        if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+            raise ConfigError(f"{key!r} in {where} must be a mapping like {{width: 16}}, got {value!r}")
+        return _numbers(value)
+    if origin is Literal:
+        allowed = get_args(inner)
+        if value not in allowed or isinstance(value, bool):
+            hint = nearest(value, map(str, allowed)) if isinstance(value, str) else _bool_hint(value)
+            raise ConfigError(f"{key!r} in {where} is {value!r}{hint} (allowed: {', '.join(map(str, allowed))})")
+        return value
+    if inner not in _SCALARS:
+        return value
+    read, expected = _SCALARS[inner]
+    try:
+        return read(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key!r} in {where} must be {expected}, got {value!r}{_bool_hint(value)}") from error
+
+
+def _bool_hint(value: Any) -> str:
+    return " (YAML reads yes, no, on and off as true and false: put text in quotes)" if isinstance(value, bool) else ""
+
+
+def _read_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    return int(value)
+
+
+def _read_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    return float(value)
+
+
+def _read_str(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    return str(value)
+
+
+_SCALARS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_read_bool, "true or false"),
+    int: (_read_int, "a whole number"),
+    float: (_read_float, "a number"),
+    str: (_read_str, "text"),
+}
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 wants a dot in ``1.0e-3`` and reads ``1e-3`` as text; people do not."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and value:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,84 @@
+"""Trains a teacher, distils a student with exits from it, measures both, and leaves a checkpoint that loads.
+
+    accelerate launch recipes/distill.py
+    accelerate launch recipes/distill.py --config recipes/configs/cifar10_resnet18_resnet10.yaml --output_dir runs/a
+
+Without --config it is recipes/configs/digits.yaml: a few minutes on two CPU cores, nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from _cli import clean_errors, parse_arguments
+
+from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
+from erde_hub.training.recipe_arguments import (
+    DataArguments,
+    ExitArguments,
+    StudentArguments,
+    TeacherArguments,
+    build_loss,
+    loss_arguments_class,
+)
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+def main() -> None:
+    """Teacher, student, report; a run that is resumed skips what it has done."""
+    sections = {
+        "data": DataArguments,
+        "student": StudentArguments,
+        "exits": ExitArguments,
+        "teacher": TeacherArguments,
+        "loss (in brackets: the losses that take it, with their defaults)": loss_arguments_class(),
+        "training of teacher and student": DistillationArguments,
+    }
+    data_args, student_args, exits, teacher_args, loss_args, args, config = parse_arguments(
+        sections, __doc__, default_config=DEFAULT_CONFIG
+    )
+    loss = build_loss(student_args.loss, loss_args)
+    accelerator = create_accelerator(args)
+    recipe.configure_logging(accelerator.is_main_process)
+    say = accelerator.print
+
+    # Whatever can be wrong is found here, before the run has a folder and time is spent.
+    teacher = recipe.load_model(student_args.teacher) if student_args.teacher else None
+    preprocessing = recipe.existing_preprocessing(teacher, teacher_args, student_args)
+    data = recipe.load_data(data_args, preprocessing, progress=accelerator.is_main_process)
+    student = recipe.build_student(student_args, exits, data, args)
+    plan = None
+    if teacher is None and loss.needs_teacher:
+        plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
+    recipe.check_together(student, plan.model if plan else teacher, data, loss, args)
+
+    folder = run_on_main(
+        accelerator,
+        lambda: open_run_folder(args.output_dir, config, resume=args.resume, overwrite=args.overwrite_output_dir),
+    )
+    args.output_dir = str(folder)
+    settings = recipe.settings_dict(config, data_args, student_args, exits, teacher_args, loss_args, args)
+    run = recipe.Run(accelerator, data, args, settings)
+    say(f"{recipe.describe_data(data)}\nrun: {folder}")
+
+    results = run_on_main(accelerator, lambda: recipe.finished(folder)) if args.resume else None
+    if results is None:
+        if plan is not None:
+            say(f"\n{recipe.describe_network('teacher', plan.model)}")
+            teacher, _ = plan.train(run, folder / "teacher")
+        static = None
+        if student_args.train_static:
+            say("\nstatic student: the student's network without exits, for comparison")
+            static = recipe.train_static_student(run, recipe.build_student(student_args, exits, data, args))
+        say(f"\n{recipe.describe_network('student', student)}")
+        result = recipe.train_network(run, folder, student, loss, teacher)
+        results = recipe.report(
+            run, folder, student, exits, (student_args.loss, loss), result, teacher=teacher, static=static
+        )
+    say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

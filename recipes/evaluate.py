@@ -1,0 +1,102 @@
+"""Measures a checkpoint on a data set: every exit alone, and the threshold sweep.
+
+    python recipes/evaluate.py --model runs/digits-1
+    python recipes/evaluate.py --model org/name --dataset uoft-cs/cifar10 --output_dir runs/check
+
+Leaves results.json, sweep.csv, frontier.png and README.md, and changes nothing in the checkpoint. Where the model was
+trained on the same data, the images that its run held out are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from _cli import clean_errors, parse_arguments
+
+from erde_hub.errors import ConfigError
+from erde_hub.evaluation import build_results
+from erde_hub.losses import create_loss
+from erde_hub.policies import get_policy
+from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
+from erde_hub.training.recipe_arguments import DataArguments
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured and where the files go."""
+
+    model: str = field(metadata={"help": "folder or Hub repository of a checkpoint"})
+    split: Literal["test", "validation"] = field(default="test", metadata={"help": "images to report on"})
+    policy: str | None = field(default=None, metadata={"help": "sweep another policy than the stored one"})
+    thresholds: list[float] | None = field(
+        default=None, metadata={"help": "thresholds of the sweep; default: the policy's steps (entropy: 0 to 2 nats)"}
+    )
+    batch_size: int = field(default=256, metadata={"help": "images per forward pass and process"})
+    num_workers: int = field(default=0, metadata={"help": "processes that load large images"})
+    cpu_threads: int = field(default=0, metadata={"help": "CPU threads per process, 0: cores / processes"})
+    save_records: bool = field(
+        default=False, metadata={"help": "also write records.safetensors: the logits of every exit for every image"}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder of the report; default: runs/evaluate-<model>-<n>, the next free n"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace the report that output_dir already holds"}
+    )
+
+
+def main() -> None:
+    """Loads, measures, writes."""
+    sections = {"what and where": EvaluationArguments, "data": DataArguments}
+    evaluation, data_args, _ = parse_arguments(sections, __doc__)
+    args = DistillationArguments(
+        batch_size=evaluation.batch_size,
+        num_workers=evaluation.num_workers,
+        cpu_threads=evaluation.cpu_threads,
+    )
+    accelerator = create_accelerator(args)
+    recipe.configure_logging(accelerator.is_main_process)
+
+    overrides: dict[str, Any] = {}
+    if evaluation.policy is not None:
+        overrides = {"policy": evaluation.policy, "threshold": get_policy(evaluation.policy).cls.default_threshold}
+    model = recipe.load_model(evaluation.model, **overrides)
+    data = recipe.load_data(data_args, model.config.preprocessing, progress=accelerator.is_main_process)
+    split_file = recipe.stored_split(evaluation.model, data)
+    if split_file is not None:
+        data = recipe.load_data(data_args, model.config.preprocessing, split_file, progress=False)
+    loss = create_loss("ce")
+    recipe.check_together(model, None, data, loss, args)
+
+    name = f"evaluate-{Path(evaluation.model).name}"
+    refuse_checkpoint_folder(evaluation.output_dir)
+    folder = run_on_main(
+        accelerator,
+        lambda: open_run_folder(evaluation.output_dir, name, overwrite=evaluation.overwrite_output_dir),
+    )
+    accelerator.print(recipe.describe_data(data))
+    settings = asdict(evaluation) | asdict(data_args)
+    records = recipe.collect(recipe.Run(accelerator, data, args, settings), model, evaluation.split, args.batch_size)
+
+    def write() -> dict[str, Any]:
+        results = build_results(records, model, data, settings, thresholds=evaluation.thresholds)
+        recipe.write_report(results, folder, card=False)
+        if evaluation.save_records:
+            records.save(folder / "records.safetensors")
+        return results
+
+    results = run_on_main(accelerator, write)
+    accelerator.print(f"\n{recipe.format_results(results)}\n\nresults.json, sweep.csv, frontier.png: {folder}")
+
+
+def refuse_checkpoint_folder(output_dir: str | None) -> None:
+    """A report is not written over a checkpoint: --overwrite_output_dir would delete its weights."""
+    if output_dir is not None and (Path(output_dir) / "config.json").is_file():
+        raise ConfigError(f"output_dir {output_dir!r} holds a checkpoint: choose another folder for the report")
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

@@ -1,0 +1,67 @@
+"""Trains a teacher with exits, the first half of a distillation, and leaves a checkpoint that loads.
+
+    accelerate launch recipes/train_teacher.py
+    accelerate launch recipes/train_teacher.py --config recipes/configs/cifar10_resnet18_resnet10.yaml
+
+It reads the same files as distill.py, with what `teacher_training` changes for the teacher; hand the folder that it
+leaves to `distill.py --teacher`. Without --config it is recipes/configs/digits.yaml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from _cli import clean_errors, parse_arguments
+
+from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
+from erde_hub.training.recipe_arguments import (
+    DataArguments,
+    ExitArguments,
+    StudentArguments,
+    TeacherArguments,
+    loss_arguments_class,
+)
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+def main() -> None:
+    """Trains, measures and reports; a run that is resumed skips what it has done."""
+    sections = {
+        "data": DataArguments,
+        "teacher": TeacherArguments,
+        "exits": ExitArguments,
+        "training": DistillationArguments,
+    }
+    data_args, teacher_args, exits, args, config = parse_arguments(
+        sections,
+        __doc__,
+        default_config=DEFAULT_CONFIG,
+        promote="teacher_training",
+        ignored=[StudentArguments, loss_arguments_class()],
+    )
+    accelerator = create_accelerator(args)
+    recipe.configure_logging(accelerator.is_main_process)
+    say = accelerator.print
+
+    # Whatever can be wrong is found here, before the run has a folder and time is spent.
+    preprocessing = recipe.existing_preprocessing(None, teacher_args)
+    data = recipe.load_data(data_args, preprocessing, progress=accelerator.is_main_process)
+    plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
+
+    name = f"{config}-teacher"
+    folder = run_on_main(
+        accelerator,
+        lambda: open_run_folder(args.output_dir, name, resume=args.resume, overwrite=args.overwrite_output_dir),
+    )
+    args.output_dir = plan.args.output_dir = str(folder)
+    settings = recipe.settings_dict(config, data_args, teacher_args, exits, args)
+    run = recipe.Run(accelerator, data, args, settings)
+    say(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_network('teacher', plan.model)}")
+    _, results = plan.train(run, folder)
+    say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()
