@@ -120,7 +120,6 @@ class EarlyExitConfig(PreTrainedConfig):
                 raise ConfigError(f"{name} must be a dict of arguments, got {value!r}")
             setattr(self, name, dict(value))
         self.exits = list(self.exits) if isinstance(self.exits, (list, tuple)) else self.exits
-        self.input_size = list(self.input_size) if isinstance(self.input_size, (list, tuple)) else self.input_size
         if self.exits is not None and not reading:  # transformers leaves the id2label of two classes out of its files
             self._check_labels(kwargs.get("num_labels"))
         super().__post_init__(**kwargs)
@@ -168,11 +167,8 @@ class EarlyExitConfig(PreTrainedConfig):
                 raise ConfigError(f"exit_features has {len(self.exit_features)} entries for {len(self.exits)} exits")
             for values in self.exit_features:
                 FeatureSpec.from_dict(values)
-        size = self.input_size
-        if size is not None and (
-            not isinstance(size, list) or not size or any(type(side) is not int or side < 1 for side in size)
-        ):
-            raise ConfigError(f"input_size must hold positive integers, such as [3, 224, 224], got {size!r}")
+        if self.input_size is not None:
+            self.input_size = list(check_input_size(self.input_size))
         if self.preprocessing is not None:
             self.preprocessing = check_preprocessing(self.preprocessing)
         get_head(self.head)
@@ -211,3 +207,10 @@ def check_exit_weights(weights: list[float] | tuple[float, ...], num_exits: int)
     if any(not math.isfinite(w) or w < 0 for w in values) or not any(values):
         raise ConfigError(f"exit_weights must be finite, at least 0 and not all 0, got {values}")
     return values
+
+
+def check_input_size(size: Any) -> tuple[int, ...]:
+    """Returns the shape of one input, or raises :class:`ConfigError` where it is none."""
+    if not isinstance(size, (list, tuple)) or not size or any(type(side) is not int or side < 1 for side in size):
+        raise ConfigError(f"input_size must hold positive integers, such as (3, 224, 224), got {size!r}")
+    return tuple(size)

@@ -35,11 +35,29 @@ def flop_counter() -> FlopCounterMode:
 
 @dataclass
 class StageCall:
-    """One call of one module: when it ended, what had been computed by then, and what came out (without values)."""
+    """One call of one module, without values.
+
+    Attributes:
+        order: When it ended.
+        macs: What had been computed by then.
+        output: What came out.
+        versions: Of the tensors that came out; they rise where a later layer writes in place.
+    """
 
     order: int
     macs: int
     output: Any
+    versions: tuple[int, ...] = ()
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something behind the module wrote over its output."""
+        return self.versions != versions(self.output)
+
+
+def versions(tree: Any) -> tuple[int, ...]:
+    """How often each tensor of a structure has been written in place."""
+    return tuple(tensor._version for tensor in tensors(tree))
 
 
 @dataclass
@@ -119,7 +137,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Tr
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             nonlocal ended
-            call = StageCall(ended, counter.get_total_flops() // 2 // batch, output)
+            call = StageCall(ended, counter.get_total_flops() // 2 // batch, output, versions(output))
             result.calls.setdefault(name, []).append(call)
             if weighted:
                 result.last_parametrised = ended

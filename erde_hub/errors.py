@@ -81,6 +81,10 @@ class ResultsError(ErdeError, ValueError):
     """A results file lacks a part, holds a value that JSON cannot, or names a place on the machine."""
 
 
+class ExportError(ErdeError, ValueError):
+    """A model cannot be written as a file of another format; the message names the exit or operator and the reason."""
+
+
 class MissingDependencyError(ErdeError, ImportError):
     """An optional package is needed; the message gives the install command."""
 

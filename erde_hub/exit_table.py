@@ -99,8 +99,14 @@ def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
     def touch(module: nn.Module, _args: Any) -> None:
         touched.update(id(p) for p in module.parameters(recurse=False))
 
+    def finish(module: nn.Module, _args: Any, _output: Any) -> None:
+        # Attention uses the weights of its last projection without calling it.
+        touched.update(id(p) for p in module.parameters())
+
     for module in clone.modules():
         module.register_forward_pre_hook(touch)
+        if module not in (clone, clone.backbone):
+            module.register_forward_hook(finish, prepend=True)
     visitor = _CountingPass(clone, lambda: counter.get_total_flops() // 2 // batch, touched)
     dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
     inputs = torch.empty((batch, *size), dtype=dtype, device=device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, PreTrainedModel
@@ -24,7 +25,7 @@ from .backbones.base import (
     resolve_exits,
     tap_module,
 )
-from .config import EarlyExitConfig
+from .config import EarlyExitConfig, check_input_size
 from .cost import Trace, example_batch, trace, weightless_copy
 from .errors import (
     CheckpointError,
@@ -75,6 +76,11 @@ def _inspect(
     """Finds the adapter, what the model says of itself, and example inputs."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected an nn.Module (a timm model, say), got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise InputTypeError(
+            "got a compiled module: wrap the module itself and compile then, wrapper.backbone ="
+            " torch.compile(wrapper.backbone)"
+        )
     adapter = find_adapter(model)
     facts = adapter.describe(model)
     if examples is not None:
@@ -89,8 +95,7 @@ def _inspect(
             raise ExitPointError(
                 f"{type(model).__name__} does not say what it takes: pass input_size=(C, H, W), or example_inputs="
             )
-        if not isinstance(input_size, (list, tuple)) or any(type(s) is not int or s < 1 for s in input_size):
-            raise ConfigError(f"input_size must hold positive integers, such as (3, 224, 224), got {input_size!r}")
+        input_size = check_input_size(input_size)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         tensors = example_inputs(input_size, dtype)
     facts["input_size"] = [int(s) for s in input_size]
@@ -189,7 +194,7 @@ class EarlyExitWrapper(PreTrainedModel):
                 f"EarlyExitWrapper has no argument {key!r}{nearest(key, allowed)} (it takes: {', '.join(allowed)})"
             )
         if isinstance(model, EarlyExitConfig):
-            self._from_config(model, backbone)
+            self._build(model, backbone)
             return
         if backbone is not None:
             raise ConfigError("backbone= goes with a config; hand the module in as the first argument instead")
@@ -199,10 +204,11 @@ class EarlyExitWrapper(PreTrainedModel):
         points, reason = resolve_exits(adapter, model, exits, traced)
         if isinstance(exits, (int, str)):
             logger.info(f"exits={exits!r}: {reason}")
-        labels = id2label if id2label is None or isinstance(id2label, dict) else dict(enumerate(id2label))
-        if labels is not None and sorted(labels) != list(range(num_labels)):
+        labels = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else id2label
+        if labels is not None and (not isinstance(labels, dict) or set(labels) != set(range(num_labels))):
             raise LabelError(
-                f"id2label names {len(labels)} classes, the classifier has {num_labels}: name 0 to {num_labels - 1}"
+                f"id2label must name the {num_labels} classes of the classifier, as a list or with the keys 0 to"
+                f" {num_labels - 1}, got {id2label!r}"
             )
         names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]
         config = EarlyExitConfig(
@@ -232,7 +238,9 @@ class EarlyExitWrapper(PreTrainedModel):
         if self._taps:
             self._check_routable(inputs)
 
-    def _from_config(self, config: EarlyExitConfig, backbone: nn.Module | None) -> None:
+    def _build(self, config: EarlyExitConfig, backbone: nn.Module | None) -> None:
+        if backbone is not None and not isinstance(backbone, nn.Module):
+            raise InputTypeError(f"backbone must be an nn.Module, got {type(backbone).__name__}")
         config.check()
         if not config.exits:
             raise ExitPointError("the config names no exits: set exits=['stage', ...]")
@@ -257,6 +265,9 @@ class EarlyExitWrapper(PreTrainedModel):
             specs = [FeatureSpec.from_dict(values) for values in config.exit_features]
         else:
             specs = [adapter.declared_spec(backbone, name) for name in names]
+            right = [name for name in modules if name in names]
+            if names != right:
+                raise ExitPointError(f"exits must run from shallow to deep: got {names}, the order is {right}")
             config.exit_features = [spec.to_dict() for spec in specs]
         self._adapter = adapter
         self.backbone = backbone
@@ -267,7 +278,7 @@ class EarlyExitWrapper(PreTrainedModel):
         self._backbone_frozen = False
         self._costs: dict[tuple[int, ...], ExitTable] = {}
         self._taps: list[ExitTap] = []
-        if adapter.steps(backbone, names, checkpointed=False) is None:
+        if _hooks_would_be_skipped(backbone, names) or adapter.steps(backbone, names, checkpointed=False) is None:
             self._taps = [ExitTap(i, parse_exit(name)[1] or 0) for i, name in enumerate(names)]
             for tap, name in zip(self._taps, names, strict=True):
                 tap_module(backbone, parse_exit(name)[0]).register_forward_hook(tap)
@@ -293,7 +304,7 @@ class EarlyExitWrapper(PreTrainedModel):
     def _check_routable(self, inputs: tuple[Tensor, ...]) -> None:
         """Runs a weightless copy with a shrinking batch: an exit inside a residual block shows here, not in use."""
         clone, device = weightless_copy(self)
-        specs = [head.spec for head in self.heads]
+        specs = [FeatureSpec.from_dict(values) for values in self.config.exit_features or []]
 
         def run(batch: int) -> int:
             drive = HookDrive(clone.backbone, clone._taps)
@@ -337,9 +348,10 @@ class EarlyExitWrapper(PreTrainedModel):
         Raises:
             ExitPointError: The backbone does not run on inputs of that size.
         """
-        size = tuple(input_size or self.config.input_size or ())
+        size = input_size or self.config.input_size
         if not size:
             raise ConfigError("the config has no input_size: pass input_size=(C, H, W)")
+        size = check_input_size(size)
         if size not in self._costs:
             self._costs[size] = count_exits(self, size)
         return self._costs[size]
@@ -561,6 +573,9 @@ class EarlyExitWrapper(PreTrainedModel):
         See :meth:`transformers.PreTrainedModel.save_pretrained` for the arguments.
         """
         self.config.erde_hub_version = __version__
+        if not args and kwargs.get("state_dict") is None and hasattr(self.backbone, "_orig_mod"):
+            # torch.compile puts its own module around the backbone, which a checkpoint must not show.
+            kwargs["state_dict"] = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
         result = super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.preprocessing and kwargs.get("is_main_process", True):
             self.image_processor().save_pretrained(save_directory)
@@ -581,19 +596,21 @@ class EarlyExitWrapper(PreTrainedModel):
         """
         backbone = kwargs.get("backbone")
         wants_info = kwargs.pop("output_loading_info", False)
+        must_be_empty = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            must_be_empty.remove("mismatched_keys")
         kept = _non_persistent_buffers(backbone) if isinstance(backbone, nn.Module) else {}
+        # Other shapes are let through and found below, since transformers names them in its log alone.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:
-            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
-                raise
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
             raise CheckpointError(
-                f"the weights of {pretrained_model_name_or_path} do not fit its config: {error}"
+                f"the weights of {pretrained_model_name_or_path} are damaged ({error}): the file was cut short or is no"
+                " safetensors file; save it, or download it, again"
             ) from error
-        wrong = {k: sorted(map(str, v)) for k, v in info.items() if k in _MUST_BE_EMPTY and v}
-        if wrong and not kwargs.get("ignore_mismatched_sizes"):
+        wrong = {k: sorted(map(str, v)) for k, v in info.items() if k in must_be_empty and v}
+        if wrong:
             what = "; ".join(f"{k.replace('_', ' ')}: {len(v)}, first {v[0]!r}" for k, v in wrong.items())
             raise CheckpointError(
                 f"the weights of {pretrained_model_name_or_path} do not match its config ({what}): the file belongs to"
@@ -611,7 +628,12 @@ class EarlyExitWrapper(PreTrainedModel):
         return (model, info) if wants_info else model
 
 
-_MUST_BE_EMPTY = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+def _hooks_would_be_skipped(backbone: nn.Module, names: Sequence[str]) -> bool:
+    """Whether somebody's hooks sit on modules that a staged forward takes apart instead of calling them."""
+    paths = {parse_exit(name)[0] for name in names}
+    ancestors = {path.rpartition(".")[0] for path in paths if "." in path}
+    taken_apart = [backbone, *(backbone.get_submodule(path) for path in ancestors)]
+    return any(module._forward_hooks or module._forward_pre_hooks for module in taken_apart)
 
 
 def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -160,45 +160,56 @@ class RunAll:
         self.heads = heads
         self.deferred = deferred
         self.grad = torch.is_grad_enabled()
-        self.exit_logits: list[Tensor | None] = [None] * len(heads)
-        self.features: dict[int, tuple[Tensor, int]] = {}  # with the version that the head should read
+        self.next_exit = 0
+        self.exit_logits: list[Tensor] = []
+        self.features: list[tuple[Tensor, int]] = []  # each with the version that its head should read
 
     def visit(self, exit_index: int, output: Any) -> Any:
         """Stores the head's logits, or the feature for later."""
+        check_due(exit_index, self.next_exit)
+        self.next_exit += 1
         head = self.heads[exit_index]
         feature = read_feature(output, head.spec.leaf)
         if not self.deferred:
-            self.exit_logits[exit_index] = head(feature)
+            self.exit_logits.append(head(feature))
         elif self.grad and not torch.is_grad_enabled():
             raise ExitNotReachedError(
                 f"exit {exit_index} lies in a region of reentrant activation checkpointing, which records no gradients"
                 " for it: use the non-reentrant one (timm.layers.set_reentrant_ckpt(False))"
             )
         else:
-            self.features[exit_index] = (feature, feature._version)
+            self.features.append((feature, feature._version))
         return output
 
     def finish(self, final: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
         """Returns the logits of all exits, or raises if one did not fire."""
-        for exit_index, (feature, version) in self.features.items():
+        check_all_reached(self.next_exit, names)
+        for name, head, (feature, version) in zip(names, self.heads, self.features, strict=False):
             if feature._version != version:
                 raise ExitNotReachedError(
-                    f"the feature of exit {names[exit_index]!r} was overwritten in place by the next layer before its"
-                    " head could read it: name another exit, or switch activation checkpointing off"
+                    f"the feature of exit {name!r} was overwritten in place by the next layer before its head could"
+                    " read it: name another exit, or switch activation checkpointing off"
                 )
-            self.exit_logits[exit_index] = self.heads[exit_index](feature)
-        missing = [name for name, logits in zip(names, self.exit_logits, strict=True) if logits is None]
-        if missing:
-            raise ExitNotReachedError(not_reached(missing))
-        return (*(logits for logits in self.exit_logits if logits is not None), final)
+            self.exit_logits.append(head(feature))
+        return (*self.exit_logits, final)
 
 
-def not_reached(names: Sequence[str]) -> str:
-    """The message for exits that did not fire."""
-    return (
-        f"the forward pass did not reach the exits {list(names)}: the backbone took another path than at wrapping"
-        " (torch.compile of the backbone, changed modules?); there is no answer to give"
-    )
+def check_due(exit_index: int, next_exit: int) -> None:
+    """Raises :class:`ExitNotReachedError` where the exits fire in another order than they are listed."""
+    if exit_index != next_exit:
+        raise ExitNotReachedError(
+            f"exit {exit_index} fired where exit {next_exit} was due: the backbone took another path than at wrapping;"
+            " there is no answer to give"
+        )
+
+
+def check_all_reached(next_exit: int, names: Sequence[str]) -> None:
+    """Raises :class:`ExitNotReachedError` where the backbone is done and an exit has not fired."""
+    if next_exit != len(names):
+        raise ExitNotReachedError(
+            f"the forward pass did not reach the exits {list(names[next_exit:])}: the backbone took another path than"
+            " at wrapping (torch.compile of the backbone, changed modules?); there is no answer to give"
+        )
 
 
 class Route:
@@ -241,11 +252,7 @@ class Route:
 
     def visit(self, exit_index: int, output: Any) -> Any | None:
         """Runs the head, takes out who leaves, returns the output of those who stay, or None."""
-        if exit_index != self.next_exit:
-            raise ExitNotReachedError(
-                f"exit {exit_index} fired where exit {self.next_exit} was due: the backbone took another path than at"
-                " wrapping; there is no answer to give"
-            )
+        check_due(exit_index, self.next_exit)
         self.next_exit += 1
         threshold = self.thresholds[exit_index]
         if self.policy.never_leaves(threshold) and not self.policy.uses_history:
@@ -284,8 +291,7 @@ class Route:
     def finish(self, final: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Puts logits (N, K) and exit indices (N,) back into the order of the input."""
         if final is not None:
-            if self.next_exit != len(self.heads):
-                raise ExitNotReachedError(not_reached(names[self.next_exit :]))
+            check_all_reached(self.next_exit, names)
             if final.shape[0] != self.count:
                 raise ShapeError(
                     f"the backbone returned {final.shape[0]} rows for {self.count} live samples: something behind the"

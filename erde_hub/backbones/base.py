@@ -149,7 +149,7 @@ def find_exit_points(adapter: BackboneAdapter, module: nn.Module, traced: Trace)
     limit = classifier_order(adapter, module, traced)
     for name in adapter.candidates(module, traced):
         calls = traced.calls.get(name, [])
-        if len(calls) != 1 or calls[0].order >= limit:
+        if len(calls) != 1 or calls[0].order >= limit or calls[0].overwritten:
             continue
         points.append(exit_point(adapter, module, name, calls[0], traced))
     points.sort(key=lambda p: traced.calls[p.name][0].order)
@@ -219,6 +219,11 @@ def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: 
     if seen.order >= classifier_order(adapter, module, traced):
         raise ExitPointError(
             f"exit {name!r} is at or behind the classifier, which is an exit anyway; name an earlier stage"
+        )
+    if seen.overwritten:
+        raise ExitPointError(
+            f"the output of {name!r} is overwritten in place by the layer behind it, so a head there could not be"
+            " trained: name that layer instead"
         )
     return exit_point(adapter, module, name, seen, traced), seen.order
 

@@ -52,7 +52,7 @@ class TimmAdapter(BackboneAdapter):
             )
         size = list(cfg.get("input_size", (3, 224, 224)))
         if isinstance(getattr(module, "in_chans", None), int):
-            size[0] = module.in_chans  # type: ignore[call-overload]
+            size[0] = module.in_chans
         embed = getattr(module, "patch_embed", None)
         if isinstance(getattr(embed, "img_size", None), tuple):
             size[1:] = [int(s) for s in embed.img_size]  # type: ignore[union-attr]
@@ -321,6 +321,10 @@ _STAGED: dict[type[nn.Module], tuple[str, Callable[[Any], list[_Part]]]] = {
 }
 
 
+#: Parts whose blocks timm recomputes when its activation checkpointing is on (convnext's stages see to it themselves).
+_RECOMPUTED = frozenset({"layer1", "layer2", "layer3", "layer4", "blocks"})
+
+
 def staged_steps(
     module: nn.Module, parts: Sequence[_Part], exits: Sequence[str], checkpointed: bool
 ) -> list[StageStep] | None:
@@ -330,7 +334,7 @@ def staged_steps(
         module: The backbone.
         parts: Names of submodules, or callables, in the order of its forward.
         exits: Names of the early exits.
-        checkpointed: Recompute the activations of Sequentials in the backward pass, as timm does.
+        checkpointed: Recompute the activations of the blocks in the backward pass, as timm does.
     """
     steps: list[StageStep] = []
     found: list[int] = []
@@ -345,7 +349,8 @@ def staged_steps(
                 return
             steps.append(StageStep(_identity))
         else:
-            steps.append(StageStep(_checkpointed(child) if checkpointed and _has_blocks(name, module) else child))
+            recomputed = checkpointed and name.partition(".")[0] in _RECOMPUTED
+            steps.append(StageStep(_checkpointed(child) if recomputed else child))
         if name in exits:
             steps[-1].exit_index = exits.index(name)
             found.append(exits.index(name))
@@ -360,10 +365,6 @@ def staged_steps(
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _has_blocks(name: str, module: nn.Module) -> bool:
-    return isinstance(module.get_submodule(name.split(".")[0]), nn.Sequential)
 
 
 def _checkpointed(child: nn.Module) -> Callable[[Tensor], Tensor]:

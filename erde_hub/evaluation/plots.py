@@ -127,7 +127,8 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
     labels.legend()
     if teacher is not None and level is not None:
         ratio = teacher["macs"] / max(final["macs"], 1)
-        text = f"{percent(teacher['accuracy'])} % at {mmacs(teacher['macs'])} MMACs, {ratio:.1f} times the student →"
+        cost = f"{mmacs(teacher['macs'])} MMACs, {ratio:.1f} times the student"
+        text = f"teacher: {percent(teacher['accuracy'])} % at {cost} →"
         labels.on_line(level, text, _RED)
     for row in per_exit[:-1]:
         labels.beside(row["macs"], row["accuracy"], row["exit"], _ORANGE_TEXT, _BELOW)

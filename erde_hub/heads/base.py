@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from timm.layers import global_pool_nlc
 from torch import Tensor, nn
@@ -81,9 +81,6 @@ class ExitHead(nn.Module):
     Shape:
         Input: the feature in the format of ``spec``. Output: (N, num_labels).
     """
-
-    #: The head handles features of any spatial size.
-    any_size: ClassVar[bool] = True
 
     def __init__(self, spec: FeatureSpec, num_labels: int) -> None:
         super().__init__()

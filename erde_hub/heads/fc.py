@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from erde_hub.errors import ConfigError
+from erde_hub.errors import ConfigError, ShapeError
 
 from .base import ExitHead, FeatureSpec, ToNCHW, check_dropout, vector_pool
 
@@ -37,6 +37,7 @@ class FCHead(ExitHead):
         super().__init__(spec, num_labels)
         if pool not in self.POOLS:
             raise ConfigError(f"pool must be one of {', '.join(self.POOLS)}, got {pool!r}")
+        self.pool = pool
         layers: list[nn.Module]
         if spec.format in ("NCHW", "NHWC"):
             inputs = 4 * spec.width
@@ -61,4 +62,8 @@ class FCHead(ExitHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature in the format of ``spec`` to (N, num_labels)."""
+        if self.pool == "kernel" and x.ndim == 4:
+            size = tuple(x.shape[2:] if self.spec.format == "NCHW" else x.shape[1:3])
+            if size != self.spec.size:
+                raise ShapeError(f"a head with pool='kernel' was built for features of {self.spec.size}, got {size}")
         return self.fc(self.layers(x))

@@ -114,6 +114,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
         "final": per_exit[-1],
         "sweep": [{"ece": None, "nll": None, **row} for row in results["sweep"]],
         "point": results.get("operating_point"),
+        "choice": results.get("threshold_choice"),
         "cheap": cheap,
         "example_threshold": _literal(cheap["threshold"] if cheap else 0.5),
         "matched": [(of, list(values.values())) for of, values in matched.items()],

@@ -97,7 +97,7 @@ def entropy(log_probs: Tensor) -> Tensor:
     Shape:
         log_probs: (..., K). Returns (...).
     """
-    return -(log_probs.exp() * log_probs).sum(-1)
+    return -(log_probs.exp() * log_probs.clamp_min(_LOG_ZERO)).sum(-1)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:

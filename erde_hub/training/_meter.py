@@ -65,7 +65,8 @@ class StepMeter:
         """Notes one batch; ``step`` counts optimizer steps from 1 and is named if the loss is not finite."""
         with torch.no_grad():
             correct = torch.stack([(exit_.argmax(-1) == labels).sum() for exit_ in logits])
-        self._pending.append(_Batch(step, result, correct, len(labels)))
+            detached = LossResult(result.loss.detach(), result.terms, result.exit_terms)  # lets go of the graph
+        self._pending.append(_Batch(step, detached, correct, len(labels)))
 
     def first_bad_batch(self) -> tuple[int, LossResult] | None:
         """Returns step and result of the first batch since the last call whose loss is NaN or infinite."""
@@ -73,7 +74,7 @@ class StepMeter:
         self._checked = len(self._pending)
         if len(new) == 1:  # the usual case on a CPU, where looking costs nothing
             return None if math.isfinite(new[0].result.loss.item()) else (new[0].step, new[0].result)
-        fine = torch.stack([batch.result.loss.detach() for batch in new]).isfinite().tolist() if new else []
+        fine = torch.stack([batch.result.loss for batch in new]).isfinite().tolist() if new else []
         return next(((b.step, b.result) for b, ok in zip(new, fine, strict=True) if not ok), None)
 
     def collect(self) -> Totals:
@@ -83,7 +84,7 @@ class StepMeter:
             results = [batch.result for batch in self._pending]
             window.batches = len(results)
             window.samples = sum(batch.samples for batch in self._pending)
-            window.loss = _sum([result.loss.detach() for result in results])
+            window.loss = _sum([result.loss for result in results])
             window.terms = {
                 name: _sum([r.terms[name] for r in results if name in r.terms]) for name in results[0].terms
             }
@@ -110,7 +111,7 @@ def _sum(values: list[Tensor]) -> float:
 
 def describe_non_finite(step: int, result: LossResult, exit_names: Sequence[str]) -> str:
     """Says which term of which exit made a loss NaN or infinite."""
-    loss = float(result.loss.detach())
+    loss = float(result.loss)
     parts = [
         f"term {name!r} of exit {exit_names[index]!r} is {float(result.exit_terms[name][index])}"
         for name, index in result.non_finite()

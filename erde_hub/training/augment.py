@@ -160,7 +160,7 @@ def list_augmentations() -> list[str]:
 
 
 register_augmentation(Augmentation("none", "images as they are"))
-register_augmentation(Augmentation("shift", "zero-pad by an eighth and crop at random", pad=1 / 8))
+register_augmentation(Augmentation("shift", "zero-pad by a sixteenth and crop at random", pad=1 / 16))
 register_augmentation(Augmentation("crop_flip", "zero-pad by an eighth, crop at random, mirror", pad=1 / 8, flip=True))
 register_augmentation(
     Augmentation(

@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from erde_hub.backbones.base import example_inputs, format_table
 from erde_hub.cost import trace
-from erde_hub.errors import CheckpointError, ConfigError, ResultsError, nearest
+from erde_hub.errors import CheckpointError, ConfigError, ErdeError, ResultsError, nearest
 from erde_hub.evaluation import (
     ExitRecords,
     build_results,
@@ -556,19 +556,10 @@ def format_results(results: Mapping[str, Any]) -> str:
     """Formats the numbers of a run for the terminal: exits, operating points, networks."""
     per_exit, names = results["per_exit"], [row["exit"] for row in results["per_exit"]]
     full = per_exit[-1]
+    networks = [("teacher", results.get("teacher")), ("static student", results.get("static_student"))]
     rows = [
-        (
-            row["exit"],
-            percent(row["accuracy"]),
-            mmacs(row["macs"]),
-            f"{row['macs'] / full['macs']:.0%}",
-            f"{row['ece']:.3f}",
-        )
-        for row in per_exit
-    ]
-    networks = [
-        (label, percent(part["accuracy"]), mmacs(part["macs"]), f"{part['macs'] / full['macs']:.0%}", "")
-        for label, part in (("teacher", results.get("teacher")), ("static student", results.get("static_student")))
+        (name, percent(part["accuracy"]), mmacs(part["macs"]), f"{part['macs'] / full['macs']:.0%}")
+        for name, part in [*((row["exit"], row) for row in per_exit), *networks]
         if part is not None
     ]
     tables = [format_table(("all leave at", "accuracy %", "MMACs", "cost"), rows)]

@@ -24,7 +24,14 @@ from erde_hub.errors import (
     RecordsError,
     ShapeError,
 )
-from erde_hub.evaluation import ExitRecords, collect_exit_records, exit_scores, model_fingerprint, route_records
+from erde_hub.evaluation import (
+    ExitRecords,
+    build_results,
+    collect_exit_records,
+    exit_scores,
+    model_fingerprint,
+    route_records,
+)
 from erde_hub.policies import create_policy
 
 
@@ -453,7 +460,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         command = [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)]
         runs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for run in runs:
-        output, _ = run.communicate(timeout=120)
+        output, _ = run.communicate(timeout=240)
         assert run.returncode == 0, output
     torch.manual_seed(0)
     model, data = FakeExits(), batches(10, 2)
@@ -465,3 +472,16 @@ def test_two_processes_give_what_one_gives(tmp_path):
         torch.testing.assert_close(both.logits, one.logits)
         torch.testing.assert_close(both.features[1], one.features[1])
         assert both.fingerprint == one.fingerprint
+
+
+def test_a_report_is_built_from_living_models(wrapper):
+    data = [(torch.randn(20, 3, 16, 16), torch.randint(5, (20,)))]
+    records = collect_exit_records(wrapper, data, progress=False)
+    dataset = {"name": "noise", "num_classes": 5}
+    results = build_results(records, wrapper, dataset, {}, teacher=wrapper, teacher_records=records)
+    table = wrapper.exit_table()
+    assert results["student"]["architecture"] == "resnet8_cifar"
+    assert results["student"]["macs"] == results["teacher"]["macs"] == table[-1].cumulative_macs
+    assert results["student"]["params"] == table[-1].cumulative_params
+    assert results["student"]["exits"] == ["layer1", "layer2"]
+    assert [row["exit"] for row in results["per_exit"]] == ["layer1", "layer2", "classifier"]

@@ -157,6 +157,14 @@ def test_text_holds_the_numbers_in_one_format():
     assert "Latency was not measured" in text
 
 
+def test_says_how_the_stored_threshold_was_chosen():
+    choice = {"rule": "cheapest within a point", "split": "validation", "samples": 5000}
+    text = render_model_card(make_results(threshold_choice=choice))
+    assert "chosen: cheapest within a point, on the 5,000 images of the validation split." in text
+    assert "chosen: given." in render_model_card(make_results(threshold_choice={"rule": "given"}))
+    assert "How the threshold was chosen" not in render_model_card(make_results())
+
+
 def test_tables_are_well_formed():
     _, text = split_card(render_model_card(make_results()))
     tables = re.findall(r"(?:^\|.*\|$\n)+", text, flags=re.MULTILINE)

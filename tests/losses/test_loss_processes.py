@@ -65,7 +65,7 @@ def worker(rank, folder):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
     half = SAMPLES // 2
     results = run(slice(rank * half, (rank + 1) * half), DistributedDataParallel)

@@ -36,7 +36,9 @@ def write_parquet(folder, splits, features=None, classes=3, shards=1):
     (Path(folder) / "data").mkdir(parents=True, exist_ok=True)
     for split, columns in splits.items():
         columns = {
-            name: [v if v is None else {"bytes": v, "path": None} for v in values] if _is_image(features[name]) else values
+            name: [v if v is None else {"bytes": v, "path": None} for v in values]
+            if _is_image(features[name])
+            else values
             for name, values in columns.items()
         }
         table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))

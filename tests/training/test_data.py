@@ -83,7 +83,9 @@ def test_cifar10(shared, load):
 
 def test_cifar100_needs_to_know_which_label(shared, load):
     folder = shared / "data" / "cifar100"
-    with pytest.raises(DataError, match="several label columns: fine_label, coarse_label; choose one with --label_column"):
+    with pytest.raises(
+        DataError, match="several label columns: fine_label, coarse_label; choose one with --label_column"
+    ):
         load(folder)
     data = load(folder, label_column="coarse_label", max_train_samples=100, max_eval_samples=40)
     assert data.num_classes == 20
@@ -235,7 +237,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, load, monkeypatch,
 def test_given_preprocessing_wins(tmp_path, load):
     folder = write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(6)})
     data = load(folder, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bicubic", crop_pct=0.5)
-    assert (data.mean, data.std, data.interpolation, data.crop_pct) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bicubic", 0.5)
+    assert (data.mean, data.std, data.interpolation, data.crop_pct) == (
+        (0.5, 0.4, 0.3),
+        (0.1, 0.2, 0.3),
+        "bicubic",
+        0.5,
+    )
     half = load(folder, mean=(0.5, 0.4, 0.3))
     assert half.mean == (0.5, 0.4, 0.3)
     assert half.std == load(folder).std

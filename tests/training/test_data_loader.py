@@ -21,7 +21,9 @@ KEYS = ("pixel_values", "labels", "index")
 def toys():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (103, 8, 8, 3), dtype=np.uint8)
-    return image_data_from_arrays("toys", {"train": (images, np.arange(103) % 3), "test": (images, np.arange(103) % 3)}, "abc")
+    return image_data_from_arrays(
+        "toys", {"train": (images, np.arange(103) % 3), "test": (images, np.arange(103) % 3)}, "abc"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +80,7 @@ def test_index_is_the_row_of_the_source_and_labels_belong_to_it(toys):
     assert not set(whole["index"].tolist()) & set(toys.validation.indices.tolist())
 
 
-@given(
-    st.integers(1, 9), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 3), st.integers(0, 2)
-)
+@given(st.integers(1, 9), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 3), st.integers(0, 2))
 def test_ranks_join_to_the_single_process(toys, batch_size, world_size, drop_last, shuffle, epoch, seed):
     args = {"shuffle": shuffle, "augment": "crop_flip", "seed": seed, "drop_last": drop_last}
     single = BatchLoader(toys.train, batch_size * world_size, **args)

@@ -38,8 +38,16 @@ def test_columns_are_found_by_type():
     ("features", "named", "message"),
     [
         ({"img": IMAGE, "y": CLASSES}, {"image_column": "imgs"}, r"no image column 'imgs'; did you mean 'img'\?"),
-        ({"img": IMAGE, "y": CLASSES}, {"label_column": "z"}, r"no label column 'z'.*columns: img \(Image\), y \(ClassLabel"),
-        ({"img": IMAGE, "left": IMAGE, "y": CLASSES}, {}, "several image columns: img, left; choose one with --image_col"),
+        (
+            {"img": IMAGE, "y": CLASSES},
+            {"label_column": "z"},
+            r"no label column 'z'.*columns: img \(Image\), y \(ClassLabel",
+        ),
+        (
+            {"img": IMAGE, "left": IMAGE, "y": CLASSES},
+            {},
+            "several image columns: img, left; choose one with --image_col",
+        ),
         ({"img": IMAGE, "fine": CLASSES, "coarse": CLASSES}, {}, "several label columns: fine, coarse; choose one"),
         ({"img": IMAGE, "a": datasets.Value("int8"), "b": datasets.Value("string")}, {}, "several label columns: a, b"),
         ({"y": CLASSES}, {}, "no image column found"),
@@ -81,7 +89,9 @@ def test_columns_without_metadata(tmp_path, load):
     data = load(folder, image_column="png", label_column="animal")
     assert data.class_names == ["ant", "zebra"]
     assert (data.train.labels == (data.train.indices + 1) % 2).all()
-    with pytest.raises(DataError, match=r"no image column found in 'plain' \(columns: png \(binary\), animal \(string\)\)"):
+    with pytest.raises(
+        DataError, match=r"no image column found in 'plain' \(columns: png \(binary\), animal \(string\)\)"
+    ):
         load(folder)
 
 
@@ -109,7 +119,9 @@ def test_missing_labels(tmp_path, load):
     columns = rows(30)
     columns["label"][7] = None
     columns["label"][9] = -1
-    with pytest.raises(DataError, match="2 rows of split 'train' of 'set' have no label in 'label', the first is row 7"):
+    with pytest.raises(
+        DataError, match="2 rows of split 'train' of 'set' have no label in 'label', the first is row 7"
+    ):
         load(write_parquet(tmp_path / "set", {"train": columns}))
 
 
@@ -127,13 +139,17 @@ def test_labels_outside_the_classes(tmp_path, load):
     table = pa.parquet.read_table(path)
     broken = table.set_column(1, "label", pa.array([0, 1, 2, 7, 0, 1]))
     pa.parquet.write_table(broken.replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(LabelError, match=r"label 7 in row 3 of split 'test' of 'set' is outside the 3 classes \(0 to 2\)"):
+    with pytest.raises(
+        LabelError, match=r"label 7 in row 3 of split 'test' of 'set' is outside the 3 classes \(0 to 2\)"
+    ):
         load(folder)
 
 
 def test_a_single_class(tmp_path, load):
     columns = {**rows(30), "label": [1] * 30}
-    with pytest.raises(DataError, match=r"all rows of split 'train' of 'set' have the same label in 'label' \('class 1'\)"):
+    with pytest.raises(
+        DataError, match=r"all rows of split 'train' of 'set' have the same label in 'label' \('class 1'\)"
+    ):
         load(write_parquet(tmp_path / "set", {"train": columns}))
 
 
@@ -185,7 +201,9 @@ def test_nothing_of_that_name(tmp_path, load, monkeypatch):
         load(tmp_path / "pictures")
     with pytest.raises(DataError, match=r"there is no folder './picture'; did you mean 'pictures'\?"):
         load("./picture")
-    with pytest.raises(DataError, match=r"data set 'nobody/nothing' is neither 'digits' nor a folder here, and the Hub"):
+    with pytest.raises(
+        DataError, match=r"data set 'nobody/nothing' is neither 'digits' nor a folder here, and the Hub"
+    ):
         load("nobody/nothing")
     (tmp_path / "pictures" / "readme.xyz").write_text("hello")
     with pytest.raises(DataError, match="cannot be read by datasets.load_dataset"):

@@ -15,7 +15,9 @@ from erde_hub.training.data_stream import bucket_of
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_parquet(tmp_path_factory.mktemp("stream"), {"train": rows(120), "test": rows(30, first_seed=500)}, shards=3)
+    return write_parquet(
+        tmp_path_factory.mktemp("stream"), {"train": rows(120), "test": rows(30, first_seed=500)}, shards=3
+    )
 
 
 @pytest.fixture(scope="module")

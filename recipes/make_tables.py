@@ -1,0 +1,174 @@
+"""Writes the generated parts of README.md: tables of what the registries hold, published results, and the picture.
+
+    python recipes/make_tables.py           # rewrites them
+    python recipes/make_tables.py --check   # exit code 1 if they are not current
+
+A part stands between `<!-- table: NAME -->` and `<!-- end -->`. Numbers come from recipes/results/*.json and nowhere
+else; the picture is drawn from one of these files and remembers which by its hash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from PIL import Image, PngImagePlugin
+
+from erde_hub import list_exit_points
+from erde_hub._registry import Entry
+from erde_hub.evaluation import load_results, plot_frontier
+from erde_hub.evaluation.formatting import mmacs, percent, threshold_label
+from erde_hub.heads import get_head, list_heads
+from erde_hub.losses import get_loss, list_losses
+from erde_hub.policies import get_policy, list_policies
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "recipes" / "results"
+CONFIGS = ROOT / "recipes" / "configs"
+PICTURE = RESULTS / "frontier.png"
+#: The first of these that has been run is drawn.
+PICTURED = ("cifar10_resnet18_resnet10-small", "digits")
+NETWORKS = ("resnet8_cifar", "resnet10_cifar", "resnet18_cifar", "resnet50_cifar")
+
+_PART = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_ARXIV = re.compile(r"(?<!\d)(\d{4}\.\d{4,5})(?!\d)")
+
+
+def main() -> None:
+    """Rewrites or checks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something is not current")
+    check = parser.parse_args().check
+    stale = []
+    text = README.read_text(encoding="utf-8")
+    current = render(text)
+    if current != text:
+        stale.append(README.name)
+        if not check:
+            README.write_text(current, encoding="utf-8")
+    source = pictured_results()
+    if source is not None and not picture_is_current(source):
+        stale.append(PICTURE.relative_to(ROOT).as_posix())
+        if not check:
+            draw_picture(source)
+    if stale and check:
+        print(f"not current: {', '.join(stale)}; run `python recipes/make_tables.py`", file=sys.stderr)
+        raise SystemExit(1)
+    print(f"{'rewritten: ' + ', '.join(stale) if stale else 'everything is current'}")
+
+
+def render(text: str) -> str:
+    """Returns the README with every generated part made anew."""
+
+    def part(match: re.Match[str]) -> str:
+        if match[2] not in _TABLES:
+            raise SystemExit(f"{README.name} asks for a table {match[2]!r}; there are {', '.join(_TABLES)}")
+        return f"{match[1]}{_TABLES[match[2]]()}\n{match[3]}"
+
+    return _PART.sub(part, text)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Formats a Markdown table; columns whose title ends in % or MMACs are numbers."""
+    rule = ["---:" if title.endswith(("%", "MMACs")) else "---" for title in header]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def registry_table(names: Sequence[str], get: Callable[[str], Entry[Any]]) -> str:
+    """One row per member of a registry."""
+    entries = [get(name) for name in names]
+    return table(("key", "what it does", "source"), [(f"`{e.name}`", e.summary, _links(e.reference)) for e in entries])
+
+
+def networks_table() -> str:
+    """Cost of every stage of the networks that come with the library, at full width, without heads."""
+    rows = []
+    for name in NETWORKS:
+        model = timm.create_model(name, num_classes=10)
+        points = {point.name: mmacs(point.macs) for point in list_exit_points(model, input_size=(3, 32, 32))}
+        params = sum(p.numel() for p in model.parameters()) / 1e6
+        rows.append((f"`{name}`", *(points.get(f"layer{i}", "-") for i in range(1, 5)), f"{params:.2f} M"))
+    header = ("timm name", *(f"up to layer{i}, MMACs" for i in range(1, 5)), "parameters")
+    return table(header, rows)
+
+
+def results_table() -> str:
+    """One row per published run: teacher, student at its last exit, student at its stored threshold."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        results = load_results(path)
+        if results.get("teacher") is None:
+            continue
+        teacher, full, point = results["teacher"], results["per_exit"][-1], results["operating_point"]
+        threshold = threshold_label(point["threshold"])
+        rows.append(
+            (
+                f"[{path.stem}](recipes/results/{path.name})",
+                f"{percent(teacher['accuracy'])} at {mmacs(teacher['macs'])}",
+                f"{percent(full['accuracy'])} at {mmacs(full['macs'])}",
+                f"{percent(point['accuracy'])} at {mmacs(point['mean_macs'])} (threshold {threshold})",
+            )
+        )
+    header = ("run", "teacher", "student, all layers", "student, early exits on")
+    return table(header, rows)
+
+
+def configs_table() -> str:
+    """One row per file in recipes/configs, with its first line."""
+    rows = []
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        rows.append((f"`{path.name}`", first.lstrip("# ")))
+    return table(("file in recipes/configs", "what it is"), rows)
+
+
+def pictured_results() -> Path | None:
+    """Returns the results file that the picture shows, None where nothing has been run."""
+    return next((path for name in PICTURED if (path := RESULTS / f"{name}.json").is_file()), None)
+
+
+def picture_is_current(source: Path) -> bool:
+    """Tells whether the picture was drawn from these results; its pixels depend on matplotlib's version."""
+    if not PICTURE.is_file():
+        return False
+    with Image.open(PICTURE) as picture:
+        return picture.info.get("Source") == _hash(source)
+
+
+def draw_picture(source: Path) -> None:
+    """Draws the picture of the README, in few colours so that it stays small, with the hash of what it shows."""
+    plot_frontier(load_results(source), PICTURE)
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Source", _hash(source))
+    with Image.open(PICTURE) as drawn:
+        small = drawn.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small.save(PICTURE, optimize=True, pnginfo=notes)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _links(reference: str) -> str:
+    return _ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", reference)
+
+
+_TABLES: dict[str, Callable[[], str]] = {
+    "losses": lambda: registry_table(list_losses(), get_loss),
+    "policies": lambda: registry_table(list_policies(), get_policy),
+    "heads": lambda: registry_table(list_heads(), get_head),
+    "networks": networks_table,
+    "configs": configs_table,
+    "results": results_table,
+}
+
+
+if __name__ == "__main__":
+    main()

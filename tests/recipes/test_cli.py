@@ -1,0 +1,210 @@
+"""The command line: file and flags, precedence, types, and misses that help."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import _cli
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from erde_hub.errors import ConfigError, DataError
+
+
+@dataclass
+class Data:
+    dataset: str = field(default="digits", metadata={"help": "name or folder"})
+    streaming: bool = field(default=False, metadata={"help": "read as it comes"})
+    exits: list[str] | None = field(default=None, metadata={"help": "names"})
+
+
+@dataclass
+class Training:
+    epochs: int = field(default=3, metadata={"help": "passes over the data (epochs)"})
+    learning_rate: float = field(default=0.1, metadata={"help": "peak step size"})
+    max_steps: int | None = field(default=None, metadata={"help": "stop after so many (optimizer steps)"})
+    channels_last: bool = field(default=True, metadata={"help": "memory format"})
+    precision: Literal["no", "bf16"] = field(default="no", metadata={"help": "arithmetic"})
+    threshold: list[float] | None = field(default=None, metadata={"help": "in nats"})
+    student_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "creation arguments"})
+
+
+def parse(*argv: str) -> tuple[Data, Training]:
+    return _cli.parse_arguments({"data": Data, "training": Training}, "A recipe.", list(argv))[:2]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text: str) -> str:
+        path = tmp_path / "file.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return _write
+
+
+def test_defaults_without_arguments():
+    data, training = parse()
+    assert (data, training) == (Data(), Training())
+
+
+def test_flag_wins_over_file_and_file_over_default(write):
+    path = write("epochs: 7\nlearning_rate: 0.5\n")
+    _, training = parse("--config", path, "--epochs", "9")
+    assert (training.epochs, training.learning_rate, training.max_steps) == (9, 0.5, None)
+    _, training = parse("--epochs", "9", f"--config={path}")
+    assert training.epochs == 9
+
+
+@given(
+    in_file=st.none() | st.integers(-(10**6), 10**6),
+    as_flag=st.none() | st.integers(0, 10**6),
+    rate=st.floats(1e-12, 1e12),
+    style=st.sampled_from(["{!r}", "{:e}", "{:g}"]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_precedence_and_number_spellings(write, in_file, as_flag, rate, style):
+    text = style.format(rate)
+    path = write(f"learning_rate: {text}\n" + ("" if in_file is None else f"epochs: {in_file}\n"))
+    _, training = parse("--config", path, *([] if as_flag is None else ["--epochs", str(as_flag)]))
+    assert isinstance(training.learning_rate, float)
+    assert training.learning_rate == float(text)
+    assert training.epochs == next(v for v in (as_flag, in_file, 3) if v is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("learning_rate: 1e-3", "learning_rate", 0.001),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("max_steps: 4", "max_steps", 4),
+        ("max_steps: null", "max_steps", None),
+        ("channels_last: off", "channels_last", False),
+        ("precision: bf16", "precision", "bf16"),
+        ("threshold: 0.5", "threshold", [0.5]),
+        ("threshold: [1e-1, 2]", "threshold", [0.1, 2.0]),
+        (
+            "student_kwargs: {width: 16, drop: 1e-1, act: relu}",
+            "student_kwargs",
+            {"width": 16, "drop": 0.1, "act": "relu"},
+        ),
+    ],
+)
+def test_file_values_get_the_type_of_the_field(write, text, key, expected):
+    value = getattr(parse("--config", write(text))[1], key)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_exits_take_names_a_number_or_one_word(write):
+    assert parse("--config", write("exits: [layer1, layer2]"))[0].exits == ["layer1", "layer2"]
+    assert parse("--config", write("exits: 3"))[0].exits == ["3"]
+    assert parse("--exits", "layer1", "layer3")[0].exits == ["layer1", "layer3"]
+
+
+def test_mappings_are_added_to_key_by_key(write):
+    path = write("student_kwargs: {width: 16, act: relu}")
+    _, training = parse("--config", path, "--student_kwargs", "width=8", "scale=1e-2", "flag=true", "shape=[1, 2]")
+    assert training.student_kwargs == {"width": 8, "act": "relu", "scale": 0.01, "flag": True, "shape": [1, 2]}
+    assert parse("--config", path)[1].student_kwargs == {"width": 16, "act": "relu"}
+
+
+def test_booleans_as_flags():
+    assert parse("--streaming")[0].streaming is True
+    assert parse("--streaming", "false")[0].streaming is False
+    assert parse("--no_channels_last")[1].channels_last is False
+    assert parse("--channels_last", "false")[1].channels_last is False
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("learning_rat: 1", ["'learning_rat'", "did you mean 'learning_rate'?", "file.yaml"]),
+        ("epochs: many", ["'epochs'", "a whole number", "'many'", "file.yaml"]),
+        ("epochs: 1.5", ["'epochs'", "a whole number", "1.5"]),
+        ("epochs: true", ["'epochs'", "a whole number", "quotes"]),
+        ("learning_rate: fast", ["'learning_rate'", "a number", "'fast'"]),
+        ("channels_last: 1", ["'channels_last'", "true or false"]),
+        ("precision: bf17", ["'bf17'", "did you mean 'bf16'?", "no, bf16"]),
+        ("precision: no", ["'precision'", "False", "quotes"]),
+        ("dataset: [a, b]", ["'dataset'", "text", "['a', 'b']"]),
+        ("epochs: null", ["'epochs'", "a whole number", "None"]),
+        ("student_kwargs: [1]", ["'student_kwargs'", "mapping", "[1]"]),
+        ("epochs: 1\nepochs: 2", ["'epochs' occurs twice", "file.yaml"]),
+        ("- epochs", ["file.yaml", "list"]),
+        ("epochs: [", ["file.yaml", "not a YAML file"]),
+    ],
+)
+def test_bad_files_name_key_value_and_file(write, text, parts):
+    with pytest.raises(ConfigError) as error:
+        parse("--config", write(text))
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_missing_file_names_the_nearest_config():
+    with pytest.raises(ConfigError, match=r"digit\.yaml: cannot be read .*did you mean 'digits\.yaml'"):
+        parse("--config", "recipes/configs/digit.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--learning_rat", "1"], ["'--learning_rat'", "did you mean '--learning_rate'?"]),
+        (["--learn", "1"], ["'--learn'"]),
+        (["--learning-rat=1"], ["did you mean '--learning_rate'?"]),
+        (["--epochs", "x"], ["--epochs", "'x'"]),
+        (["--precision", "bf17"], ["--precision", "bf17", "bf16"]),
+        (["--student_kwargs", "width"], ["'width' is not KEY=VALUE"]),
+        (["stray"], ["'stray'"]),
+    ],
+)
+def test_bad_flags_end_with_code_2_and_one_message(capsys, argv, parts):
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 2
+    for part in parts:
+        assert part in message
+
+
+def test_abbreviations_of_config_are_refused_too(capsys, write):
+    with pytest.raises(SystemExit):
+        parse("--conf", write("epochs: 7"))
+    assert "did you mean '--config'?" in capsys.readouterr().err
+
+
+def test_promoted_mapping_replaces_keys_and_a_flag_wins(write):
+    @dataclass
+    class Teacher(Training):
+        teacher_training: dict[str, Any] = field(default_factory=dict, metadata={"help": "overrides"})
+
+    path = write("epochs: 7\nlearning_rate: 0.5\nteacher_training: {epochs: 20, learning_rate: 1e-2}")
+    argv = ["--config", path, "--learning_rate", "3"]
+    training, name = _cli.parse_arguments({"t": Teacher}, "A recipe.", argv, promote="teacher_training")
+    assert name == "file"
+    assert (training.epochs, training.learning_rate) == (20, 3.0)
+    path = write("teacher_training: {epoch: 20}")
+    with pytest.raises(ConfigError, match=r"'epoch' in 'teacher_training' of .*file\.yaml; did you mean 'epochs'"):
+        _cli.parse_arguments({"t": Teacher}, "A recipe.", ["--config", path], promote="teacher_training")
+
+
+def test_help_shows_units_defaults_and_one_spelling(capsys, write):
+    with pytest.raises(SystemExit) as ended:
+        parse("--config", write("epochs: 7"), "--help")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "(epochs) (default: 7)" in " ".join(text.split())
+    assert "--learning_rate" in text
+    assert "--learning-rate" not in text
+    assert "None" not in text
+
+
+def test_clean_errors_hide_the_traceback_of_typed_errors_only(capsys):
+    with pytest.raises(SystemExit) as ended, _cli.clean_errors():
+        raise DataError("no column 'img'")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith("DataError: no column 'img'")
+    with pytest.raises(ZeroDivisionError), _cli.clean_errors():
+        1 / 0  # noqa: B018

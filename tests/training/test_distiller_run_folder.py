@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from erde_hub.errors import ConfigError, RunExistsError
+from erde_hub.training import open_run_folder
+from erde_hub.training.run_folder import holds_run, newest_run
+
+
+def test_automatic_folders_count_up_and_the_newest_is_resumed(tmp_path):
+    for number in (1, 2, 3):
+        assert open_run_folder(None, "digits", root=tmp_path) == tmp_path / f"digits-{number}"
+    (tmp_path / "digits-10").mkdir()
+    (tmp_path / "digits-x").mkdir()
+    (tmp_path / "digits-other-77").mkdir()
+    assert open_run_folder(None, "digits", root=tmp_path) == tmp_path / "digits-11"
+    assert newest_run(tmp_path, "digits") == tmp_path / "digits-11"
+    assert open_run_folder(None, "digits", root=tmp_path, resume=True) == tmp_path / "digits-11"
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        open_run_folder(None, "cifar", root=tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="config name"):
+        open_run_folder(None, "a/b", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "left", ["results.json", "model.safetensors", "checkpoints/step-000010/manifest.json", "teacher/config.json"]
+)
+def test_a_folder_with_a_run_is_not_taken_by_accident(tmp_path, left):
+    folder = tmp_path / "run"
+    (folder / left).parent.mkdir(parents=True)
+    (folder / left).write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(RunExistsError, match=r"--resume.*--overwrite_output_dir") as error:
+        open_run_folder(folder, "digits")
+    assert isinstance(error.value, FileExistsError)
+    assert open_run_folder(folder, "digits", resume=True) == folder
+    assert (folder / left).exists()
+    assert open_run_folder(folder, "digits", overwrite=True) == folder
+    assert not (folder / left).exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert open_run_folder(folder, "digits") == folder
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        open_run_folder(tmp_path / "file", "digits")
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        open_run_folder(tmp_path / "new", "digits", resume=True)
+    with pytest.raises(ConfigError, match="contradict"):
+        open_run_folder(tmp_path / "new", "digits", resume=True, overwrite=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("not a run")
+    assert not holds_run(tmp_path / "docs")
+    open_run_folder(tmp_path / "docs", "digits", overwrite=True)
+    assert (tmp_path / "docs" / "README.md").exists()

@@ -1,0 +1,178 @@
+"""The steps of recipes: arguments from registries, networks from names, the default threshold, what a folder says."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from erde_hub.errors import CheckpointError, ConfigError
+from erde_hub.evaluation import ExitRecords, route_records
+from erde_hub.losses import ERDELoss, list_losses
+from erde_hub.policies import create_policy
+from erde_hub.training import DistillationArguments, recipe
+from erde_hub.training.data import load_image_data
+from erde_hub.training.recipe_arguments import (
+    ExitArguments,
+    TeacherArguments,
+    build_loss,
+    exit_places,
+    loss_arguments_class,
+    teacher_training_arguments,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_image_data("digits", progress=False)
+
+
+def make_records(confident_right: int, confident_wrong: int, unsure: int) -> ExitRecords:
+    """Two exits, two classes; the first is sure of some samples and wrong about some of these, the last is right."""
+    samples = confident_right + confident_wrong + unsure
+    labels = torch.zeros(samples, dtype=torch.int64)
+    first = torch.zeros(samples, 2)
+    # Rising confidence, so that thresholds can cut anywhere; the wrong ones are the least confident.
+    first[:, 0] = torch.linspace(0.1, 6, samples)
+    wrong = slice(unsure, unsure + confident_wrong)
+    first[wrong] = first[wrong].flip(1)
+    last = torch.tensor([[8.0, 0.0]]).repeat(samples, 1)
+    return ExitRecords(
+        torch.stack([first, last]), labels, torch.arange(samples), ["layer1", "classifier"], [10, 100], ["a", "b"]
+    )
+
+
+def accuracy_loss(records: ExitRecords, threshold: float) -> float:
+    _, logits = route_records(records, "entropy", threshold)
+    return 1 - (logits.argmax(-1) == records.labels).double().mean().item()
+
+
+def test_default_threshold_loses_at_most_a_point_on_the_records():
+    records = make_records(confident_right=700, confident_wrong=100, unsure=200)
+    threshold = recipe.choose_default_threshold(records, create_policy("entropy"))
+    assert 0 < accuracy_loss(records, threshold) <= 0.01
+    leaving = (route_records(records, "entropy", threshold)[0] == 0).sum()
+    assert leaving >= 700  # nearly everybody about whom the first exit is right leaves there
+
+
+def test_default_threshold_allows_for_the_size_of_the_split():
+    """With a hundred samples a single lost one is more than a point, allowing for chance: nobody wrong may leave."""
+    records = make_records(confident_right=60, confident_wrong=20, unsure=20)
+    assert accuracy_loss(records, recipe.choose_default_threshold(records, create_policy("entropy"))) == 0
+
+
+def test_default_threshold_stops_at_the_first_that_fails():
+    """Losing ten percent and winning them back by cheaper luck is not taken."""
+    records = make_records(confident_right=50, confident_wrong=50, unsure=0)
+    logits = records.logits.clone()
+    logits[1, :50] = logits[1, :50].flip(-1)  # the last exit is wrong where the first one is least sure
+    records = dataclasses.replace(records, logits=logits)
+    threshold = recipe.choose_default_threshold(records, create_policy("entropy"))
+    assert (route_records(records, "entropy", threshold)[0] == 0).float().mean() >= 0.5
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "patience", "never", "always"])
+def test_default_threshold_is_allowed_for_every_policy(policy):
+    records = make_records(confident_right=60, confident_wrong=20, unsure=20)
+    created = create_policy(policy)
+    created.check_threshold(recipe.choose_default_threshold(records, created), 1)
+
+
+def test_loss_arguments_come_from_the_table():
+    arguments = loss_arguments_class()
+    fields = {f.name: f for f in dataclasses.fields(arguments)}
+    assert {"temperature", "kl_weight", "ce_weight", "entropy_weight", "correctness", "teacher_exits"} <= fields.keys()
+    assert not fields.keys() & {f.name for f in dataclasses.fields(DistillationArguments)}
+    assert all(f.default is None for f in fields.values())
+    text = fields["temperature"].metadata["help"]
+    assert "erde: 2.0" in text
+    assert "kd: 4.0" in text
+    assert all("%" not in f.metadata["help"].replace("%%", "") for f in fields.values())
+    for name in list_losses():
+        build_loss(name, arguments())
+
+
+def test_loss_gets_what_was_set_and_its_own_defaults_for_the_rest():
+    arguments = loss_arguments_class()
+    loss = build_loss("erde", arguments(temperature=3.0, exit_weights=["1", "0.5"], teacher_exits=[0, 2]))
+    assert isinstance(loss, ERDELoss)
+    assert loss.settings() == ERDELoss(temperature=3.0, exit_weights=[1.0, 0.5], teacher_exits=[0, 2]).settings()
+    assert build_loss("erde", arguments(exit_weights=["sdn"])).exit_weights == "sdn"
+    with pytest.raises(ConfigError, match=r"loss 'kd' has no argument 'entropy_weight'"):
+        build_loss("kd", arguments(entropy_weight=0.1))
+
+
+@pytest.mark.parametrize(
+    ("given", "places"),
+    [(None, "auto"), (["auto"], "auto"), (["2"], 2), (["layer1"], ["layer1"]), (["a", "b"], ["a", "b"])],
+)
+def test_exit_places(given, places):
+    assert exit_places(given) == places
+
+
+def test_teacher_training_takes_training_arguments_only():
+    args = DistillationArguments(epochs=3, lr=0.1)
+    assert teacher_training_arguments(args, {"epochs": 7}) == DistillationArguments(epochs=7, lr=0.1)
+    with pytest.raises(ConfigError, match=r"no argument 'epoch'; did you mean 'epochs'"):
+        teacher_training_arguments(args, {"epoch": 7})
+    with pytest.raises(ConfigError, match=r"no argument 'output_dir'"):
+        teacher_training_arguments(args, {"output_dir": "x"})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kwargs", "message"),
+    [
+        ("resnet10_cifr", {}, r"no model 'resnet10_cifr'; did you mean 'resnet10_cifar'"),
+        ("resnet10_cifar", {"widht": 8}, r"cannot be created with \{'widht': 8\}.*widht"),
+        ("resnet10_cifar", {"num_classes": 8}, r"'num_classes' cannot be a creation argument"),
+    ],
+)
+def test_networks_that_cannot_be_built_say_why(data, architecture, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe.build_model(architecture, data, ExitArguments(), kwargs=kwargs)
+
+
+def test_networks_carry_classes_and_preprocessing_of_the_data(data):
+    exits = ExitArguments(exits=["layer1"], head="linear", policy="confidence", threshold=[0.7])
+    model = recipe.build_model("resnet8_cifar", data, exits, kwargs={"width": 4}, seed=1)
+    assert list(model.config.id2label.values()) == data.class_names
+    assert model.config.preprocessing["mean"] == pytest.approx(data.mean)
+    assert (model.config.head, model.config.policy, model.threshold) == ("linear", "confidence", 0.7)
+    again = recipe.build_model("resnet8_cifar", data, exits, kwargs={"width": 4}, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_teacher_has_the_exits_of_the_student_unless_told_otherwise(data):
+    exits, args = ExitArguments(exits=["layer2"]), DistillationArguments()
+    teacher_args = TeacherArguments(teacher_kwargs={"width": 4}, teacher_architecture="resnet8_cifar")
+    assert recipe.TeacherPlan.build(teacher_args, exits, data, args).model.config.exits == ["layer2"]
+    teacher_args = dataclasses.replace(teacher_args, teacher_exit_points=["layer1"], teacher_exit_weights=["1", "2"])
+    plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
+    assert plan.model.config.exits == ["layer1"]
+    assert list(plan.loss.exit_weights) == [1.0, 2.0]
+
+
+def test_timm_weights_bring_their_preprocessing():
+    found = recipe.pretrained_preprocessing("convnext_atto.d2_in1k")
+    assert found["size"] == [224, 224]
+    assert found["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    with pytest.raises(ConfigError, match="did you mean 'convnext_atto'"):
+        recipe.pretrained_preprocessing("convnext_ato")
+
+
+def test_folders_without_a_checkpoint_and_other_models_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        recipe.load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        recipe.load_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        recipe.load_model("nobody/nothing")
+
+
+def test_a_folder_counts_as_finished_only_with_a_whole_report(tmp_path):
+    assert recipe.finished(tmp_path) is None
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "results.json").write_text('{"erde_hub": "0.1.0"')
+    assert recipe.finished(tmp_path) is None
