@@ -122,6 +122,8 @@ class EarlyExitConfig(PreTrainedConfig):
         self.exits = list(self.exits) if isinstance(self.exits, (list, tuple)) else self.exits
         if self.exits is not None and not reading:  # transformers leaves the id2label of two classes out of its files
             self._check_labels(kwargs.get("num_labels"))
+        if kwargs.get("num_labels") is None:
+            kwargs.pop("num_labels", None)
         super().__post_init__(**kwargs)
         self.check()
 

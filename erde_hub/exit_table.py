@@ -92,6 +92,7 @@ def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
     """Counts MACs and parameters of every exit on a weightless copy."""
     batch = 2
     clone, device = weightless_copy(model)
+    clone.backbone = getattr(clone.backbone, "_orig_mod", clone.backbone)  # what torch.compile wraps
     counter = flop_counter()
     sizes = {id(p): p.numel() for p in clone.parameters()}
     touched = {id(p) for p in clone.backbone.parameters(recurse=False)}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
+from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, PreTrainedModel
@@ -236,7 +237,11 @@ class EarlyExitWrapper(PreTrainedModel):
         super().__init__(config)
         self._assemble(adapter, model, adopted=True)
         if self._taps:
-            self._check_routable(inputs)
+            try:
+                self._check_routable(inputs)
+            except ExitPointError:
+                self._remove_taps()  # the backbone goes back as it came
+                raise
 
     def _build(self, config: EarlyExitConfig, backbone: nn.Module | None) -> None:
         if backbone is not None and not isinstance(backbone, nn.Module):
@@ -313,6 +318,11 @@ class EarlyExitWrapper(PreTrainedModel):
             return int(self._adapter.logits(output).shape[0])
 
         check_routable(self.backbone, len(self._taps) + 3, inputs, list(self.config.exits or []), run)
+
+    def _remove_taps(self) -> None:
+        for module in self.backbone.modules():
+            for key in [key for key, hook in module._forward_hooks.items() if hook in self._taps]:
+                del module._forward_hooks[key]
 
     # What the model is
 
@@ -473,7 +483,12 @@ class EarlyExitWrapper(PreTrainedModel):
         return output if use_dict else output.to_tuple()
 
     def _run_all(self, inputs: Tensor, labels: Tensor | None, kwargs: dict[str, Any]) -> EarlyExitOutput:
-        deferred = bool(self._taps) and torch.is_grad_enabled() and self.is_activation_checkpointing
+        deferred = bool(self._taps) and torch.is_grad_enabled()
+        if deferred and use_reentrant_ckpt() and self.is_activation_checkpointing:
+            raise ConfigError(
+                "reentrant activation checkpointing records no gradients for exits inside a recomputed region: switch it"
+                " off, timm.layers.set_reentrant_ckpt(False)"
+            )
         visitor = RunAll(self.heads, deferred)  # type: ignore[arg-type]
         final = self._drive(checkpointed=self.training and torch.is_grad_enabled())(visitor, (inputs,), kwargs)
         exit_logits = visitor.finish(self._adapter.logits(final), self.exit_names[:-1])

@@ -152,14 +152,14 @@ class RunAll:
 
     Args:
         heads: The early exits' heads.
-        deferred: Run the heads when the backbone is done. Inside a region that activation checkpointing recomputes, a
-            head would leave tensors that the recomputation, where taps are silent, does not make again.
+        deferred: Run the heads when the backbone is done, for passes with hooks and gradients. Inside a region that
+            activation checkpointing recomputes, a head would leave tensors that the recomputation, where taps are
+            silent, does not make again; and such a region is not announced by every backbone.
     """
 
     def __init__(self, heads: Sequence[ExitHead], deferred: bool = False) -> None:
         self.heads = heads
         self.deferred = deferred
-        self.grad = torch.is_grad_enabled()
         self.next_exit = 0
         self.exit_logits: list[Tensor] = []
         self.features: list[tuple[Tensor, int]] = []  # each with the version that its head should read
@@ -172,11 +172,6 @@ class RunAll:
         feature = read_feature(output, head.spec.leaf)
         if not self.deferred:
             self.exit_logits.append(head(feature))
-        elif self.grad and not torch.is_grad_enabled():
-            raise ExitNotReachedError(
-                f"exit {exit_index} lies in a region of reentrant activation checkpointing, which records no gradients"
-                " for it: use the non-reentrant one (timm.layers.set_reentrant_ckpt(False))"
-            )
         else:
             self.features.append((feature, feature._version))
         return output
@@ -188,7 +183,7 @@ class RunAll:
             if feature._version != version:
                 raise ExitNotReachedError(
                     f"the feature of exit {name!r} was overwritten in place by the next layer before its head could"
-                    " read it: name another exit, or switch activation checkpointing off"
+                    " read it: name that layer instead"
                 )
             self.exit_logits.append(head(feature))
         return (*self.exit_logits, final)

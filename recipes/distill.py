@@ -53,12 +53,13 @@ def main() -> None:
         plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
     recipe.check_together(student, plan.model if plan else teacher, data, loss, args)
 
+    name = recipe.run_name(config, DEFAULT_CONFIG, data)
     folder = run_on_main(
         accelerator,
-        lambda: open_run_folder(args.output_dir, config, resume=args.resume, overwrite=args.overwrite_output_dir),
+        lambda: open_run_folder(args.output_dir, name, resume=args.resume, overwrite=args.overwrite_output_dir),
     )
     args.output_dir = str(folder)
-    settings = recipe.settings_dict(config, data_args, student_args, exits, teacher_args, loss_args, args)
+    settings = recipe.settings_dict(name, data_args, student_args, exits, teacher_args, loss_args, args)
     run = recipe.Run(accelerator, data, args, settings)
     say(f"{recipe.describe_data(data)}\nrun: {folder}")
 

@@ -1,10 +1,10 @@
-"""Writes the generated parts of README.md: tables of what the registries hold, published results, and the picture.
+"""Writes what is generated: tables in README.md, and the card and the picture of every published run in model_cards/.
 
     python recipes/make_tables.py           # rewrites them
     python recipes/make_tables.py --check   # exit code 1 if they are not current
 
 A part stands between `<!-- table: NAME -->` and `<!-- end -->`. Numbers come from recipes/results/*.json and nowhere
-else; the picture is drawn from one of these files and remembers which by its hash.
+else; a picture is drawn from one of these files and remembers which by its hash.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from erde_hub._registry import Entry
 from erde_hub.evaluation import load_results, plot_frontier
 from erde_hub.evaluation.formatting import mmacs, percent, threshold_label
 from erde_hub.heads import get_head, list_heads
+from erde_hub.hub import render_model_card
 from erde_hub.losses import get_loss, list_losses
 from erde_hub.policies import get_policy, list_policies
 
@@ -32,9 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "recipes" / "results"
 CONFIGS = ROOT / "recipes" / "configs"
-PICTURE = RESULTS / "frontier.png"
-#: The first of these that has been run is drawn.
-PICTURED = ("cifar10_resnet18_resnet10-small", "digits")
+CARDS = ROOT / "model_cards"
 NETWORKS = ("resnet8_cifar", "resnet10_cifar", "resnet18_cifar", "resnet50_cifar")
 
 _PART = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -53,11 +52,18 @@ def main() -> None:
         stale.append(README.name)
         if not check:
             README.write_text(current, encoding="utf-8")
-    source = pictured_results()
-    if source is not None and not picture_is_current(source):
-        stale.append(PICTURE.relative_to(ROOT).as_posix())
-        if not check:
-            draw_picture(source)
+    for path, results in run_results():
+        card, picture = CARDS / path.stem / "README.md", CARDS / path.stem / "frontier.png"
+        card.parent.mkdir(parents=True, exist_ok=True)
+        written = render_model_card(results)
+        if not card.is_file() or card.read_text(encoding="utf-8") != written:
+            stale.append(card.relative_to(ROOT).as_posix())
+            if not check:
+                card.write_text(written, encoding="utf-8")
+        if not picture_is_current(picture, path):
+            stale.append(picture.relative_to(ROOT).as_posix())
+            if not check:
+                draw_picture(picture, path, results)
     if stale and check:
         print(f"not current: {', '.join(stale)}; run `python recipes/make_tables.py`", file=sys.stderr)
         raise SystemExit(1)
@@ -102,8 +108,7 @@ def networks_table() -> str:
 def results_table() -> str:
     """One row per published run: teacher, student at its last exit, student at its stored threshold."""
     rows = []
-    for path in sorted(RESULTS.glob("*.json")):
-        results = load_results(path)
+    for path, results in run_results():
         if results.get("teacher") is None:
             continue
         teacher, full, point = results["teacher"], results["per_exit"][-1], results["operating_point"]
@@ -129,27 +134,28 @@ def configs_table() -> str:
     return table(("file in recipes/configs", "what it is"), rows)
 
 
-def pictured_results() -> Path | None:
-    """Returns the results file that the picture shows, None where nothing has been run."""
-    return next((path for name in PICTURED if (path := RESULTS / f"{name}.json").is_file()), None)
+def run_results() -> list[tuple[Path, dict[str, Any]]]:
+    """Returns the files of all published runs and what is in them; benchmarks have a form of their own."""
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("benchmark_")]
+    return [(path, load_results(path)) for path in paths]
 
 
-def picture_is_current(source: Path) -> bool:
-    """Tells whether the picture was drawn from these results; its pixels depend on matplotlib's version."""
-    if not PICTURE.is_file():
+def picture_is_current(picture: Path, source: Path) -> bool:
+    """Tells whether a picture was drawn from these results; its pixels depend on matplotlib's version."""
+    if not picture.is_file():
         return False
-    with Image.open(PICTURE) as picture:
-        return picture.info.get("Source") == _hash(source)
+    with Image.open(picture) as drawn:
+        return drawn.info.get("Source") == _hash(source)
 
 
-def draw_picture(source: Path) -> None:
-    """Draws the picture of the README, in few colours so that it stays small, with the hash of what it shows."""
-    plot_frontier(load_results(source), PICTURE)
+def draw_picture(picture: Path, source: Path, results: dict[str, Any]) -> None:
+    """Draws the picture of a run, in few colours so that it stays small, with the hash of what it shows."""
+    plot_frontier(results, picture)
     notes = PngImagePlugin.PngInfo()
     notes.add_text("Source", _hash(source))
-    with Image.open(PICTURE) as drawn:
+    with Image.open(picture) as drawn:
         small = drawn.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    small.save(PICTURE, optimize=True, pnginfo=notes)
+    small.save(picture, optimize=True, pnginfo=notes)
 
 
 def _hash(path: Path) -> str:

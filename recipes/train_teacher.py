@@ -49,13 +49,15 @@ def main() -> None:
     data = recipe.load_data(data_args, preprocessing, progress=accelerator.is_main_process)
     plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
 
-    name = f"{config}-teacher"
+    name = f"{recipe.run_name(config, DEFAULT_CONFIG, data)}-teacher"
     folder = run_on_main(
         accelerator,
-        lambda: open_run_folder(args.output_dir, name, resume=args.resume, overwrite=args.overwrite_output_dir),
+        lambda: open_run_folder(
+            args.output_dir, f"{name}-teacher", resume=args.resume, overwrite=args.overwrite_output_dir
+        ),
     )
     args.output_dir = plan.args.output_dir = str(folder)
-    settings = recipe.settings_dict(config, data_args, teacher_args, exits, args)
+    settings = recipe.settings_dict(name, data_args, teacher_args, exits, args)
     run = recipe.Run(accelerator, data, args, settings)
     say(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_network('teacher', plan.model)}")
     _, results = plan.train(run, folder)

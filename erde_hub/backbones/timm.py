@@ -53,9 +53,10 @@ class TimmAdapter(BackboneAdapter):
         size = list(cfg.get("input_size", (3, 224, 224)))
         if isinstance(getattr(module, "in_chans", None), int):
             size[0] = module.in_chans
-        embed = getattr(module, "patch_embed", None)
-        if isinstance(getattr(embed, "img_size", None), tuple):
-            size[1:] = [int(s) for s in embed.img_size]  # type: ignore[union-attr]
+        for part in (module, *module.children()):  # a patch embedding ties the model to the size it was created with
+            img_size = getattr(part, "img_size", None)
+            if isinstance(img_size, tuple):
+                size[1:] = [int(s) for s in img_size]
         return {
             "architecture": cfg["architecture"],
             "input_size": size,

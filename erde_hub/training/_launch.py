@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 
 from erde_hub.errors import ConfigError, LaunchError
@@ -56,13 +57,19 @@ def create_accelerator(args: DistillationArguments) -> Accelerator:
         ConfigError: The precision or the tracker cannot be had here.
     """
     check_launch(os.environ)
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    shared = AcceleratorState._shared_state
-    if shared and shared.get("_mixed_precision", precision) != precision:
+    running = AcceleratorState._shared_state.get("_mixed_precision")  # of an Accelerator that this process has already
+    precision = args.mixed_precision or running or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if running not in (None, precision):
         raise ConfigError(
-            f"mixed_precision {precision!r} was asked for, but this process already runs in"
-            f" {shared['_mixed_precision']!r}: Accelerate keeps one precision per process"
+            f"mixed_precision {precision!r} was asked for, but this process already runs in {running!r}: Accelerate"
+            " keeps one precision per process, so train with the same one or in a process of its own"
         )
+    if precision == "fp16" and (_on_cpu(os.environ) or not torch.accelerator.is_available()):
+        raise ConfigError(
+            "mixed_precision 'fp16' needs a GPU (Accelerate would ignore it): on a CPU use 'bf16' or 'no'"
+        )
+    if args.report_to not in (None, "all") and args.report_to not in map(str, get_available_trackers()):
+        raise ConfigError(f"report_to {args.report_to!r} is not installed: `pip install {args.report_to}`")
     output_dir = args.output_dir or "."
     try:
         accelerator = Accelerator(
@@ -71,11 +78,9 @@ def create_accelerator(args: DistillationArguments) -> Accelerator:
             project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.find_unused_parameters)],
         )
-    except ValueError as error:  # fp16 without a GPU, bf16 on a GPU that has none, and the like
-        raise ConfigError(f"mixed_precision {precision!r} cannot be had here: {error}; bf16 works on CPUs") from error
+    except ValueError as error:  # bf16 on a GPU that has none, and the like
+        raise ConfigError(f"Accelerate cannot train like this here (mixed_precision {precision!r}): {error}") from error
     check_launch(os.environ, accelerator)
-    if args.report_to not in (None, "all") and not accelerator.log_with:
-        raise ConfigError(f"report_to {args.report_to!r} is not installed: `pip install {args.report_to}`")
     set_cpu_threads(args.cpu_threads)
     return accelerator
 
@@ -116,6 +121,10 @@ def set_cpu_threads(threads: int) -> int:
     if threads and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def _on_cpu(env: Mapping[str, str]) -> bool:
+    return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "t", "y")
 
 
 def available_cores() -> int:

@@ -59,8 +59,8 @@ class Preprocessing:
 
     def normalize(self, pixels: NDArray[np.uint8], channels_last: bool = False) -> Tensor:
         """Turns uint8 (N, H, W, 3) into normalised float32 (N, 3, H, W)."""
-        # NumPy runs this in the calling thread: a batch is too small to be worth waking torch's threads for, and waiting
-        # for them costs tens of milliseconds on a busy machine.
+        # NumPy runs this in the calling thread: a batch is too small to be worth waking torch's threads for, and
+        # waiting for them costs tens of milliseconds on a busy machine.
         count, height, width, channels = pixels.shape
         scale, offset = self._affine
         if channels_last:

@@ -102,7 +102,7 @@ def open_dataset(
             ) from error
         raise DataError(
             f"data set {dataset!r} is neither 'digits' nor a folder here, and the Hub did not give it:"
-            f" {_first_line(error)}{_near_folder(path)}"
+            f" {_first_line(error)}; check the name and the network{_near_folder(path)}"
         ) from error
     tables: dict[str, Any] = {}
     for split, table in opened.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from .data_images import content_digest, decode, stored_bytes
 from .data_preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes, channel_statistics
 from .data_source import find_columns, open_dataset
 from .data_splits import TEST_FRACTION, VALIDATION_FRACTION
+
+_logger = logging.getLogger(__name__)
 
 _STREAM_SAMPLE = 1_000
 _HASHED_ROWS = 64
@@ -163,6 +166,10 @@ def open_stream(
     class_names = list(features[label].names)
     streams = {split: stream.cast_column(image, datasets.Image(decode=False)) for split, stream in streams.items()}
 
+    if "test" in streams and _unlabelled(streams["test"], label):
+        _logger.info("split 'test' of %s is not used: it has no labels", name)
+        del streams["test"]
+
     def split(part: str, source: str, buckets: tuple[int, int], preprocessing: Preprocessing) -> StreamSplit:
         whole = buckets == (0, 100)
         size = _known_size(streams[source]) if whole else None
@@ -215,6 +222,11 @@ def _parts(sources: set[str]) -> dict[str, tuple[str, tuple[int, int]]]:
 
 def _rule(source: str, buckets: tuple[int, int]) -> str:
     return "given" if buckets == (0, 100) else f"hash of the image modulo 100 in [{buckets[0]}, {buckets[1]})"
+
+
+def _unlabelled(stream: Any, label: str) -> bool:
+    """Tells whether the first row has no label, as in the test splits of many benchmarks."""
+    return any(row[label] in (None, -1) for row in stream.take(1))
 
 
 def _known_size(stream: Any) -> int | None:

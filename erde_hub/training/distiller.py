@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from erde_hub.losses import ExitLoss, LossResult, create_loss
 from ._checks import all_exits, check_data, check_loss, check_models, exit_names
 from ._launch import StopRequest, create_accelerator, run_on_main
 from ._meter import StepMeter, Totals, describe_non_finite
+from ._progress import flatten, progress_bar, show
 from ._run_state import Position, gather, identity, restore, save
 from .arguments import DistillationArguments
 from .data_loader import BatchLoader
@@ -140,9 +140,7 @@ class Distiller:
         self._place_models()
         self.train_loader = self._loader(data.train, train=True)
         self.steps_per_epoch, self.total_steps, self.epochs = self._count_steps()
-        self.optimizer: Any = create_optimizer_v2(
-            student, args.optimizer, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
-        )
+        self.optimizer: Any = self._create_optimizer()
         self.scheduler = create_schedule(args, self.optimizer, self.total_steps, self.steps_per_epoch)
         self.average: ModelEmaV3 | None = None
         self.position, self.meter = Position(), StepMeter()
@@ -163,7 +161,7 @@ class Distiller:
             ConfigError: The run to resume was started with other settings, data or teacher.
         """
         args, accelerator, position = self.args, self.accelerator, self.position
-        with self._prepared() as student, StopRequest() as stop, self._progress_bar() as bar:
+        with self._prepared() as student, StopRequest() as stop, progress_bar(self) as bar:
             started = time.perf_counter() - position.seconds
             while position.step < self.total_steps and position.epoch < self.epochs:
                 self.loss.set_epoch(position.epoch + 1, self.epochs)
@@ -261,14 +259,20 @@ class Distiller:
         self.loss.to(device)
         if self.teacher is not None:
             self.teacher.eval()
-        for wanted, method in (
-            (args.freeze_backbone, "freeze_backbone"),
-            (args.gradient_checkpointing, "gradient_checkpointing_enable"),
-        ):
-            if wanted and not hasattr(self.student, method):
-                raise ConfigError(f"{type(self.student).__name__} has no {method}(): wrap it in an EarlyExitWrapper")
-            if wanted:
-                getattr(self.student, method)()
+        if args.freeze_backbone:
+            freeze = getattr(self.student, "freeze_backbone", None)
+            if freeze is None:
+                raise ConfigError(f"{type(self.student).__name__} has no freeze_backbone(): use an EarlyExitWrapper")
+            freeze()
+        if args.gradient_checkpointing:
+            # transformers renames the method; releases that are supported have either
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            name = next((name for name in names if hasattr(self.student, name)), None)
+            if name is None or not getattr(self.student, "supports_gradient_checkpointing", True):
+                raise ConfigError(
+                    f"{type(self.student).__name__} does not support gradient_checkpointing: leave it out"
+                )
+            getattr(self.student, name)()
 
     def _loader(self, split: Any, train: bool) -> BatchLoader:
         """Builds the batches of this process.
@@ -307,6 +311,15 @@ class Distiller:
         total = min(per_epoch * args.epochs, args.max_steps or math.inf)
         return per_epoch, int(total), math.ceil(total / per_epoch)
 
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        args = self.args
+        try:
+            return create_optimizer_v2(
+                self.student, args.optimizer, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
+            )
+        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # a package that is missing
+            raise ConfigError(f"optimizer {args.optimizer!r} cannot be built here: {error}") from error
+
     def _batches_left(self) -> int:
         """Batches that are still to come in this epoch."""
         accumulation, position = self.args.gradient_accumulation_steps, self.position
@@ -335,7 +348,7 @@ class Distiller:
             self._wrapped, self.optimizer = accelerator.prepare(self.student, optimizer)
             if args.report_to:
                 accelerator.project_configuration.logging_dir = str(Path(args.output_dir or ".") / "logs")
-                accelerator.init_trackers("erde_hub", config=_flat(args.public_dict()))
+                accelerator.init_trackers("erde_hub", config=flatten(args.public_dict()))
             set_seed(args.seed, device_specific=True)
             if args.resume:
                 self.checkpoint = restore(self)
@@ -352,35 +365,17 @@ class Distiller:
             self.optimizer = optimizer
             accelerator.free_memory()
 
-    def _progress_bar(self) -> tqdm[Any]:
-        """One bar per training, on the main process; into a log file it writes a line every half minute."""
-        terminal = sys.stderr.isatty()
-        return tqdm(
-            total=self.total_steps,
-            initial=self.position.step,
-            desc=f"epoch {self.position.epoch + 1}/{self.epochs}",
-            unit="step",
-            dynamic_ncols=terminal,
-            smoothing=0.1,
-            mininterval=0.2 if terminal else 30.0,
-            maxinterval=10.0 if terminal else 60.0,
-            disable=not (self.args.progress_bar and self.accelerator.is_main_process),
-        )
-
     def _log_step(self, bar: tqdm[Any]) -> None:
         step = self.position.step
         if step % self.args.logging_steps == 0 or step == self.total_steps:
             values = self.meter.collect().average()
-            shown = {name: f"{value:.3f}" for name, value in {"loss": values["loss"], **values["terms"]}.items()}
-            shown["acc"] = "/".join(f"{100 * share:.0f}" for share in values["accuracy"]) + "%"
-            bar.set_description(f"epoch {self.position.epoch + 1}/{self.epochs}", refresh=False)
-            bar.set_postfix(shown, refresh=False)
+            show(bar, f"epoch {self.position.epoch + 1}/{self.epochs}", values)
             self._track({"train": values, "lr": self.optimizer.param_groups[0]["lr"]})
         bar.update()
 
     def _track(self, values: dict[str, Any]) -> None:
         if self.accelerator.trackers:
-            self.accelerator.log(_flat(values, self.exit_names), step=self.position.step)
+            self.accelerator.log(flatten(values, self.exit_names), step=self.position.step)
 
     def _finish_epoch(self) -> None:
         """Validates, writes the epoch into the history and moves the position to the next one."""
@@ -448,12 +443,3 @@ class Distiller:
             checkpoint=self.checkpoint,
             seconds=self.position.seconds,
         )
-
-
-def _flat(values: Any, names: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Flattens nested values for trackers, which take numbers and texts: ``train/accuracy/layer1``."""
-    if isinstance(values, dict):
-        return {k: v for key, value in values.items() for k, v in _flat(value, names, f"{prefix}/{key}").items()}
-    if isinstance(values, list) and len(values) == len(names):
-        return {f"{prefix[1:]}/{name}": value for name, value in zip(names, values, strict=True)}
-    return {prefix[1:]: values if isinstance(values, (int, float, str)) else str(values)}

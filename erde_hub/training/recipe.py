@@ -543,6 +543,12 @@ def train_static_student(run: Run, model: EarlyExitWrapper) -> dict[str, Any]:
     return described
 
 
+def run_name(config: str, default_config: Path, data: ImageData) -> str:
+    """Returns what a run is called: by its configuration, or by its data where only these differ from the default's."""
+    own = Path(data.name).name
+    return own if config == default_config.stem and own else config
+
+
 def settings_dict(config: str, *parts: Any) -> dict[str, Any]:
     """Returns everything that a recipe was told, as one flat mapping for ``results.json``."""
     settings: dict[str, Any] = {"config": config}
@@ -556,13 +562,13 @@ def format_results(results: Mapping[str, Any]) -> str:
     """Formats the numbers of a run for the terminal: exits, operating points, networks."""
     per_exit, names = results["per_exit"], [row["exit"] for row in results["per_exit"]]
     full = per_exit[-1]
-    networks = [("teacher", results.get("teacher")), ("static student", results.get("static_student"))]
+    networks = [("(teacher)", results.get("teacher")), ("(static student)", results.get("static_student"))]
     rows = [
         (name, percent(part["accuracy"]), mmacs(part["macs"]), f"{part['macs'] / full['macs']:.0%}")
         for name, part in [*((row["exit"], row) for row in per_exit), *networks]
         if part is not None
     ]
-    tables = [format_table(("all leave at", "accuracy %", "MMACs", "cost"), rows)]
+    tables = [format_table(("always leave at", "accuracy %", "MMACs", "cost"), rows)]
     point = results.get("operating_point")
     if len(per_exit) > 1:
         chosen = [(point, " *")] if point is not None else []

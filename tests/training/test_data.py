@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -56,12 +58,12 @@ def test_digits_can_be_told_apart_by_a_linear_model():
 
 
 def test_digits_need_scikit_learn(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'erde-hub\[train\]'"):
         load_image_data("digits")
 
 
-def test_cifar10(shared, load):
+def test_cifar10(shared, load, tmp_path):
     data = load(shared / "data" / "cifar10", max_train_samples=300, max_eval_samples=100)
     assert data.name == "cifar10"
     assert data.class_names[:2] == ["airplane", "automobile"]
@@ -74,7 +76,7 @@ def test_cifar10(shared, load):
     assert "/" not in json.dumps(data.summary())
     batch = next(iter(BatchLoader(data.train, 8)))
     # an independent way to the same pixels
-    raw = __import__("datasets").load_dataset(str(shared / "data" / "cifar10"), split="train", cache_dir=None)
+    raw = datasets.load_dataset(str(shared / "data" / "cifar10"), split="train", cache_dir=str(tmp_path / "cache"))
     for row, values in zip(batch["index"].tolist(), batch["pixel_values"], strict=True):
         pixels = torch.from_numpy(np.array(raw[row]["img"].convert("RGB"))).permute(2, 0, 1) / 255
         expected = (pixels - torch.tensor(data.mean)[:, None, None]) / torch.tensor(data.std)[:, None, None]

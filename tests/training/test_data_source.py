@@ -155,7 +155,7 @@ def test_a_single_class(tmp_path, load):
 
 def test_empty_and_missing_splits(tmp_path, load):
     empty = {"img": [], "label": []}
-    with pytest.raises(DataError, match="a split of 'set' is empty .*\"test\""):
+    with pytest.raises(DataError, match=r"a split of 'set' is empty .*\"test\""):
         load(write_parquet(tmp_path / "set", {"train": rows(9), "test": empty}))
     with pytest.raises(DataError, match=r"'other' has no split 'train' \(found: 'test'\)"):
         load(write_parquet(tmp_path / "other", {"test": rows(9)}))
@@ -197,7 +197,7 @@ def test_a_file_that_disappeared(tmp_path, load):
 def test_nothing_of_that_name(tmp_path, load, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(DataError, match="folder '.*pictures' holds no files"):
+    with pytest.raises(DataError, match=r"folder '.*pictures' holds no files"):
         load(tmp_path / "pictures")
     with pytest.raises(DataError, match=r"there is no folder './picture'; did you mean 'pictures'\?"):
         load("./picture")
@@ -206,7 +206,7 @@ def test_nothing_of_that_name(tmp_path, load, monkeypatch):
     ):
         load("nobody/nothing")
     (tmp_path / "pictures" / "readme.xyz").write_text("hello")
-    with pytest.raises(DataError, match="cannot be read by datasets.load_dataset"):
+    with pytest.raises(DataError, match=r"cannot be read by datasets\.load_dataset"):
         load("pictures")
     with pytest.raises(DataError, match="is a file: give the folder"):
         load(tmp_path / "pictures" / "readme.xyz")

@@ -128,6 +128,14 @@ def test_given_splits_and_large_images(tmp_path):
     assert batch["pixel_values"].shape == (4, 3, 32, 32)
 
 
+def test_an_unlabelled_test_split_is_left_out(tmp_path):
+    splits = {"train": rows(30), "validation": rows(40, first_seed=50), "test": {**rows(6), "label": [-1] * 6}}
+    data = load_image_data(write_parquet(tmp_path, splits), streaming=True, progress=False)
+    validation, test = joined(BatchLoader(data.validation, 4)), joined(BatchLoader(data.test, 4))
+    assert len(validation["labels"]) + len(test["labels"]) == 40
+    assert not content(validation) & content(test)
+
+
 def test_bad_rows_are_named(tmp_path):
     columns = rows(30)
     columns["img"][21] = b"this is no image"

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 import os
 import signal
+from copy import deepcopy
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -14,6 +17,7 @@ from distiller_fakes import CLASSES, TinyExits, assert_same, make_args, make_dat
 from torch import nn
 from torch.nn import functional as F
 
+from erde_hub import EarlyExitWrapper
 from erde_hub.errors import (
     CheckpointError,
     CheckpointWriteError,
@@ -40,8 +44,11 @@ def _cheap_collections():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_process():
     torch.set_num_threads(1)  # networks this small only wait for a second one
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(data, loss="ce", student=None, teacher=None, callbacks=(), **changes):
@@ -163,15 +170,48 @@ def test_bf16_trains_in_bf16_and_hands_back_a_float_model(data):
             return super().forward(images, output_all_exits)
 
     student, teacher = Probe(), Probe()
-    AcceleratorState._reset_state(True)
     train(data, "kd", student, teacher, mixed_precision="bf16", max_steps=3, channels_last=True)
-    AcceleratorState._reset_state(True)
     assert kinds == {(True, True, torch.bfloat16), (False, True, torch.bfloat16)}
     assert all(p.dtype == torch.float32 for p in student.parameters())
     assert "forward" not in student.__dict__
     kinds.clear()
     student(torch.zeros(2, 3, 8, 8), output_all_exits=True)
     assert kinds == {(False, False, torch.float32)}
+
+
+def test_one_process_has_one_precision(data):
+    train(data, mixed_precision="bf16", max_steps=1)
+    assert Distiller(TinyExits(), data, make_args(mixed_precision=None), "ce").accelerator.mixed_precision == "bf16"
+    with pytest.raises(ConfigError, match="'no' was asked for, but this process already runs in 'bf16'"):
+        Distiller(TinyExits(), data, make_args(mixed_precision="no"), "ce")
+    with pytest.raises(ConfigError, match="'no', the accelerator was built with 'bf16'"):
+        Distiller(TinyExits(), data, make_args(mixed_precision="no"), "ce", accelerator=Accelerator())
+
+
+@pytest.fixture
+def wrapped():
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet8_cifar", num_classes=3, width=4)
+    return EarlyExitWrapper(
+        backbone, exits=["layer1"], input_size=(3, 8, 8), backbone_kwargs={"width": 4}, head_kwargs={"dropout": 0.0}
+    )
+
+
+def test_a_frozen_backbone_stays_as_it_is(data, wrapped):
+    before = weights(wrapped.backbone)
+    heads = weights(wrapped.heads)
+    train(data, "ce", wrapped, freeze_backbone=True, max_steps=4, ema_decay=0.5)
+    assert_same(before, weights(wrapped.backbone))
+    assert any(not torch.equal(heads[name], value) for name, value in wrapped.heads.state_dict().items())
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(data, wrapped):
+    copy = deepcopy(wrapped)
+    expected, _ = train(data, "ce", wrapped, max_steps=3)
+    trained, _ = train(data, "ce", copy, max_steps=3, gradient_checkpointing=True)
+    assert copy.is_activation_checkpointing
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_plain_module_trains_as_a_static_student(data):
@@ -243,6 +283,18 @@ def test_trackers_get_numbers_by_name_and_no_paths(data, tmp_path):
     assert {"train/loss", "train/terms/ce", "train/accuracy/early", "lr"} <= tracker.lines[0][1].keys()
     assert any("validation/accuracy/classifier" in values for _, values in tracker.lines)
     assert tracker.finished == 1
+
+
+def test_a_real_tracker_writes_into_the_run(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(data, max_steps=3, report_to="tensorboard", output_dir=str(tmp_path / "run"))
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused():
+    missing = [name for name in ("comet_ml", "aim", "dvclive", "clearml") if importlib.util.find_spec(name) is None]
+    with pytest.raises(ConfigError, match=f"{missing[0]}.*pip install"):
+        Distiller(TinyExits(), make_data(), make_args(report_to=missing[0]), "ce")
 
 
 # Stopping and continuing
@@ -473,6 +525,7 @@ class WithConfig(TinyExits):
         (ConfigError, "exit_weights", lambda d: (TinyExits(), d, {}, CELoss(exit_weights=[1.0, 1.0, 1.0]), None)),
         (ConfigError, "teacher", lambda d: (TinyExits(), d, {}, ERDELoss(teacher_exits=[0, 7]), TinyExits())),
         (ConfigError, "gives no batch", lambda d: (TinyExits(), d, {"batch_size": 1000}, "ce", None)),
+        (ConfigError, "'fusedsgd' cannot be built", lambda d: (TinyExits(), d, {"optimizer": "fusedsgd"}, "ce", None)),
         (ConfigError, "accumulation", lambda d: (TinyExits(), d, {"gradient_accumulation_steps": 50}, "ce", None)),
         (ConfigError, "freeze_backbone", lambda d: (TinyExits(), d, {"freeze_backbone": True}, "ce", None)),
         (ConfigError, "checkpointing", lambda d: (TinyExits(), d, {"gradient_checkpointing": True}, "ce", None)),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from distiller_fakes import assert_same, weights
 from distiller_process import one_step, train
 
@@ -25,8 +26,11 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_process():
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start(command, mode, folder, **env):

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import benchmark
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from erde_hub.errors import ConfigError
+
+SMALL = [
+    "--teacher_kwargs", "width=4", "--student_kwargs", "width=4", "--batch_size", "16", "--max_train_samples", "64",
+    "--rounds", "2", "--steps_per_round", "3", "--cpu_threads", "1", "--mixed_precision", "no",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_process():
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_both_loops_are_timed_in_turns_and_the_numbers_written(tmp_path, monkeypatch, capsys):
+    sides = []
+    monkeypatch.setattr(benchmark, "_in_a_process_of_its_own", lambda argv, side: sides.append(side) or 100.0)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "training", *SMALL, "--output", str(tmp_path / "new" / "b.json")])
+    benchmark.main()
+    results = json.loads((tmp_path / "new" / "b.json").read_text())
+    assert sides == ["by_hand", "distiller"]
+    assert results["dataset"] == "digits"
+    assert 0.2 < results["ratio"] < 5
+    assert 0 < results["input_share"] < 1
+    assert results["memory_ratio"] == 1.0
+    assert str(tmp_path) not in json.dumps(results)
+    assert "by hand" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", ["distiller", "by_hand"])
+def test_one_side_alone_prints_its_peak(side, capsys):
+    benchmark.benchmark_training([*SMALL, "--memory_steps", "2", "--only", side])
+    assert float(capsys.readouterr().out.split()[-1]) > 100
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["trainnig"], "'training'"),
+        (["training", "--rounds", "0"], "rounds"),
+        (["training", "--only", "nobody"], "by_hand"),
+        (["training", "--optimizer", "adamw"], "SGD"),
+    ],
+)
+def test_bad_input_is_refused(argv, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv])
+    with pytest.raises(ConfigError, match=says):
+        benchmark.main()

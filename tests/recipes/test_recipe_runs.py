@@ -1,0 +1,235 @@
+"""The recipes themselves: every configuration for two steps, resuming at any phase, refusals before time is spent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import distill
+import evaluate
+import numpy as np
+import pytest
+import train_teacher
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from erde_hub.errors import ConfigError, RunExistsError
+from erde_hub.training.checkpointing import newest_checkpoint
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+FAST_TEACHER = ["--teacher_kwargs", "width=4", "--epochs", "1", "--no_progress_bar", "--cpu_threads", "1",
+                "--mixed_precision", "no", "--checkpoint_steps", "4"]  # fmt: skip
+FAST = [*FAST_TEACHER, "--student_kwargs", "width=4"]
+LEFT = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json", "sweep.csv", "frontier.png")  # fmt: skip # noqa: E501
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps one state per process; a recipe expects a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs a recipe in this process, as if from a shell in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def _call(recipe, *flags: object) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, flags)])
+        recipe.main()
+
+    return _call
+
+
+def write_images(folder: Path, settings: dict) -> Path:
+    """Writes what a configuration expects of its data set: its columns, its configuration name, three tiny splits."""
+    image, label = settings.get("image_column", "image"), settings.get("label_column", "label")
+    features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=["ant", "bee", "cat"])})
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    splits = []
+    for split, size in (("train", 60), ("test", 18)):
+        rows = {
+            image: [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(size)],
+            label: [i % 3 for i in range(size)],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+        splits.append({"split": split, "path": f"{split}.parquet"})
+    card = {"configs": [{"config_name": settings.get("dataset_config", "default"), "data_files": splits}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    return folder
+
+
+def shrink(architecture: str) -> list[str]:
+    """Creation arguments that make a network small enough for a test."""
+    if architecture.startswith("convnext"):
+        return ["depths=[1,1,1,1]", "dims=[4,8,12,16]"]
+    if architecture.endswith("_cifar"):
+        return ["width=4"]
+    return []
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_runs(config, call, tmp_path):
+    settings = yaml.safe_load(config.read_text())
+    flags = ["--dataset", write_images(tmp_path / "images", settings), "--image_size", "32"]
+    if settings["dataset"] == "digits":
+        flags = ["--max_train_samples", "80", "--max_eval_samples", "40"]
+    for role in ("teacher", "student"):
+        if small := shrink(settings[f"{role}_architecture"]):
+            flags += [f"--{role}_kwargs", *small]
+        flags += [f"--{role}_pretrained", "false"]
+    flags += ["--max_steps", "2", "--batch_size", "16", "--num_workers", "0", "--no_progress_bar", "--cpu_threads", "1"]
+    call(distill, "--config", config, *flags, "--output_dir", "out", "--cache_dir", tmp_path / "cache")
+    for name in LEFT:
+        assert (tmp_path / "out" / name).is_file()
+        assert (tmp_path / "out" / "teacher" / name).is_file()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["training"]["steps"] == 2
+    assert results["args"]["config"] == config.stem
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_there_are_configurations():
+    assert {"digits", "cifar10_resnet18_resnet10-small"} <= {path.stem for path in CONFIGS}
+    for path in CONFIGS:  # the README shows it
+        assert path.read_text().startswith("# ")
+
+
+def test_static_student_and_evaluate_of_another_policy(call, tmp_path, capsys):
+    call(distill, *FAST, "--train_static", "--output_dir", "out", "--max_steps", "4")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    static = results["static_student"]
+    assert static["exits"] == []
+    assert static["macs"] < results["student"]["macs"]  # no heads
+    assert "(static student)" in capsys.readouterr().out
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    call(evaluate, "--model", "out", "--policy", "confidence", "--output_dir", "check", "--save_records")
+    check = json.loads((tmp_path / "check" / "results.json").read_text())
+    assert [row["accuracy"] for row in check["per_exit"]] == [row["accuracy"] for row in results["per_exit"]]
+    assert check["student"]["policy"] == "confidence"
+    assert (tmp_path / "check" / "records.safetensors").is_file()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    with pytest.raises(ConfigError, match="holds a checkpoint"):
+        call(evaluate, "--model", "out", "--output_dir", "out", "--overwrite_output_dir")
+
+
+def test_stored_split_is_used_by_evaluate(call, tmp_path):
+    """A run whose held-out rows are not the usual ones: evaluate reports on the rows that this run held out."""
+    call(train_teacher, *FAST_TEACHER, "--output_dir", "out", "--max_steps", "2")
+    split_file = tmp_path / "out" / "split.json"
+    split = json.loads(split_file.read_text())
+    split["rows"]["test"] = split["rows"]["test"][:100]
+    split_file.write_text(json.dumps(split))
+    call(evaluate, "--model", "out", "--output_dir", "check")
+    check = json.loads((tmp_path / "check" / "results.json").read_text())
+    assert check["metrics"]["samples"] == 100
+
+
+def test_teacher_arguments_differ_only_where_the_file_says_so(call, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "dataset: digits\nmax_steps: 4\nlr: 0.05\nteacher_training: {max_steps: 2}\nentropy_weight: 0.01\n"
+    )
+    call(distill, "--config", config, *FAST)
+    out = tmp_path / "runs" / "mine-1"
+    assert json.loads((out / "results.json").read_text())["training"]["steps"] == 4
+    teacher = json.loads((out / "teacher" / "results.json").read_text())
+    assert teacher["training"]["steps"] == 2
+    call(train_teacher, "--config", config, *FAST_TEACHER)
+    alone = tmp_path / "runs" / "mine-teacher-1"
+    assert json.loads((alone / "results.json").read_text())["training"]["steps"] == 2
+    assert same_weights(alone, out / "teacher")
+
+
+def test_refusals_leave_no_folder(call, tmp_path):
+    for flags, error in [
+        (["--exits", "layer9"], "no stage 'layer9'"),
+        (["--loss", "erd"], "did you mean 'erde'"),
+        (["--loss", "kd", "--entropy_weight", "0.1"], "no argument 'entropy_weight'"),
+        (["--threshold", "0.1", "0.2"], "2 thresholds for 3 early exits"),
+        (["--teacher", "out"], "cannot be loaded"),
+        (["--dataset", "./nowhere"], "there is no folder"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            call(distill, *FAST, *flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_are_numbered_and_not_overwritten(call, tmp_path):
+    flags = [*FAST, "--max_steps", "1", "--loss", "ce"]
+    call(distill, *flags)
+    call(distill, *flags)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["digits-1", "digits-2"]
+    with pytest.raises(RunExistsError):
+        call(distill, *flags, "--output_dir", "runs/digits-1")
+    call(distill, *flags, "--output_dir", "runs/digits-1", "--overwrite_output_dir")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def start_and_kill(folder: Path, flags: list[str], checkpoints: Path, with_signal: int) -> int:
+    """Starts distill.py, waits for a checkpoint, and sends a signal; returns the exit code."""
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "distill.py"), *flags],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    deadline = time.monotonic() + 200
+    while newest_checkpoint(checkpoints) is None:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(with_signal)
+    return process.wait(120)
+
+
+@pytest.mark.slow
+def test_killed_in_any_phase_and_resumed_gives_the_same_weights(call, tmp_path, capsys):
+    flags = [*FAST, "--output_dir", "run"]
+    call(distill, *FAST, "--output_dir", "whole")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+
+    # during the teacher's training, as the power fails; then during the student's, politely
+    assert start_and_kill(tmp_path, flags, run / "teacher" / "checkpoints", signal.SIGKILL) == -signal.SIGKILL
+    assert not (run / "teacher" / "results.json").exists()
+    assert start_and_kill(tmp_path, [*flags, "--resume"], run / "checkpoints", signal.SIGTERM) == 1
+    assert not (run / "results.json").exists()
+    teacher = (run / "teacher" / "results.json").stat().st_mtime_ns
+    capsys.readouterr()
+    call(distill, *flags, "--resume")
+    assert (run / "teacher" / "results.json").stat().st_mtime_ns == teacher  # not trained again
+    assert same_weights(run, whole)
+    assert same_weights(run / "teacher", whole / "teacher")
+
+    # while the report is written: it is made again
+    finished = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    (run / "README.md").write_text("half")
+    call(distill, *flags, "--resume")
+    again = json.loads((run / "results.json").read_text())
+    assert again["sweep"] == finished["sweep"]
+    assert again["operating_point"] == finished["operating_point"]
+    assert "model-index" in (run / "README.md").read_text()
+
+    # a run that is finished says so once more and does nothing
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    capsys.readouterr()
+    call(distill, *flags, "--resume")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert "always leave at" in capsys.readouterr().out

@@ -1,0 +1,321 @@
+"""What is saved loads: the same tensors, the same outputs, through every door; and what is damaged says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from engine_fakes import CLASSES, FAMILIES, Plain, images, spread, wrap
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers.utils import logging as transformers_logging
+
+from erde_hub import EarlyExitConfig, EarlyExitWrapper
+from erde_hub.errors import (
+    CheckpointError,
+    ConfigError,
+    ExitNotReachedError,
+    ExitPointError,
+    InputTypeError,
+    ThresholdError,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # reports on mismatched keys, which the errors repeat
+    yield
+    transformers_logging.set_verbosity(level)
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wrap("resnet", id2label=["ant", "bee", "cat", "dog", "eel"], threshold=[1.2, 1.3, 1.4])
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "saved"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "damaged"))
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights = {key: value.clone() for key, value in weights.items()} | changes
+    save_file({k: v for k, v in weights.items() if v is not None}, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def assert_same_model(a: EarlyExitWrapper, b: EarlyExitWrapper, x: torch.Tensor) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    buffers = dict(b.named_buffers())  # those that no checkpoint holds, too
+    assert [key for key, value in a.named_buffers() if not torch.equal(value, buffers[key])] == []
+    with torch.no_grad():
+        for call in ({"threshold": 1.2}, {"threshold": 0}):
+            one, two = a(x, **call), b(x, **call)
+            assert torch.equal(one.logits, two.logits)
+            assert torch.equal(one.exit_index, two.exit_index)
+        for one, two in zip(
+            a(x, output_all_exits=True).exit_logits, b(x, output_all_exits=True).exit_logits, strict=True
+        ):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tensors_and_outputs_come_back_bit_for_bit(name, tmp_path):
+    model = wrap(name)
+    if name == "plain":
+        model.backbone.scale.fill_(0.7)
+    model.save_pretrained(tmp_path)
+    assert "model.safetensors" in {path.name for path in tmp_path.iterdir()}
+    family, living = FAMILIES[name], {}
+    if family.make is not None:
+        living = {"backbone": family.make()}
+        if name == "plain":
+            living["backbone"].scale.fill_(0.7)  # what no checkpoint holds is the module's own business
+    again = EarlyExitWrapper.from_pretrained(tmp_path, **living)
+    assert not any(module.training for module in again.modules())
+    assert again.exit_names == model.exit_names
+    assert_same_model(model, again, images(name, 3))
+
+
+def test_mixer_comes_back_bit_for_bit(tmp_path):
+    backbone = timm.create_model("mixer_s32_224", num_classes=CLASSES, img_size=64)
+    model = spread(EarlyExitWrapper(backbone, exits=["blocks.1"], backbone_kwargs={"img_size": 64})).eval()
+    model.save_pretrained(tmp_path)
+    assert_same_model(model, EarlyExitWrapper.from_pretrained(tmp_path), torch.randn(2, 3, 64, 64))
+
+
+def test_saving_leaves_the_model_as_it_was(model, tmp_path):
+    before = model(images("resnet")).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model(images("resnet")).logits, before)
+
+
+def test_the_files(saved):
+    assert {path.name for path in saved.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    config = json.loads((saved / "config.json").read_text())
+    for key in ("format_version", "library", "architecture", "backbone_kwargs", "exits", "head", "policy", "threshold"):
+        assert key in config
+    assert config["input_size"] == [3, 16, 16]
+    assert config["id2label"]["4"] == "eel"
+    assert "backbone" not in config
+    assert config["model_type"] == "early_exit"
+    assert config["erde_hub_version"]
+
+
+def test_the_loaded_model_does_not_hang_on_its_file(model, damaged):
+    loaded = EarlyExitWrapper.from_pretrained(damaged)
+    size = (damaged / "model.safetensors").stat().st_size
+    with (damaged / "model.safetensors").open("r+b") as file:
+        file.write(bytes(size))
+    assert_same_model(model, loaded, images("resnet", 2))
+
+
+def test_shards(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_same_model(model, EarlyExitWrapper.from_pretrained(tmp_path), images("resnet", 2))
+
+
+def test_a_compiled_backbone_is_saved_as_itself(tmp_path):
+    model = wrap("resnet")
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    model.save_pretrained(tmp_path)
+    assert_same_model(wrap("resnet"), EarlyExitWrapper.from_pretrained(tmp_path), images("resnet", 2))
+
+
+# Doors
+
+
+def test_the_auto_classes(model, saved):
+    x = images("resnet", 3)
+    assert type(AutoConfig.from_pretrained(saved)) is EarlyExitConfig
+    loaded = AutoModelForImageClassification.from_pretrained(saved)
+    assert type(loaded) is EarlyExitWrapper
+    assert_same_model(model, loaded, x)
+    fresh = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(saved))
+    assert fresh.exit_names == model.exit_names
+    processor = AutoImageProcessor.from_pretrained(saved)
+    assert list(processor.image_mean) == model.config.preprocessing["mean"]
+    assert AutoModelForImageClassification.from_pretrained(saved, threshold=0.25).threshold == 0.25
+
+
+def test_pipelines(model, saved):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    from_folder = pipeline("image-classification", model=str(saved))(picture, top_k=2)
+    from_object = pipeline("image-classification", model=model, image_processor=model.image_processor())
+    assert from_object([picture, picture], batch_size=2, top_k=2) == [from_folder, from_folder]
+    with torch.no_grad():
+        probs = model(model.image_processor()(picture, return_tensors="pt").pixel_values).logits[0].softmax(-1)
+    assert from_folder[0]["label"] == model.config.id2label[int(probs.argmax())]
+    assert from_folder[0]["score"] == pytest.approx(float(probs.max()), abs=1e-6)
+
+
+def test_overrides(saved):
+    assert EarlyExitWrapper.from_pretrained(saved).threshold == [1.2, 1.3, 1.4]
+    assert EarlyExitWrapper.from_pretrained(saved, threshold=0.3).threshold == 0.3
+    assert EarlyExitWrapper.from_pretrained(saved, threshold=[0.1, 0.2, 0.3]).threshold == [0.1, 0.2, 0.3]
+    changed = EarlyExitWrapper.from_pretrained(saved, policy="patience", threshold=2)
+    assert type(changed.policy).__name__ == "PatiencePolicy"
+    for bad, words in ((float("nan"), "nan"), ([0.1], "got 1 thresholds for 3"), (-1, r"-1\.0")):
+        with pytest.raises(ThresholdError, match=words):
+            EarlyExitWrapper.from_pretrained(saved, threshold=bad)
+    with pytest.raises(ConfigError, match="no argument 'treshold'; did you mean 'threshold'"):
+        EarlyExitWrapper.from_pretrained(saved, treshold=0.3)
+
+
+def test_low_precision(saved):
+    loaded = EarlyExitWrapper.from_pretrained(saved, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded(images("resnet", 2).bfloat16()).logits.dtype == torch.bfloat16
+    assert loaded.exit_table() == EarlyExitWrapper.from_pretrained(saved).exit_table()
+
+
+def test_other_classes_on_purpose(saved):
+    torch.manual_seed(0)
+    loaded, info = EarlyExitWrapper.from_pretrained(
+        saved, num_labels=3, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert loaded(images("resnet", 2)).logits.shape == (2, 3)
+    assert {entry[0] for entry in info["mismatched_keys"]} == {
+        f"{part}.{leaf}"
+        for part in ("backbone.fc", "heads.0.fc", "heads.1.fc", "heads.2.fc")
+        for leaf in ("weight", "bias")
+    }
+    weight = loaded.heads[0].fc.weight
+    assert torch.isfinite(weight).all()
+    assert 0 < float(weight.detach().std()) < 1, "a layer that no weights were loaded for must be initialised"
+    assert torch.equal(loaded.backbone.conv1.weight, EarlyExitWrapper.from_pretrained(saved).backbone.conv1.weight)
+
+
+def test_two_classes(tmp_path):
+    model = EarlyExitWrapper(
+        timm.create_model("resnet8_cifar", num_classes=2, width=4), exits=["layer1"], backbone_kwargs={"width": 4}
+    )
+    model.save_pretrained(tmp_path)
+    assert EarlyExitWrapper.from_pretrained(tmp_path).config.num_labels == 2
+
+
+# Plain modules
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    wrap("plain").save_pretrained(folder)
+    return folder
+
+
+def test_a_plain_module_needs_its_backbone(plain):
+    with pytest.raises(CheckpointError, match=r"'Plain' is a plain nn\.Module.*backbone=module"):
+        EarlyExitWrapper.from_pretrained(plain)
+    with pytest.raises(CheckpointError, match="backbone=module"):
+        EarlyExitWrapper(AutoConfig.from_pretrained(plain))
+    with pytest.raises(InputTypeError, match="backbone must be an nn"):
+        EarlyExitWrapper.from_pretrained(plain, backbone="Plain")
+    with pytest.raises(ExitPointError, match="Linear has no stage 'stem'"):
+        EarlyExitWrapper.from_pretrained(plain, backbone=nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"mismatched keys.*backbone\.fc"):
+        EarlyExitWrapper.from_pretrained(plain, backbone=Plain(classes=7))
+    assert not (plain / "preprocessor_config.json").exists()
+
+
+def test_a_plain_module_keeps_what_the_checkpoint_does_not_hold(plain):
+    for loader in (EarlyExitWrapper, AutoModelForImageClassification):
+        backbone = Plain()
+        backbone.scale.fill_(3.0)
+        loaded = loader.from_pretrained(plain, backbone=backbone)
+        assert loaded.backbone is backbone
+        assert loaded.backbone.scale.tolist() == [3.0]
+        assert torch.equal(loaded.backbone.fc.weight, wrap("plain").backbone.fc.weight)
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"heads.0.fc.weight": None}, r"missing keys: 1, first 'heads\.0\.fc\.weight'"),
+        ({"backbone.conv1.weight": None}, r"missing keys: 1, first 'backbone\.conv1\.weight'"),
+        ({"heads.9.fc.weight": torch.zeros(2)}, r"unexpected keys: 1, first 'heads\.9\.fc\.weight'"),
+        ({"heads.0.fc.weight": torch.zeros(3, 4)}, r"mismatched keys: 1, .*heads\.0\.fc\.weight.*3, 4.*5, 32"),
+    ],
+)
+def test_weights_that_do_not_match(damaged, changes, words):
+    edit_weights(damaged, **changes)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        EarlyExitWrapper.from_pretrained(damaged)
+    assert isinstance(caught.value, ValueError)
+    if "mismatched" not in words:
+        with pytest.raises(CheckpointError, match=words):
+            EarlyExitWrapper.from_pretrained(damaged, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone_kwargs": {"width": 16}},
+        {"head": "linear"},
+        {"architecture": "resnet18_cifar"},
+        {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}},
+    ],
+)
+def test_a_config_that_was_edited(damaged, changes):
+    edit_config(damaged, **changes)
+    with pytest.raises(CheckpointError, match="do not match its config"):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -100])
+def test_a_truncated_file(damaged, keep):
+    path = damaged / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"damaged.*cut short"):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+def test_pickles_are_not_read(damaged):
+    torch.save(load_file(damaged / "model.safetensors"), damaged / "pytorch_model.bin")
+    (damaged / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+def test_a_config_from_the_future_is_refused_before_weights_are_read(damaged):
+    edit_config(damaged, format_version=99)
+    (damaged / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="format_version is 99"):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+def test_exits_of_an_edited_config_in_another_order(damaged):
+    edit_config(damaged, exits=["layer2", "layer1", "layer3"])
+    loaded = EarlyExitWrapper.from_pretrained(damaged)
+    for call in ({"threshold": 1e-30}, {"output_all_exits": True}):
+        with pytest.raises(ExitNotReachedError, match="exit 1 fired where exit 0 was due"):
+            loaded(images("resnet", 2), **call)
