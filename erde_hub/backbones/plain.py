@@ -50,7 +50,7 @@ class PlainAdapter(BackboneAdapter):
         )
 
     def candidates(self, module: nn.Module, traced: Trace) -> list[str]:
-        """Children of the module, and of its Sequentials and lists, that are called once."""
+        """Children of the module, and of its Sequentials, lists and dicts, that are called once."""
         names: list[str] = []
 
         def walk(prefix: str, parent: nn.Module) -> None:
@@ -58,7 +58,10 @@ class PlainAdapter(BackboneAdapter):
                 path = f"{prefix}{name}"
                 if path in traced.calls:
                     names.append(path)
-                if isinstance(child, (nn.Sequential, nn.ModuleList)) and type(parent) is not nn.Sequential:
+                if (
+                    isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+                    and type(parent) is not nn.Sequential
+                ):
                     walk(path + ".", child)
 
         walk("", module)

@@ -113,7 +113,8 @@ def restore(distiller: Distiller) -> Path | None:
     accelerator, output_dir = distiller.accelerator, str(distiller.args.output_dir)
     folder = run_on_main(accelerator, lambda: find_checkpoint(output_dir))
     if folder is None:
-        logger.warning("no complete checkpoint in %s: training starts at step 0", output_dir)
+        if accelerator.is_main_process:
+            logger.warning("no complete checkpoint in %s: training starts at step 0", output_dir)
         return None
     if not (folder / "trainer_state.json").is_file():
         raise CheckpointError(

@@ -430,7 +430,7 @@ class Distiller:
         return stop
 
     def _result(self, status: Literal["completed", "interrupted"], reason: str = "") -> TrainResult:
-        if reason:
+        if reason and self.accelerator.is_main_process:
             kept = f"saved as {self.checkpoint}; --resume continues" if self.checkpoint else "not saved: no output_dir"
             logger.warning("stopped at step %d (%s), %s", self.position.step, reason, kept)
         return TrainResult(

@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -357,10 +356,9 @@ def test_a_sweep_computes_scores_once_and_not_per_threshold():
 
 
 @pytest.mark.slow
-def test_fifty_thousand_samples_take_seconds():
-    records = make_records(samples=50_000, exits=4, classes=100)
-    start = time.perf_counter()
-    sweep_thresholds(records)
-    sweep_thresholds(records, fine_thresholds(records))
-    per_exit_metrics(records)
-    assert time.perf_counter() - start < 60  # 1.3 s on one idle core; the bound allows for a crowded machine
+def test_a_large_sweep_agrees_with_its_first_rows():
+    records = make_records(samples=20_000, exits=4, classes=100)
+    part = records.select(torch.arange(500))
+    whole, few = route_records(records, "entropy", 1.0), route_records(part, "entropy", 1.0)
+    assert torch.equal(whole[0][:500], few[0])
+    assert all(abs(sum(row["exit_share"]) - 1) < 1e-9 for row in sweep_thresholds(records, fine_thresholds(records)))

@@ -20,7 +20,7 @@ BLOCKS = re.findall(
 BASH = [text.strip() for language, text in BLOCKS if language == "bash"]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def run(folder: Path, command: str, **env: str) -> str:
         env={**inherited, "PATH": path, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1200,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr

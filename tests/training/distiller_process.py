@@ -82,10 +82,9 @@ def one_step(batch_size, accelerator=None):
 def trained_a_little():
     """A teacher that is right on some samples and wrong on others, so that every mask of the loss is at work."""
     teacher = network(seed=1)
-    args = run_args(None, max_steps=8, ema_decay=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        optimizer = torch.optim.SGD(teacher.parameters(), lr=args.lr)
+        optimizer = torch.optim.Adam(teacher.parameters(), lr=0.01)
         train_split = digits().train
         pixels = torch.from_numpy(train_split.pixels(torch.arange(256).numpy())).permute(0, 3, 1, 2).float() / 255
         quiet_layers(teacher)

@@ -1,0 +1,86 @@
+"""What cannot be rebuilt from the config is found when wrapping, not when a stranger loads."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from engine_fakes import FAMILIES
+from torch import nn
+
+from erde_hub import EarlyExitWrapper
+from erde_hub.errors import ConfigError, RebuildError
+
+_SWIN = FAMILIES["swin"].kwargs
+_VIT = FAMILIES["vit"].kwargs
+_CONVNEXT = FAMILIES["convnext"].kwargs
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "base", "more"),
+    [
+        ("resnet10_cifar", {"width": 4}, {"global_pool": "max"}),
+        ("resnet10_cifar", {"width": 4}, {"act_layer": "gelu"}),
+        ("resnet10_cifar", {"width": 4}, {"output_stride": 8}),
+        ("resnet10_cifar", {"width": 4}, {"in_chans": 1}),
+        ("resnet10_cifar", {}, {"width": 4}),
+        # fresh networks hide these behind a zero or a layer scale of 1e-6
+        ("convnext_atto", _CONVNEXT, {"act_layer": "relu"}),
+        ("vit_tiny_patch16_224", {**_VIT, "init_values": 1e-5}, {"act_layer": "relu"}),
+        ("vit_tiny_patch16_224", _VIT, {"global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {k: v for k, v in _VIT.items() if k != "img_size"}, {"img_size": 32}),
+        ("swin_tiny_patch4_window7_224", {k: v for k, v in _SWIN.items() if k != "depths"}, {"depths": [1, 1, 2, 1]}),
+        ("efficientnet_lite0", {}, {"pad_type": "same"}),
+    ],
+)
+def test_a_missing_argument_is_found_and_named(architecture, base, more):
+    torch.manual_seed(0)
+    module = timm.create_model(architecture, num_classes=3, **base, **more)
+    with pytest.raises(RebuildError, match="backbone_kwargs") as caught:
+        EarlyExitWrapper(module, exits=1, backbone_kwargs=base)
+    assert architecture in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    model = EarlyExitWrapper(module, exits=1, backbone_kwargs={**base, **more})
+    assert model.config.backbone_kwargs == {**base, **more}
+    again = EarlyExitWrapper(model.config)
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, *model.config.input_size)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x, threshold=0).logits, model.eval()(x, threshold=0).logits)
+
+
+def test_a_wrong_argument_is_found():
+    module = timm.create_model("resnet8_cifar", num_classes=3, width=4)
+    with pytest.raises(RebuildError, match=r"now \{'width': 8\}"):
+        EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 8})
+    with pytest.raises(ConfigError, match="do not fit resnet8_cifar"):
+        EarlyExitWrapper(module, exits=1, backbone_kwargs={"widht": 4})
+
+
+def test_a_model_that_was_changed_by_hand_is_found():
+    module = timm.create_model("resnet8_cifar", num_classes=3, width=4)
+    module.layer1[0].act1 = nn.GELU()
+    with pytest.raises(RebuildError, match="another output"):
+        EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 4})
+
+
+def test_another_number_of_classes_is_no_argument():
+    module = timm.create_model("resnet8_cifar", width=4)
+    module.reset_classifier(7)
+    model = EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 4})
+    assert model.config.num_labels == 7
+    assert model.config.backbone_kwargs == {"width": 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_meta_backbones(dtype):
+    module = timm.create_model("resnet8_cifar", num_classes=3, width=4).to(dtype)
+    EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 4})
+    with torch.device("meta"):
+        module = timm.create_model("resnet8_cifar", num_classes=3, width=4)
+    assert EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 4}).device.type == "meta"
