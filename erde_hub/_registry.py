@@ -59,10 +59,9 @@ class Registry(Generic[T]):
         cls = self.get(name).cls
         parameters = inspect.signature(cls).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            unknown = [key for key in kwargs if key not in parameters]
+            allowed = list(parameters)[len(args) :]
+            unknown = [key for key in kwargs if key not in allowed]
             if unknown:
-                positional = list(parameters)[: len(args)]
-                allowed = [key for key in parameters if key not in positional]
                 raise ConfigError(
                     f"{self.kind} {name!r} has no argument {unknown[0]!r}{nearest(unknown[0], allowed)}"
                     f" (it takes: {', '.join(allowed) or 'none'})"

@@ -157,6 +157,10 @@ class EarlyExitConfig(PreTrainedConfig):
             )
         if not self.exits or not all(isinstance(name, str) for name in self.exits):
             raise ExitPointError(f"exits must be a list of module names, got {self.exits!r}")
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ConfigError(
+                f"problem_type={self.problem_type!r} is not supported: this version gives each sample one label"
+            )
         twice = {name for name in self.exits if self.exits.count(name) > 1}
         if twice:
             raise ExitPointError(f"exits names {sorted(twice)[0]!r} twice: {self.exits}")

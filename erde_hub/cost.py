@@ -115,6 +115,7 @@ def example_batch(inputs: Sequence[Tensor], batch: int, device: torch.device) ->
     return tuple(torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=device) for x in inputs)
 
 
+@torch.inference_mode(False)  # inference tensors do not count how often they are written
 @torch.no_grad()
 def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Trace:
     """Runs a weightless copy of ``module`` once and records every call of every submodule.

@@ -30,6 +30,7 @@ from .config import EarlyExitConfig, check_input_size
 from .cost import Trace, example_batch, trace, weightless_copy
 from .errors import (
     CheckpointError,
+    CheckpointWriteError,
     ConfigError,
     ExitPointError,
     InputTypeError,
@@ -249,10 +250,6 @@ class EarlyExitWrapper(PreTrainedModel):
         config.check()
         if not config.exits:
             raise ExitPointError("the config names no exits: set exits=['stage', ...]")
-        if config.problem_type not in (None, "single_label_classification"):
-            raise ConfigError(
-                f"problem_type={config.problem_type!r} is not supported: this version gives each sample one label"
-            )
         adapter = get_adapter(config.library)
         super().__init__(config)
         module = adapter.build(config) if backbone is None else backbone
@@ -486,8 +483,8 @@ class EarlyExitWrapper(PreTrainedModel):
         deferred = bool(self._taps) and torch.is_grad_enabled()
         if deferred and use_reentrant_ckpt() and self.is_activation_checkpointing:
             raise ConfigError(
-                "reentrant activation checkpointing records no gradients for exits inside a recomputed region: switch it"
-                " off, timm.layers.set_reentrant_ckpt(False)"
+                "reentrant activation checkpointing records no gradients for exits inside a recomputed region: switch"
+                " it off, timm.layers.set_reentrant_ckpt(False)"
             )
         visitor = RunAll(self.heads, deferred)  # type: ignore[arg-type]
         final = self._drive(checkpointed=self.training and torch.is_grad_enabled())(visitor, (inputs,), kwargs)
@@ -586,14 +583,26 @@ class EarlyExitWrapper(PreTrainedModel):
         """Saves config, weights (safetensors) and, where the preprocessing is known, ``preprocessor_config.json``.
 
         See :meth:`transformers.PreTrainedModel.save_pretrained` for the arguments.
+
+        Raises:
+            CheckpointWriteError: The disk is full, or the folder cannot be written.
         """
         self.config.erde_hub_version = __version__
         if not args and kwargs.get("state_dict") is None and hasattr(self.backbone, "_orig_mod"):
             # torch.compile puts its own module around the backbone, which a checkpoint must not show.
             kwargs["state_dict"] = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
-        result = super().save_pretrained(save_directory, *args, **kwargs)
-        if self.config.preprocessing and kwargs.get("is_main_process", True):
-            self.image_processor().save_pretrained(save_directory)
+        try:
+            result = super().save_pretrained(save_directory, *args, **kwargs)
+            if self.config.preprocessing and kwargs.get("is_main_process", True):
+                self.image_processor().save_pretrained(save_directory)
+        # safetensors reports a full disk as an error of its own; what the Hub answers is an OSError too, and stays one
+        except (OSError, SafetensorError) as error:
+            if kwargs.get("push_to_hub"):
+                raise
+            raise CheckpointWriteError(
+                f"the model could not be saved to {os.fspath(save_directory)!r}: {error}; make space, or choose another"
+                " folder"
+            ) from error
         return result
 
     @classmethod

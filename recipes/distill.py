@@ -51,7 +51,9 @@ def main() -> None:
     plan = None
     if teacher is None and loss.needs_teacher:
         plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
-    recipe.check_together(student, plan.model if plan else teacher, data, loss, args)
+    if plan is not None:
+        recipe.check_trainable(accelerator, plan.model, None, data, plan.loss, plan.args)
+    recipe.check_trainable(accelerator, student, plan.model if plan else teacher, data, loss, args)
 
     name = recipe.run_name(config, DEFAULT_CONFIG, data)
     folder = run_on_main(

@@ -3,7 +3,7 @@
     python recipes/evaluate.py --model runs/digits-1
     python recipes/evaluate.py --model org/name --dataset uoft-cs/cifar10 --output_dir runs/check
 
-Leaves results.json, sweep.csv, frontier.png and README.md, and changes nothing in the checkpoint. Where the model was
+Leaves results.json, sweep.csv and frontier.png, and changes nothing in the checkpoint. Where the model was
 trained on the same data, the images that its run held out are used.
 """
 

@@ -48,13 +48,12 @@ def main() -> None:
     preprocessing = recipe.existing_preprocessing(None, teacher_args)
     data = recipe.load_data(data_args, preprocessing, progress=accelerator.is_main_process)
     plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
+    recipe.check_trainable(accelerator, plan.model, None, data, plan.loss, plan.args)
 
     name = f"{recipe.run_name(config, DEFAULT_CONFIG, data)}-teacher"
     folder = run_on_main(
         accelerator,
-        lambda: open_run_folder(
-            args.output_dir, f"{name}-teacher", resume=args.resume, overwrite=args.overwrite_output_dir
-        ),
+        lambda: open_run_folder(args.output_dir, name, resume=args.resume, overwrite=args.overwrite_output_dir),
     )
     args.output_dir = plan.args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, teacher_args, exits, args)

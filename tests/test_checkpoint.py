@@ -12,6 +12,7 @@ import timm
 import torch
 from engine_fakes import CLASSES, FAMILIES, Plain, images, spread, wrap
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -20,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from erde_hub import EarlyExitConfig, EarlyExitWrapper
 from erde_hub.errors import (
     CheckpointError,
+    CheckpointWriteError,
     ConfigError,
     ExitNotReachedError,
     ExitPointError,
@@ -113,6 +115,18 @@ def test_saving_leaves_the_model_as_it_was(model, tmp_path):
     before = model(images("resnet")).logits
     model.save_pretrained(tmp_path)
     assert torch.equal(model(images("resnet")).logits, before)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_named_and_the_checkpoint_before_survives(model, damaged, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(CheckpointWriteError, match=f"{damaged.name}.*No space left") as caught:
+        model.save_pretrained(damaged)
+    assert isinstance(caught.value, ValueError)
+    assert_same_model(model, EarlyExitWrapper.from_pretrained(damaged), images("resnet", 2))
 
 
 def test_the_files(saved):

@@ -201,4 +201,4 @@ def test_a_model_checks_its_config_again(tmp_path):
     with pytest.raises(ExitPointError, match="names no exits"):
         EarlyExitWrapper(EarlyExitConfig())
     with pytest.raises(ConfigError, match="problem_type='multi_label_classification'"):
-        EarlyExitWrapper(config(problem_type="multi_label_classification"))
+        config(problem_type="multi_label_classification")

@@ -525,3 +525,17 @@ def test_an_unfrozen_backbone_trains():
     model(images("resnet", 4), labels=torch.arange(4)).loss.backward()
     assert all(p.grad is not None for p in model.backbone.parameters())
     assert any(not torch.equal(before[key], value) for key, value in model.backbone.named_buffers())
+
+
+def test_another_backbone_put_in_place_is_an_error():
+    model = wrap("resnet")
+    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, CLASSES))
+    with pytest.raises(ExitPointError, match="not the backbone that was wrapped"):
+        model(images("resnet", 2), threshold=1.0)
+
+
+def test_wrapping_under_inference_mode():
+    with torch.inference_mode():
+        model = EarlyExitWrapper(Plain(), exits=["stem"], input_size=(3, 16, 16)).eval()
+        assert model(images("plain", 2), threshold=100.0).exit_index.tolist() == [0, 0]
+        assert len(model.exit_table()) == 2

@@ -25,6 +25,7 @@ from torch import nn
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ExitNotReachedError, ShapeError, ThresholdError
 from erde_hub.policies import create_policy, list_policies
+from erde_hub.routing import Route
 
 SCORED = ["entropy", "confidence", "margin", "patience"]
 
@@ -343,3 +344,12 @@ def test_the_reference_routes_as_the_definitions_say():
     for policy, threshold in (("entropy", 0.5), ("confidence", 0.9), ("margin", 0.5)):
         assert route_reference(policy, logits, [threshold] * 2)[1].tolist() == [0, 2]
     assert route_reference("patience", logits, [1, 1])[1].tolist() == [1, 1]
+
+
+def test_nothing_is_copied_where_nobody_leaves():
+    model = model_of("plain")
+    visitor = Route(model.heads, model.policy, [1e-30] * 3, 4, torch.device("cpu"))
+    feature = torch.randn(4, 4, 8, 8)
+    assert visitor.visit(0, feature) is feature
+    half = Route(model.heads, model.policy, [100.0] * 3, 4, torch.device("cpu"))
+    assert half.visit(0, feature) is None

@@ -180,9 +180,8 @@ def resolve_exits(
     if isinstance(exits, bool) or not isinstance(exits, (int, str, Sequence)):
         raise ExitPointError(f"exits must be a list of names, a number or 'auto', got {exits!r}")
     if isinstance(exits, str) and exits != "auto":
-        raise ExitPointError(
-            f"exits must be a list of names, a number or 'auto', got {exits!r}; for one exit: [{exits!r}]"
-        )
+        hint = nearest(exits, ["auto"]) or f"; for one exit: [{exits!r}]"
+        raise ExitPointError(f"exits must be a list of names, a number or 'auto', got {exits!r}{hint}")
     if isinstance(exits, (int, str)):
         return _spread(find_exit_points(adapter, module, traced), exits)
     if not exits:

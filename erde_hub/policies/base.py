@@ -30,6 +30,8 @@ class ExitPolicy(nn.Module):
     exportable: ClassVar[bool] = False
     #: Closed range of thresholds.
     threshold_range: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    #: Thresholds are whole numbers.
+    whole_thresholds: ClassVar[bool] = False
     #: Used where no threshold is given.
     default_threshold: ClassVar[float] = 0.5
 
@@ -73,6 +75,8 @@ class ExitPolicy(nn.Module):
                     f"threshold {value!r} is not allowed for {type(self).__name__}: give a number in"
                     f" [{low:g}, {high:g}]"
                 )
+            if self.whole_thresholds and not math.isinf(value) and value != int(value):
+                raise ThresholdError(f"threshold {value!r} is no whole number, which {type(self).__name__} needs")
         if len(values) != num_early_exits:
             raise ThresholdError(
                 f"got {len(values)} thresholds for {num_early_exits} early exits: give one number for all, or one per"

@@ -18,6 +18,8 @@ class PatiencePolicy(ExitPolicy):
         Zhou et al., BERT loses patience (PABEE), 2020, arXiv 2006.04152.
     """
 
+    #: Agreements are counted, so 2.5 would act as 3; infinity never leaves.
+    whole_thresholds: ClassVar[bool] = True
     threshold_range: ClassVar[tuple[float, float]] = (1.0, math.inf)
     default_threshold: ClassVar[float] = 1.0
 

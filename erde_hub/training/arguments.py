@@ -17,7 +17,8 @@ from .schedules import list_schedulers
 
 PRECISIONS = ("no", "bf16", "fp16")
 
-#: Fields that may differ when a run is resumed: none of them changes which weights come out.
+#: Fields that may differ when a run is resumed: none of them changes what is computed. The number of threads changes
+#: the order of sums, and so the last bits.
 FREE_ON_RESUME = frozenset(
     {
         "output_dir",

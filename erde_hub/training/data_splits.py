@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde_hub.errors import DataError
+from erde_hub.evaluation._files import write_text
 
 from .augment import SPLIT_STREAM, counter_hash
 
@@ -104,7 +105,11 @@ class SplitPlan:
     info: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str], dataset: str, fingerprint: str) -> None:
-        """Writes the held-out rows as JSON, beside first and then renamed."""
+        """Writes the held-out rows as JSON, beside first and then renamed.
+
+        Raises:
+            CheckpointWriteError: The file cannot be written.
+        """
         content = {
             "format_version": _FORMAT_VERSION,
             "dataset": dataset,
@@ -117,10 +122,7 @@ class SplitPlan:
                 if name != "train" and self.info[name]["rule"] != "given"
             },
         }
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(content) + "\n")
 
 
 def plan_splits(labels: Mapping[str, Labels], seed: int = 0) -> SplitPlan:

@@ -197,10 +197,13 @@ class Distiller:
                 self._finish_epoch()
                 position.seconds = time.perf_counter() - started
                 self._save()
+            stopping = self._check_step(bool(stop), now=True)  # asked for behind the last step, in its validation, say
             if self.average is not None:
                 self.student.load_state_dict(self.average.module.state_dict())
                 self.average = None
         self.student.eval()
+        if stopping and self.checkpoint is not None:
+            return self._result("interrupted", stop.reason)
         return self._result("completed")
 
     def training_step(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[LossResult, Sequence[Tensor]]:
@@ -380,6 +383,7 @@ class Distiller:
     def _finish_epoch(self) -> None:
         """Validates, writes the epoch into the history and moves the position to the next one."""
         self._check_step(now=True)
+        self.student.zero_grad()  # a stream may end within a step, whose gradients no checkpoint would hold
         self.meter.collect()
         totals = Totals()
         for share in gather(self.accelerator, self.meter.epoch):

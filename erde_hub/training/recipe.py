@@ -516,6 +516,23 @@ def check_together(
     check_data(data)
 
 
+def check_trainable(
+    accelerator: Accelerator,
+    student: EarlyExitWrapper,
+    teacher: EarlyExitWrapper | None,
+    data: ImageData,
+    loss: ExitLoss,
+    args: DistillationArguments,
+) -> None:
+    """Builds the Distiller that is going to train, so that whatever it refuses is refused before any time is spent.
+
+    Raises:
+        ConfigError: Networks, data, loss and settings do not go together; the message says which.
+    """
+    own = dataclasses.replace(args, output_dir=None, resume=False, overwrite_output_dir=False)
+    Distiller(student, data, own, loss, teacher=teacher, accelerator=accelerator)
+
+
 def train_static_student(run: Run, model: EarlyExitWrapper) -> dict[str, Any]:
     """Trains a network by its last exit alone, with cross-entropy and no teacher, and describes it.
 
@@ -592,7 +609,8 @@ def format_results(results: Mapping[str, Any]) -> str:
         )
         how = results.get("threshold_choice", {})
         if point is not None and how.get("split"):
-            tables.append(f"* stored threshold, chosen on {how['samples']} {how['split']} images")
+            few = "; few, so that more may be lost on other images than there" if how["samples"] < 1000 else ""
+            tables.append(f"* stored threshold, chosen on {how['samples']:,} {how['split']} images{few}")
         elif point is not None:
             tables.append("* stored threshold")
     return "\n\n".join(tables)

@@ -145,6 +145,7 @@ def test_the_table_of_adapters():
         ("resnet", [3], "must hold module names, got 3"),
         ("resnet", [], "exits is empty"),
         ("resnet", "layer1", r"for one exit: \['layer1'\]"),
+        ("resnet", "atuo", r"got 'atuo'; did you mean 'auto'\?"),
         ("resnet", None, "got None"),
         ("resnet", {"layer1"}, "a list of names, a number or 'auto'"),
         ("resnet", 1.5, r"got 1\.5"),

@@ -288,3 +288,11 @@ def test_the_reference_of_the_other_tests_agrees_at_the_edges():
     assert not leaves("entropy", 0.5, 0.5)
     assert leaves("confidence", 0.5, 0.5)
     assert not leaves("margin", math.nan, 0.0)
+
+
+def test_patience_counts_in_whole_numbers():
+    policy = create_policy("patience")
+    assert policy.check_threshold(2, 3) == [2.0, 2.0, 2.0]
+    assert policy.check_threshold(math.inf, 1) == [math.inf]
+    with pytest.raises(ThresholdError, match=r"threshold 2\.5 is no whole number"):
+        policy.check_threshold([1, 2.5], 2)

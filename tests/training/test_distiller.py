@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
+from data_fakes import rows, write_parquet
 from distiller_fakes import CLASSES, TinyExits, assert_same, make_args, make_data, weights
 from torch import nn
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ from erde_hub.errors import (
 )
 from erde_hub.losses import CELoss, ERDELoss, ExitLoss, LossResult
 from erde_hub.training import Distiller, DistillerCallback
-from erde_hub.training.data import BatchLoader
+from erde_hub.training.data import BatchLoader, load_image_data
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,26 @@ def test_max_steps_ends_training_and_schedule(data):
     assert result.history[-1]["lr"] < 1e-4
 
 
+def test_a_stream_trains_and_what_does_not_fill_a_step_is_left_out(tmp_path):
+    splits = {"train": rows(96), "validation": rows(12, first_seed=200), "test": rows(12, first_seed=300)}
+    folder = write_parquet(tmp_path / "set", splits)
+    data = load_image_data(folder, streaming=True, progress=False, cache_dir=tmp_path / "cache")
+    data.train.num_samples = None  # as on the Hub, where nobody says how many there are
+    with pytest.raises(ConfigError, match="set max_steps"):
+        Distiller(TinyExits(), data, make_args(), "ce")
+    left = []
+
+    class Gradients(DistillerCallback):
+        def on_epoch_end(self, distiller, record):
+            left.extend(p.grad for p in distiller.student.parameters())
+
+    settings = {"batch_size": 32, "gradient_accumulation_steps": 2, "max_steps": 9, "epochs": 3}
+    _, result = train(data, callbacks=[Gradients()], **settings)
+    assert (result.step, len(result.history)) == (3, 3)  # of the three batches of an epoch two fill a step
+    assert len(left) > 3
+    assert all(gradient is None for gradient in left)
+
+
 def test_the_loss_hears_of_every_epoch(data):
     heard = []
 
@@ -332,6 +353,22 @@ def test_stopped_by_a_signal_and_resumed_it_is_the_run_that_never_stopped(data, 
         once_more, result = train(data, "erde", teacher=teacher, **settings)
         assert (result.status, result.step) == ("completed", whole.step)
         assert_same(weights(expected), weights(once_more))
+
+
+def test_a_signal_behind_the_last_step_is_not_lost(data, tmp_path):
+    """Whoever trains a teacher and then a student must not go on with the student."""
+
+    class InTheLastValidation(DistillerCallback):
+        def on_epoch_end(self, distiller, record):
+            if distiller.position.step == distiller.total_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = {"max_steps": 3, "ema_decay": 0.5, "output_dir": str(tmp_path / "run")}
+    stopped, result = train(data, callbacks=[InTheLastValidation()], **settings)
+    assert (result.status, result.step) == ("interrupted", 3)
+    again, result = train(data, **settings, resume=True)
+    assert (result.status, result.step) == ("completed", 3)
+    assert_same(weights(stopped), weights(again))
 
 
 def without_time(entry):
