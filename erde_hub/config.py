@@ -218,5 +218,5 @@ def check_exit_weights(weights: list[float] | tuple[float, ...], num_exits: int)
 def check_input_size(size: Any) -> tuple[int, ...]:
     """Returns the shape of one input, or raises :class:`ConfigError` where it is none."""
     if not isinstance(size, (list, tuple)) or not size or any(type(side) is not int or side < 1 for side in size):
-        raise ConfigError(f"input_size must hold positive integers, such as (3, 224, 224), got {size!r}")
+        raise ConfigError(f"input_size must be a tuple of positive integers, such as (3, 224, 224), got {size!r}")
     return tuple(size)

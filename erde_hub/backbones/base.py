@@ -230,13 +230,14 @@ def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: 
 def _spread(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]:
     """Chooses places evenly spaced in MACs."""
     # Too early and the head sees edges only; too late and leaving saves nothing.
-    useful = [p for p in points if 0.08 <= p.share <= 0.92] if exits == "auto" else list(points)
-    useful = useful or list(points)
+    useful = [p for p in points if 0.08 <= p.share <= 0.92] or list(points)
+    if not isinstance(exits, str) and len(useful) < exits:
+        useful = list(points)
     if not useful:
         raise ExitPointError("no place for an exit was found; name modules yourself: exits=['module.name', ...]")
     number = min(3, len(useful)) if isinstance(exits, str) else exits
-    if not 1 <= number <= len(useful):
-        raise ExitPointError(f"exits={exits!r}: this backbone has {len(useful)} places, ask for 1 to {len(useful)}")
+    if not 1 <= number <= len(points):
+        raise ExitPointError(f"exits={exits!r}: this backbone has {len(points)} places, ask for 1 to {len(points)}")
     chosen: list[int] = []
     for i in range(1, number + 1):
         target = i / (number + 1)

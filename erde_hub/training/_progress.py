@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 def progress_bar(distiller: Distiller) -> tqdm[Any]:
     """Returns one bar for the training, on the main process; into a log file it writes a line every half minute."""
     terminal = sys.stderr.isatty()
+    sized = terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
         total=distiller.total_steps,
         initial=distiller.position.step,
         desc=f"epoch {distiller.position.epoch + 1}/{distiller.epochs}",
         unit="step",
-        dynamic_ncols=terminal,
+        dynamic_ncols=sized,
+        ncols=100 if terminal and not sized else None,  # some terminals say that they are 0 columns wide
         smoothing=0.1,
         mininterval=0.2 if terminal else 30.0,
         maxinterval=10.0 if terminal else 60.0,

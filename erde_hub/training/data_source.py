@@ -132,7 +132,8 @@ def _near_folder(path: Path) -> str:
     parent = path.parent
     if not path.name or not parent.is_dir():
         return ""
-    return nearest(path.name, [entry.name for entry in parent.iterdir() if entry.is_dir()])
+    folders = [entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return nearest(path.name, ["digits", *folders])
 
 
 def _first_line(error: Exception) -> str:

@@ -160,7 +160,7 @@ def test_refusals_leave_no_folder(call, tmp_path):
         (["--threshold", "0.1", "0.2"], "2 thresholds for 3 early exits"),
         (["--teacher", "out"], "cannot be loaded"),
         (["--dataset", "./nowhere"], "there is no folder"),
-        (["--batch_size", "100000"], "lower the batch size"),
+        (["--batch_size", "100000"], "lower batch_size to 1294 or less"),
         (["--teacher_training", "gradient_accumulation_steps=5000"], "gradient_accumulation_steps"),
     ]:
         with pytest.raises(ValueError, match=error):
