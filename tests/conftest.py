@@ -7,6 +7,7 @@ import os
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,15 +26,19 @@ settings.load_profile("erde_hub")
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
-    """Seeds every generator before a test; gives back generators, default dtype, threads and gradient mode after it."""
+    """Seeds every generator before a test; puts all of the process's state back after it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is meant
     torch_state = torch.random.get_rng_state()
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    logger = logging.getLogger("erde_hub")  # recipes set it up for a terminal
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from it
     torch.manual_seed(0)
     yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
     random.setstate(python_state)
     np.random.set_state(numpy_state)  # noqa: NPY002 - as above
     torch.random.set_rng_state(torch_state)
