@@ -201,7 +201,8 @@ class BatchLoader:
         if split.num_samples is not None and self.num_batches == 0:
             raise ConfigError(
                 f"split {split.name!r} of {split.num_samples} rows gives no batch of {self.global_batch_size} rows"
-                f" ({batch_size} per process on {world_size}): lower batch_size to {split.num_samples // world_size} or less"
+                f" ({batch_size} per process on {world_size}): lower batch_size to"
+                f" {split.num_samples // world_size} or less"
             )
 
     @property
