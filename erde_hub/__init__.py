@@ -1,15 +1,40 @@
-"""Early exits for any vision model: attach, distil with ERDE, route, publish."""
+"""Early exits for any vision model: attach, distil with ERDE, route, publish.
 
-from transformers import AutoConfig, AutoModelForImageClassification
+Without torch and transformers (``pip install --no-deps erde-hub``) this still imports, for
+:class:`erde_hub.export.EarlyExitSession`; the names below then say what is missing.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
 
-from . import networks
-from .config import EarlyExitConfig
-from .modeling import EarlyExitWrapper, list_exit_points
-from .outputs import EarlyExitOutput
+_NEEDED = ("torch", "torchvision", "timm", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
+_missing: str | None = None
 
-AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
-AutoModelForImageClassification.register(EarlyExitConfig, EarlyExitWrapper, exist_ok=True)
+try:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    from . import networks
+    from .config import EarlyExitConfig
+    from .modeling import EarlyExitWrapper, list_exit_points
+    from .outputs import EarlyExitOutput
+except ModuleNotFoundError as error:
+    if error.name not in _NEEDED:
+        raise
+    _missing = error.name
+else:
+    AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
+    AutoModelForImageClassification.register(EarlyExitConfig, EarlyExitWrapper, exist_ok=True)
 
 __all__ = ["EarlyExitConfig", "EarlyExitOutput", "EarlyExitWrapper", "list_exit_points", "networks"]
+
+
+def __getattr__(name: str) -> Any:
+    if _missing is None or name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .errors import MissingDependencyError  # noqa: PLC0415 - on the way to an error
+
+    raise MissingDependencyError(
+        f"erde_hub.{name} needs torch, timm and transformers ({_missing} is not installed): pip install erde-hub"
+        " with its dependencies (without --no-deps)"
+    )

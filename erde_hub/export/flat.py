@@ -1,0 +1,196 @@
+"""The first step of an export: one graph without control flow that computes every exit.
+
+Besides the logits, it says for every early exit who leaves there, with the policy traced as it is in torch, so that the
+two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from erde_hub.errors import ExportError
+from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.routing import RunAll
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+#: Name of the symbolic batch axis in the file.
+BATCH = "batch"
+_DYNAMIC: Any = ({0: torch.export.Dim(BATCH)}, {})
+
+
+class _Passes:
+    """Remembers the latest pass."""
+
+    def __init__(self) -> None:
+        self.latest: RunAll | None = None
+        self.complete = False
+
+    def exits_seen(self) -> int:
+        """Number of early exits whose logits it has computed."""
+        return sum(1 for logits in self.latest.exit_logits if logits is not None) if self.latest else 0
+
+
+class _EveryExit(nn.Module):
+    """What the flat graph computes.
+
+    Args:
+        model: In eval mode.
+        last: Index of the deepest exit whose logits are wanted; None for all.
+        passes: Gets the engine's pass, which knows how far it came. (torch.export undoes changes of a module.)
+
+    Shape:
+        pixel_values: (N, ...). threshold: (E,). Returns E + 1 times logits (N, K), E times who leaves (N,) bool, and
+        (N,) 0, or NaN for samples with NaN or infinity in the input, which never leave.
+    """
+
+    def __init__(self, model: EarlyExitWrapper, last: int | None = None, passes: _Passes | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.last = last
+        self.passes = passes or _Passes()
+
+    def _exit_logits(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        model = self.model
+        visitor = RunAll(model.heads)  # type: ignore[arg-type]
+        self.passes.latest = visitor
+        final = model._drive(checkpointed=False)(visitor, (pixel_values,), {})
+        exit_logits = visitor.finish(model._adapter.logits(final), model.exit_names[:-1])
+        self.passes.complete = True
+        return exit_logits
+
+    def forward(self, pixel_values: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
+        exit_logits = self._exit_logits(pixel_values)
+        if self.last is not None:
+            return (exit_logits[self.last],)
+        # onnxruntime's pooling, and quantisation, turn NaN into numbers, so they are looked for where they come in. The
+        # difference is 0, and NaN where anything is NaN or infinite.
+        total = pixel_values.sum(tuple(range(1, pixel_values.ndim)))
+        poison = total - total
+        intact = poison == 0
+        leaves = []
+        log_probs: list[Tensor] = []
+        for logits, own in zip(exit_logits, threshold.split(1), strict=False):
+            log_probs = [*(log_probs if self.model.policy.uses_history else ()), logits.float().log_softmax(-1)]
+            leaves.append(self.model.policy(torch.stack(log_probs), own) & intact)
+        return (*exit_logits, *leaves, poison)
+
+
+def flat_model(model: EarlyExitWrapper, opset: int) -> ir.Model:
+    """Returns the graph of all exits.
+
+    Outputs are ``logits_0 .. logits_E``, ``leaves_0 .. leaves_E-1`` and ``poison``; ``threshold`` has one element per
+    early exit.
+
+    Args:
+        model: Is copied, not touched.
+        opset: Version of the ONNX operator set.
+
+    Raises:
+        ExportError: torch or its ONNX exporter cannot; the message names exit and reason.
+    """
+    clone = _exportable_copy(model)
+    early = len(clone.heads)
+    names = [*(f"logits_{i}" for i in range(early + 1)), *(f"leaves_{i}" for i in range(early)), "poison"]
+    passes = _Passes()
+    try:
+        program = _trace(_EveryExit(clone, passes=passes))
+    except Exception as error:
+        if passes.complete:  # it ran, and what torch.export found out about shapes does not hold for every batch
+            raise ExportError(
+                f"{type(clone.backbone).__name__} cannot be exported for batches of any size ({_reason(error)})"
+            ) from error
+        raise _export_error(clone, passes.exits_seen(), "torch.export cannot trace", error) from error
+    try:
+        return _translate(program, names, opset)
+    except Exception as error:
+        step = "torch.onnx cannot translate"
+        for exit_index in range(early + 1):
+            try:
+                _translate(_trace(_EveryExit(clone, exit_index)), names[:1], opset)
+            except Exception as inner:
+                raise _export_error(clone, exit_index, step, inner) from inner
+        raise ExportError(f"policy {clone.config.policy!r} cannot be exported: {step} it ({_reason(error)})") from error
+
+
+def _exportable_copy(model: EarlyExitWrapper) -> EarlyExitWrapper:
+    """A float32 copy on the CPU, in eval mode, without recomputation and without compiled parts."""
+    try:
+        clone = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
+    except (NotImplementedError, RuntimeError) as error:
+        raise ExportError(f"the model cannot be copied to the CPU in float32 ({_reason(error)})") from error
+    clone.backbone = getattr(clone.backbone, "_orig_mod", clone.backbone)
+    for module in clone.modules():
+        if getattr(module, "grad_checkpointing", False) is True:
+            module.grad_checkpointing = False
+    return clone
+
+
+@torch.no_grad()
+def _trace(module: _EveryExit) -> torch.export.ExportedProgram:
+    size = module.model.config.input_size or ()
+    # Two samples: torch.export takes an axis of 1 to be always 1.
+    inputs = (torch.zeros((2, *size)), torch.zeros(len(module.model.heads)))
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # where it prints the graph so far before it raises
+        return torch.export.export(module, inputs, dynamic_shapes=_DYNAMIC, strict=False)
+
+
+@torch.no_grad()  # attention is decomposed otherwise where gradients are wanted, into views that some strides forbid
+def _translate(program: torch.export.ExportedProgram, outputs: list[str], opset: int) -> ir.Model:
+    with _quiet():
+        exported = torch.onnx.export(
+            program,
+            input_names=["pixel_values", "threshold"],
+            output_names=outputs,
+            dynamic_shapes=_DYNAMIC,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    if exported is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    return exported.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch logs and warns of while it traces is for its own developers; what matters to a user is raised."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.onnx", "onnxscript")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _export_error(model: EarlyExitWrapper, exit_index: int, step: str, error: BaseException) -> ExportError:
+    names = model.exit_names
+    return ExportError(
+        f"{type(model.backbone).__name__} cannot be exported: {step} what exit {names[exit_index]!r} (number"
+        f" {exit_index} of 0 to {len(names) - 1}) computes ({_reason(error)})"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The first lines of the error that started it; the exporter's own are a page of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:400]}"

@@ -1,0 +1,189 @@
+"""Between the two steps of an export: the flat graph in int8.
+
+A nested file cannot be quantised well: onnxruntime's tool looks at the outermost graph only and leaves everything
+behind exit 0 in float. So the flat graph is quantised, the policy's decisions kept in float, and nested afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+
+from erde_hub.errors import DataError, ExportError, InputTypeError, MissingDependencyError, ShapeError, unknown_name
+
+from .nesting import EXTERNAL_DATA_LIMIT, weight_bytes
+
+#: Names of onnxruntime's calibration methods.
+CALIBRATION_METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+
+#: Arithmetic that int8 makes faster, and what lies between it and would otherwise convert back and forth. Norms,
+#: softmax, GELU and the like stay in float: they cost little and lose much.
+_OPERATORS = [
+    *("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "Sigmoid", "Concat"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Pad"),
+]
+
+
+def calibration_batches(data: Iterable[Any], size: tuple[int, ...]) -> list[NDArray[np.float32]]:
+    """Checks calibration data.
+
+    Args:
+        data: Batches of ``pixel_values`` (N, C, H, W): tensors, arrays, or dicts and tuples that hold them, as a data
+            loader gives them.
+        size: Shape of one input.
+
+    Raises:
+        InputTypeError, ShapeError: Not batches of floats of that shape.
+        DataError: No batch, or NaN in one.
+    """
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise InputTypeError(f"calibration_data must be an iterable of batches, got {type(data).__name__}")
+    batches = []
+    for number, item in enumerate(data):
+        value = item
+        if isinstance(item, Mapping):
+            if "pixel_values" not in item:
+                raise InputTypeError(f"calibration batch {number} has no 'pixel_values', it has {sorted(item)}")
+            value = item["pixel_values"]
+        elif isinstance(item, (list, tuple)) and item:
+            value = item[0]
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if value.is_floating_point() else value
+        array = np.asarray(value)
+        if not np.issubdtype(array.dtype, np.floating):
+            raise InputTypeError(f"calibration batch {number} must hold normalised floats, got {array.dtype}")
+        if array.shape[1:] != size:
+            wanted = ", ".join(map(str, size))
+            raise ShapeError(f"calibration batch {number} must have shape (N, {wanted}), got {array.shape}")
+        if not np.isfinite(array).all():
+            raise DataError(f"calibration batch {number} holds NaN or infinity")
+        if len(array):
+            batches.append(np.ascontiguousarray(array, np.float32))
+    if not batches:
+        raise DataError("calibration_data holds no image: give some hundred of the training or validation split")
+    return batches
+
+
+def quantize_flat(flat: ir.Model, batches: list[NDArray[np.float32]], method: str = "minmax") -> ir.Model:
+    """Returns the flat graph with int8 weights (per channel) and activations, in QuantizeLinear/DequantizeLinear form.
+
+    Args:
+        flat: See :func:`~erde_hub.export.flat.flat_model`.
+        batches: From :func:`calibration_batches`.
+        method: How ranges come from the batches: ``minmax``, ``entropy`` or ``percentile``.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        UnknownNameError: No such method.
+        ExportError: onnxruntime cannot quantise this graph.
+    """
+    if method not in CALIBRATION_METHODS:
+        raise unknown_name("calibration method", method, CALIBRATION_METHODS)
+    try:
+        quantization: Any = importlib.import_module("onnxruntime.quantization")
+    except ImportError as error:
+        raise MissingDependencyError("int8 needs onnxruntime: pip install 'erde-hub[onnx]'") from error
+    passes.NameFixPass()(flat)
+    decisions = _decisions(flat)
+    proto = ir.to_proto(flat)
+    # What its own preprocessing would do (shapes, folding) the exporter has done; without the mark it warns.
+    proto.metadata_props.append(onnx.StringStringEntryProto(key="onnx.quant.pre_process", value="onnxruntime.quant"))
+    with tempfile.TemporaryDirectory(prefix="erde_hub-") as folder, _no_log_setup():
+        path = Path(folder) / "int8.onnx"
+        try:
+            quantization.quantize_static(
+                proto,
+                path,
+                _Reader(batches, len(_early_exits(flat))),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=_OPERATORS,
+                per_channel=True,
+                # Unsigned times signed is what x86 has instructions for; signed times signed took three times as long.
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                nodes_to_exclude=decisions,
+                use_external_data_format=weight_bytes(flat) > EXTERNAL_DATA_LIMIT,
+                calibrate_method=quantization.CalibrationMethod[CALIBRATION_METHODS[method]],
+                # Logits and what follows a linear layer stay in float: nothing is won by rounding them.
+                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+            )
+        except (RuntimeError, ValueError, KeyError, AssertionError, NotImplementedError) as error:
+            raise ExportError(
+                f"onnxruntime cannot quantise this model ({type(error).__name__}: {error}); export it in float by"
+                " leaving calibration_data out"
+            ) from error
+        quantized = ir.load(path)
+        ir.external_data.load_to_model(quantized)  # the folder is about to go
+    quantized.metadata_props.clear()
+    _read_unrounded(quantized, set(decisions))
+    return quantized
+
+
+class _Reader:
+    """Hands batches to onnxruntime; a threshold is among the graph's inputs and its value does not matter."""
+
+    def __init__(self, batches: list[NDArray[np.float32]], early: int) -> None:
+        self.batches = iter(batches)
+        self.threshold = np.zeros(early, np.float32)
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"pixel_values": batch, "threshold": self.threshold}
+
+
+def _early_exits(flat: ir.Model) -> list[ir.Value]:
+    return list(flat.graph.outputs[: (len(flat.graph.outputs) - 2) // 2])
+
+
+def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    stack = [value.producer() for value in values]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            stack.extend(value.producer() for value in node.inputs if value is not None)
+    return found
+
+
+def _decisions(flat: ir.Model) -> list[str]:
+    """Names of the nodes that turn logits into decisions."""
+    early = len(_early_exits(flat))
+    outputs = list(flat.graph.outputs)
+    network = _ancestors(outputs[: early + 1])
+    return [node.name for node in _ancestors(outputs[early + 1 :]) - network if node.name]
+
+
+def _read_unrounded(quantized: ir.Model, names: set[str]) -> None:
+    """Lets excluded nodes read a tensor as it was before it was rounded for others: NaN does not survive rounding."""
+    for node in quantized.graph:
+        for position, value in enumerate(node.inputs) if node.name in names else ():
+            dequantize = value.producer() if value is not None else None
+            if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
+                continue
+            quantize = dequantize.inputs[0].producer()
+            if quantize is not None and quantize.op_type == "QuantizeLinear":
+                node.replace_input_with(position, quantize.inputs[0])
+
+
+@contextlib.contextmanager
+def _no_log_setup() -> Iterator[None]:
+    """The tools log through the root logger, which would install a handler if there were none."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)

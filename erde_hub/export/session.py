@@ -1,0 +1,206 @@
+"""A runtime for users without torch: NumPy, onnxruntime, and Pillow where images must be resized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError, ThresholdError
+
+from ._requirements import require
+from .metadata import FileInfo
+
+#: Channels of the images that Pillow can resize.
+_RESIZABLE = (1, 3)
+
+
+@dataclass(frozen=True)
+class SessionOutput:
+    """What :class:`EarlyExitSession` answers.
+
+    Attributes:
+        logits: (N, K) float32, of the exit that each sample took; NaN for samples with NaN or infinity in the input.
+        exit_index: (N,) int64, 0 = first exit, number of early exits = the backbone's own classifier.
+    """
+
+    logits: NDArray[np.float32]
+    exit_index: NDArray[np.int64]
+
+
+class EarlyExitSession:
+    """Runs a file that :func:`~erde_hub.export.export_onnx` wrote.
+
+    Layers behind the exit that the last sample of a batch took are not run. A sample with NaN or infinity in its input
+    never leaves early and gets NaN logits.
+
+    Args:
+        path: The ONNX file; one above 2 GB needs its ``.data`` file beside it.
+        threads: Threads of onnxruntime; None leaves it to onnxruntime (one per core).
+        providers: Execution providers of onnxruntime, in order of preference.
+
+    Attributes:
+        info: What the file says of itself: exits, costs, class names, preprocessing.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        CheckpointError: No such file, a damaged one, or not one of erde_hub's.
+        ConfigError: A number of threads below 1.
+
+    Example:
+        >>> session = EarlyExitSession("model.onnx")  # doctest: +SKIP
+        >>> out = session(images, threshold=0.3)  # doctest: +SKIP
+        >>> [session.info.id2label[i] for i in out.logits.argmax(1)]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> None:
+        runtime: Any = require("onnxruntime", "EarlyExitSession", "onnxruntime")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"threads must be an integer of at least 1, or None for one per core, got {threads!r}")
+        if not Path(path).is_file():
+            raise CheckpointError(f"no file {str(path)!r}: erde_hub.export.export_onnx(model, path) writes one")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        # Planning memory ahead costs more than it saves where branches are entered or not.
+        options.enable_mem_pattern = False
+        # Where 8-bit products can overflow (x86 without VNNI), take the exact way.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        try:
+            self._session = runtime.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # onnxruntime's own classes have no common base
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"onnxruntime cannot load {str(path)!r}: {reason}") from error
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.info = FileInfo.from_metadata(metadata, Path(path).name)
+
+    def __call__(
+        self, images: ArrayLike | Sequence[ArrayLike], threshold: float | Sequence[float] | None = None
+    ) -> SessionOutput:
+        """Answers for a batch.
+
+        Args:
+            images: Normalised floats (N, C, H, W), or uint8 pixels (N, H, W, C), or a list of uint8 images (H, W, C) of
+                any size. Pixels are resized, cropped and normalised as the model expects.
+            threshold: One number for all early exits, or one per early exit; None takes the one stored in the file.
+
+        Raises:
+            ShapeError: Wrong number of axes, channels or pixels.
+            InputTypeError: Neither floats nor uint8.
+            ThresholdError: NaN, out of the policy's range, or of the wrong length.
+            ConfigError: uint8 images for a file without preprocessing.
+            MissingDependencyError: Images must be resized and Pillow is not installed.
+        """
+        thresholds = np.asarray(self._thresholds(threshold), dtype=np.float32)
+        pixel_values = self.preprocess(images)
+        if len(pixel_values) == 0:
+            return SessionOutput(np.zeros((0, len(self.info.id2label)), np.float32), np.zeros(0, np.int64))
+        feed = {"pixel_values": pixel_values, "threshold": thresholds}
+        logits, exit_index = self._session.run(["logits", "exit_index"], feed)
+        return SessionOutput(logits, exit_index)
+
+    def preprocess(self, images: ArrayLike | Sequence[ArrayLike]) -> NDArray[np.float32]:
+        """Returns ``pixel_values`` (N, C, H, W); see :meth:`__call__` for what it takes and raises."""
+        batch = _as_batch(images)
+        if isinstance(batch, list) or batch.dtype == np.uint8:
+            return self._preprocess_pixels(batch)
+        if not np.issubdtype(batch.dtype, np.floating):
+            raise InputTypeError(
+                f"images must be normalised floats (N, C, H, W) or uint8 pixels (N, H, W, C), got {batch.dtype}"
+            )
+        size = tuple(self.info.input_size)
+        if batch.shape[1:] != size:
+            raise ShapeError(
+                f"floats must have shape (N, {', '.join(map(str, size))}), got {batch.shape}; images of other sizes can"
+                " be given as uint8 (N, H, W, C)"
+            )
+        return np.ascontiguousarray(batch, dtype=np.float32)
+
+    def _preprocess_pixels(self, images: list[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        preprocessing = self.info.preprocessing
+        if preprocessing is None:
+            raise ConfigError(
+                "the file holds no preprocessing, so uint8 images cannot be normalised: pass floats (N, C, H, W), or"
+                " call model.set_preprocessing(...) before exporting"
+            )
+        if not isinstance(images, list) and images.ndim != 4:
+            raise ShapeError(
+                f"uint8 images must be (N, H, W, C), got shape {images.shape}; for one image: images[None]"
+            )
+        mean, std = (np.asarray(preprocessing[key], np.float32) for key in ("mean", "std"))
+        for image in images[:1] if not isinstance(images, list) else images:
+            if image.shape[2] != len(mean) or 0 in image.shape:
+                raise ShapeError(f"uint8 images must be (H, W, {len(mean)}), channels last, got {image.shape}")
+        height, width = preprocessing["size"]
+        pixels = np.empty((len(images), height, width, len(mean)), np.uint8)
+        for row, image in enumerate(images):
+            pixels[row] = _resize_and_crop(image, (height, width), preprocessing)
+        values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+    def _thresholds(self, threshold: Any) -> list[float]:
+        if threshold is None:
+            return self.info.threshold
+        plain = threshold.tolist() if hasattr(threshold, "tolist") else threshold
+        several = isinstance(plain, (list, tuple))
+        values = list(plain) if several else [plain]
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+            raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}")
+        early = self.info.num_early_exits
+        if several and len(values) != early:
+            raise ThresholdError(f"got {len(values)} thresholds for {early} early exits: give one number, or {early}")
+        low, high = self.info.threshold_range
+        for value in values:
+            if math.isnan(value) or not low <= value <= high:
+                raise ThresholdError(
+                    f"threshold {value!r} is not allowed for policy {self.info.policy!r}: give a number in"
+                    f" [{low:g}, {high:g}]"
+                )
+        return [float(v) for v in values]
+
+
+def _as_batch(images: Any) -> Any:
+    """Returns one array, or a list of uint8 images (H, W, C)."""
+    if not isinstance(images, (list, tuple)) or not images:
+        return np.asarray(images)
+    arrays = [np.asarray(image) for image in images]
+    if arrays and all(array.dtype == np.uint8 and array.ndim == 3 for array in arrays):
+        return arrays
+    try:
+        return np.stack(arrays)
+    except (ValueError, TypeError) as error:
+        kinds = ", ".join(sorted({f"{array.dtype} {array.shape}" for array in arrays})[:4])
+        raise ShapeError(
+            f"a list of images must hold uint8 images (H, W, C), or floats (C, H, W) of one shape, got {kinds}"
+        ) from error
+
+
+def _resize_and_crop(
+    image: NDArray[np.uint8], size: tuple[int, int], preprocessing: dict[str, Any]
+) -> NDArray[np.uint8]:
+    """Shorter side to size / crop_pct, then the centre, as the model's image processor does."""
+    height, width = size
+    before = image.shape[:2]
+    target = tuple(int(side / preprocessing["crop_pct"]) for side in size)
+    if height == width:
+        short, edge = min(before), target[0]
+        target = tuple(edge if side == short else int(edge * side / short) for side in before)
+    if target != before:
+        task = f"resizing an image of {before[0]}x{before[1]} pixels to {target[0]}x{target[1]}"
+        if image.shape[2] not in _RESIZABLE:
+            raise ShapeError(f"{task} is possible with 1 or 3 channels, not with {image.shape[2]}: resize it first")
+        pillow: Any = require("PIL.Image", task, "pillow")
+        picture = pillow.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        resampling = pillow.Resampling[preprocessing["interpolation"].upper()]
+        image = np.asarray(picture.resize(target[::-1], resampling)).reshape(*target, -1)
+    top, left = (target[0] - height) // 2, (target[1] - width) // 2
+    return image[top : top + height, left : left + width]

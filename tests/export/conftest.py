@@ -1,0 +1,48 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx_fakes import FAMILIES, build, tiny
+
+from erde_hub import EarlyExitWrapper
+from erde_hub.export import export_onnx, flat
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[EarlyExitWrapper, Path]:
+    """A tiny model with two early exits and preprocessing, and its file."""
+    model = tiny(id2label=[f"class {i}" for i in range(10)])
+    model.set_preprocessing(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), size=(16, 16), crop_pct=0.875)
+    return model, export_onnx(model, tmp_path_factory.mktemp("onnx") / "tiny.onnx")
+
+
+@pytest.fixture(scope="session")
+def tiny_flat(tiny_file: tuple[EarlyExitWrapper, Path]) -> bytes:
+    """The flat graph of the tiny model."""
+    return ir.to_proto(flat.flat_model(tiny_file[0], 20)).SerializeToString()
+
+
+@pytest.fixture
+def flat_is_known(tiny_flat: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the tiny model start from its flat graph, for tests of what comes after it."""
+    monkeypatch.setattr(flat, "flat_model", lambda *_: ir.from_proto(onnx.load_from_string(tiny_flat)))
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family_file(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EarlyExitWrapper, Path]:
+    """One model of a family and its file."""
+    model = build(*FAMILIES[request.param])
+    return model, export_onnx(model, tmp_path_factory.mktemp("onnx") / "model.onnx")

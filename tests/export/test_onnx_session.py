@@ -1,0 +1,170 @@
+"""The runtime without torch: what it takes, how it prepares images, what it refuses."""
+
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx_fakes import images, tiny
+from PIL import Image
+
+from erde_hub.errors import (
+    CheckpointError,
+    ConfigError,
+    InputTypeError,
+    MissingDependencyError,
+    ShapeError,
+    ThresholdError,
+)
+from erde_hub.export import EarlyExitSession, export_onnx
+
+
+@pytest.fixture
+def session(tiny_file):
+    return EarlyExitSession(tiny_file[1], threads=1)
+
+
+def photos(*sizes):
+    """Smooth pictures, so that resizing has one right answer."""
+    generator = np.random.default_rng(0)
+    coarse = [Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in sizes]
+    return [np.asarray(c.resize(size[::-1], Image.Resampling.BICUBIC)) for c, size in zip(coarse, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (18, 18), (40, 40), (24, 60), (60, 24), (17, 19)])
+def test_images_are_prepared_like_the_models(tiny_file, session, size):
+    model, _ = tiny_file
+    (photo,) = photos(size)
+    expected = model.image_processor()(Image.fromarray(photo), return_tensors="pt")["pixel_values"].numpy()
+    got = session.preprocess(photo[None])
+    assert got.shape == expected.shape
+    step = 1 / 255 / min(model.config.preprocessing["std"])  # one level of a pixel
+    np.testing.assert_allclose(got, expected, atol=1.01 * step)
+
+
+@pytest.mark.usefixtures("flat_is_known")
+def test_sizes_that_are_not_square(tmp_path):
+    model = tiny()
+    model.set_preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(16, 16), interpolation="nearest")
+    path = export_onnx(model, tmp_path / "model.onnx")
+    session = EarlyExitSession(path)
+    session.info.preprocessing.update(size=[16, 24], crop_pct=0.8)
+    model.set_preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, size=(16, 24), interpolation="nearest", crop_pct=0.8)
+    (photo,) = photos((30, 50))
+    expected = model.image_processor()(Image.fromarray(photo), return_tensors="np")["pixel_values"]
+    assert session.preprocess([photo]).shape == (1, 3, 16, 24)
+    assert np.mean(np.abs(session.preprocess([photo]) - expected)) < 0.02
+
+
+def test_images_of_several_sizes(session):
+    batch = photos((40, 30), (16, 16), (99, 20))
+    together = session(batch, 0.0)
+    assert together.exit_index.tolist() == [2, 2, 2]
+    for photo, logits in zip(batch, together.logits, strict=True):
+        np.testing.assert_allclose(session(photo[None], 0.0).logits[0], logits, atol=1e-5)
+
+
+def test_floats_of_every_kind(tiny_file, session):
+    model, _ = tiny_file
+    x = images(model, 2)
+    expected = session(x.numpy(), 0.0).logits
+    for same in (x.numpy().astype(np.float64), x, [x[0].numpy(), x[1].numpy()], x.numpy().tolist()):
+        np.testing.assert_allclose(session(same, 0.0).logits, expected, atol=1e-6)
+    strided = np.asfortranarray(x.numpy())
+    np.testing.assert_array_equal(session(strided, 0.0).logits, expected)
+
+
+def test_no_image(session):
+    out = session(np.zeros((0, 3, 16, 16), np.float32))
+    assert out.logits.shape == (0, 10)
+    assert out.exit_index.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((3, 16, 16), np.float32), ShapeError, r"\(N, 3, 16, 16\), got \(3, 16, 16\)"),
+        (np.zeros((1, 3, 16, 20), np.float32), ShapeError, "images of other sizes can be given as uint8"),
+        (np.zeros((1, 16, 16, 3), np.float32), ShapeError, r"got \(1, 16, 16, 3\)"),
+        (np.zeros((1, 1, 16, 16), np.float32), ShapeError, r"got \(1, 1, 16, 16\)"),
+        (np.zeros((1, 3, 16, 16), np.int64), InputTypeError, "got int64"),
+        (np.zeros((1, 3, 16, 16), bool), InputTypeError, "got bool"),
+        ("cat.png", InputTypeError, "got <U7"),
+        (np.zeros((16, 16, 3), np.uint8), ShapeError, r"for one image: images\[None\]"),
+        (np.zeros((2, 3, 16, 16), np.uint8), ShapeError, r"channels last, got \(3, 16, 16\)"),
+        (np.zeros((1, 0, 16, 3), np.uint8), ShapeError, r"got \(0, 16, 3\)"),
+        ([np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)], ShapeError, r"got \(16, 16, 1\)"),
+        ([np.zeros((3, 16, 16)), np.zeros((3, 8, 8))], ShapeError, "floats .* of one shape, got float64"),
+    ],
+)
+def test_images_that_it_refuses(session, images, error, message):
+    with pytest.raises(error, match=message):
+        session(images)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [
+        (float("nan"), r"threshold nan is not allowed for policy 'entropy': give a number in \[0, inf\]"),
+        (-0.1, "threshold -0.1 is not allowed"),
+        ([0.1], "got 1 thresholds for 2 early exits"),
+        ([0.1, 0.2, 0.3], "got 3 thresholds for 2"),
+        ([0.1, float("nan")], "threshold nan"),
+        ("0.5", "must be a number"),
+        (True, "must be a number"),
+        (np.zeros((2, 2)), "must be a number"),
+    ],
+)
+def test_thresholds_that_it_refuses(session, threshold, message):
+    with pytest.raises(ThresholdError, match=message):
+        session(np.zeros((1, 3, 16, 16), np.float32), threshold)
+
+
+def test_thresholds_of_every_kind(session):
+    x = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    expected = session(x, [1.0, 1.0]).exit_index.tolist()
+    for threshold in (1, 1.0, np.float32(1), (1, 1.0), np.ones(2), torch.ones(2)):
+        assert session(x, threshold).exit_index.tolist() == expected
+    assert session(x, float("inf")).exit_index.tolist() == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("flat_is_known")
+def test_file_without_preprocessing(tmp_path):
+    model = tiny()
+    session = EarlyExitSession(export_onnx(model, tmp_path / "model.onnx"))
+    with pytest.raises(ConfigError, match="holds no preprocessing"):
+        session(np.zeros((1, 16, 16, 3), np.uint8))
+    assert session(np.zeros((1, 3, 16, 16), np.float32), 0.0).exit_index.tolist() == [2]
+
+
+def test_files_that_it_refuses(tiny_file, tmp_path):
+    with pytest.raises(CheckpointError, match="no file"):
+        EarlyExitSession(tmp_path / "nothing.onnx")
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(CheckpointError, match="onnxruntime cannot load"):
+        EarlyExitSession(tmp_path / "text.onnx")
+    file = onnx.load(tiny_file[1])
+    kept = [entry for entry in file.metadata_props if entry.key != "policy"]
+    del file.metadata_props[:]
+    onnx.save(file, tmp_path / "foreign.onnx")
+    with pytest.raises(CheckpointError, match=r"foreign\.onnx was not written by erde_hub"):
+        EarlyExitSession(tmp_path / "foreign.onnx")
+    file.metadata_props.extend([*kept, onnx.StringStringEntryProto(key="policy", value="{")])
+    onnx.save(file, tmp_path / "damaged.onnx")
+    with pytest.raises(CheckpointError, match=r"metadata of damaged\.onnx are damaged"):
+        EarlyExitSession(tmp_path / "damaged.onnx")
+    for threads in (0, -1, 1.5, True):
+        with pytest.raises(ConfigError, match="threads must be"):
+            EarlyExitSession(tiny_file[1], threads=threads)
+
+
+def test_missing_packages(tiny_file, session, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    (photo,) = photos((40, 40))
+    with pytest.raises(MissingDependencyError, match="40x40 pixels to 18x18 needs PIL: pip install pillow"):
+        session(photo[None])
+    assert session(photos((18, 18))[0][None], 0.0).exit_index.tolist() == [2]  # nothing to resize
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match="EarlyExitSession needs onnxruntime: pip install onnxruntime"):
+        EarlyExitSession(tiny_file[1])

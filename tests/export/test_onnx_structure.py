@@ -1,0 +1,254 @@
+"""What is in the file: nested branches that hold their own weights, skipped when all have left; metadata; no traces."""
+
+import collections
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx_fakes import TinyNet, images, safe_thresholds, tiny
+
+import erde_hub
+from erde_hub.errors import CheckpointWriteError, ConfigError, ExportError, InputTypeError, MissingDependencyError
+from erde_hub.export import EarlyExitSession, export_onnx, nesting, onnx_file
+
+
+def levels(path):
+    """The graphs from the outermost to the classifier's."""
+    graph = ir.load(path).graph
+    found = [graph]
+    while branches := [node for node in graph if node.op_type == "If"]:
+        (branch,) = branches
+        graph = branch.attributes["else_branch"].as_graph()
+        found.append(graph)
+    return found
+
+
+def read_in(graph):
+    """Names of all values that the layers of a graph read, those of deeper branches aside."""
+    layers = [node for node in graph if node.op_type != "If" or "all_have_left" not in node.name]
+    inner = [node for layer in layers for node in (layer, *all_inner(layer))]
+    return {value.name for node in inner for value in node.inputs if value is not None}
+
+
+def all_inner(node):
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    return [inner for graph in graphs for inner in ir.traversal.RecursiveGraphIterator(graph)]
+
+
+def executed(path, feed):
+    """Counts the operators that onnxruntime ran."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.profile_file_prefix = str(path.with_suffix(""))
+    session = onnxruntime.InferenceSession(str(path), options)
+    session.run(None, feed)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    return collections.Counter(event["args"]["op_name"] for event in ran)
+
+
+def test_one_branch_per_exit(family_file):
+    model, path = family_file
+    assert len(levels(path)) == model.num_exits
+
+
+def test_every_initializer_lies_where_it_is_used(family_file):
+    """Outside its branch a weight is no constant to onnxruntime, which then packs and fuses nothing."""
+    _, path = family_file
+    for graph in levels(path):
+        assert set(graph.initializers) <= read_in(graph)
+    largest = max(
+        (value for graph in levels(path) for value in graph.initializers.values()), key=lambda v: v.const_value.nbytes
+    )
+    assert largest.graph is not levels(path)[0]
+
+
+def test_later_layers_do_not_run(tiny_file):
+    model, path = tiny_file
+    x = images(model, 5)
+    thresholds = safe_thresholds(model, x)
+    index = model(x, threshold=thresholds).exit_index
+    assert sorted(index.unique().tolist()) == [0, 1, 2], "the fixture should use every exit"
+    for threshold, convolutions in (([50, 50], 1), ([0, 50], 2), ([0, 0], 3)):
+        ran = executed(path, {"pixel_values": x.numpy(), "threshold": np.array(threshold, np.float32)})
+        assert ran["Conv"] == convolutions
+    # One by one: each sample runs to its own exit.
+    for i in range(5):
+        feed = {"pixel_values": x[i : i + 1].numpy(), "threshold": np.array(thresholds, np.float32)}
+        assert executed(path, feed)["Conv"] == int(index[i]) + 1
+    # A batch runs as far as its last sample.
+    feed = {"pixel_values": x[index < 2].numpy(), "threshold": np.array(thresholds, np.float32)}
+    assert executed(path, feed)["Conv"] == 2
+
+
+def test_file_passes_the_checker_and_says_what_it_takes(tiny_file):
+    _, path = tiny_file
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(str(path))
+    described = [(v.name, v.type, v.shape) for v in (*session.get_inputs(), *session.get_outputs())]
+    assert described == [
+        ("pixel_values", "tensor(float)", ["batch", 3, 16, 16]),
+        ("threshold", "tensor(float)", ["thresholds"]),
+        ("logits", "tensor(float)", ["batch", 10]),
+        ("exit_index", "tensor(int64)", ["batch"]),
+    ]
+
+
+def test_metadata(tiny_file):
+    model, path = tiny_file
+    stored = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    assert stored == {
+        "erde_hub_version": erde_hub.__version__,
+        "policy": "entropy",
+        "threshold": [0.5, 0.5],
+        "threshold_range": [0.0, "inf"],
+        "exit_names": ["stage1", "stage2", "classifier"],
+        "cumulative_macs": model.exit_table().cumulative_macs,
+        "id2label": {str(i): f"class {i}" for i in range(10)},
+        "input_size": [3, 16, 16],
+        "preprocessing": model.config.preprocessing,
+        "quantization": None,
+    }
+    info = EarlyExitSession(path).info
+    assert info.id2label[3] == "class 3"
+    assert info.threshold_range == [0.0, float("inf")]
+    assert info.num_early_exits == 2
+
+
+def test_no_trace_of_the_machine(family_file):
+    _, path = family_file
+    content = path.read_bytes()
+    assert not re.findall(rb"(?:site-packages|/home/|/root/|\.py\b|File \")", content)
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_operator_sets(opset, tmp_path):
+    model = tiny()
+    path = export_onnx(model, tmp_path / "model.onnx", opset=opset)
+    assert onnx.load(path).opset_import[0].version == opset
+    x = images(model, 5)
+    thresholds = safe_thresholds(model, x)
+    got = EarlyExitSession(path, threads=1)(x.numpy(), thresholds)
+    assert got.exit_index.tolist() == model(x, threshold=thresholds).exit_index.tolist()
+
+
+@pytest.mark.usefixtures("flat_is_known")
+def test_large_files_keep_their_weights_beside(tiny_file, tmp_path, monkeypatch):
+    model, small = tiny_file
+    monkeypatch.setattr(nesting, "EXTERNAL_DATA_LIMIT", 1000)
+    path = export_onnx(model, tmp_path / "export" / "model.onnx")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    external = [
+        (graph.name, name)
+        for graph in levels(path)
+        for name, value in graph.initializers.items()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+    assert len({graph for graph, _ in external}) == 3, "each branch keeps its own weights there"
+    moved = path.parent.rename(tmp_path / "moved") / "model.onnx"
+    x = images(model, 5).numpy()
+    for threshold in (0.0, 50.0):
+        a, b = EarlyExitSession(small, threads=1)(x, threshold), EarlyExitSession(moved, threads=1)(x, threshold)
+        np.testing.assert_array_equal(a.logits, b.logits)
+
+
+@pytest.mark.usefixtures("flat_is_known")
+def test_interrupted_export_leaves_the_old_file(tiny_file, tmp_path, monkeypatch):
+    model, _ = tiny_file
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old one")
+
+    def fail(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx.checker, "check_model", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(model, path)
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("flat_is_known")
+def test_full_disk(tiny_file, tmp_path, monkeypatch):
+    model, _ = tiny_file
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old one")
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", full)
+    with pytest.raises(CheckpointWriteError, match="No space left on device"):
+        export_onnx(model, path)
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class NotInONNX(torch.nn.Module):
+    def forward(self, x):
+        return x if x.is_meta else x + torch.linalg.svdvals(x.mean((2, 3))).sum()
+
+
+class Undecided(torch.nn.Module):
+    def forward(self, x):
+        return x if x.is_meta or x.sum() > 0 else -x
+
+
+class CountsTheBatch(torch.nn.Module):
+    def forward(self, x):
+        return x * len(range(len(x)))
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (NotInONNX, r"TinyNet cannot be exported: torch\.onnx.*exit 'stage2' \(number 1 of 0 to 2\).*_linalg_svd"),
+        (Undecided, r"TinyNet cannot be exported: torch\.export.*exit 'stage2' \(number 1 of 0 to 2\).*data-dependent"),
+        (CountsTheBatch, r"TinyNet cannot be exported for batches of any size.*constant \(2\)"),
+    ],
+)
+def test_what_cannot_be_exported_says_where_and_why(between, message, tmp_path, capfd):
+    model = erde_hub.EarlyExitWrapper(TinyNet(between()), exits=["stage1", "stage2"], input_size=(3, 16, 16)).eval()
+    with pytest.raises(ExportError, match=message):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    assert "def forward" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["patience", "never", "always"])
+def test_policies_that_have_no_file(policy, tmp_path):
+    with pytest.raises(ExportError, match=f"policy '{policy}'.*entropy, confidence, margin"):
+        export_onnx(tiny(policy=policy), tmp_path / "model.onnx")
+
+
+def test_bad_arguments(tiny_file, tmp_path):
+    model, _ = tiny_file
+    with pytest.raises(InputTypeError, match="TinyNet: wrap it first"):
+        export_onnx(model.backbone, tmp_path / "model.onnx")
+    for opset in (17, 999, True, "20"):
+        with pytest.raises(ConfigError, match=f"opset must be 18 to .* got {opset!r}"):
+            export_onnx(model, tmp_path / "model.onnx", opset=opset)
+    with pytest.raises(ConfigError, match="is a folder"):
+        export_onnx(model, tmp_path)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnx_ir"])
+def test_missing_packages(tiny_file, tmp_path, monkeypatch, package):
+    model, _ = tiny_file
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"needs {package}: pip install 'erde-hub\[onnx\]'"):
+        export_onnx(model, tmp_path / "model.onnx")
+
+
+def test_check_wants_something_to_compare(tiny_file):
+    model, path = tiny_file
+    with pytest.raises(ValueError, match="no sample"):
+        onnx_file.check_onnx(model, path, images(model, 1)[:0])

@@ -1,0 +1,62 @@
+"""A file and a session need NumPy and onnxruntime, nothing else."""
+
+import subprocess
+import sys
+
+import pytest
+from onnx_fakes import images
+
+from erde_hub.export import EarlyExitSession
+
+#: Everything that the package depends on, but for NumPy, onnxruntime and Pillow.
+ABSENT = (
+    *("torch", "torchvision", "timm", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub"),
+    *("onnx", "onnx_ir", "onnxscript", "yaml", "matplotlib", "sklearn", "tqdm"),
+)
+SCRIPT = f"""
+import sys
+for name in {ABSENT!r}:
+    sys.modules[name] = None  # as if it were not installed
+import numpy as np
+import erde_hub
+from erde_hub.export import EarlyExitSession
+from erde_hub.errors import MissingDependencyError
+"""
+
+
+def run(code, *arguments):
+    command = [sys.executable, "-c", SCRIPT + code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_session_answers_without_torch(tiny_file, tmp_path):
+    model, path = tiny_file
+    pixels = ((images(model, 3).numpy().transpose(0, 2, 3, 1) + 3) * 40).clip(0, 255).astype("uint8")
+    pixels.tofile(tmp_path / "pixels")
+    code = """
+pixels = np.fromfile(sys.argv[2], np.uint8).reshape(3, 16, 16, 3)
+out = EarlyExitSession(sys.argv[1], threads=1)(pixels, 1.0)
+print(erde_hub.__version__)
+print(out.exit_index.tolist())
+print(np.round(out.logits, 3).tolist())
+"""
+    _, index, logits = run(code, path, tmp_path / "pixels")
+    expected = EarlyExitSession(path, threads=1)(pixels, 1.0)
+    assert index == str(expected.exit_index.tolist())
+    assert logits == str(expected.logits.round(3).tolist())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from erde_hub import EarlyExitWrapper",
+        "erde_hub.EarlyExitConfig",
+        "from erde_hub.export import export_onnx",
+    ],
+)
+def test_names_that_need_torch_say_so(statement):
+    (message,) = run(f"try:\n    {statement}\nexcept MissingDependencyError as error:\n    print(error)\n")
+    assert "needs torch" in message
+    assert "pip install" in message
