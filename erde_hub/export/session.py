@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,10 +72,8 @@ class EarlyExitSession:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-        # Planning memory ahead costs more than it saves where branches are entered or not.
-        options.enable_mem_pattern = False
-        # Where 8-bit products can overflow (x86 without VNNI), take the exact way.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if _products_overflow():
+            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime's own classes have no common base
@@ -166,6 +165,19 @@ class EarlyExitSession:
                     f" [{low:g}, {high:g}]"
                 )
         return [float(v) for v in values]
+
+
+@functools.cache
+def _products_overflow() -> bool:
+    """Whether 8-bit arithmetic saturates: on x86 processors with AVX2 and without VNNI (known on Linux only).
+
+    onnxruntime has an exact way, which takes longer, and does not tell by itself where it is needed.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx2" in flags and "vnni" not in flags
 
 
 def _as_batch(images: Any) -> Any:

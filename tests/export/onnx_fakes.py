@@ -31,7 +31,7 @@ MORE_FAMILIES: dict[str, tuple[str, int, dict[str, Any], list[str] | int]] = {
     "densenet": ("densenet121", 64, {}, 2),
     "efficientnet_se": ("efficientnet_b0", 64, {}, 2),
     "mobilenetv3": ("mobilenetv3_small_050", 64, {}, 2),
-    "mobilenetv4_hybrid": ("mobilenetv4_hybrid_medium", 64, {}, 2),
+    "mobilenetv4_hybrid": ("mobilenetv4_hybrid_medium", 64, {}, ["blocks.0", "blocks.1"]),
     "ghostnet": ("ghostnet_050", 64, {}, 2),
     "repvit": ("repvit_m0_9", 64, {}, 2),
     "deit_distilled": ("deit_tiny_distilled_patch16_224", 64, {"img_size": 64}, 2),

@@ -1,6 +1,7 @@
 """The runtime without torch: what it takes, how it prepares images, what it refuses."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from erde_hub.errors import (
     ThresholdError,
 )
 from erde_hub.export import EarlyExitSession, export_onnx
+from erde_hub.export import session as session_module
 
 
 @pytest.fixture
@@ -157,6 +159,15 @@ def test_files_that_it_refuses(tiny_file, tmp_path):
     for threads in (0, -1, 1.5, True):
         with pytest.raises(ConfigError, match="threads must be"):
             EarlyExitSession(tiny_file[1], threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("flags", "overflows"),
+    [("sse avx2 avx512f", True), ("avx2 avx512_vnni", False), ("avx2 avx_vnni", False), ("asimd", False)],
+)
+def test_exact_products_where_they_would_saturate(monkeypatch, flags, overflows):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {flags}\n")
+    assert session_module._products_overflow.__wrapped__() is overflows
 
 
 def test_missing_packages(tiny_file, session, monkeypatch):
