@@ -638,11 +638,10 @@ def describe_network(role: str, model: EarlyExitWrapper) -> str:
 def describe_data(data: ImageData) -> str:
     """One line that says what the data are."""
     height, width = data.input_size[1:]
-    sizes = []
-    for name in ("train", "validation", "test"):
-        count = getattr(data, name).num_samples
-        sizes.append(f"{count:,} {name}" if count is not None else name)
-    return f"data: {data.name}, {', '.join(sizes)} images of {height}x{width}, {data.num_classes} classes"
+    counts = {name: getattr(data, name).num_samples for name in ("train", "validation", "test")}
+    known = None not in counts.values()
+    sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items()) + " images" if known else "streamed images"
+    return f"data: {data.name}, {sizes} of {height}x{width}, {data.num_classes} classes"
 
 
 def configure_logging(main_process: bool) -> None:

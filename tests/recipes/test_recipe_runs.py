@@ -100,6 +100,15 @@ def test_configuration_runs(config, call, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
+def test_streamed_data(call, tmp_path, capsys):
+    images = write_images(tmp_path / "images", {})
+    call(distill, *FAST, "--dataset", images, "--streaming", "--max_steps", "2", "--batch_size", "16")
+    assert "streamed images of 32x32, 3 classes" in capsys.readouterr().out
+    left = {path.name for path in (tmp_path / "runs" / "images-1").iterdir()}
+    assert set(LEFT) <= left
+    assert "split.json" not in left  # a stream has no rows to store
+
+
 def test_there_are_configurations():
     assert {"digits", "cifar10_resnet18_resnet10-small"} <= {path.stem for path in CONFIGS}
     for path in CONFIGS:  # the README shows it
