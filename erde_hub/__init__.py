@@ -15,8 +15,9 @@ try:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     from . import networks
+    from .attach import list_exit_points
     from .config import EarlyExitConfig
-    from .modeling import EarlyExitWrapper, list_exit_points
+    from .modeling import EarlyExitWrapper
     from .outputs import EarlyExitOutput
 except ModuleNotFoundError as error:
     if error.name not in _NEEDED:

@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BitImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from . import __version__
-from ._tree import shrink
-from .backbones import BackboneAdapter, ExitPoints, find_adapter, get_adapter
-from .backbones.base import (
-    check_routable,
-    example_inputs,
-    find_exit_points,
-    parse_exit,
-    resolve_exits,
-    tap_module,
-)
+from .attach import check_batch_shrinks, class_names, count_classes, inspect_backbone
+from .backbones import BackboneAdapter, get_adapter
+from .backbones.base import parse_exit, resolve_exits, tap_module
 from .config import EarlyExitConfig, check_input_size
-from .cost import Trace, example_batch, trace, weightless_copy
-from .errors import (
-    CheckpointError,
-    CheckpointWriteError,
-    ConfigError,
-    ExitPointError,
-    InputTypeError,
-    LabelError,
-    ShapeError,
-    ThresholdError,
-    nearest,
-)
+from .cost import trace
+from .errors import ConfigError, ExitPointError, InputTypeError, ThresholdError, nearest
 from .exit_table import ExitTable, count_exits
 from .heads import FeatureSpec, create_head
+from .inputs import check_class_labels, check_pixel_values
 from .outputs import EarlyExitOutput
 from .policies import create_policy, plain_threshold
-from .preprocessing import build_image_processor, check_preprocessing
+from .pretrained import EarlyExitPreTrainedModel
 from .routing import Drive, ExitTap, HookDrive, Route, RunAll, StagedDrive
 
 logger = logging.get_logger(__name__)
@@ -51,78 +32,7 @@ logger = logging.get_logger(__name__)
 CLASSIFIER = "classifier"
 
 
-def list_exit_points(
-    model: nn.Module,
-    input_size: Sequence[int] | None = None,
-    example_inputs: Sequence[Tensor] | Tensor | None = None,
-) -> ExitPoints:
-    """Lists the places where a model can get exits: name, width, layout, cumulative MACs.
-
-    Args:
-        model: A timm model or any nn.Module that maps a batch to logits; it is not run, a weightless copy is.
-        input_size: Shape of one input without the batch; timm models know theirs.
-        example_inputs: Batch-first tensors instead, for modules that take several inputs.
-
-    Raises:
-        ExitPointError: The model does not run on inputs of that shape, or the shape is missing.
-    """
-    adapter, _, inputs = _inspect(model, input_size, example_inputs)
-    return find_exit_points(adapter, model, trace(model, inputs))
-
-
-def _inspect(
-    model: nn.Module,
-    input_size: Sequence[int] | None,
-    examples: Sequence[Tensor] | Tensor | None,
-) -> tuple[BackboneAdapter, dict[str, Any], tuple[Tensor, ...]]:
-    """Finds the adapter, what the model says of itself, and example inputs."""
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"expected an nn.Module (a timm model, say), got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise InputTypeError(
-            "got a compiled module: wrap the module itself and compile then, wrapper.backbone ="
-            " torch.compile(wrapper.backbone)"
-        )
-    adapter = find_adapter(model)
-    facts = adapter.describe(model)
-    if examples is not None:
-        tensors = (examples,) if isinstance(examples, Tensor) else tuple(examples)
-        if not tensors or not all(isinstance(t, Tensor) and t.ndim >= 2 for t in tensors):
-            raise InputTypeError(f"example_inputs must be a tensor with a batch axis, or several, got {examples!r}")
-        if input_size is None:
-            input_size = tuple(tensors[0].shape[1:])
-    else:
-        input_size = input_size if input_size is not None else facts["input_size"]
-        if input_size is None:
-            raise ExitPointError(
-                f"{type(model).__name__} does not say what it takes: pass input_size=(C, H, W), or example_inputs="
-            )
-        input_size = check_input_size(input_size)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        tensors = example_inputs(input_size, dtype)
-    facts["input_size"] = [int(s) for s in input_size]
-    if facts["preprocessing"]:
-        # What the weights were published with says nothing of images of another number of channels.
-        channels, *size = facts["input_size"]
-        same = channels == len(facts["preprocessing"]["mean"])
-        facts["preprocessing"] = {**facts["preprocessing"], "size": size} if same and len(size) == 2 else None
-    return adapter, facts, tensors
-
-
-class _DropLast:
-    """Takes one sample out at every exit, to find out whether the rest of the backbone follows."""
-
-    def __init__(self, batch: int, specs: Sequence[FeatureSpec]) -> None:
-        self.count = batch
-        self.specs = specs
-
-    def visit(self, exit_index: int, output: Any) -> Any:
-        self.count -= 1
-        rows = torch.arange(self.count, device="meta")
-        return shrink(output, rows, self.count + 1, self.specs[exit_index].batched)
-
-
-class EarlyExitWrapper(PreTrainedModel):
+class EarlyExitWrapper(EarlyExitPreTrainedModel):
     """A backbone with early exits.
 
     In train mode, and with ``output_all_exits=True``, one pass runs every exit. In eval mode each sample leaves at the
@@ -162,15 +72,6 @@ class EarlyExitWrapper(PreTrainedModel):
         (torch.Size([8, 10]), torch.Size([8]))
     """
 
-    config_class = EarlyExitConfig
-    config: EarlyExitConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
-    model_tags: ClassVar[list[str]] = ["erde_hub", "early-exit"]
-
     def __init__(
         self,
         model: nn.Module | EarlyExitConfig,
@@ -200,18 +101,12 @@ class EarlyExitWrapper(PreTrainedModel):
             return
         if backbone is not None:
             raise ConfigError("backbone= goes with a config; hand the module in as the first argument instead")
-        adapter, facts, inputs = _inspect(model, input_size, example_inputs)
+        adapter, facts, inputs = inspect_backbone(model, input_size, example_inputs)
         traced = trace(model, inputs)
-        num_labels = _num_labels(model, adapter, traced)
+        num_labels = count_classes(model, adapter, traced)
         points, reason = resolve_exits(adapter, model, exits, traced)
         if isinstance(exits, (int, str)):
             logger.info(f"exits={exits!r}: {reason}")
-        labels = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else id2label
-        if labels is not None and (not isinstance(labels, dict) or set(labels) != set(range(num_labels))):
-            raise LabelError(
-                f"id2label must name the {num_labels} classes of the classifier, as a list or with the keys 0 to"
-                f" {num_labels - 1}, got {id2label!r}"
-            )
         names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]
         config = EarlyExitConfig(
             library=adapter.library,
@@ -228,18 +123,14 @@ class EarlyExitWrapper(PreTrainedModel):
             input_size=facts["input_size"],
             preprocessing=facts["preprocessing"],
             erde_hub_version=__version__,
-            **(
-                {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-                if labels
-                else {"num_labels": num_labels}
-            ),
+            **class_names(id2label, num_labels),
         )
         adapter.check_rebuild(model, config)
         super().__init__(config)
         self._assemble(adapter, model, adopted=True)
         if self._taps:
             try:
-                self._check_routable(inputs)
+                check_batch_shrinks(self, inputs)
             except ExitPointError:
                 self._remove_taps()  # the backbone goes back as it came
                 raise
@@ -303,19 +194,6 @@ class EarlyExitWrapper(PreTrainedModel):
         self.heads.train(self.training)
         self.policy.train(self.training)
 
-    def _check_routable(self, inputs: tuple[Tensor, ...]) -> None:
-        """Runs a weightless copy with a shrinking batch: an exit inside a residual block shows here, not in use."""
-        clone, device = weightless_copy(self)
-        specs = [FeatureSpec.from_dict(values) for values in self.config.exit_features or []]
-
-        def run(batch: int) -> int:
-            drive = HookDrive(clone.backbone, clone._taps)
-            with torch.no_grad(), device:
-                output = drive(_DropLast(batch, specs), example_batch(inputs, batch, device), {})
-            return int(self._adapter.logits(output).shape[0])
-
-        check_routable(self.backbone, len(self._taps) + 3, inputs, list(self.config.exits or []), run)
-
     def _remove_taps(self) -> None:
         for module in self.backbone.modules():
             for key in [key for key, hook in module._forward_hooks.items() if hook in self._taps]:
@@ -362,43 +240,6 @@ class EarlyExitWrapper(PreTrainedModel):
         if size not in self._costs:
             self._costs[size] = count_exits(self, size)
         return self._costs[size]
-
-    def set_preprocessing(
-        self,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        size: Sequence[int],
-        interpolation: str = "bilinear",
-        crop_pct: float = 1.0,
-    ) -> None:
-        """Stores how images become ``pixel_values``; saved in the config and as ``preprocessor_config.json``.
-
-        Args:
-            mean: Per channel, of pixels in [0, 1].
-            std: Per channel, of pixels in [0, 1].
-            size: (H, W) in pixels.
-            interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
-            crop_pct: The shorter side is resized to size / crop_pct, then the centre is cropped.
-
-        Raises:
-            ConfigError: A value that is not allowed.
-        """
-        self.config.preprocessing = check_preprocessing(
-            {"mean": mean, "std": std, "size": size, "interpolation": interpolation, "crop_pct": crop_pct}
-        )
-
-    def image_processor(self) -> BitImageProcessor:
-        """Returns the transformers image processor that makes this model's ``pixel_values``.
-
-        Raises:
-            ConfigError: The model has no preprocessing; :meth:`set_preprocessing` sets it.
-        """
-        if not self.config.preprocessing:
-            raise ConfigError(
-                "this model has no preprocessing: set it with model.set_preprocessing(mean=..., std=..., size=...)"
-            )
-        return build_image_processor(self.config.preprocessing)
 
     # Training
 
@@ -457,9 +298,10 @@ class EarlyExitWrapper(PreTrainedModel):
             ThresholdError: A threshold that the policy does not take, or one where every exit runs.
             ExitNotReachedError: An exit did not fire.
         """
-        inputs = self._check_inputs(pixel_values)
+        inputs = check_pixel_values(pixel_values, self.config.input_size or ())
         if labels is not None:
-            self._check_labels(labels, len(inputs))
+            # On an accelerator the range would wait for the device; there the loss kernel itself asserts.
+            labels = check_class_labels(labels, len(inputs), self.config.num_labels, values=_on_cpu(labels))
         if kwargs and not self._taps:
             raise InputTypeError(
                 f"{type(self.backbone).__name__} takes pixel_values only, got {sorted(kwargs)[0]!r} as well"
@@ -543,113 +385,9 @@ class EarlyExitWrapper(PreTrainedModel):
             for module in flagged:
                 module.grad_checkpointing = True  # type: ignore[assignment]
 
-    def _check_inputs(self, pixel_values: Any) -> Tensor:
-        if not isinstance(pixel_values, Tensor):
-            raise InputTypeError(f"pixel_values must be a tensor (N, C, H, W), got {type(pixel_values).__name__}")
-        size = self.config.input_size or ()
-        if size and pixel_values.ndim != len(size) + 1:
-            raise ShapeError(
-                f"pixel_values must have {len(size) + 1} axes, (N, {', '.join(map(str, size))}), got shape"
-                f" {tuple(pixel_values.shape)}"
-            )
-        if len(size) == 3 and pixel_values.shape[1] != size[0]:
-            raise ShapeError(f"pixel_values must have {size[0]} channels, got shape {tuple(pixel_values.shape)}")
-        if len(size) == 3 and not pixel_values.is_floating_point():
-            raise InputTypeError(
-                f"pixel_values must be floats, got {pixel_values.dtype}: preprocess images with model.image_processor()"
-            )
-        return pixel_values
 
-    def _check_labels(self, labels: Any, batch: int) -> None:
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            raise InputTypeError(
-                f"labels must be an int64 tensor (N,), got {getattr(labels, 'dtype', type(labels).__name__)}"
-            )
-        if labels.shape != (batch,):
-            raise ShapeError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
-        # On an accelerator the comparison would wait for the device; there the loss kernel itself asserts.
-        if (
-            labels.device.type == "cpu"
-            and batch
-            and (int(labels.min()) < 0 or int(labels.max()) >= self.config.num_labels)
-        ):
-            raise LabelError(
-                f"labels must lie in 0 to {self.config.num_labels - 1}, got {int(labels.min())} to {int(labels.max())}"
-            )
-
-    # Saving and loading
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Saves config, weights (safetensors) and, where the preprocessing is known, ``preprocessor_config.json``.
-
-        See :meth:`transformers.PreTrainedModel.save_pretrained` for the arguments.
-
-        Raises:
-            CheckpointWriteError: The disk is full, or the folder cannot be written.
-        """
-        self.config.erde_hub_version = __version__
-        if not args and kwargs.get("state_dict") is None and hasattr(self.backbone, "_orig_mod"):
-            # torch.compile puts its own module around the backbone, which a checkpoint must not show.
-            kwargs["state_dict"] = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
-        try:
-            result = super().save_pretrained(save_directory, *args, **kwargs)
-            if self.config.preprocessing and kwargs.get("is_main_process", True):
-                self.image_processor().save_pretrained(save_directory)
-        # safetensors reports a full disk as an error of its own; what the Hub answers is an OSError too, and stays one
-        except (OSError, SafetensorError) as error:
-            if kwargs.get("push_to_hub"):
-                raise
-            raise CheckpointWriteError(
-                f"the model could not be saved to {os.fspath(save_directory)!r}: {error}; make space, or choose another"
-                " folder"
-            ) from error
-        return result
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Loads a checkpoint, in eval mode; ``threshold=`` and other config fields may be overridden.
-
-        Args:
-            pretrained_model_name_or_path: Folder or Hub repository.
-            *model_args: As for any transformers model.
-            **kwargs: As for any transformers model; also ``backbone=module`` for checkpoints of plain modules.
-
-        Raises:
-            CheckpointError: Weights that are missing, left over or of other shapes than the config says, or a plain
-                backbone without ``backbone=``.
-        """
-        backbone = kwargs.get("backbone")
-        wants_info = kwargs.pop("output_loading_info", False)
-        must_be_empty = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
-        if kwargs.pop("ignore_mismatched_sizes", False):
-            must_be_empty.remove("mismatched_keys")
-        kept = _non_persistent_buffers(backbone) if isinstance(backbone, nn.Module) else {}
-        # Other shapes are let through and found below, since transformers names them in its log alone.
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"the weights of {pretrained_model_name_or_path} are damaged ({error}): the file was cut short or is no"
-                " safetensors file; save it, or download it, again"
-            ) from error
-        wrong = {k: sorted(map(str, v)) for k, v in info.items() if k in must_be_empty and v}
-        if wrong:
-            what = "; ".join(f"{k.replace('_', ' ')}: {len(v)}, first {v[0]!r}" for k, v in wrong.items())
-            raise CheckpointError(
-                f"the weights of {pretrained_model_name_or_path} do not match its config ({what}): the file belongs to"
-                " another model, or the config was edited"
-            )
-        with torch.no_grad():
-            for name, value in kept.items():
-                module, _, leaf = name.rpartition(".")
-                setattr(model.backbone.get_submodule(module), leaf, value)
-            for tensor in (*model.parameters(), *model.buffers()):
-                # Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last
-                # bits from those of the model that was saved, and rewriting the file would change this one.
-                if tensor.device.type == "cpu":
-                    tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
-        return (model, info) if wants_info else model
+def _on_cpu(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and labels.device.type == "cpu"
 
 
 def _hooks_would_be_skipped(backbone: nn.Module, names: Sequence[str]) -> bool:
@@ -658,31 +396,3 @@ def _hooks_would_be_skipped(backbone: nn.Module, names: Sequence[str]) -> bool:
     ancestors = {path.rpartition(".")[0] for path in paths if "." in path}
     taken_apart = [backbone, *(backbone.get_submodule(path) for path in ancestors)]
     return any(module._forward_hooks or module._forward_pre_hooks for module in taken_apart)
-
-
-def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    stored = set(module.state_dict())
-    return {name: buffer.clone() for name, buffer in module.named_buffers() if name not in stored}
-
-
-def _num_labels(model: nn.Module, adapter: BackboneAdapter, traced: Trace) -> int:
-    """Number of classes that the backbone answers with.
-
-    Raises:
-        InputTypeError: The output is not (N, K) with at least two classes.
-    """
-    logits = adapter.logits(traced.output)
-    declared = getattr(model, "num_classes", None)
-    if declared == 0:
-        raise InputTypeError(
-            f"{type(model).__name__} was created with num_classes=0 and has no classifier: give it one, e.g."
-            " model.reset_classifier(10)"
-        )
-    if logits.ndim != 2 or logits.shape[0] != traced.batch or logits.shape[1] < 2:
-        raise InputTypeError(
-            f"{type(model).__name__} returns shape {tuple(logits.shape)} for {traced.batch} inputs; a classifier"
-            " returns (N, K) with at least 2 classes"
-        )
-    if isinstance(declared, int) and declared != logits.shape[1]:
-        raise InputTypeError(f"{type(model).__name__} says num_classes={declared} but returns {logits.shape[1]} logits")
-    return int(logits.shape[1])

@@ -283,24 +283,6 @@ def tap_module(module: nn.Module, name: str) -> nn.Module:
     return target
 
 
-def check_routable(
-    module: nn.Module, drive_batch: int, inputs: Sequence[Tensor], names: Sequence[str], run: Any
-) -> None:
-    """Runs ``run(batch)`` on meta tensors with a shrinking batch; see :func:`EarlyExitWrapper`."""
-    try:
-        rows = run(drive_batch)
-    except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
-        raise ExitPointError(
-            f"the batch cannot shrink behind all of {list(names)} ({type(error).__name__}: {error}): an exit inside a"
-            " residual block, or a backbone that keeps the whole batch aside; name the enclosing block"
-        ) from error
-    if rows != drive_batch - len(names):
-        raise ExitPointError(
-            f"after {len(names)} samples of {drive_batch} had left, {type(module).__name__} returned {rows} rows: an"
-            f" exit of {list(names)} lies inside a residual block; name the enclosing block"
-        )
-
-
 def example_inputs(input_size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Returns one meta input of that size."""
     return (torch.empty((1, *input_size), dtype=dtype, device="meta"),)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from erde_hub.errors import ConfigError, InputTypeError, LabelError, ShapeError, unknown_name
+from erde_hub.errors import ConfigError, InputTypeError, ShapeError, unknown_name
+from erde_hub.inputs import check_class_labels
 
 
 def check_number(name: str, value: object, *, zero: bool, below: float = math.inf) -> float:
@@ -125,22 +125,6 @@ def check_labels(labels: object, logits: Tensor, *, values: bool) -> Tensor:
         ShapeError: Not (N,).
         LabelError: A label outside 0 to K - 1.
     """
-    count, num_classes = logits.shape
-    if not isinstance(labels, Tensor):
-        raise InputTypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InputTypeError(f"labels must be class indices (int64), got {labels.dtype}")
-    if labels.shape != (count,):
-        raise ShapeError(f"labels must have shape ({count},), one per sample, got {tuple(labels.shape)}")
-    if labels.device != logits.device:
+    if isinstance(labels, Tensor) and labels.device != logits.device:
         raise InputTypeError(f"labels are on {labels.device} and the logits on {logits.device}")
-    if values:
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
-            position = int((labels == wrong).nonzero()[0])
-            raise LabelError(
-                f"labels[{position}] is {wrong}, but there are {num_classes} classes: labels must lie in"
-                f" 0 to {num_classes - 1}"
-            )
-    return labels.long()
+    return check_class_labels(labels, *logits.shape, values=values)
