@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ._tree import tensors
 from .errors import ExitPointError
+from .recomputation import recomputing
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -104,9 +105,8 @@ def weightless_copy(module: M) -> tuple[M, torch.device]:
     Checkpointing is off in the copy; it would hide modules from hooks.
     """
     clone = meta_copy(module)
-    for child in clone.modules():
-        if getattr(child, "grad_checkpointing", False) is True:
-            child.grad_checkpointing = False  # type: ignore[assignment]
+    for child, flag in recomputing(clone):
+        setattr(child, flag, False)
     return clone, torch.device("meta")
 
 

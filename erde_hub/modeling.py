@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .inputs import check_class_labels, check_pixel_values
 from .outputs import EarlyExitOutput
 from .policies import create_policy, plain_threshold
 from .pretrained import EarlyExitPreTrainedModel
+from .recomputation import is_recomputing, without_recomputation
 from .routing import Drive, ExitTap, HookDrive, Route, RunAll, StagedDrive
 
 logger = logging.get_logger(__name__)
@@ -262,7 +263,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether the backbone recomputes activations in the backward pass."""
-        return any(getattr(m, "grad_checkpointing", False) is True for m in self.backbone.modules())
+        return is_recomputing(self.backbone)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -353,7 +354,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=inputs.device)
             return EarlyExitOutput(logits=logits, exit_index=index)
         visitor = Route(self.heads, self.policy, thresholds, batch, inputs.device)  # type: ignore[arg-type]
-        with self._without_checkpointing():
+        recomputes = self._taps and torch.is_grad_enabled()  # it would run a hook's shrinking again
+        with without_recomputation(self.backbone) if recomputes else contextlib.nullcontext():
             final = self._drive(checkpointed=False)(visitor, (inputs,), kwargs)
         if final is not None:
             final = self._adapter.logits(final)
@@ -370,20 +372,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"
             )
         return StagedDrive(steps)
-
-    @contextlib.contextmanager
-    def _without_checkpointing(self) -> Iterator[None]:
-        """Recomputation would run a hook's shrinking again; only passes with gradients recompute."""
-        flagged: list[nn.Module] = []
-        if self._taps and torch.is_grad_enabled():
-            flagged = [m for m in self.backbone.modules() if getattr(m, "grad_checkpointing", False) is True]
-        for module in flagged:
-            module.grad_checkpointing = False  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for module in flagged:
-                module.grad_checkpointing = True  # type: ignore[assignment]
 
 
 def _on_cpu(labels: Any) -> bool:
