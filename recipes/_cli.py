@@ -18,17 +18,23 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from _early import refuse, unknown_flag
 from transformers import HfArgumentParser
 
 from erde_hub.errors import ConfigError, ErdeError, nearest
+from erde_hub.training.arguments import OTHER_NAMES, nearest_argument
 from erde_hub.training.recipe import Interrupted
+from erde_hub.training.recipe_arguments import plain_text
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows one spelling per flag, and a default only where there is one to show."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Keeps the lines of the description, and shows one spelling per flag and its default as it would be typed."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.strip().splitlines())
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         options = [o for o in action.option_strings if not (o.startswith("--") and "-" in o[2:])]
@@ -40,9 +46,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default == [] or action.default == {} or action.nargs == 0:
-            return action.help
-        return super()._get_help_string(action)
+        # "; default: ..." in a help text says what happens where nothing is set; a default that is set says more.
+        text, _, unset = (action.help or "").partition("; default: ")
+        given = action.default
+        if given in (None, [], {}, argparse.SUPPRESS) or action.nargs == 0:
+            return f"{text} [default: {unset}]" if unset else text
+        return f"{text} [default: {plain_text(given).replace('%', '%%')}]"
 
 
 class _KeyValues(argparse.Action):
@@ -98,14 +107,15 @@ class RecipeParser(HfArgumentParser):
         group.add_argument(f"--{field.name}", *hyphens, nargs="+", action=_KeyValues, **options)
 
     def flags(self) -> list[str]:
-        """Returns every ``--flag`` in its spelling with underscores."""
-        return [o for o in self._option_string_actions if o.startswith("--") and "-" not in o[2:]]
+        """Returns the name of every flag, with underscores."""
+        return [o[2:] for o in self._option_string_actions if o.startswith("--") and "-" not in o[2:]]
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with one line instead of a page of usage."""
-        print(f"{self.prog}: error: {message}\n(--help lists all flags)", file=sys.stderr)
-        raise SystemExit(2)
+        refuse(self.prog, message)
 
+
+CONFIGS = Path(__file__).parent / "configs"
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
 
@@ -139,7 +149,7 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RecipeParser(dataclass_types, description)
-    path = _config_path(argv) or default_config
+    path = _given("--config", argv) or default_config
     if path is not None:
         values = read_config(path, [*dataclass_types.values(), *ignored])
         if promote and values.get(promote):
@@ -148,18 +158,39 @@ def parse_arguments(
         for action in parser._actions:
             action.required = action.required and action.dest not in values
         parser.set_defaults(**values)
-    parser.set_defaults(config=None if path is None else str(path))
+    parser.set_defaults(config=None if path is None else shown_path(path))
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = unknown[0].partition("=")[0].replace("-", "_")
-        flag = f"--{flag.lstrip('_')}" if unknown[0].startswith("--") else unknown[0]
-        parser.error(f"unknown argument {unknown[0]!r}{nearest(flag, parser.flags())}")
+        parser.error(unknown_flag(unknown[0], parser.flags(), OTHER_NAMES))
     settings = vars(namespace)
     instances = [
         cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.init})
         for cls in dataclass_types.values()
     ]
     return (*instances, Path(path).stem if path is not None else Path(parser.prog).stem)
+
+
+def base_config(argv: Sequence[str] | None = None) -> Path:
+    """Returns the file that is read where ``--config`` is not given: that of the digits, or for other data the general.
+
+    What suits the digits (a network a quarter as wide, a small step) is no answer to ``--dataset path/to/folder``.
+    """
+    dataset = _given("--dataset", sys.argv[1:] if argv is None else argv)
+    return CONFIGS / ("digits.yaml" if dataset in (None, "digits") else "own_images.yaml")
+
+
+def describe_settings(base: Path, argv: Sequence[str] | None = None) -> str:
+    """One line that says which file the settings come from that no flag gave."""
+    given = _given("--config", sys.argv[1:] if argv is None else argv)
+    return f"settings: {given}" if given else f"settings: {shown_path(base)}, as there is no --config"
+
+
+def shown_path(path: str | Path) -> str:
+    """Returns a path as short as it can be written from here."""
+    try:
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 def read_config(path: str | Path, dataclass_types: Iterable[type]) -> dict[str, Any]:
@@ -173,7 +204,7 @@ def read_config(path: str | Path, dataclass_types: Iterable[type]) -> dict[str, 
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
-        known = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.yaml"))
+        known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
         hint = nearest(path.name, known)
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}){hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -201,7 +232,10 @@ def clean_errors() -> Iterator[None]:
         yield
     except Interrupted as stop:
         print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
-        raise SystemExit(1) from stop
+        raise SystemExit(stop.exit_code) from stop
+    except KeyboardInterrupt as stop:  # between two trainings, or the second Ctrl-C in one
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; a run continues with --resume", file=sys.stderr)
+        raise SystemExit(130) from stop
     except ErdeError as error:
         print(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -220,10 +254,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _config_path(argv: Sequence[str]) -> str | None:
+def _given(flag: str, argv: Sequence[str]) -> str | None:
+    """Returns the value of one flag, without a look at the others."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    return finder.parse_known_args(argv)[0].config
+    finder.add_argument(flag, dest="value", nargs="?")
+    return finder.parse_known_args(argv)[0].value
 
 
 def _check_types(values: Mapping[Any, Any], dataclass_types: Iterable[type], where: str) -> dict[str, Any]:
@@ -234,7 +269,8 @@ def _check_types(values: Mapping[Any, Any], dataclass_types: Iterable[type], whe
     checked = {}
     for key, value in values.items():
         if key not in hints:
-            raise ConfigError(f"unknown key {key!r} in {where}{nearest(str(key), hints)} (--help lists all keys)")
+            hint = nearest_argument(str(key), hints)
+            raise ConfigError(f"unknown key {key!r} in {where}{hint} (--help lists all keys)")
         checked[key] = _convert(value, hints[key], key, where)
     return checked
 

@@ -3,14 +3,18 @@
     accelerate launch recipes/distill.py
     accelerate launch recipes/distill.py --config recipes/configs/cifar10_resnet18_resnet10.yaml --output_dir runs/a
 
-Without --config it is recipes/configs/digits.yaml: a few minutes on two CPU cores, nothing is downloaded.
+Without --config the settings are those of recipes/configs/digits.yaml (a few minutes on two CPU cores, nothing is
+downloaded), and with --dataset those of recipes/configs/own_images.yaml.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from _early import refuse_unknown_flags
 
-from _cli import clean_errors, parse_arguments
+if __name__ == "__main__":
+    refuse_unknown_flags(__file__)
+
+from _cli import base_config, clean_errors, describe_settings, parse_arguments
 
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
 from erde_hub.training.recipe_arguments import (
@@ -22,23 +26,22 @@ from erde_hub.training.recipe_arguments import (
     loss_arguments_class,
 )
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
-
 
 def main() -> None:
     """Teacher, student, report; a run that is resumed skips what it has done."""
+    base = base_config()
     sections = {
         "data": DataArguments,
         "student": StudentArguments,
         "exits": ExitArguments,
         "teacher": TeacherArguments,
-        "loss (in brackets: the losses that take it, with their defaults)": loss_arguments_class(),
+        "loss (in brackets the losses that take it, with their defaults)": loss_arguments_class(),
         "training of teacher and student": DistillationArguments,
     }
     data_args, student_args, exits, teacher_args, loss_args, args, config = parse_arguments(
-        sections, __doc__, default_config=DEFAULT_CONFIG
+        sections, __doc__, default_config=base
     )
-    loss = build_loss(student_args.loss, loss_args)
+    loss = build_loss(student_args.loss, loss_args, student_args.additions())
     accelerator = create_accelerator(args)
     recipe.configure_logging(accelerator.is_main_process)
     say = accelerator.print
@@ -46,16 +49,20 @@ def main() -> None:
     # Whatever can be wrong is found here, before the run has a folder and time is spent.
     teacher = recipe.load_model(student_args.teacher) if student_args.teacher else None
     preprocessing = recipe.existing_preprocessing(teacher, teacher_args, student_args)
-    data = recipe.load_data(data_args, preprocessing, progress=accelerator.is_main_process)
+    bars = accelerator.is_main_process
+    if student_args.teacher:  # what a teacher was trained on is not reported on
+        data = recipe.load_data_of(student_args.teacher, data_args, preprocessing, progress=bars)
+    else:
+        data = recipe.load_data(data_args, preprocessing, progress=bars)
     student = recipe.build_student(student_args, exits, data, args)
     plan = None
-    if teacher is None and loss.needs_teacher:
+    if teacher is None and loss.reads_teacher:
         plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
     if plan is not None:
         recipe.check_trainable(accelerator, plan.model, None, data, plan.loss, plan.args)
     recipe.check_trainable(accelerator, student, plan.model if plan else teacher, data, loss, args)
 
-    name = recipe.run_name(config, DEFAULT_CONFIG, data)
+    name = recipe.run_name(config, base, data)
     folder = run_on_main(
         accelerator,
         lambda: open_run_folder(args.output_dir, name, resume=args.resume, overwrite=args.overwrite_output_dir),
@@ -63,7 +70,7 @@ def main() -> None:
     args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, student_args, exits, teacher_args, loss_args, args)
     run = recipe.Run(accelerator, data, args, settings)
-    say(f"{recipe.describe_data(data)}\nrun: {folder}")
+    say(f"{describe_settings(base)}\n{recipe.describe_data(data)}\nrun: {folder}")
 
     results = run_on_main(accelerator, lambda: recipe.finished(folder)) if args.resume else None
     if results is None:

@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from _early import refuse_unknown_flags
+
+if __name__ == "__main__":
+    refuse_unknown_flags(__file__)
+
 from _cli import clean_errors, parse_arguments
 
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import build_results
-from erde_hub.losses import create_loss
 from erde_hub.policies import get_policy
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
 from erde_hub.training.recipe_arguments import DataArguments
@@ -47,9 +51,19 @@ class EvaluationArguments:
     )
 
 
+@dataclass
+class EvaluationDataArguments(DataArguments):
+    """Which data, and which part of them; images are read as they come, since no training can be lost."""
+
+    check_images: Literal["all", "headers", "none"] = field(
+        default="headers",
+        metadata={"help": "what is looked at before the model runs: every image, the headers of some, or nothing"},
+    )
+
+
 def main() -> None:
     """Loads, measures, writes."""
-    sections = {"what and where": EvaluationArguments, "data": DataArguments}
+    sections = {"what and where": EvaluationArguments, "data": EvaluationDataArguments}
     evaluation, data_args, _ = parse_arguments(sections, __doc__)
     args = DistillationArguments(
         batch_size=evaluation.batch_size,
@@ -63,12 +77,10 @@ def main() -> None:
     if evaluation.policy is not None:
         overrides = {"policy": evaluation.policy, "threshold": get_policy(evaluation.policy).cls.default_threshold}
     model = recipe.load_model(evaluation.model, **overrides)
-    data = recipe.load_data(data_args, model.config.preprocessing, progress=accelerator.is_main_process)
-    split_file = recipe.stored_split(evaluation.model, data)
-    if split_file is not None:
-        data = recipe.load_data(data_args, model.config.preprocessing, split_file, progress=False)
-    loss = create_loss("ce")
-    recipe.check_together(model, None, data, loss, args)
+    data = recipe.load_data_of(
+        evaluation.model, data_args, model.config.preprocessing, evaluation.split, accelerator.is_main_process
+    )
+    recipe.check_measurable(model, data)
 
     name = f"evaluate-{Path(evaluation.model).name}"
     refuse_checkpoint_folder(evaluation.output_dir)

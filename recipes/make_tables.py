@@ -1,4 +1,4 @@
-"""Writes what is generated: tables in README.md, and the card and the picture of every published run in model_cards/.
+"""Writes what is generated: tables in README.md and methods.md, card and picture of published runs in model_cards/.
 
     python recipes/make_tables.py           # rewrites them
     python recipes/make_tables.py --check   # exit code 1 if they are not current
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _methods_page
 import timm
 from PIL import Image, PngImagePlugin
 
@@ -31,6 +32,7 @@ from erde_hub.policies import get_policy, list_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "recipes" / "methods.md")
 RESULTS = ROOT / "recipes" / "results"
 CONFIGS = ROOT / "recipes" / "configs"
 CARDS = ROOT / "model_cards"
@@ -46,12 +48,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something is not current")
     check = parser.parse_args().check
     stale = []
-    text = README.read_text(encoding="utf-8")
-    current = render(text)
-    if current != text:
-        stale.append(README.name)
-        if not check:
-            README.write_text(current, encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        current = render(text)
+        if current != text:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if not check:
+                page.write_text(current, encoding="utf-8")
     for path, results in run_results():
         card, picture = CARDS / path.stem / "README.md", CARDS / path.stem / "frontier.png"
         card.parent.mkdir(parents=True, exist_ok=True)
@@ -71,11 +74,11 @@ def main() -> None:
 
 
 def render(text: str) -> str:
-    """Returns the README with every generated part made anew."""
+    """Returns a page with every generated part made anew."""
 
     def part(match: re.Match[str]) -> str:
         if match[2] not in _TABLES:
-            raise SystemExit(f"{README.name} asks for a table {match[2]!r}; there are {', '.join(_TABLES)}")
+            raise SystemExit(f"a page asks for a table {match[2]!r}; there are {', '.join(_TABLES)}")
         return f"{match[1]}{_TABLES[match[2]]()}\n{match[3]}"
 
     return _PART.sub(part, text)
@@ -168,6 +171,8 @@ def _links(reference: str) -> str:
 
 _TABLES: dict[str, Callable[[], str]] = {
     "losses": lambda: registry_table(list_losses(), get_loss),
+    "methods": lambda: _methods_page.losses_table(table, _links),
+    "additions": lambda: _methods_page.additions_table(table, _links),
     "policies": lambda: registry_table(list_policies(), get_policy),
     "heads": lambda: registry_table(list_heads(), get_head),
     "networks": networks_table,

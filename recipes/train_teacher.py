@@ -4,14 +4,18 @@
     accelerate launch recipes/train_teacher.py --config recipes/configs/cifar10_resnet18_resnet10.yaml
 
 It reads the same files as distill.py, with what `teacher_training` changes for the teacher; hand the folder that it
-leaves to `distill.py --teacher`. Without --config it is recipes/configs/digits.yaml.
+leaves to `distill.py --teacher`. Without --config the settings are those of recipes/configs/digits.yaml, and with
+--dataset those of recipes/configs/own_images.yaml.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from _early import refuse_unknown_flags
 
-from _cli import clean_errors, parse_arguments
+if __name__ == "__main__":
+    refuse_unknown_flags(__file__)
+
+from _cli import base_config, clean_errors, describe_settings, parse_arguments
 
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
 from erde_hub.training.recipe_arguments import (
@@ -22,11 +26,10 @@ from erde_hub.training.recipe_arguments import (
     loss_arguments_class,
 )
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
-
 
 def main() -> None:
     """Trains, measures and reports; a run that is resumed skips what it has done."""
+    base = base_config()
     sections = {
         "data": DataArguments,
         "teacher": TeacherArguments,
@@ -36,7 +39,7 @@ def main() -> None:
     data_args, teacher_args, exits, args, config = parse_arguments(
         sections,
         __doc__,
-        default_config=DEFAULT_CONFIG,
+        default_config=base,
         promote="teacher_training",
         ignored=[StudentArguments, loss_arguments_class()],
     )
@@ -50,7 +53,7 @@ def main() -> None:
     plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
     recipe.check_trainable(accelerator, plan.model, None, data, plan.loss, plan.args)
 
-    name = f"{recipe.run_name(config, DEFAULT_CONFIG, data)}-teacher"
+    name = f"{recipe.run_name(config, base, data)}-teacher"
     folder = run_on_main(
         accelerator,
         lambda: open_run_folder(args.output_dir, name, resume=args.resume, overwrite=args.overwrite_output_dir),
@@ -58,7 +61,8 @@ def main() -> None:
     args.output_dir = plan.args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, teacher_args, exits, args)
     run = recipe.Run(accelerator, data, args, settings)
-    say(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_network('teacher', plan.model)}")
+    say(f"{describe_settings(base)}\n{recipe.describe_data(data)}\nrun: {folder}")
+    say(f"\n{recipe.describe_network('teacher', plan.model)}")
     _, results = plan.train(run, folder)
     say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
 

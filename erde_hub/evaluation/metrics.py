@@ -6,7 +6,9 @@ for confidences of exactly 1, in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,31 +44,28 @@ class SampleMetrics:
     confidence: Tensor
 
     @classmethod
-    def stack(cls, parts: list[SampleMetrics]) -> SampleMetrics:
+    def stack(cls, parts: Sequence[SampleMetrics]) -> SampleMetrics:
         """Stacks the exits: E objects of (N,) give one of (E, N)."""
-        top5 = [part.top5 for part in parts if part.top5 is not None]
-        return cls(
-            correct=torch.stack([part.correct for part in parts]),
-            top5=torch.stack(top5) if top5 else None,
-            nll=torch.stack([part.nll for part in parts]),
-            brier=torch.stack([part.brier for part in parts]),
-            confidence=torch.stack([part.confidence for part in parts]),
-        )
+        return cls._join(parts, torch.stack)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[SampleMetrics]) -> SampleMetrics:
+        """Puts samples one behind the other."""
+        return cls._join(parts, torch.cat)
 
     def at(self, exit_index: Tensor) -> SampleMetrics:
         """Takes each sample's own exit: (E, N) and indices (N,) give (N,)."""
         rows = exit_index.unsqueeze(0)
+        return self._join([self], lambda values: values[0].gather(0, rows).squeeze(0))
 
-        def take(values: Tensor) -> Tensor:
-            return values.gather(0, rows).squeeze(0)
-
-        return SampleMetrics(
-            correct=take(self.correct),
-            top5=None if self.top5 is None else take(self.top5),
-            nll=take(self.nll),
-            brier=take(self.brier),
-            confidence=take(self.confidence),
-        )
+    @classmethod
+    def _join(cls, parts: Sequence[SampleMetrics], join: Callable[[list[Tensor]], Tensor]) -> SampleMetrics:
+        """Makes each field of those of the parts; one that a part does not have stays None."""
+        joined: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls)):
+            values = [getattr(part, name) for part in parts]
+            joined[name] = None if any(value is None for value in values) else join(values)
+        return cls(**joined)
 
     def summary(self, bins: int = ECE_BINS) -> dict[str, float]:
         """Means over the samples (N,): accuracy, top5 (above five classes), nll, brier, ece; all fractions or nats."""
@@ -94,15 +93,8 @@ def sample_metrics(logits: Tensor, labels: Tensor) -> SampleMetrics:
         RecordsError: A logit is NaN; the message names the row.
     """
     _check(logits, labels)
-    parts = [_rows(part, y) for part, y in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)]
-    top5 = [part.top5 for part in parts if part.top5 is not None]
-    return SampleMetrics(
-        correct=torch.cat([part.correct for part in parts]),
-        top5=torch.cat(top5) if top5 else None,
-        nll=torch.cat([part.nll for part in parts]),
-        brier=torch.cat([part.brier for part in parts]),
-        confidence=torch.cat([part.confidence for part in parts]),
-    )
+    parts = zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)
+    return SampleMetrics.concatenate([_rows(part, y) for part, y in parts])
 
 
 def exit_metrics(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> dict[str, float]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from erde_hub._files import replacing
 from erde_hub.errors import MissingDependencyError
 
-from ._files import replacing
 from .formatting import mmacs, percent, threshold_label
 from .report import validate_results
 
@@ -70,9 +70,7 @@ def plot_frontier(results: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
-        raise MissingDependencyError(
-            'drawing needs matplotlib: install it with `pip install "erde-hub[train]"`'
-        ) from error
+        raise MissingDependencyError("drawing needs matplotlib: install it with `pip install matplotlib`") from error
     results = validate_results(results)
     suffix = Path(path).suffix.lstrip(".").lower() or "png"
     with mpl_style.context(["default", _STYLE]):  # whatever a user's own style says; it is back afterwards
@@ -202,38 +200,40 @@ class _Labels:
     def beside(self, macs: float, accuracy: float, text: str, color: str, places: Sequence[Any]) -> None:
         """Tries the places around a point in turn and writes nothing if all are taken."""
         for dx, dy, horizontal, vertical in places:
-            note = self.axes.annotate(
-                text,
-                (macs / 1e6, 100 * accuracy),
-                (dx, dy),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                color=color,
-                fontsize=10,
-                zorder=7,
-            )
-            if self._keep(note):
+            if self._write(text, (macs / 1e6, 100 * accuracy), (dx, dy), (horizontal, vertical), color):
                 return
 
     def on_line(self, level: float, text: str, color: str) -> None:
         """Writes above or below a horizontal line, at either end."""
         for x, horizontal in ((0.995, "right"), (0.01, "left")):
             for dy, vertical in ((4, "bottom"), (-4, "top")):
-                note = self.axes.annotate(
-                    text,
-                    (x, level),
-                    (0, dy),
-                    xycoords=("axes fraction", "data"),
-                    textcoords="offset points",
-                    ha=horizontal,
-                    va=vertical,
-                    color=color,
-                    fontsize=10,
-                    zorder=7,
-                )
-                if self._keep(note):
+                place = ("axes fraction", "data")
+                if self._write(text, (x, level), (0, dy), (horizontal, vertical), color, xycoords=place):
                     return
+
+    def _write(
+        self,
+        text: str,
+        point: tuple[float, float],
+        offset: tuple[float, float],
+        alignment: tuple[str, str],
+        color: str,
+        **where: Any,
+    ) -> bool:
+        """Writes words at an offset from a point if nothing is in their way, and tells whether it did."""
+        note = self.axes.annotate(
+            text,
+            point,
+            offset,
+            textcoords="offset points",
+            ha=alignment[0],
+            va=alignment[1],
+            color=color,
+            fontsize=10,
+            zorder=7,
+            **where,
+        )
+        return self._keep(note)
 
     def _keep(self, note: Annotation) -> bool:
         box = note.get_window_extent().padded(3)

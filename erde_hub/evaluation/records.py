@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from erde_hub._files import replacing
 from erde_hub.errors import ConfigError, DataError, InputTypeError, RecordsError, ShapeError
 
-from ._files import replacing
 from .metrics import check_labels
 
 #: Keyword inputs of the model that batches may hold; everything else in a batch is left alone.

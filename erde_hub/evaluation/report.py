@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from erde_hub import __version__
+from erde_hub._files import write_text
 from erde_hub.errors import ResultsError, nearest
 
-from ._files import write_text
 from .metrics import ECE_BINS
 from .records import ExitRecords
 from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from erde_hub.errors import ConfigError, InputTypeError, ThresholdError
+from erde_hub._files import write_text
+from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.policies import (
     ConfidencePolicy,
     EntropyPolicy,
@@ -23,13 +23,11 @@ from erde_hub.policies import (
     PatiencePolicy,
     create_policy,
 )
+from erde_hub.policies.base import plain_threshold
+from erde_hub.policies.offline import exit_indices, score_exits
 
-from ._files import write_text
 from .metrics import ECE_BINS, SampleMetrics, sample_metrics
 from .records import ExitRecords
-
-#: Samples that are scored at a time.
-_ROWS = 8192
 
 
 def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
@@ -38,32 +36,7 @@ def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
     Shape:
         Returns (E - 1, N).
     """
-    policy = _policy(policy)
-    early = records.num_exits - 1
-    if early == 0:
-        return torch.empty(0, records.num_samples)
-    parts = []
-    with torch.no_grad():
-        for logits in records.logits[:early].split(_ROWS, 1):
-            log_probs = logits.log_softmax(-1)
-            seen = [log_probs[: e + 1] if policy.uses_history else log_probs[e : e + 1] for e in range(early)]
-            parts.append(torch.stack([policy.score(history) for history in seen]))
-    return torch.cat(parts, 1)
-
-
-def exit_indices(scores: Tensor, policy: ExitPolicy, thresholds: Sequence[float]) -> Tensor:
-    """Returns the exit that each sample takes: the first whose score passes, otherwise the last.
-
-    Shape:
-        scores: (E - 1, N), from :func:`exit_scores`. thresholds: E - 1 numbers. Returns (N,) int64.
-    """
-    stays = torch.ones(scores.shape[1], dtype=torch.bool)
-    index = torch.zeros(scores.shape[1], dtype=torch.int64)
-    for score, threshold in zip(scores, thresholds, strict=True):
-        if not policy.never_leaves(threshold):
-            stays &= policy.compare(score, threshold).logical_not()
-        index += stays
-    return index
+    return score_exits(records.logits, _policy(policy))
 
 
 def route_records(
@@ -84,7 +57,7 @@ def route_records(
         UnknownNameError: There is no policy of that name.
     """
     policy = _policy(policy)
-    thresholds = policy.check_threshold(_numbers(threshold), records.num_exits - 1)
+    thresholds = policy.check_threshold(threshold, records.num_exits - 1)
     index = exit_indices(exit_scores(records, policy), policy, thresholds)
     return index, records.logits[index, torch.arange(records.num_samples)]
 
@@ -121,7 +94,7 @@ def sweep_thresholds(
         thresholds = step_thresholds(policy, early) or fine_thresholds(records, policy)
     if isinstance(thresholds, (int, float, str)):
         raise InputTypeError(f"thresholds must be a sequence with one entry per row, got {thresholds!r}: write [...]")
-    wanted = [_numbers(threshold) for threshold in thresholds]
+    wanted = [plain_threshold(threshold) for threshold in thresholds]
     if not wanted:
         raise ConfigError("there are no thresholds to sweep: give at least one, or None for the default steps")
     checked = [policy.check_threshold(threshold, early) for threshold in wanted]
@@ -272,23 +245,6 @@ def _policy(policy: str | ExitPolicy) -> ExitPolicy:
     if isinstance(policy, str):
         return create_policy(policy)
     raise InputTypeError(f"policy must be a name or an ExitPolicy, got {type(policy).__name__}")
-
-
-def _numbers(threshold: Any) -> float | list[float]:
-    """A threshold or one per exit as Python floats; rows of an earlier sweep may hold ``"inf"``."""
-    if isinstance(threshold, (torch.Tensor, np.ndarray, np.generic)):
-        threshold = threshold.tolist()
-    if isinstance(threshold, (list, tuple)):
-        return [_number(value) for value in threshold]
-    return _number(threshold)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str) and value in ("inf", "-inf"):
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ThresholdError(f"a threshold must be a number, or one number per early exit, got {value!r}")
-    return float(value)
 
 
 def _json_threshold(threshold: float | list[float]) -> Any:

@@ -66,7 +66,7 @@ def render_model_card(
         import jinja2  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise MissingDependencyError(
-            'rendering a model card needs jinja2: install it with `pip install "erde-hub[train]"`'
+            "rendering a model card needs jinja2: install it with `pip install jinja2`"
         ) from error
     if repo_id is not None:
         try:

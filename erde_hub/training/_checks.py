@@ -96,9 +96,11 @@ def check_loss(
             cross-entropy to smooth.
     """
     name = type(loss).__name__
-    if loss.needs_teacher and teacher is None:
+    if loss.task != "classification":
+        raise ConfigError(f"{name} is for {loss.task}, not for images with classes: choose 'erde' or 'kd', say")
+    if loss.reads_teacher and teacher is None:
         raise ConfigError(f"{name} learns from a teacher and there is none: pass teacher=, or train with loss 'ce'")
-    if not loss.needs_teacher and teacher is not None:
+    if not loss.reads_teacher and teacher is not None:
         raise ConfigError(f"{name} does not use a teacher: leave teacher out, or choose a loss such as 'erde' or 'kd'")
     if args.label_smoothing:
         if not hasattr(loss, "label_smoothing"):
@@ -106,6 +108,8 @@ def check_loss(
         loss.label_smoothing = args.label_smoothing  # type: ignore[assignment]
     students = len(exit_names(student))
     loss.weights_for(students)
+    for addition in loss.additions():
+        addition.check_exits(students)
     if teacher is None:
         return None
     teachers = exit_names(teacher)

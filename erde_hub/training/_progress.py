@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from .distiller import Distiller
 
 
+_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+#: Columns of the bar itself and of what surrounds numbers in the format above, times of more than an hour included.
+_FIXED = 6 + len(": 100%|| / [1:00:00<1:00:00]")
+
+
 def progress_bar(distiller: Distiller) -> tqdm[Any]:
     """Returns one bar for the training, on the main process; into a log file it writes a line every half minute."""
     terminal = sys.stderr.isatty()
-    sized = terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     return tqdm(
         total=distiller.total_steps,
         initial=distiller.position.step,
         desc=f"epoch {distiller.position.epoch + 1}/{distiller.epochs}",
         unit="step",
-        dynamic_ncols=sized,
-        ncols=100 if terminal and not sized else None,  # some terminals say that they are 0 columns wide
+        bar_format=_FORMAT,
+        ncols=_columns(),
         smoothing=0.1,
         mininterval=0.2 if terminal else 30.0,
         maxinterval=10.0 if terminal else 60.0,
@@ -32,11 +36,25 @@ def progress_bar(distiller: Distiller) -> tqdm[Any]:
 
 
 def show(bar: tqdm[Any], title: str, values: Mapping[str, Any]) -> None:
-    """Puts loss, terms and accuracy per exit behind the bar; drawn when the bar moves next."""
-    shown = {name: f"{value:.3f}" for name, value in {"loss": values["loss"], **values["terms"]}.items()}
-    shown["acc"] = "/".join(f"{100 * share:.0f}" for share in values["accuracy"]) + "%"
-    bar.set_description(title, refresh=False)
-    bar.set_postfix(shown, refresh=False)
+    """Puts accuracy per exit, loss and its terms behind the bar, as many as fit; drawn when the bar moves next."""
+    parts = ["/".join(f"{100 * share:.0f}" for share in values["accuracy"]) + "% right", f"loss {values['loss']:.3g}"]
+    if len(values["terms"]) > 1:
+        parts += [f"{name} {value:.2g}" for name, value in values["terms"].items()]
+    bar.ncols = columns = _columns()  # the window may have changed its size
+    room = columns - _FIXED - len(title) - 2 * len(str(bar.total))
+    shown = ""
+    for part in parts:
+        if len(shown) + len(part) + 2 > room:
+            break
+        shown += f", {part}" if shown else part
+    bar.set_description_str(title, refresh=False)
+    bar.set_postfix_str(shown, refresh=False)
+
+
+def _columns() -> int:
+    """Returns the columns of the terminal; of a log file, and of terminals that say they have none, 120."""
+    width = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    return width - 1 if width > 1 else 120  # some terminals wrap when the last column is written
 
 
 def flatten(values: Any, names: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -123,7 +124,13 @@ def restore(distiller: Distiller) -> Path | None:
         )
     info = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     check_same_run(info["run"], distiller.identity, folder.name)
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"state.pt of {folder.name} holds more than tensors and plain values, and nothing in a checkpoint is run as"
+            f" code: it was not written by this trainer ({' '.join(str(error).split())[:200]})"
+        ) from error
     if distiller.sharded:
         accelerator.load_state(str(folder / "shards"))
     else:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from timm.optim import get_optimizer_info, list_optimizers
 
-from erde_hub.errors import ConfigError, InputTypeError, unknown_name
+from erde_hub.errors import ConfigError, InputTypeError, nearest, unknown_name
 
 from .augment import get_augmentation
 from .schedules import list_schedulers
+
+T = TypeVar("T")
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -37,7 +41,53 @@ FREE_ON_RESUME = frozenset(
 #: Fields that say where and how this one process runs; they are left out of what is published.
 _PRIVATE = frozenset({"output_dir", "resume", "overwrite_output_dir", "progress_bar"})
 
+#: What other trainers call some of the fields, for messages. recipes/_early.py reads it without importing this file.
+OTHER_NAMES = {
+    "amp": "mixed_precision",
+    "bf16": "mixed_precision",
+    "clip_grad": "max_grad_norm",
+    "dataloader_num_workers": "num_workers",
+    "fp16": "mixed_precision",
+    "label_smoothing_factor": "label_smoothing",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "scheduler",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "opt": "optimizer",
+    "optim": "optimizer",
+    "per_device_train_batch_size": "batch_size",
+    "save_steps": "checkpoint_steps",
+    "save_total_limit": "keep_checkpoints",
+    "sched": "scheduler",
+    "smoothing": "label_smoothing",
+    "warmup_ratio": "warmup",
+}
 
+
+def nearest_argument(name: str, allowed: Collection[str]) -> str:
+    """Returns ``"; did you mean 'lr'?"`` for the argument that is meant, by another trainer's name or by spelling."""
+    known = OTHER_NAMES.get(name)
+    return f"; did you mean {known!r}?" if known in allowed else nearest(name, allowed)
+
+
+def _refuse_unknown(cls: type[T]) -> type[T]:
+    """Makes a dataclass answer an argument that it does not have with a typed error instead of a bare TypeError."""
+    init = cls.__init__
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked(self: T, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in names:
+                hint = nearest_argument(name, names)
+                raise ConfigError(f"{cls.__name__} has no argument {name!r}{hint} (it takes: {', '.join(names)})")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@_refuse_unknown
 @dataclass
 class DistillationArguments:
     """Arguments of the :class:`~erde_hub.training.Distiller`; every field is a flag of the training recipes.

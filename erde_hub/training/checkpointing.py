@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from erde_hub._files import set_default_mode
 from erde_hub.errors import CheckpointError, CheckpointWriteError
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         storages.add(storage)
         unique[name] = tensor.detach().clone().contiguous() if shared else tensor.detach().contiguous()
     save_file(unique, path, metadata={"aliases": json.dumps(aliases)})
+    set_default_mode(path)
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:

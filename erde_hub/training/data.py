@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -21,7 +21,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError
 
 from .augment import LIMIT_STREAM
-from .data_images import EncodedImages, check_headers, content_hash, decode_splits
+from .data_images import HASHED_ROWS, EncodedImages, content_digest, content_hash, decode_splits
+from .data_integrity import check_wish, find_unreadable
 from .data_loader import BatchLoader, DecodedSplit, EncodedSplit, Split
 from .data_preprocessing import (
     SMALL_IMAGE_PIXELS,
@@ -31,7 +32,7 @@ from .data_preprocessing import (
     check_wishes,
 )
 from .data_source import Source, open_source
-from .data_splits import SPLIT_NAMES, SplitPlan, load_plan, plan_splits, rows_digest, stratified_sample
+from .data_splits import SPLIT_NAMES, SplitPlan, bucket_of, load_plan, plan_splits, rows_digest, stratified_sample
 from .data_stream import StreamSplit, open_stream
 
 __all__ = ["BatchLoader", "ImageData", "image_data_from_arrays", "load_image_data"]
@@ -51,6 +52,8 @@ class ImageData:
         test: Rows to report on.
         split_info: How each split was made, as JSON types.
         augment: The augmentation that suits these data where none is chosen.
+        plan: The whole splits, of which ``max_train_samples`` and the like use a part; see :meth:`save_split`.
+        head: Hash of the first training rows, by which loaded data and a stream know each other.
     """
 
     name: str
@@ -63,6 +66,7 @@ class ImageData:
     split_info: dict[str, dict[str, Any]]
     augment: str = "crop_flip"
     plan: SplitPlan | None = field(default=None, repr=False)
+    head: str | None = field(default=None, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -97,12 +101,19 @@ class ImageData:
     def save_split(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows that were held out as JSON, for ``load_image_data(..., split_file=path)``.
 
+        Of streamed data it is the rule that tells the rows apart, which loading them without streaming follows too.
+
         Raises:
-            DataError: The data are streamed; their splits follow from a hash of the images and need no file.
+            DataError: The data were put together by hand, without a plan.
         """
         if self.plan is None:
-            raise DataError("streamed data have no rows to store: their splits follow from a hash of the images")
-        self.plan.save(path, self.name, self.fingerprint)
+            raise DataError(f"{self.name!r} has no plan of its splits: only data from load_image_data have one")
+        self.plan.save(path, self.name, self.fingerprint, self.head)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows are read one after another."""
+        return isinstance(self.train, StreamSplit)
 
     def summary(self) -> dict[str, Any]:
         """Returns what a report says about the data, as JSON types and without paths."""
@@ -131,14 +142,16 @@ def load_image_data(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     split_file: str | os.PathLike[str] | None = None,
+    check_images: Literal["all", "headers", "none"] = "all",
     seed: int = 0,
     progress: bool = True,
 ) -> ImageData:
     """Loads a data set and cuts it into train, validation and test.
 
-    Small images (all of one size, at most 96x96, and so is the input) are decoded once, kept as uint8 and remembered on
-    disk; their mean and standard deviation are measured on train. Larger ones are decoded when they are needed, with
-    ImageNet's mean and standard deviation, 224x224, bicubic and ``crop_pct`` 0.875 unless told otherwise.
+    Small images (all of one size, square or not, of at most 96x96 pixels, and so is the input) are decoded once, kept
+    as uint8 and remembered on disk; they keep their shape unless ``input_size`` says otherwise, and their mean and
+    standard deviation are measured on train. Larger ones are decoded when they are needed, with ImageNet's mean and
+    standard deviation, 224x224, bicubic and ``crop_pct`` 0.875 unless told otherwise.
 
     Args:
         dataset: "digits" (scikit-learn's, 32x32, no download), a local folder that ``datasets.load_dataset`` reads
@@ -155,7 +168,11 @@ def load_image_data(
         cache_dir: Where ``datasets`` and the decoded images are kept; by default the cache of ``datasets``.
         max_train_samples: Train on a stratified part.
         max_eval_samples: Use stratified parts of validation and test.
-        split_file: Written by :meth:`ImageData.save_split`: use exactly these held-out rows.
+        split_file: Written by :meth:`ImageData.save_split`: use exactly these held-out rows. A file of streamed data
+            holds a rule that data which are loaded follow too; one with row numbers is of no use to a stream.
+        check_images: Large images that cannot be read are found here and not in the middle of training: "all" decodes
+            every image once, on all cores, and remembers in ``cache_dir`` that it did; "headers" opens up to 20,000 of
+            each split; "none" looks at nothing. Small images are decoded here in any case, streams never.
         seed: Of the held-out rows; 0 gives the splits that other people get.
         progress: Show progress bars.
 
@@ -171,12 +188,15 @@ def load_image_data(
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise ConfigError(f"{name}={limit!r} is not allowed: give an integer of 1 or more, or None for all rows")
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
+    check_wish(check_images)
     wishes = check_wishes(input_size, mean, std, interpolation, crop_pct)
     if streaming:
-        for name, given in {"'digits'": dataset == "digits", "split_file": split_file, **limits}.items():
+        for name, given in {"'digits'": dataset == "digits", **limits}.items():
             if given and name != "max_train_samples":
                 raise ConfigError(f"streaming does not go with {name}: load without streaming")
-        opened = open_stream(dataset, image_column, label_column, config_name, wishes, cache, max_train_samples)
+        opened = open_stream(
+            dataset, image_column, label_column, config_name, wishes, cache, max_train_samples, split_file
+        )
         return _streamed(*opened)
     stored: Mapping[str, EncodedImages | NDArray[np.uint8]]
     if dataset == "digits":
@@ -186,10 +206,15 @@ def load_image_data(
         source = open_source(dataset, image_column, label_column, config_name, cache)
         stored = source.images
     fingerprint = content_hash(source.class_names, source.labels, stored, progress)
-    plan = plan_splits(source.labels, seed) if split_file is None else load_plan(split_file, source.labels, fingerprint)
-    folder = Path(cache or datasets.config.HF_DATASETS_CACHE) / "erde_hub_decoded"
+    head = _head(source)
+    plan = (
+        plan_splits(source.labels, seed)
+        if split_file is None
+        else load_plan(split_file, source.labels, fingerprint, head, lambda split: _buckets(source.images[split]))
+    )
+    folder = Path(cache or datasets.config.HF_DATASETS_CACHE)
     used = _limit(plan, source.labels, max_train_samples, max_eval_samples)
-    return _build(source, stored, plan, used, fingerprint, wishes, folder, progress)
+    return replace(_build(source, stored, plan, used, fingerprint, wishes, folder, check_images, progress), head=head)
 
 
 def image_data_from_arrays(
@@ -233,7 +258,7 @@ def image_data_from_arrays(
         raise InputTypeError(f"images of {name!r} differ in size between splits")
     source = Source(name, list(class_names), labels, {})
     plan, fingerprint = plan_splits(labels, seed), content_hash(class_names, labels, images)
-    return _build(source, images, plan, plan, fingerprint, PreprocessingWishes(), None, progress=False)
+    return _build(source, images, plan, plan, fingerprint, PreprocessingWishes(), None, "none", progress=False)
 
 
 def _build(
@@ -243,16 +268,20 @@ def _build(
     used: SplitPlan,
     fingerprint: str,
     wishes: PreprocessingWishes,
-    cache_folder: Path | None,
+    cache: Path | None,
+    check: str,
     progress: bool,
 ) -> ImageData:
     """Puts the splits together, decoded where that is sensible; ``used`` is the part of ``plan`` that is asked for."""
     needed = {
         split: np.unique(np.concatenate([rows for origin, rows in used.rows.values() if origin == split]))
-        for split in {origin for origin, _ in used.rows.values()}
+        for split in dict.fromkeys(origin for origin, _ in used.rows.values())
     }
-    stores = decode_splits(stored, needed, fingerprint, wishes, cache_folder, progress)
+    stores = decode_splits(stored, needed, fingerprint, wishes, cache and cache / "erde_hub_decoded", progress)
     if stores is None:
+        for split, rows in needed.items():
+            checked = cache and cache / "erde_hub_checked" / f"{fingerprint}-{split}"
+            find_unreadable(source.images[split], rows, check, checked, progress)
         preprocessing = wishes.complete((3, 224, 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bicubic", 0.875)
     else:
         origin, rows = used.rows["train"]
@@ -265,9 +294,7 @@ def _build(
     for name, (origin, rows) in used.rows.items():
         labels, indices = torch.from_numpy(source.labels[origin][rows]), torch.from_numpy(rows.copy())
         if stores is None:
-            images = source.images[origin]
-            check_headers(images, rows, progress)
-            splits[name] = EncodedSplit(name, labels, indices, preprocessing, images)
+            splits[name] = EncodedSplit(name, labels, indices, preprocessing, source.images[origin])
         else:
             pixels, positions = stores[origin].pixels, stores[origin].positions(rows)
             splits[name] = DecodedSplit(name, labels, indices, preprocessing, pixels, positions)
@@ -285,12 +312,25 @@ def _build(
     )
 
 
+def _head(source: Source) -> str | None:
+    """What a stream of the same data has for a fingerprint; None for images that no stream can give."""
+    images = source.images.get("train")
+    if images is None:
+        return None
+    rows = images.iterate(range(min(HASHED_ROWS, len(images))))
+    return content_digest(source.class_names, [(content, int(source.labels["train"][row])) for row, content in rows])
+
+
+def _buckets(images: EncodedImages) -> NDArray[np.int64]:
+    return np.fromiter((bucket_of(content) for _, content in images.iterate()), np.int64, len(images))
+
+
 def _streamed(
     name: str,
     fingerprint: str,
     class_names: list[str],
     splits: Mapping[str, StreamSplit],
-    info: dict[str, dict[str, Any]],
+    plan: SplitPlan,
 ) -> ImageData:
     preprocessing = splits["train"].preprocessing
     height, width = preprocessing.input_size[1:]
@@ -302,8 +342,10 @@ def _streamed(
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],
-        split_info=info,
+        split_info=plan.info,
         augment="crop_flip" if height * width <= SMALL_IMAGE_PIXELS else "rrc_flip",
+        plan=plan,
+        head=fingerprint,
     )
 
 
@@ -313,7 +355,7 @@ def _digits(size: tuple[int, ...]) -> tuple[Source, dict[str, NDArray[np.uint8]]
         from sklearn.datasets import load_digits  # noqa: PLC0415 (an extra)
     except ImportError as error:
         raise MissingDependencyError(
-            "the data set 'digits' comes with scikit-learn: pip install 'erde-hub[train]'"
+            "the data set 'digits' comes with scikit-learn: pip install scikit-learn"
         ) from error
     levels, labels = load_digits(return_X_y=True)
     grey = np.rint(levels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)

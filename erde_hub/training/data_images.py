@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from erde_hub._files import set_default_mode
 from erde_hub.errors import DataError
 
 from .data_preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes
@@ -28,12 +29,13 @@ _logger = logging.getLogger(__name__)
 
 # Decoding fewer rows than this takes less than half a second, which is not worth a file.
 _CACHE_MIN_ROWS = 5_000
-_HEADER_CHECKS = 20_000
 # A decoded set that would take more than this stays encoded.
 _DECODED_BYTES_LIMIT = 4 << 30
 _FULL_HASH_BYTES = 1 << 30
 _SAMPLED_ROWS = 256
 _EXIF_ORIENTATION = 0x0112
+#: Rows at the beginning of train by which a stream is known.
+HASHED_ROWS = 64
 
 
 class EncodedImages:
@@ -122,22 +124,17 @@ def common_size(images: Mapping[str, EncodedImages]) -> tuple[int, int] | None:
     """Returns (H, W) if a few rows of every split have one and the same size, else None; opens headers only."""
     sizes = set()
     for encoded in images.values():
-        for row in _spread(len(encoded), 32):
-            sizes.add(_size(encoded.read(row), encoded.where(row)))
+        for row in spread(len(encoded), 32):
+            sizes.add(header_size(encoded.read(row), encoded.where(row)))
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def check_headers(encoded: EncodedImages, rows: NDArray[np.int64], progress: bool) -> None:
-    """Opens the headers of up to 20,000 evenly spaced rows of these, so that a broken one is found before training.
+def header_size(content: bytes, where: str) -> tuple[int, int]:
+    """Returns (H, W) without decoding the pixels.
 
-    Pixels are not decoded: an image that is cut off in the middle is found when it is read.
+    Raises:
+        DataError: The bytes are no image; the message names ``where``.
     """
-    rows = rows[_spread(len(rows), _HEADER_CHECKS)]
-    for row, content in tqdm(encoded.iterate(rows), "checking images", len(rows), disable=not progress, leave=False):
-        _size(content, encoded.where(row))
-
-
-def _size(content: bytes, where: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.height, image.width
@@ -147,7 +144,7 @@ def _size(content: bytes, where: str) -> tuple[int, int]:
         ) from error
 
 
-def _spread(size: int, count: int) -> NDArray[np.int64]:
+def spread(size: int, count: int) -> NDArray[np.int64]:
     """Returns up to ``count`` evenly spaced row numbers, the first and the last among them."""
     return np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
 
@@ -285,6 +282,7 @@ class DecodedCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({"pixels": torch.from_numpy(pixels)}, partial, metadata={"checksum": _checksum(pixels)})
+            set_default_mode(partial)
             partial.replace(path)
         except Exception as error:  # noqa: BLE001 (safetensors raises its own kinds; the run goes on without a cache)
             _logger.warning("the decoded images could not be kept in %s: %s", self._folder, error)
@@ -314,8 +312,8 @@ def content_hash(
             digest.update(repr(stored.shape).encode())
             digest.update(np.ascontiguousarray(stored).data)
             continue
-        sample = _spread(len(stored), _SAMPLED_ROWS)
-        mean_size = np.mean([len(content) for _, content in stored.iterate(_spread(len(stored), 32))])
+        sample = spread(len(stored), _SAMPLED_ROWS)
+        mean_size = np.mean([len(content) for _, content in stored.iterate(spread(len(stored), 32))])
         every = mean_size * len(stored) <= _FULL_HASH_BYTES
         contents, total = stored.iterate(None if every else sample), len(stored) if every else len(sample)
         for _, content in tqdm(contents, "hashing images", total, disable=not progress, leave=False):
@@ -325,7 +323,7 @@ def content_hash(
 
 
 def content_digest(class_names: Sequence[str], rows: Sequence[tuple[bytes, int]]) -> str:
-    """As :func:`content_hash`, of the first rows of a stream only."""
+    """As :func:`content_hash`, of the first rows only, which a stream can read too."""
     digest = hashlib.blake2b(repr(list(class_names)).encode(), digest_size=8)
     for content, label in rows:
         digest.update(f"{label}:{len(content)}".encode())

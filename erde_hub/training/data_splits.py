@@ -1,7 +1,7 @@
 """Which rows train, which choose thresholds, which are reported: rules that know labels and nothing else.
 
-All choices are hashes of the row number, so they are the same on every machine and do not depend on a generator's
-version. The rules work for any data with class labels, images or not.
+All choices are hashes, of the row number or, for streams, of the image, so they are the same on every machine and do
+not depend on a generator's version. The rules work for any data with class labels, images or not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from erde_hub._files import write_text
 from erde_hub.errors import DataError
-from erde_hub.evaluation._files import write_text
 
 from .augment import SPLIT_STREAM, counter_hash
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.int64]
+Buckets = tuple[int, int]
 
 SPLIT_NAMES = ("train", "validation", "test")
 VALIDATION_FRACTION = 0.1
 TEST_FRACTION = 0.2
+EVERY_BUCKET = (0, 100)
 _FORMAT_VERSION = 1
+_RULE_KEYS = ("rule", "fraction", "seed", "from", "below")
 
 
 def stratified_sample(
@@ -97,15 +101,73 @@ def _without(size: int, rows: Rows) -> Rows:
     return np.setdiff1d(np.arange(size), rows, assume_unique=True)
 
 
+def bucket_of(content: bytes) -> int:
+    """Returns 0 to 99 for the bytes of an image; equal images share a bucket, so no copy crosses splits."""
+    return int(counter_hash(0, 0, np.array([zlib.crc32(content)]), SPLIT_STREAM)[0] % np.uint64(100))
+
+
+def split_rules(sources: Collection[str]) -> dict[str, tuple[str, float]]:
+    """Returns where each part comes from: a source split, and the share it takes of what earlier parts left of it.
+
+    ==========================  ==============================================================================
+    source splits               rule
+    ==========================  ==============================================================================
+    train, validation, test     as given
+    train, test                 validation is 10 % of train
+    train, validation           validation is halved into validation and test
+    train                       test is 20 %, validation 10 % of the rest
+    ==========================  ==============================================================================
+
+    Raises:
+        DataError: There is no train split.
+    """
+    if "train" not in sources:
+        raise DataError(f"there is no split 'train' (found: {', '.join(map(repr, sources)) or 'none'})")
+    validated = "validation" in sources
+    held_out = ("validation", 0.5) if validated else ("train", TEST_FRACTION)
+    return {
+        "test": ("test", 1.0) if "test" in sources else held_out,
+        "validation": ("validation", 1.0) if validated else ("train", VALIDATION_FRACTION),
+        "train": ("train", 1.0),
+    }
+
+
+def split_buckets(sources: Collection[str]) -> dict[str, tuple[str, Buckets]]:
+    """Returns source split and buckets of each part, for rows that are told apart by :func:`bucket_of` alone."""
+    taken = dict.fromkeys(sources, 0)
+    parts = {}
+    for part, (source, share) in split_rules(sources).items():
+        first = taken[source]
+        taken[source] = first + round(share * (100 - first))
+        parts[part] = (source, (first, taken[source]))
+    return parts
+
+
+def bucket_info(source: str, buckets: Buckets) -> dict[str, Any]:
+    """Describes a part of a stream as :attr:`SplitPlan.info` does; :meth:`StoredSplit.buckets` reads it."""
+    if buckets == EVERY_BUCKET:
+        return {"source": source, "rule": "given"}
+    return {"source": source, "rule": "hash of the image modulo 100", "from": buckets[0], "below": buckets[1]}
+
+
 @dataclass
 class SplitPlan:
-    """The rows of train, validation and test, each with the source split it is taken from, and how that was decided."""
+    """The rows of train, validation and test, each with the source split it is taken from, and how that was decided.
+
+    Streamed data have no row numbers: ``rows`` is empty then, and ``info`` alone says which rows belong where.
+    """
 
     rows: dict[str, tuple[str, Rows]]
     info: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike[str], dataset: str, fingerprint: str) -> None:
-        """Writes the held-out rows as JSON, beside first and then renamed.
+    def save(self, path: str | os.PathLike[str], dataset: str, fingerprint: str, head: str | None = None) -> None:
+        """Writes the held-out rows, or the rule that finds them, as JSON, beside first and then renamed.
+
+        Args:
+            path: The file.
+            dataset: Name of the data set, for people.
+            fingerprint: Of the data: the file is used with these only.
+            head: Hash of the first training rows, by which loaded data and a stream know each other.
 
         Raises:
             CheckpointWriteError: The file cannot be written.
@@ -114,6 +176,8 @@ class SplitPlan:
             "format_version": _FORMAT_VERSION,
             "dataset": dataset,
             "fingerprint": fingerprint,
+            "head": head,
+            "streamed": not self.rows,
             "splits": self.info,
             # train is what these leave of their sources
             "rows": {
@@ -126,16 +190,7 @@ class SplitPlan:
 
 
 def plan_splits(labels: Mapping[str, Labels], seed: int = 0) -> SplitPlan:
-    """Decides the three splits from the source splits that there are.
-
-    ==========================  ==============================================================================
-    source splits               rule
-    ==========================  ==============================================================================
-    train, validation, test     as given
-    train, test                 validation is a stratified 10 % of train
-    train, validation           validation is halved, stratified, into validation and test
-    train                       test is a stratified 20 %, validation a stratified 10 % of the rest
-    ==========================  ==============================================================================
+    """Decides the three splits from the source splits that there are, by :func:`split_rules`, stratified by class.
 
     Args:
         labels: Class of every row of each source split.
@@ -144,71 +199,129 @@ def plan_splits(labels: Mapping[str, Labels], seed: int = 0) -> SplitPlan:
     Raises:
         DataError: There is no train split, or too few rows to hold any out.
     """
-    if "train" not in labels:
-        raise DataError(f"there is no split 'train' (found: {', '.join(map(repr, labels)) or 'none'})")
-    everything = {name: np.arange(len(values)) for name, values in labels.items()}
-    train = everything["train"]
+    left = {name: np.arange(len(values)) for name, values in labels.items()}
     rows: dict[str, tuple[str, Rows]] = {}
     rules: dict[str, dict[str, Any]] = {}
-    if "test" in labels:
-        rows["test"], rules["test"] = ("test", everything["test"]), {"rule": "given"}
-    elif "validation" in labels:
-        first, second = halve_split(labels["validation"], seed)
-        rows["validation"], rows["test"] = ("validation", first), ("validation", second)
-        rules["validation"] = rules["test"] = {"rule": "stratified half of validation", "seed": seed}
-    else:
-        kept, held = hold_out(labels["train"], TEST_FRACTION, seed)
-        train, rows["test"] = kept, ("train", held)
-        rules["test"] = {"rule": "stratified part of train", "fraction": TEST_FRACTION, "seed": seed}
-    if "validation" not in rows:
-        if "validation" in labels:
-            rows["validation"], rules["validation"] = ("validation", everything["validation"]), {"rule": "given"}
+    for part, (source, share) in split_rules(labels).items():
+        rest = left[source]
+        if share == 1:
+            kept, taken = rest[:0], rest
+            rules[part] = {"rule": "given" if len(rest) == len(labels[source]) else f"rest of {source}"}
+        elif source == "train":
+            first, second = hold_out(labels[source][rest], share, seed)
+            kept, taken = rest[first], rest[second]
+            rules[part] = {"rule": "stratified part of train", "fraction": share, "seed": seed}
         else:
-            kept, held = hold_out(labels["train"][train], VALIDATION_FRACTION, seed)
-            rows["validation"], train = ("train", train[held]), train[kept]
-            rules["validation"] = {
-                "rule": "stratified part of train",
-                "fraction": VALIDATION_FRACTION,
-                "seed": seed,
-            }
-    rows["train"] = ("train", train)
-    rules["train"] = {"rule": "given" if len(train) == len(labels["train"]) else "rest of train"}
+            kept, taken = halve_split(labels[source], seed)
+            rules[part] = {"rule": f"stratified half of {source}", "seed": seed}
+        left[source], rows[part] = kept, (source, taken)
     return _with_info(rows, rules)
 
 
-def load_plan(path: str | os.PathLike[str], labels: Mapping[str, Labels], fingerprint: str) -> SplitPlan:
+@dataclass(frozen=True)
+class StoredSplit:
+    """What :meth:`SplitPlan.save` wrote.
+
+    Attributes:
+        name: Of the file, for messages.
+        streamed: The rows are found by a hash of the images; otherwise held-out ones are listed in ``rows``.
+        info: Source and rule of each part.
+        rows: Row numbers by part.
+    """
+
+    name: str
+    fingerprint: str
+    head: str | None
+    streamed: bool
+    info: dict[str, dict[str, Any]]
+    rows: dict[str, Rows]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> StoredSplit:
+        """Reads a file.
+
+        Raises:
+            DataError: It is missing or damaged.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            info = {name: dict(content["splits"][name]) for name in SPLIT_NAMES}
+            for entry in info.values():
+                _ = entry["source"], entry["rule"], range(entry.get("from", 0), entry.get("below", 100))
+            rows = {name: np.asarray(held, dtype=np.int64).reshape(-1) for name, held in content["rows"].items()}
+            fingerprint, head, streamed = content["fingerprint"], content.get("head"), content.get("streamed", False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise DataError(f"split file {path.name!r} cannot be used: {type(error).__name__}: {error}") from error
+        return cls(path.name, fingerprint, head, bool(streamed), info, rows)
+
+    def belongs_to(self, fingerprint: str, head: str | None, streamed: bool) -> bool:
+        """Tells whether it was written for these data, be they loaded or streamed then and now."""
+        if self.streamed == streamed:
+            return self.fingerprint == fingerprint
+        return self.head is not None and self.head == head
+
+    def check_data(self, fingerprint: str, head: str | None, streamed: bool) -> None:
+        """Raises :class:`DataError` unless it was written for these data."""
+        if not self.belongs_to(fingerprint, head, streamed):
+            raise DataError(
+                f"split file {self.name!r} was written for data with fingerprint {self.fingerprint}, these have"
+                f" {fingerprint}: use the data the model was trained on"
+            )
+
+    def buckets(self) -> dict[str, tuple[str, Buckets]]:
+        """Returns source split and buckets of each part, for a stream.
+
+        Raises:
+            DataError: A part is a list of row numbers, which a stream does not know.
+        """
+        if not self.streamed and any(self.info[part]["rule"] != "given" for part in SPLIT_NAMES):
+            raise DataError(
+                f"split file {self.name!r} holds out rows by their number, which streamed rows do not have: load the"
+                " data without streaming (recipes: leave out --streaming)"
+            )
+        return {part: (how["source"], (how.get("from", 0), how.get("below", 100))) for part, how in self.info.items()}
+
+
+def load_plan(
+    path: str | os.PathLike[str],
+    labels: Mapping[str, Labels],
+    fingerprint: str,
+    head: str | None = None,
+    buckets: Callable[[str], NDArray[np.int64]] | None = None,
+) -> SplitPlan:
     """Reads a plan that :meth:`SplitPlan.save` wrote and checks that it belongs to these data.
+
+    Args:
+        path: The file; one that was written for the same data streamed will do.
+        labels: Class of every row of each source split.
+        fingerprint: Of these data.
+        head: Hash of their first training rows.
+        buckets: Returns the bucket of every row of a source split; called for files of streamed data only.
 
     Raises:
         DataError: The file is missing or damaged, was written for other data, or names rows twice or out of range.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        stored, held, splits = content["fingerprint"], content["rows"], content["splits"]
-        sources = {name: splits[name]["source"] for name in SPLIT_NAMES}
-        rules = {name: {k: v for k, v in splits[name].items() if k in ("rule", "fraction", "seed")} for name in splits}
-        named = {name: np.asarray(held[name], dtype=np.int64).reshape(-1) for name in held}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise DataError(f"split file {path.name!r} cannot be used: {type(error).__name__}: {error}") from error
-    if stored != fingerprint:
-        raise DataError(
-            f"split file {path.name!r} was written for data with fingerprint {stored}, these have {fingerprint}: use"
-            " the data the model was trained on"
-        )
+    stored = StoredSplit.read(path)
+    stored.check_data(fingerprint, head, streamed=False)
     rows: dict[str, tuple[str, Rows]] = {}
     for name in ("test", "validation", "train"):
-        source = sources[name]
+        source = stored.info[name]["source"]
         if source not in labels:
-            raise DataError(f"split file {path.name!r} takes {name} from {source!r}, which these data do not have")
+            raise DataError(f"split file {stored.name!r} takes {name} from {source!r}, which these data do not have")
         size = len(labels[source])
         used = np.concatenate([r for s, r in rows.values() if s == source] or [np.empty(0, np.int64)])
-        wanted = named.get(name, _without(size, used))
+        if stored.streamed and buckets is not None:
+            found, (low, high) = buckets(source), stored.buckets()[name][1]
+            wanted = np.flatnonzero((found >= low) & (found < high))
+        else:
+            wanted = stored.rows.get(name, _without(size, used))
         if len(np.unique(wanted)) != len(wanted) or np.isin(wanted, used).any():
-            raise DataError(f"split file {path.name!r} is damaged: a row of {source!r} is named twice (in {name})")
+            raise DataError(f"split file {stored.name!r} is damaged: a row of {source!r} is named twice (in {name})")
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < size:
-            raise DataError(f"split file {path.name!r} is damaged: {name} names rows that {source!r} does not have")
+            raise DataError(f"split file {stored.name!r} is damaged: {name} names rows that {source!r} does not have")
         rows[name] = (source, wanted)
+    rules = {name: {k: v for k, v in how.items() if k in _RULE_KEYS} for name, how in stored.info.items()}
     return _with_info(rows, rules)
 
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
-import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import datasets
-import numpy as np
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from erde_hub.errors import DataError, InputTypeError, LabelError
 
-from .augment import SPLIT_STREAM, counter_hash
-from .data_images import content_digest, decode, stored_bytes
+from .data_images import HASHED_ROWS, content_digest, decode, stored_bytes
 from .data_preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes, channel_statistics
 from .data_source import find_columns, open_dataset
-from .data_splits import TEST_FRACTION, VALIDATION_FRACTION
+from .data_splits import (
+    EVERY_BUCKET,
+    SPLIT_NAMES,
+    Buckets,
+    SplitPlan,
+    StoredSplit,
+    bucket_info,
+    bucket_of,
+    split_buckets,
+)
 
 _logger = logging.getLogger(__name__)
 
 _STREAM_SAMPLE = 1_000
-_HASHED_ROWS = 64
 
 
 class StreamSplit:
@@ -56,7 +62,7 @@ class StreamSplit:
         classes: int,
         preprocessing: Preprocessing,
         dataset: str,
-        buckets: tuple[int, int] = (0, 100),
+        buckets: Buckets = EVERY_BUCKET,
         num_samples: int | None = None,
         limit: int | None = None,
         buffer: int = 2048,
@@ -133,11 +139,6 @@ class StreamSplit:
                 yield index, content, int(label)
 
 
-def bucket_of(content: bytes) -> int:
-    """Returns 0 to 99 for the bytes of an image; equal images share a bucket, so no copy crosses splits."""
-    return int(counter_hash(0, 0, np.array([zlib.crc32(content)]), SPLIT_STREAM)[0] % np.uint64(100))
-
-
 def open_stream(
     dataset: str,
     image_column: str | None,
@@ -146,14 +147,17 @@ def open_stream(
     wishes: PreprocessingWishes,
     cache_dir: str | None,
     max_train_samples: int | None = None,
-) -> tuple[str, str, list[str], dict[str, StreamSplit], dict[str, dict[str, Any]]]:
+    split_file: str | os.PathLike[str] | None = None,
+) -> tuple[str, str, list[str], dict[str, StreamSplit], SplitPlan]:
     """Opens a data set as streams; returns name, fingerprint, class names, splits and how they were made.
 
-    Missing splits are cut as for data that are loaded, but by a hash of the image bytes instead of row by row. Where
-    the first image is small, mean and standard deviation are measured on the first 1,000 training rows.
+    Missing splits are cut as for data that are loaded (:func:`~erde_hub.training.data_splits.split_rules`), but by a
+    hash of the image bytes instead of row by row. Where the first image is small, mean and standard deviation are
+    measured on the first 1,000 training rows.
 
     Raises:
-        DataError: No such data, a column missing or in doubt, labels without class names, an unreadable image.
+        DataError: No such data, a column missing or in doubt, labels without class names, an unreadable image, a split
+            file of other data or with row numbers.
     """
     name, streams = open_dataset(dataset, config_name, streaming=True, cache_dir=cache_dir)
     features = streams["train"].features or streams["train"]._resolve_features().features
@@ -170,58 +174,36 @@ def open_stream(
         _logger.info("split 'test' of %s is not used: it has no labels", name)
         del streams["test"]
 
-    def split(part: str, source: str, buckets: tuple[int, int], preprocessing: Preprocessing) -> StreamSplit:
-        whole = buckets == (0, 100)
-        size = _known_size(streams[source]) if whole else None
-        limit = max_train_samples if part == "train" else None
+    digest = content_digest(
+        class_names,
+        [(stored_bytes(row[image], "the first rows"), row[label]) for row in streams["train"].take(HASHED_ROWS)],
+    )
+    parts = split_buckets(streams)
+    if split_file is not None:
+        stored = StoredSplit.read(split_file)
+        stored.check_data(digest, digest, streamed=True)
+        parts = stored.buckets()
+        for source in {source for source, _ in parts.values()} - streams.keys():
+            raise DataError(f"split file {stored.name!r} takes rows from {source!r}, which these data do not have")
+
+    def split(part: str, preprocessing: Preprocessing, limit: int | None = None) -> StreamSplit:
+        source, buckets = parts[part]
+        size = _known_size(streams[source]) if buckets == EVERY_BUCKET else None
         if size is not None and limit is not None:
             size = min(size, limit)
         columns, classes = (image, label), len(class_names)
         return StreamSplit(part, streams[source], columns, classes, preprocessing, name, buckets, size, limit)
 
     unset = wishes.complete((3, 224, 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bicubic", 0.875)
-    parts = _parts(set(streams))
-    probe = split("train", *parts["train"], unset)
-    head = list(islice(probe.rows(), _STREAM_SAMPLE))
-    if not head:
+    probe = split("train", unset)
+    sample = list(islice(probe.rows(), _STREAM_SAMPLE))
+    if not sample:
         raise DataError(f"split 'train' of {name!r} is empty: give one with rows")
-    preprocessing = _preprocessing(probe, head, wishes, unset)
-    splits = {part: split(part, source, buckets, preprocessing) for part, (source, buckets) in parts.items()}
-    info = {
-        part: {"rows": splits[part].num_samples, "source": source, "rule": _rule(source, buckets)}
-        for part, (source, buckets) in parts.items()
-    }
-    fingerprint = content_digest(class_names, [(content, label_) for _, content, label_ in head[:_HASHED_ROWS]])
-    return name, fingerprint, class_names, splits, info
-
-
-def _parts(sources: set[str]) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Source split and buckets of train, validation and test; the rules of :func:`data_splits.plan_splits`."""
-    everything, test = (0, 100), round(100 * TEST_FRACTION)
-    validation = round(100 * VALIDATION_FRACTION)
-    if "test" in sources and "validation" in sources:
-        return {part: (part, everything) for part in ("train", "validation", "test")}
-    if "test" in sources:
-        return {
-            "train": ("train", (validation, 100)),
-            "validation": ("train", (0, validation)),
-            "test": ("test", everything),
-        }
-    if "validation" in sources:
-        return {
-            "train": ("train", everything),
-            "validation": ("validation", (0, 50)),
-            "test": ("validation", (50, 100)),
-        }
-    return {
-        "train": ("train", (test + validation, 100)),
-        "validation": ("train", (test, test + validation)),
-        "test": ("train", (0, test)),
-    }
-
-
-def _rule(source: str, buckets: tuple[int, int]) -> str:
-    return "given" if buckets == (0, 100) else f"hash of the image modulo 100 in [{buckets[0]}, {buckets[1]})"
+    preprocessing = _preprocessing(probe, sample, wishes, unset)
+    limits = {"train": max_train_samples}
+    splits = {part: split(part, preprocessing, limits.get(part)) for part in SPLIT_NAMES}
+    info = {part: {"rows": splits[part].num_samples, **bucket_info(*parts[part])} for part in SPLIT_NAMES}
+    return name, digest, class_names, splits, SplitPlan({}, info)
 
 
 def _unlabelled(stream: Any, label: str) -> bool:
@@ -238,11 +220,11 @@ def _known_size(stream: Any) -> int | None:
 def _preprocessing(
     probe: StreamSplit, head: list[tuple[int, bytes, int]], wishes: PreprocessingWishes, unset: Preprocessing
 ) -> Preprocessing:
-    images = [decode(content, probe.where(index)) for index, content, _ in head[:_HASHED_ROWS]]
+    images = [decode(content, probe.where(index)) for index, content, _ in head[:HASHED_ROWS]]
     sizes = {image.size for image in images}
     width, height = images[0].size
     if len(sizes) > 1 or width * height > SMALL_IMAGE_PIXELS or wishes.input_size not in (None, (3, height, width)):
         return unset
     native = wishes.complete((3, height, width), unset.mean, unset.std)
-    images += [decode(content, probe.where(index)) for index, content, _ in head[_HASHED_ROWS:]]
+    images += [decode(content, probe.where(index)) for index, content, _ in head[HASHED_ROWS:]]
     return wishes.complete((3, height, width), *channel_statistics(native.pixels(images)))

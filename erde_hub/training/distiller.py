@@ -33,6 +33,7 @@ from erde_hub.losses import ExitLoss, LossResult, create_loss
 
 from ._checks import all_exits, check_data, check_loss, check_models, exit_names
 from ._launch import StopRequest, create_accelerator, run_on_main
+from ._loss_inputs import LossInputs
 from ._meter import StepMeter, Totals, describe_non_finite
 from ._progress import flatten, progress_bar, show
 from ._run_state import Position, gather, identity, restore, save
@@ -60,6 +61,7 @@ class TrainResult:
         teacher_exits: For each student exit the index of the teacher exit it learnt from; None without a teacher.
         checkpoint: Newest checkpoint, None without an ``output_dir``.
         seconds: Time spent, earlier processes of a resumed run included.
+        stopped_by: What interrupted the training: a signal's name, or words.
     """
 
     status: Literal["completed", "interrupted"]
@@ -70,6 +72,7 @@ class TrainResult:
     teacher_exits: list[int] | None = None
     checkpoint: Path | None = None
     seconds: float = 0.0
+    stopped_by: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but the path, as plain data for ``results.json``."""
@@ -137,8 +140,9 @@ class Distiller:
         check_models(student, teacher, data)
         check_data(data)
         self.teacher_exits = check_loss(self.loss, student, teacher, args)
+        self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data.train, args.seed)
         self._place_models()
-        self.train_loader = self._loader(data.train, train=True)
+        self.train_loader = self._loader(data.train, train=True, augment=self.augment)
         self.steps_per_epoch, self.total_steps, self.epochs = self._count_steps()
         self.optimizer: Any = self._create_optimizer()
         self.scheduler = create_schedule(args, self.optimizer, self.total_steps, self.steps_per_epoch)
@@ -161,7 +165,7 @@ class Distiller:
             ConfigError: The run to resume was started with other settings, data or teacher.
         """
         args, accelerator, position = self.args, self.accelerator, self.position
-        with self._prepared() as student, StopRequest() as stop, progress_bar(self) as bar:
+        with self._prepared() as student, self.loss_inputs.watching(), StopRequest() as stop, progress_bar(self) as bar:
             started = time.perf_counter() - position.seconds
             while position.step < self.total_steps and position.epoch < self.epochs:
                 self.loss.set_epoch(position.epoch + 1, self.epochs)
@@ -191,6 +195,7 @@ class Distiller:
                         callback.on_step_end(self)
                     if stopping and position.step < self.total_steps:
                         self._save()
+                        bar.close()  # so that what is said now has a line of its own
                         return self._result("interrupted", stop.reason)
                     if args.checkpoint_steps and position.step % args.checkpoint_steps == 0 and self._batches_left():
                         self._save()
@@ -217,8 +222,10 @@ class Distiller:
                 with torch.no_grad():
                     teacher_logits = all_exits(self.teacher, images)
             logits = all_exits(student, images)
-        result = self.loss(logits, teacher_logits, labels)
+        result = self.loss(logits, teacher_logits, labels, **self.loss_inputs.of(batch))
         accelerator.backward(result.loss)
+        if accelerator.sync_gradients:
+            self.loss_inputs.average_gradients(accelerator)
         return result, logits
 
     @torch.no_grad()
@@ -277,7 +284,7 @@ class Distiller:
                 )
             getattr(self.student, name)()
 
-    def _loader(self, split: Any, train: bool) -> BatchLoader:
+    def _loader(self, split: Any, train: bool, augment: str | None = None) -> BatchLoader:
         """Builds the batches of this process.
 
         The order is a pure function of seed and epoch. Accelerate would shard and skip a torch DataLoader instead,
@@ -289,7 +296,7 @@ class Distiller:
             split,
             args.batch_size,
             shuffle=train,
-            augment=self.augment if train else None,
+            augment=augment,
             seed=args.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -317,11 +324,16 @@ class Distiller:
     def _create_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
         try:
-            return create_optimizer_v2(
+            optimizer = create_optimizer_v2(
                 self.student, args.optimizer, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
             )
         except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # a package that is missing
             raise ConfigError(f"optimizer {args.optimizer!r} cannot be built here: {error}") from error
+        if own := self.loss_inputs.parameters():
+            if self.sharded:
+                raise ConfigError(f"{type(self.loss).__name__} has parameters, which FSDP and DeepSpeed do not share")
+            optimizer.add_param_group({"params": own, "lr": args.lr, "weight_decay": args.weight_decay})
+        return optimizer
 
     def _batches_left(self) -> int:
         """Batches that are still to come in this epoch."""
@@ -396,6 +408,7 @@ class Distiller:
             "validation": self.evaluate(),
             "seconds": self.position.seconds,
         }
+        self.loss_inputs.end_epoch(self, record)
         self.history.append(record)
         self._track({"validation": record["validation"], "epoch": record["epoch"]})
         for callback in self.callbacks:
@@ -433,10 +446,10 @@ class Distiller:
             raise NonFiniteLossError(f"{message}{kept}. Try a lower lr, max_grad_norm, or mixed_precision 'no'")
         return stop
 
-    def _result(self, status: Literal["completed", "interrupted"], reason: str = "") -> TrainResult:
-        if reason and self.accelerator.is_main_process:
-            kept = f"saved as {self.checkpoint}; --resume continues" if self.checkpoint else "not saved: no output_dir"
-            logger.warning("stopped at step %d (%s), %s", self.position.step, reason, kept)
+    def _result(self, status: Literal["completed", "interrupted"], stopped_by: str | None = None) -> TrainResult:
+        if stopped_by and self.accelerator.is_main_process:
+            kept = f"saved as {self.checkpoint}" if self.checkpoint else "not saved: no output_dir"
+            logger.warning("stopped at step %d (%s), %s", self.position.step, stopped_by, kept)
         return TrainResult(
             status=status,
             step=self.position.step,
@@ -446,4 +459,5 @@ class Distiller:
             teacher_exits=self.teacher_exits,
             checkpoint=self.checkpoint,
             seconds=self.position.seconds,
+            stopped_by=stopped_by,
         )

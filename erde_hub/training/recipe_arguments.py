@@ -10,14 +10,24 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from erde_hub.errors import ConfigError, nearest
+from erde_hub.errors import ConfigError, unknown_name
 from erde_hub.heads import list_heads
-from erde_hub.losses import ExitLoss, create_loss, get_loss, list_losses
+from erde_hub.losses import (
+    ExitLoss,
+    ExtraTerm,
+    SampleWeight,
+    create_addition,
+    create_loss,
+    get_addition,
+    get_loss,
+    list_additions,
+    list_losses,
+)
 from erde_hub.policies import list_policies
 
-from .arguments import DistillationArguments
+from .arguments import DistillationArguments, nearest_argument
 
 
 @dataclass
@@ -46,6 +56,14 @@ class DataArguments:
     )
     streaming: bool = field(
         default=False, metadata={"help": "read rows one after another, for sets larger than the disk"}
+    )
+    check_images: Literal["all", "headers", "none"] = field(
+        default="all",
+        metadata={
+            "help": "large images that cannot be read are found before training: all decodes each one once and"
+            " remembers that in cache_dir, headers opens up to 20,000 of a split, none looks at nothing; streamed ones"
+            " are found when they come"
+        },
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder for downloads and decoded images; default: that of datasets"}
@@ -80,7 +98,7 @@ class ExitArguments:
         default=None,
         metadata={
             "help": "threshold stored in the checkpoint, one number or one per early exit (entropy: nats); default:"
-            " chosen on the validation split so that about one point of accuracy is lost at most"
+            " chosen on the validation split so that one point of accuracy is lost at most, see recipes/calibrate.py"
         },
     )
 
@@ -126,6 +144,11 @@ class TeacherArguments:
     )
 
 
+def weights_of_samples(*, readout: bool) -> list[str]:
+    """Returns the names of weights per sample that are looked up from read-outs, or of those that are not."""
+    return [name for name in list_additions(SampleWeight) if get_addition(name).cls.needs_index is readout]
+
+
 @dataclass
 class StudentArguments:
     """The network of the student, what it learns from and how."""
@@ -142,10 +165,42 @@ class StudentArguments:
         },
     )
     loss: str = field(default="erde", metadata={"help": f"what the student learns from: {', '.join(list_losses())}"})
+    sample_weight: str | None = field(
+        default=None,
+        metadata={
+            "help": "weighs the samples of the loss's distillation term by the logits of teacher and student:"
+            f" {', '.join(weights_of_samples(readout=False))}; default: no weights"
+        },
+    )
+    readout: str | None = field(
+        default=None,
+        metadata={
+            "help": "weighs them by what an early read-out of the student gets wrong:"
+            f" {', '.join(weights_of_samples(readout=True)) or 'none yet'}; default: no weights"
+        },
+    )
+    extra_terms: list[str] | None = field(
+        default=None, metadata={"help": f"further terms of the loss: {', '.join(list_additions(ExtraTerm))}"}
+    )
     train_static: bool = field(
         default=False,
         metadata={"help": "also train the student's network without exits, with cross-entropy alone, for comparison"},
     )
+
+    def additions(self) -> list[str]:
+        """Returns the names of everything that joins the loss.
+
+        Raises:
+            ConfigError: ``sample_weight``, ``readout`` or ``extra_terms`` names something else.
+        """
+        for flag, readout in (("sample_weight", False), ("readout", True)):
+            name, allowed = getattr(self, flag), weights_of_samples(readout=readout)
+            if name is not None and name not in allowed:
+                raise unknown_name(flag, name, allowed)
+        for name in self.extra_terms or []:
+            if name not in list_additions(ExtraTerm):
+                raise unknown_name("extra term", name, list_additions(ExtraTerm))
+        return [name for name in (*(self.extra_terms or []), self.sample_weight, self.readout) if name is not None]
 
 
 #: Arguments of losses that are flags already, or are set by one.
@@ -167,7 +222,7 @@ def loss_arguments_class(*names: str) -> type:
                 continue
             kind, defaults, text = fields.get(key, (_flag_type(hints.get(key, str)), [], described.get(key, "")))
             default = parameter.default
-            defaults.append(name if default in (None, inspect.Parameter.empty) else f"{name}: {default}")
+            defaults.append(name if default in (None, inspect.Parameter.empty) else f"{name}: {plain_text(default)}")
             fields[key] = (kind, defaults, text)
     specs = [
         (key, kind, field(default=None, metadata={"help": f"{text} [{', '.join(defaults)}]".replace("%", "%%")}))
@@ -176,14 +231,24 @@ def loss_arguments_class(*names: str) -> type:
     return dataclasses.make_dataclass("LossArguments", specs, namespace={"__doc__": "Arguments of the loss."})
 
 
-def build_loss(name: str, arguments: Any) -> ExitLoss:
-    """Builds a loss from the fields of a :func:`loss_arguments_class` that were set.
+def build_loss(name: str, arguments: Any, additions: Sequence[str] = ()) -> ExitLoss:
+    """Builds a loss from the fields of a :func:`loss_arguments_class` that were set, and what joins it.
+
+    An argument goes to the loss if it takes it, and otherwise to the addition that does.
 
     Raises:
-        ConfigError: No such loss, it does not take an argument that was set, or it refuses a value.
+        ConfigError: No such loss or addition, neither takes an argument that was set, one of them refuses a value, or
+            they do not go together; the message says why.
     """
     kwargs = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)}
-    return create_loss(name, **{key: plain_weights(value) for key, value in kwargs.items() if value is not None})
+    kwargs = {key: plain_weights(value) for key, value in kwargs.items() if value is not None}
+    own = inspect.signature(get_loss(name).cls).parameters
+    joining = []
+    for addition in additions:
+        takes = inspect.signature(get_addition(addition).cls).parameters
+        given = {key: kwargs.pop(key) for key in list(kwargs) if key in takes and key not in own}
+        joining.append(create_addition(addition, **given))
+    return create_loss(name, **kwargs).add(*joining)
 
 
 def teacher_training_arguments(args: DistillationArguments, overrides: dict[str, Any]) -> DistillationArguments:
@@ -195,9 +260,8 @@ def teacher_training_arguments(args: DistillationArguments, overrides: dict[str,
     allowed = [f.name for f in dataclasses.fields(args) if f.name not in _RUN_WIDE]
     for key in overrides:
         if key not in allowed:
-            raise ConfigError(
-                f"teacher_training has no argument {key!r}{nearest(key, allowed)} (it takes: {', '.join(allowed)})"
-            )
+            hint = nearest_argument(key, allowed)
+            raise ConfigError(f"teacher_training has no argument {key!r}{hint} (it takes: {', '.join(allowed)})")
     return dataclasses.replace(args, **overrides)
 
 
@@ -207,13 +271,35 @@ _RUN_WIDE = frozenset(
 )
 
 
+#: Help of arguments whose docstrings speak of Python.
+_FLAG_HELP = {
+    "teacher_exits": "for each student exit the index of the teacher exit that it learns from, -1 for the last, where"
+    " it is not the one at the same share of the depth",
+}
+
+
 def _described_arguments(cls: type) -> dict[str, str]:
-    """Reads the first sentence of each argument out of a Google docstring."""
+    """Reads the first sentence of each argument out of a Google docstring, without the names of functions."""
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(cls.__doc__ or ""), re.DOTALL | re.MULTILINE)
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", section[1], re.DOTALL | re.MULTILINE) if section else []
     sentences = {key: re.split(r"(?<=[^ .])\.(?:\s|$)", " ".join(text.split()))[0] for key, text in entries}
-    plain = {key: re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text) for key, text in sentences.items()}
-    return {key: text[:1].lower() + text[1:].replace("``", "") for key, text in plain.items()}
+    without = {key: re.sub(r" \(:\w+:`[^`]*`\)", "", text) for key, text in sentences.items()}
+    plain = {key: re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", text) for key, text in without.items()}
+    plain = {key: re.sub(r"\bNone is\b", "unset it is", text).replace("``", "") for key, text in plain.items()}
+    return {key: text[:1].lower() + text[1:] for key, text in plain.items()} | _FLAG_HELP
+
+
+def plain_text(value: Any) -> str:
+    """Writes a value as it is written on the command line: ``width=8``, ``0.5 0.75``, ``true``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={plain_text(entry)}" for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(plain_text, value))
+    return str(value)
 
 
 def _flag_type(annotation: Any) -> Any:

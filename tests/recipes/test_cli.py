@@ -1,9 +1,15 @@
 """The command line: file and flags, precedence, types, and misses that help."""
 
+import importlib
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import _cli
+import _early
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -195,10 +201,86 @@ def test_help_shows_units_defaults_and_one_spelling(capsys, write):
         parse("--config", write("epochs: 7"), "--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert "(epochs) (default: 7)" in " ".join(text.split())
+    assert "(epochs) [default: 7]" in " ".join(text.split())
     assert "--learning_rate" in text
     assert "--learning-rate" not in text
     assert "None" not in text
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys, write):
+    path = write("student_kwargs: {width: 16, act: relu}\nthreshold: [0.5, 1]\nlearning_rate: 1e-5")
+    with pytest.raises(SystemExit):
+        parse("--config", path, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for shown in ("[default: width=16 act=relu]", "[default: 0.5 1]", "[default: 1e-05]", "[default: true]"):
+        assert shown in text
+    assert "False" not in text
+
+
+def test_help_keeps_the_lines_of_the_description(capsys):
+    with pytest.raises(SystemExit):
+        _cli.parse_arguments({"data": Data}, "What it does.\n\n    a command\n    another one\n", ["--help"])
+    assert "What it does.\n\n    a command\n    another one\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["distill", "train_teacher", "evaluate"])
+def test_help_speaks_no_python(capsys, monkeypatch, script):
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    text = capsys.readouterr().out
+    assert not re.search(r"[{[]'|\bFalse|\bTrue|\bNone\b|map_teacher_exits|exit_weights_preset", text)
+    assert not re.search(r"\(default:|; default:", text)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learning_rate", "unknown argument '--learning_rate'; did you mean '--lr'?"),
+        ("--kl-wieght=1", "unknown argument '--kl-wieght=1'; did you mean '--kl_weight'?"),
+        ("--no_progres_bar", "unknown argument '--no_progres_bar'"),
+    ],
+)
+def test_a_misspelt_flag_is_refused_before_anything_slow_is_imported(tmp_path, flag, message):
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    done = subprocess.run(
+        [sys.executable, str(_cli.CONFIGS.parent / "distill.py"), flag],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{_cli.CONFIGS.parents[1]}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"distill.py: error: {message}" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["distill", "train_teacher", "evaluate"])
+def test_every_flag_passes_the_early_look(capsys, monkeypatch, script):
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    flags = re.findall(r"^  (?:-h, )?(--\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(flags) > 15
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *flags, "--no-progress-bar", "--batch-size=3"])
+    _early.refuse_unknown_flags(importlib.import_module(script).__file__)
+
+
+def test_which_file_the_settings_come_from(monkeypatch):
+    monkeypatch.chdir(_cli.CONFIGS.parents[1])
+    assert _cli.base_config(["--epochs", "3"]).name == "digits.yaml"
+    assert _cli.base_config(["--dataset", "digits"]).name == "digits.yaml"
+    base = _cli.base_config(["--dataset=path/to/folder", "--epochs", "3"])
+    assert base.name == "own_images.yaml"
+    assert _cli.describe_settings(base, []) == "settings: recipes/configs/own_images.yaml, as there is no --config"
+    assert _cli.describe_settings(base, ["--config", "a.yaml"]) == "settings: a.yaml"
+
+
+def test_ctrl_c_between_two_trainings_has_its_exit_code(capsys):
+    with pytest.raises(SystemExit) as ended, _cli.clean_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_clean_errors_hide_the_traceback_of_typed_errors_only(capsys):

@@ -19,8 +19,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from erde_hub.errors import ConfigError, RunExistsError
+from erde_hub.errors import ConfigError, DataError, RunExistsError
+from erde_hub.training import Distiller
 from erde_hub.training.checkpointing import newest_checkpoint
+from erde_hub.training.recipe import THRESHOLD_RULE, Interrupted
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
@@ -83,7 +85,7 @@ def shrink(architecture: str) -> list[str]:
 def test_configuration_runs(config, call, tmp_path):
     settings = yaml.safe_load(config.read_text())
     flags = ["--dataset", write_images(tmp_path / "images", settings), "--image_size", "32"]
-    if settings["dataset"] == "digits":
+    if settings.get("dataset", "digits") == "digits":
         flags = ["--max_train_samples", "80", "--max_eval_samples", "40"]
     for role in ("teacher", "student"):
         if small := shrink(settings[f"{role}_architecture"]):
@@ -106,7 +108,25 @@ def test_streamed_data(call, tmp_path, capsys):
     assert "streamed images of 32x32, 3 classes" in capsys.readouterr().out
     left = {path.name for path in (tmp_path / "runs" / "images-1").iterdir()}
     assert set(LEFT) <= left
-    assert "split.json" not in left  # a stream has no rows to store
+    split = json.loads((tmp_path / "runs" / "images-1" / "split.json").read_text())
+    assert split["splits"]["validation"] | {"from": 0, "below": 10} == split["splits"]["validation"]
+
+    # evaluated without streaming: the rows that the stream held out
+    cache = ["--dataset", images, "--cache_dir", tmp_path / "cache"]
+    call(evaluate, "--model", "runs/images-1", *cache, "--split", "validation", "--output_dir", "check")
+    shares = json.loads((tmp_path / "check" / "results.json").read_text())["dataset"]["split"]
+    assert shares["validation"]["rule"] == "hash of the image modulo 100"
+    assert shares["train"]["rows"] + shares["validation"]["rows"] == 60
+
+    # the other way round: row numbers are refused where they matter
+    call(train_teacher, *FAST_TEACHER, *cache, "--batch_size", "16", "--max_steps", "1", "--output_dir", "loaded")
+    with pytest.raises(DataError, match=r"'loaded' loaded 'images' and held out rows of validation.*leave --streaming"):
+        call(evaluate, "--model", "loaded", *cache, "--streaming", "--split", "validation", "--output_dir", "no")
+    call(evaluate, "--model", "loaded", *cache, "--streaming", "--output_dir", "yes")  # the set's own test split
+    call(distill, *FAST, *cache, "--teacher", "runs/images-1", "--max_steps", "1", "--batch_size", "16",
+         "--output_dir", "student")  # fmt: skip
+    shares = json.loads((tmp_path / "student" / "results.json").read_text())["dataset"]["split"]
+    assert shares["validation"]["rule"] == "hash of the image modulo 100"
 
 
 def test_there_are_configurations():
@@ -120,6 +140,7 @@ def test_static_student_and_evaluate_of_another_policy(call, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     static = results["static_student"]
     assert static["exits"] == []
+    assert results["threshold_choice"]["rule"] == THRESHOLD_RULE
     assert static["macs"] < results["student"]["macs"]  # no heads
     assert "(static student)" in capsys.readouterr().out
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -143,6 +164,36 @@ def test_stored_split_is_used_by_evaluate(call, tmp_path):
     call(evaluate, "--model", "out", "--output_dir", "check")
     check = json.loads((tmp_path / "check" / "results.json").read_text())
     assert check["metrics"]["samples"] == 100
+
+
+def test_published_thresholds_follow_the_rule_of_today():
+    chosen = [json.loads(path.read_text()).get("threshold_choice") for path in (RECIPES / "results").glob("*.json")]
+    rules = [choice["rule"] for choice in chosen if choice and "split" in choice]
+    assert len(rules) >= 2
+    assert set(rules) == {THRESHOLD_RULE}
+
+
+def test_other_data_without_a_file_get_the_general_settings(call, tmp_path, capsys):
+    images = write_images(tmp_path / "images", {})
+    flags = ["--loss", "ce", "--max_steps", "1", "--batch_size", "16", "--student_kwargs", "width=4",
+             "--output_dir", "out"]  # fmt: skip
+    call(distill, "--dataset", images, "--cache_dir", tmp_path / "cache", *flags)
+    assert "own_images.yaml, as there is no --config" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["args"]
+    assert settings["epochs"] == yaml.safe_load((RECIPES / "configs" / "own_images.yaml").read_text())["epochs"]
+    assert settings["teacher_kwargs"] == {"width": 32}
+    call(distill, *flags, "--overwrite_output_dir")
+    assert "digits.yaml, as there is no --config" in capsys.readouterr().out
+
+
+def test_a_stop_says_who_was_stopped_and_has_the_exit_code_of_its_signal(call, tmp_path, capsys, monkeypatch):
+    stopped = Interrupted("the training of the teacher is not finished", "SIGINT")
+    assert stopped.exit_code == 130
+    assert Interrupted("", "SIGTERM").exit_code == Interrupted("", "its launcher died").exit_code == 143
+    monkeypatch.setattr(Distiller, "_log_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"training of the teacher is not finished \(2 of 3 steps\).*--resume"):
+        call(distill, *FAST, "--max_steps", "3", "--output_dir", "out")
+    assert "saved as" in capsys.readouterr().err
 
 
 def test_teacher_arguments_differ_only_where_the_file_says_so(call, tmp_path):
@@ -219,7 +270,7 @@ def test_killed_in_any_phase_and_resumed_gives_the_same_weights(call, tmp_path, 
     # during the teacher's training, as the power fails; then during the student's, politely
     assert start_and_kill(tmp_path, flags, run / "teacher" / "checkpoints", signal.SIGKILL) == -signal.SIGKILL
     assert not (run / "teacher" / "results.json").exists()
-    assert start_and_kill(tmp_path, [*flags, "--resume"], run / "checkpoints", signal.SIGTERM) == 1
+    assert start_and_kill(tmp_path, [*flags, "--resume"], run / "checkpoints", signal.SIGTERM) == 143
     assert not (run / "results.json").exists()
     teacher = (run / "teacher" / "results.json").stat().st_mtime_ns
     capsys.readouterr()

@@ -18,6 +18,8 @@ from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, 
 from erde_hub.training import data_images
 from erde_hub.training.data import BatchLoader, image_data_from_arrays, load_image_data
 from erde_hub.training.data_images import decode
+from erde_hub.training.recipe import build_model
+from erde_hub.training.recipe_arguments import ExitArguments
 
 
 @pytest.fixture
@@ -26,6 +28,22 @@ def load(tmp_path):
         return load_image_data(dataset, **{"cache_dir": tmp_path / "cache", "progress": False, **kwargs})
 
     return call
+
+
+def test_images_that_are_not_square_keep_their_shape(load, tmp_path):
+    """What the network sees in training is what its image processor makes of the same image afterwards."""
+    wide = {"size": (24, 16)}
+    data = load(write_parquet(tmp_path / "set", {"train": rows(20, **wide), "test": rows(6, first_seed=50, **wide)}))
+    assert data.input_size == (3, 16, 24)
+    exits = ExitArguments(exits=["layer1"])
+    model = build_model("resnet8_cifar", data, exits, kwargs={"width": 4}).eval()
+    batch = next(iter(BatchLoader(data.test, 6)))
+    processed = model.image_processor()(data.test.images(range(6)), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(processed, batch["pixel_values"], atol=1e-5)
+    assert model(processed, threshold=0.0).logits.shape == (6, 3)
+    augmented = next(iter(BatchLoader(data.train, 6, shuffle=True, augment=data.augment)))
+    assert augmented["pixel_values"].shape == (6, 3, 16, 24)
+    assert load(tmp_path / "set", input_size=16).input_size == (3, 16, 16)
 
 
 def test_digits():
@@ -59,7 +77,7 @@ def test_digits_can_be_told_apart_by_a_linear_model():
 
 def test_digits_need_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'erde-hub\[train\]'"):
+    with pytest.raises(MissingDependencyError, match="pip install scikit-learn"):
         load_image_data("digits")
 
 

@@ -10,7 +10,7 @@ from test_data_loader import joined, same
 
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError
 from erde_hub.training.data import BatchLoader, load_image_data
-from erde_hub.training.data_stream import bucket_of
+from erde_hub.training.data_splits import bucket_of
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,9 @@ def test_splits_are_disjoint_and_complete(folder, stream):
     assert stream.split_info["validation"] == {
         "rows": None,
         "source": "train",
-        "rule": "hash of the image modulo 100 in [0, 10)",
+        "rule": "hash of the image modulo 100",
+        "from": 0,
+        "below": 10,
     }
 
 
@@ -105,8 +107,6 @@ def test_what_a_stream_cannot_tell(stream):
         _ = stream.train.labels
     with pytest.raises(DataError, match="no list of rows"):
         _ = stream.train.indices
-    with pytest.raises(DataError, match="streamed data have no rows to store"):
-        stream.save_split("split.json")
 
 
 def test_a_limit_makes_a_prefix(folder):
@@ -114,8 +114,47 @@ def test_a_limit_makes_a_prefix(folder):
     assert len(joined(BatchLoader(data.train, 8))["labels"]) <= 20
     with pytest.raises(ConfigError, match="streaming does not go with max_eval_samples"):
         load_image_data(folder, streaming=True, max_eval_samples=5)
-    with pytest.raises(ConfigError, match="streaming does not go with split_file"):
-        load_image_data(folder, streaming=True, split_file="split.json")
+
+
+@pytest.mark.parametrize("sources", [("train",), ("train", "test"), ("train", "validation")], ids="-".join)
+def test_a_split_of_a_stream_is_the_same_when_the_data_are_loaded(tmp_path, sources):
+    """Trained on a stream, evaluated without: no row that was trained on may be reported on."""
+    columns = {name: rows(120, first_seed=1000 * i) for i, name in enumerate(sources)}
+    folder = write_parquet(tmp_path / "set", columns, shards=2)
+    stream = load_image_data(folder, streaming=True, progress=False, max_train_samples=40)
+    stream.save_split(tmp_path / "split.json")
+    loaded = load_image_data(
+        folder, progress=False, split_file=tmp_path / "split.json", mean=stream.mean, std=stream.std
+    )
+    stream = load_image_data(folder, streaming=True, progress=False)
+    for name in ("train", "validation", "test"):
+        streamed, read = (joined(BatchLoader(getattr(data, name), 50)) for data in (stream, loaded))
+        assert torch.equal(streamed["labels"], read["labels"]), name
+        assert torch.allclose(streamed["pixel_values"], read["pixel_values"], atol=1e-5), name
+    usual = load_image_data(folder, progress=False)
+    assert loaded.split_info["validation"]["digest"] != usual.split_info["validation"]["digest"]
+    again = load_image_data(folder, streaming=True, progress=False, split_file=tmp_path / "split.json")
+    assert again.split_info == stream.split_info
+    loaded.save_split(tmp_path / "rows.json")  # and on: what was loaded holds out the same rows in a file of its own
+    rows_too = load_image_data(folder, progress=False, split_file=tmp_path / "rows.json")
+    assert rows_too.split_info["train"] == loaded.split_info["train"]
+
+
+def test_row_numbers_are_of_no_use_to_a_stream(folder, tmp_path):
+    load_image_data(folder, progress=False).save_split(tmp_path / "split.json")
+    with pytest.raises(DataError, match=r"'split\.json' holds out rows by their number.*without streaming"):
+        load_image_data(folder, streaming=True, split_file=tmp_path / "split.json", progress=False)
+    other = write_parquet(tmp_path / "other", {"train": rows(120, first_seed=9), "test": rows(30, first_seed=500)})
+    with pytest.raises(DataError, match="was written for data with fingerprint"):
+        load_image_data(other, streaming=True, split_file=tmp_path / "split.json", progress=False)
+
+
+def test_given_splits_need_no_row_numbers(tmp_path):
+    splits = {"train": rows(20), "validation": rows(6, first_seed=50), "test": rows(5, first_seed=80)}
+    folder = write_parquet(tmp_path / "set", splits)
+    load_image_data(folder, progress=False).save_split(tmp_path / "split.json")
+    data = load_image_data(folder, streaming=True, split_file=tmp_path / "split.json", progress=False)
+    assert {how["rule"] for how in data.split_info.values()} == {"given"}
 
 
 def test_given_splits_and_large_images(tmp_path):

@@ -307,7 +307,6 @@ def test_trackers_get_numbers_by_name_and_no_paths(data, tmp_path):
 
 
 def test_a_real_tracker_writes_into_the_run(data, tmp_path):
-    pytest.importorskip("tensorboard")
     train(data, max_steps=3, report_to="tensorboard", output_dir=str(tmp_path / "run"))
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
 

@@ -8,7 +8,7 @@ from transformers import HfArgumentParser
 
 from erde_hub.errors import ConfigError, InputTypeError, UnknownNameError
 from erde_hub.training import DistillationArguments
-from erde_hub.training.arguments import FREE_ON_RESUME
+from erde_hub.training.arguments import FREE_ON_RESUME, OTHER_NAMES
 from erde_hub.training.schedules import create_schedule, list_schedulers
 
 
@@ -145,3 +145,19 @@ def test_schedules_decay_where_they_say():
     assert set(rates) == {0.2}
     with pytest.raises(UnknownNameError):
         DistillationArguments(scheduler="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("learning_rate", "lr"), ("num_train_epochs", "epochs"), ("epoch", "epochs"), ("bf16", "mixed_precision")],
+)
+def test_an_argument_that_does_not_exist_names_the_one_that_is_meant(name, meant):
+    with pytest.raises(ConfigError, match=rf"DistillationArguments has no argument '{name}'; did you mean '{meant}'\?"):
+        DistillationArguments(**{name: 1})
+
+
+def test_other_trainers_names_lead_to_fields():
+    fields = {f.name for f in dataclasses.fields(DistillationArguments)}
+    assert set(OTHER_NAMES.values()) <= fields
+    assert not OTHER_NAMES.keys() & fields
+    assert dataclasses.replace(DistillationArguments(epochs=3), lr=0.5) == DistillationArguments(epochs=3, lr=0.5)

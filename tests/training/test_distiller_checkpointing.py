@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-import pickle
 import random
 import shutil
 import subprocess
@@ -11,8 +11,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from distiller_fakes import TinyExits, make_args, make_data
 
 from erde_hub.errors import CheckpointError, CheckpointWriteError
+from erde_hub.training import Distiller
 from erde_hub.training import checkpointing as cp
 
 
@@ -185,12 +187,35 @@ def test_a_fingerprint_sees_one_bit_and_no_memory_format():
     assert cp.fingerprint(module) != before
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = cp.write_checkpoint(tmp_path / "checkpoints", 1, write_some)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        ["manifest.json", "model.safetensors", "state.pt", "trainer_state.json"], 0o644
+    )
+
+
 def test_code_in_a_state_file_is_not_run(tmp_path):
+    """A checkpoint whose hashes are right, from somebody who put code into it."""
+
     class Evil:
         def __reduce__(self):
             return (os.system, ("touch " + str(tmp_path / "ran"),))
 
-    torch.save({"optimizer": Evil()}, tmp_path / "state.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "state.pt", weights_only=True)
+    data, run = make_data(), tmp_path / "run"
+    Distiller(TinyExits(), data, make_args(max_steps=2, output_dir=str(run)), "ce").train()
+    (folder,) = (run / "checkpoints").iterdir()
+    state = torch.load(folder / "state.pt", weights_only=True)
+    torch.save({**state, "optimizer": Evil()}, folder / "state.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / "state.pt").read_bytes()
+    manifest["files"]["state.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert cp.newest_checkpoint(run / "checkpoints") == folder
+    again = Distiller(TinyExits(), data, make_args(max_steps=2, output_dir=str(run), resume=True), "ce")
+    with pytest.raises(CheckpointError, match=r"state\.pt of step-000002 holds more than tensors"):
+        again.train()
     assert not (tmp_path / "ran").exists()

@@ -47,35 +47,48 @@ def accuracy_loss(records: ExitRecords, threshold: float) -> float:
     return 1 - (logits.argmax(-1) == records.labels).double().mean().item()
 
 
-def test_default_threshold_loses_at_most_a_point_on_the_records():
-    records = make_records(confident_right=700, confident_wrong=100, unsure=200)
-    threshold = recipe.choose_default_threshold(records, create_policy("entropy"))
-    assert 0 < accuracy_loss(records, threshold) <= 0.01
-    leaving = (route_records(records, "entropy", threshold)[0] == 0).sum()
-    assert leaving >= 700  # nearly everybody about whom the first exit is right leaves there
+def test_default_threshold_loses_at_most_a_point_with_confidence():
+    records = make_records(confident_right=1700, confident_wrong=100, unsure=200)
+    choice = recipe.choose_default_threshold(records, create_policy("entropy"))
+    assert accuracy_loss(records, choice.threshold) <= 0.01
+    assert choice.confidence == 0.9
+    assert choice.upper_bound <= 0.01 + 1e-6
+    leaving = (route_records(records, "entropy", choice.threshold)[0] == 0).sum()
+    assert leaving >= 1650  # nearly everybody about whom the first exit is right leaves there
 
 
-def test_default_threshold_allows_for_the_size_of_the_split():
-    """With a hundred samples a single lost one is more than a point, allowing for chance: nobody wrong may leave."""
+def test_default_threshold_lowers_the_confidence_on_a_small_split():
+    """With a hundred samples a single lost one is more than a point: nobody wrong may leave, and 0.63 is sure."""
     records = make_records(confident_right=60, confident_wrong=20, unsure=20)
-    assert accuracy_loss(records, recipe.choose_default_threshold(records, create_policy("entropy"))) == 0
+    choice = recipe.choose_default_threshold(records, create_policy("entropy"))
+    assert accuracy_loss(records, choice.threshold) == 0
+    assert choice.confidence == pytest.approx(1 - 0.99**100, abs=1e-6)
+    assert choice.saving > 0.3
+    few = recipe.choose_default_threshold(make_records(40, 0, 0), create_policy("entropy"))
+    assert few.never_exits
+    assert few.confidence == 0.5
+    assert "69 are needed" in few.advice
+    assert recipe.choose_default_threshold(make_records(19, 0, 0), create_policy("entropy")) is None
 
 
-def test_default_threshold_stops_at_the_first_that_fails():
-    """Losing ten percent and winning them back by cheaper luck is not taken."""
-    records = make_records(confident_right=50, confident_wrong=50, unsure=0)
+def test_gains_do_not_hide_losses_on_a_small_split():
+    """The first exit loses fifty samples and wins back fifty others: on another split it may win none."""
+    records = make_records(confident_right=100, confident_wrong=50, unsure=0)
     logits = records.logits.clone()
-    logits[1, :50] = logits[1, :50].flip(-1)  # the last exit is wrong where the first one is least sure
+    logits[1, 100:] = logits[1, 100:].flip(-1)  # the last exit is wrong where the first one is surest
     records = dataclasses.replace(records, logits=logits)
-    threshold = recipe.choose_default_threshold(records, create_policy("entropy"))
-    assert (route_records(records, "entropy", threshold)[0] == 0).float().mean() >= 0.5
+    choice = recipe.choose_default_threshold(records, create_policy("entropy"))
+    right = records.logits.argmax(-1) == records.labels
+    index, _ = route_records(records, "entropy", choice.threshold)
+    assert not (right[1] & ~right.gather(0, index[None])[0]).any()
 
 
-@pytest.mark.parametrize("policy", ["confidence", "margin", "patience", "never", "always"])
+@pytest.mark.parametrize("policy", ["confidence", "margin", "patience"])
 def test_default_threshold_is_allowed_for_every_policy(policy):
     records = make_records(confident_right=60, confident_wrong=20, unsure=20)
     created = create_policy(policy)
-    created.check_threshold(recipe.choose_default_threshold(records, created), 1)
+    created.check_threshold(recipe.choose_default_threshold(records, created).threshold, 1)
+    assert recipe.choose_default_threshold(records, create_policy("never")) is None
 
 
 def test_loss_arguments_come_from_the_table():
@@ -85,8 +98,8 @@ def test_loss_arguments_come_from_the_table():
     assert not fields.keys() & {f.name for f in dataclasses.fields(DistillationArguments)}
     assert all(f.default is None for f in fields.values())
     text = fields["temperature"].metadata["help"]
-    assert "erde: 2.0" in text
-    assert "kd: 4.0" in text
+    assert "erde: 2" in text
+    assert "kd: 4" in text
     assert all("%" not in f.metadata["help"].replace("%%", "") for f in fields.values())
     for name in list_losses():
         build_loss(name, arguments())

@@ -1,0 +1,75 @@
+"""Writing files whole or not at all, with the access rights that the user's other files have."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from erde_hub.errors import CheckpointWriteError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` and renames it onto ``path`` once the block has ended well.
+
+    Raises:
+        CheckpointWriteError: The folder is not there or not writable, or the disk is full; an earlier file survives.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        temporary, mode = _new_file(target.parent, target.name)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(mode)  # what filled it may have put a private file in its place, see set_default_mode
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointWriteError(
+            f"could not write {target.name}: {error}; an earlier {target.name} is untouched. Check that the folder"
+            " exists, is writable and has space left"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text with newlines as given; see :func:`replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def set_default_mode(path: str | os.PathLike[str]) -> None:
+    """Gives a file the mode that any new file in its folder gets, so that other users read what the umask lets them.
+
+    safetensors and ``tempfile`` make files that only their owner can read. The mode is read off a new empty file beside
+    it: asking for the umask means setting it, which the files of another thread would see.
+
+    Raises:
+        OSError: The folder cannot be written, or the file is not there.
+    """
+    path = Path(path)
+    probe, mode = _new_file(path.parent, path.name)
+    probe.unlink()
+    path.chmod(mode)
+
+
+def _new_file(folder: Path, name: str) -> tuple[Path, int]:
+    """Makes an empty file of a name that is free and returns it with its mode."""
+    while True:
+        path = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            continue
+        try:
+            return path, stat.S_IMODE(os.fstat(handle).st_mode)
+        finally:
+            os.close(handle)

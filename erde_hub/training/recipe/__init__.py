@@ -1,0 +1,71 @@
+"""The steps that recipes are made of: data, networks, training that resumes, and the report a run leaves behind.
+
+A run is a folder. Its files say how far it came, so every step asks the folder first: a finished network is loaded, an
+unfinished training is resumed, a report that is missing or half written is made again.
+"""
+
+from __future__ import annotations
+
+from .companions import TeacherPlan, train_static_student
+from .default_threshold import THRESHOLD_RULE, choose_default_threshold, store_default_threshold
+from .messages import (
+    configure_logging,
+    describe_data,
+    describe_network,
+    format_results,
+    how_to_load,
+    run_name,
+    settings_dict,
+)
+from .networks import (
+    build_model,
+    build_student,
+    check_architecture,
+    existing_preprocessing,
+    load_model,
+    pretrained_preprocessing,
+)
+from .reporting import report, write_report
+from .steps import (
+    Interrupted,
+    Run,
+    check_measurable,
+    check_trainable,
+    collect,
+    finished,
+    load_data,
+    load_data_of,
+    train_network,
+)
+
+__all__ = [
+    "THRESHOLD_RULE",
+    "Interrupted",
+    "Run",
+    "TeacherPlan",
+    "build_model",
+    "build_student",
+    "check_architecture",
+    "check_measurable",
+    "check_trainable",
+    "choose_default_threshold",
+    "collect",
+    "configure_logging",
+    "describe_data",
+    "describe_network",
+    "existing_preprocessing",
+    "finished",
+    "format_results",
+    "how_to_load",
+    "load_data",
+    "load_data_of",
+    "load_model",
+    "pretrained_preprocessing",
+    "report",
+    "run_name",
+    "settings_dict",
+    "store_default_threshold",
+    "train_network",
+    "train_static_student",
+    "write_report",
+]

@@ -1,0 +1,100 @@
+"""The networks that are trained beside a student: its teacher, and itself without exits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from erde_hub._files import write_text
+from erde_hub.backbones.base import example_inputs
+from erde_hub.cost import trace
+from erde_hub.evaluation import describe_model, per_exit_metrics
+from erde_hub.losses import ExitLoss, create_loss
+from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.training._launch import run_on_main
+from erde_hub.training.arguments import DistillationArguments
+from erde_hub.training.data import ImageData
+from erde_hub.training.recipe_arguments import (
+    ExitArguments,
+    TeacherArguments,
+    plain_weights,
+    teacher_training_arguments,
+)
+
+from .networks import build_model, load_model
+from .reporting import report
+from .steps import Run, collect, finished, train_network
+
+
+@dataclass
+class TeacherPlan:
+    """A teacher that is to be trained: network, loss, arguments."""
+
+    model: EarlyExitWrapper
+    loss: ExitLoss
+    args: DistillationArguments
+    exits: ExitArguments
+
+    @classmethod
+    def build(
+        cls, teacher_args: TeacherArguments, exits: ExitArguments, data: ImageData, args: DistillationArguments
+    ) -> TeacherPlan:
+        """Builds network and loss; :func:`check_trainable` finds out whether they go together with the data.
+
+        Raises:
+            ConfigError, ExitPointError, ThresholdError: Whatever does not go together.
+        """
+        own = teacher_training_arguments(args, teacher_args.teacher_training)
+        model = build_model(
+            teacher_args.teacher_architecture,
+            data,
+            exits,
+            places=teacher_args.teacher_exit_points,
+            kwargs=teacher_args.teacher_kwargs,
+            pretrained=teacher_args.teacher_pretrained,
+            seed=own.seed,
+        )
+        weights = plain_weights(teacher_args.teacher_exit_weights)
+        loss = create_loss("ce", exit_weights="uniform" if weights is None else weights)
+        return cls(model, loss, own, exits)
+
+    def train(self, run: Run, folder: Path) -> tuple[EarlyExitWrapper, dict[str, Any]]:
+        """Trains the teacher and reports on it, or loads it where the run has done so before."""
+        done = run_on_main(run.accelerator, lambda: finished(folder)) if run.args.resume else None
+        if done is not None:
+            return load_model(str(folder)), done
+        result = train_network(run, folder, self.model, self.loss, args=self.args, role="teacher")
+        results = report(run, folder, self.model, self.exits, ("ce", self.loss), result, args=self.args)
+        return self.model, results
+
+
+def train_static_student(run: Run, model: EarlyExitWrapper) -> dict[str, Any]:
+    """Trains a network by its last exit alone, with cross-entropy and no teacher, and describes it.
+
+    It is what the student would be without early exits: accuracy and cost are those of the bare backbone.
+    """
+    folder = run.folder / "static"
+    description = folder / "static_student.json"
+    if run.args.resume and description.is_file():
+        return json.loads(description.read_text(encoding="utf-8"))
+    loss = create_loss("ce", exit_weights=[*([0.0] * (model.num_exits - 1)), 1.0])
+    result = train_network(run, folder, model, loss, role="static student")
+    last = per_exit_metrics(collect(run, model, "test"))[-1]
+    backbone: nn.Module = model.backbone
+    described = describe_model(model) | {
+        "exits": [],
+        "accuracy": last["accuracy"],
+        "macs": trace(backbone, example_inputs(run.data.input_size, torch.float32)).total_macs,
+        "params": sum(p.numel() for p in backbone.parameters()),
+        "ece": last["ece"],
+        "nll": last["nll"],
+        "loss": "ce",
+        "seconds": result.seconds,
+    }
+    run_on_main(run.accelerator, lambda: write_text(description, json.dumps(described)))
+    return described

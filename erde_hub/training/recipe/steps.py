@@ -1,0 +1,246 @@
+"""A run and the steps it is made of: data, checks, training that resumes, recorded exits."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers.utils import cached_file
+
+from erde_hub.errors import DataError, ResultsError
+from erde_hub.evaluation import ExitRecords, collect_exit_records, load_results
+from erde_hub.losses import ExitLoss
+from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.training._checks import check_data, check_models
+from erde_hub.training._launch import run_on_main
+from erde_hub.training.arguments import DistillationArguments
+from erde_hub.training.data import BatchLoader, ImageData, load_image_data
+from erde_hub.training.data_splits import StoredSplit
+from erde_hub.training.distiller import Distiller, TrainResult
+from erde_hub.training.recipe_arguments import DataArguments
+from erde_hub.training.run_folder import find_checkpoint
+
+SPLIT_FILE = "split.json"
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """A signal ended the training, and a checkpoint was written; the message says how to go on.
+
+    Args:
+        message: One line for the terminal.
+        stopped_by: :attr:`~erde_hub.training.TrainResult.stopped_by`.
+    """
+
+    def __init__(self, message: str, stopped_by: str | None = None) -> None:
+        super().__init__(message)
+        self.stopped_by = stopped_by
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the signal's number, as shells count: 130 for SIGINT; that of SIGTERM where no signal came here."""
+        known = signal.Signals.__members__
+        return 128 + known.get(str(self.stopped_by), signal.SIGTERM)
+
+
+@dataclass
+class Run:
+    """What every step of a recipe needs: who computes, on which data, told what.
+
+    Attributes:
+        accelerator: Of this process; teacher and student share it.
+        data: All three splits.
+        args: Training arguments; ``output_dir`` is the folder of the run.
+        settings: Everything the recipe was told, for ``results.json``.
+    """
+
+    accelerator: Accelerator
+    data: ImageData
+    args: DistillationArguments
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.args.output_dir))
+
+
+def load_data(
+    args: DataArguments,
+    preprocessing: Mapping[str, Any] | None = None,
+    split_file: str | Path | None = None,
+    progress: bool = True,
+) -> ImageData:
+    """Loads the data that the arguments name.
+
+    Args:
+        args: What the user asked for.
+        preprocessing: ``mean, std, size, interpolation, crop_pct`` of weights that exist already (a teacher's, timm's);
+            the data are then brought into that form. ``--image_size`` wins over its size.
+        split_file: Held-out rows of an earlier run.
+        progress: Show progress bars.
+
+    Raises:
+        DataError, LabelError, ConfigError: See :func:`~erde_hub.training.data.load_image_data`.
+    """
+    wishes: dict[str, Any] = {}
+    if preprocessing:
+        wishes = {key: preprocessing[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+        wishes["input_size"] = (3, *preprocessing["size"])
+    if args.image_size is not None:
+        wishes["input_size"] = args.image_size
+    return load_image_data(
+        args.dataset,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        config_name=args.dataset_config,
+        streaming=args.streaming,
+        cache_dir=args.cache_dir,
+        max_train_samples=args.max_train_samples,
+        max_eval_samples=args.max_eval_samples,
+        split_file=split_file,
+        progress=progress,
+        **wishes,
+    )
+
+
+def load_data_of(
+    model: str,
+    args: DataArguments,
+    preprocessing: Mapping[str, Any] | None = None,
+    split: str = "test",
+    progress: bool = True,
+) -> ImageData:
+    """Loads data for a model that was trained before, with the rows that its run held out if it was trained on these.
+
+    Args:
+        model: Folder or Hub repository of the model.
+        args: What the user asked for.
+        preprocessing: See :func:`load_data`.
+        split: The split that must hold no row the model was trained on.
+        progress: Show progress bars.
+
+    Raises:
+        DataError: The model's run held rows out by their number, which streamed data do not have; and see
+            :func:`~erde_hub.training.data.load_image_data`.
+        LabelError, ConfigError: See :func:`~erde_hub.training.data.load_image_data`.
+    """
+    data = load_data(args, preprocessing, progress=progress)
+    path = _split_file(model)
+    if path is None:
+        return data
+    stored = StoredSplit.read(path)
+    if not stored.belongs_to(data.fingerprint, data.head, data.streamed):
+        return data
+    if data.streamed and not stored.streamed:
+        if stored.info[split]["rule"] == data.split_info[split]["rule"] == "given":
+            return data  # the data bring this split themselves, whatever became of the others
+        raise DataError(
+            f"the run of {model!r} loaded {data.name!r} and held out rows of {split} by their number, which streamed"
+            " rows do not have: leave --streaming out"
+        )
+    return load_data(args, preprocessing, path, progress=False)
+
+
+def _split_file(model: str) -> str | None:
+    """Returns the file with the held-out rows of the run that trained a model, if there is one."""
+    try:
+        return cached_file(
+            model,
+            SPLIT_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """Returns the results of a run whose report is complete; it is the last file that a run writes."""
+    if not all((folder / name).is_file() for name in ("results.json", "config.json", "model.safetensors")):
+        return None
+    try:
+        return load_results(folder / "results.json")
+    except ResultsError:
+        return None
+
+
+def check_measurable(model: EarlyExitWrapper, data: ImageData) -> None:
+    """Raises :class:`ConfigError` or :class:`LabelError` where a model and data do not go together."""
+    check_models(model, None, data)
+    check_data(data)
+
+
+def check_trainable(
+    accelerator: Accelerator,
+    student: EarlyExitWrapper,
+    teacher: EarlyExitWrapper | None,
+    data: ImageData,
+    loss: ExitLoss,
+    args: DistillationArguments,
+) -> None:
+    """Builds the Distiller that is going to train, so that whatever it refuses is refused before any time is spent.
+
+    Raises:
+        ConfigError: Networks, data, loss and settings do not go together; the message says which.
+    """
+    own = dataclasses.replace(args, output_dir=None, resume=False, overwrite_output_dir=False)
+    Distiller(student, data, own, loss, teacher=teacher, accelerator=accelerator)
+
+
+def train_network(
+    run: Run,
+    folder: Path,
+    model: EarlyExitWrapper,
+    loss: ExitLoss,
+    teacher: nn.Module | None = None,
+    args: DistillationArguments | None = None,
+    role: str = "student",
+) -> TrainResult:
+    """Trains a model in a folder that belongs to the run, from its newest checkpoint if the run is resumed.
+
+    Args:
+        run: Data, arguments, processes.
+        folder: Where the checkpoints go.
+        model: Trained in place.
+        loss: What it learns from.
+        teacher: Whom it learns from.
+        args: Training arguments of this model; those of the run if None.
+        role: What messages call it.
+
+    Raises:
+        Interrupted: A signal came; what was trained is saved.
+    """
+    args = args or run.args
+    checkpoint = run_on_main(run.accelerator, lambda: find_checkpoint(folder)) if args.resume else None
+    own = dataclasses.replace(
+        args, output_dir=str(folder), resume=checkpoint is not None, overwrite_output_dir=checkpoint is None
+    )
+    result = Distiller(model, run.data, own, loss, teacher=teacher, accelerator=run.accelerator).train()
+    if result.status == "interrupted":
+        raise Interrupted(
+            f"the training of the {role} is not finished ({result.step} of {result.total_steps} steps): continue with"
+            f" the same command and --resume --output_dir {run.folder}",
+            result.stopped_by,
+        )
+    return result
+
+
+def collect(run: Run, model: EarlyExitWrapper, split: str, batch_size: int = 256) -> ExitRecords:
+    """Runs every exit over a split, shared among the processes, in float32."""
+    loader = BatchLoader(
+        getattr(run.data, split),
+        batch_size,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        channels_last=run.args.channels_last,
+        num_workers=run.args.num_workers,
+    )
+    info = {"dataset": run.data.name, "fingerprint": run.data.fingerprint, "split": split}
+    model.to(run.accelerator.device)
+    return collect_exit_records(model, loader, progress=False, accelerator=run.accelerator, info=info)

@@ -1,0 +1,259 @@
+"""Trains one student per loss and seed under the same teacher, and compares them: accuracy, cost, worst group.
+
+    python recipes/compare_losses.py --methods kd erde ea_kd erde+ea_kd --seeds 0 1 2
+    python recipes/compare_losses.py --dataset coloured_digits --methods kd erde dedier --output results.json
+
+A method is a loss, what joins it, and arguments: `erde+ea_kd:temperature=3,entropy_temperature=2`. `coloured_digits`
+are digits whose colour is a misleading cue; their results hold the accuracy of every group, and their teacher learns
+from digits whose colour says nothing. A file that is there already is added to: what it holds is not trained again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from _cli import base_config, clean_errors, parse_arguments, parse_scalar
+
+from erde_hub import EarlyExitWrapper, __version__
+from erde_hub.backbones.base import format_table
+from erde_hub.errors import ConfigError, ResultsError, nearest
+from erde_hub.evaluation import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds
+from erde_hub.evaluation.groups import group_metrics
+from erde_hub.losses import ExitLoss
+from erde_hub.training import DistillationArguments, Distiller, create_accelerator, recipe
+from erde_hub.training.data import ImageData
+from erde_hub.training.data_coloured import GroupedImages, coloured_digits
+from erde_hub.training.recipe_arguments import (
+    DataArguments,
+    ExitArguments,
+    StudentArguments,
+    TeacherArguments,
+    build_loss,
+    loss_arguments_class,
+    plain_weights,
+    teacher_training_arguments,
+)
+
+COLOURED = "coloured_digits"
+
+
+@dataclass
+class Comparison:
+    """What is compared, and where the numbers go."""
+
+    methods: list[str] = field(
+        default_factory=lambda: ["ce", "kd", "erde"],
+        metadata={"help": "LOSS[+ADDITION...][:ARGUMENT=VALUE,...], one student each per seed"},
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "each trains a teacher and all students"}
+    )
+    correlation: float = field(
+        default=0.95, metadata={"help": "coloured_digits: share of training images whose colour is that of their class"}
+    )
+    teacher_correlation: float = field(
+        default=0.5, metadata={"help": "coloured_digits: the same share for the images that the teacher learns from"}
+    )
+    split: Literal["validation", "test"] = field(
+        default="test", metadata={"help": "what is measured on: choose settings on validation, report on test"}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; added to if it exists"})
+
+
+def build_method(text: str) -> ExitLoss:
+    """Builds a loss from `LOSS[+ADDITION...][:ARGUMENT=VALUE,...]`; an argument goes to whichever takes it.
+
+    Raises:
+        ConfigError: No such loss, addition or argument, or they do not go together.
+    """
+    names, _, settings = text.partition(":")
+    loss, *additions = names.split("+")
+    arguments: Any = loss_arguments_class()()
+    for part in filter(None, settings.split(",")):
+        key, equals, value = part.partition("=")
+        known = [f.name for f in dataclasses.fields(arguments)]
+        if not equals or key not in known:
+            raise ConfigError(f"{part!r} in method {text!r} is not ARGUMENT=VALUE{nearest(key, known)}")
+        setattr(arguments, key, plain_weights(parse_scalar(value)))
+    return build_loss(loss, arguments, additions)
+
+
+def main() -> None:
+    """Trains what is missing, seed by seed, and writes after every student."""
+    sections = {
+        "comparison": Comparison,
+        "data (also coloured_digits)": DataArguments,
+        "student": StudentArguments,
+        "teacher": TeacherArguments,
+        "exits": ExitArguments,
+        "training of teacher and students": DistillationArguments,
+    }
+    base = base_config()
+    comparison, data_args, student_args, teacher_args, exits, args, config = parse_arguments(
+        sections, __doc__, default_config=base, ignored=[loss_arguments_class()]
+    )
+    for method in comparison.methods:
+        build_method(method)
+    accelerator = create_accelerator(args)
+    recipe.configure_logging(accelerator.is_main_process)
+    args.output_dir = None
+    settings = {
+        "config": config,
+        "split": comparison.split,
+        "student": [student_args.student_architecture, student_args.student_kwargs],
+        "teacher": [teacher_args.teacher_architecture, teacher_args.teacher_kwargs, teacher_args.teacher_training],
+        "correlation": comparison.correlation if data_args.dataset == COLOURED else None,
+        "teacher_correlation": comparison.teacher_correlation if data_args.dataset == COLOURED else None,
+        "max_train_samples": data_args.max_train_samples,
+        **{key: value for key, value in args.public_dict().items() if key not in ("seed", "checkpoint_steps")},
+    }
+    results = _open(comparison.output, settings)
+    for seed in comparison.seeds:
+        missing = [m for m in comparison.methods if not _find(results["runs"], m, seed)]
+        if not missing:
+            continue
+        own = dataclasses.replace(args, seed=seed)
+        grouped, teacher_data = _data(data_args, comparison, seed)
+        data = grouped.data if isinstance(grouped, GroupedImages) else grouped
+        results["dataset"] = {
+            "name": data.name,
+            "samples": {s: len(getattr(data, s)) for s in ("train", comparison.split)},
+        }
+        teacher = recipe.build_model(
+            teacher_args.teacher_architecture, data, exits, places=teacher_args.teacher_exit_points,
+            kwargs=teacher_args.teacher_kwargs, pretrained=teacher_args.teacher_pretrained, seed=seed,
+        )  # fmt: skip
+        Distiller(
+            teacher, teacher_data, teacher_training_arguments(own, teacher_args.teacher_training), "ce",
+            accelerator=accelerator,
+        ).train()  # fmt: skip
+        run = recipe.Run(accelerator, data, own, {})
+        if not _find(results["teachers"], None, seed):
+            results["teachers"].append({"seed": seed, **_measure(run, teacher, grouped, comparison.split)})
+        for method in missing:
+            student = recipe.build_student(student_args, exits, data, own)
+            started = time.perf_counter()
+            loss = build_method(method)
+            Distiller(student, data, own, loss, teacher if loss.reads_teacher else None, accelerator).train()
+            row = {"method": method, "seed": seed, **_measure(run, student, grouped, comparison.split)}
+            results["runs"].append(row | {"seconds": round(time.perf_counter() - started, 1)})
+            _write(comparison.output, results)
+            accelerator.print(f"seed {seed}, {method}: {_short(row)}")
+    results["summary"] = summarize(results["runs"])
+    _write(comparison.output, results)
+    accelerator.print(f"\n{format_summary(results['summary'])}")
+
+
+def _data(data_args: DataArguments, comparison: Comparison, seed: int) -> tuple[GroupedImages | ImageData, ImageData]:
+    """Returns what students learn from, with groups where there are some, and what the teacher learns from."""
+    if data_args.dataset != COLOURED:
+        data = recipe.load_data(data_args, progress=False)
+        return data, data
+    grouped = coloured_digits(comparison.correlation, seed)
+    return grouped, coloured_digits(comparison.teacher_correlation, seed).data
+
+
+def _measure(
+    run: recipe.Run, model: EarlyExitWrapper, grouped: GroupedImages | ImageData, split: str
+) -> dict[str, Any]:
+    """Measures a model: every exit, accuracy at matched cost, groups."""
+    records = recipe.collect(run, model, split)
+    rows = per_exit_metrics(records)
+    sweep = sweep_thresholds(records, fine_thresholds(records))
+    full = rows[-1]["macs"]
+    measured: dict[str, Any] = {
+        "per_exit": [{key: row[key] for key in ("exit", "accuracy", "macs", "ece", "nll")} for row in rows],
+        "accuracy_at_cost": {f"{share:g}": accuracy_at_cost(sweep, share * full) for share in (0.5, 0.75)},
+    }
+    if isinstance(grouped, GroupedImages):
+        groups = grouped.groups[split][records.index]
+        measured["groups"] = group_metrics(records, groups, grouped.group_names)
+    return measured
+
+
+def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means and standard deviations over seeds, one row per method."""
+    rows = []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        series = {
+            "first_exit": [run["per_exit"][0]["accuracy"] for run in own],
+            "half_cost": [run["accuracy_at_cost"]["0.5"] for run in own],
+            "last_exit": [run["per_exit"][-1]["accuracy"] for run in own],
+            "nll_last_exit": [run["per_exit"][-1]["nll"] for run in own],
+            "seconds": [run["seconds"] for run in own],
+        }
+        if all("groups" in run for run in own):
+            series["worst_group_first_exit"] = [run["groups"][0]["worst_group"] for run in own]
+            series["worst_group_last_exit"] = [run["groups"][-1]["worst_group"] for run in own]
+            series["mean_of_groups_last_exit"] = [run["groups"][-1]["mean_of_groups"] for run in own]
+        row: dict[str, Any] = {"method": method, "seeds": [run["seed"] for run in own]}
+        for name, values in series.items():
+            if None not in values:
+                row[name] = statistics.fmean(values)
+                row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def format_summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Formats the summary for the terminal, accuracies in percent."""
+    shown = ["first_exit", "half_cost", "last_exit", "worst_group_first_exit", "worst_group_last_exit"]
+    shown = [name for name in shown if all(name in row for row in rows)]
+    cells = [[row["method"], str(len(row["seeds"])), *(_percent(row, name) for name in shown)] for row in rows]
+    return format_table(("method", "seeds", *(name.replace("_", " ") for name in shown)), cells)
+
+
+def _percent(row: Mapping[str, Any], name: str) -> str:
+    deviation = row[f"{name}_std"]
+    return f"{100 * row[name]:.1f}" + ("" if deviation is None else f" ±{100 * deviation:.1f}")
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    text = _percents(exit_["accuracy"] for exit_ in row["per_exit"])
+    if "groups" in row:
+        text += f", worst group {_percents(exit_['worst_group'] for exit_ in row['groups'])}"
+    return text
+
+
+def _percents(values: Iterable[float]) -> str:
+    return " / ".join(f"{100 * value:.1f}" for value in values)
+
+
+def _find(rows: Sequence[Mapping[str, Any]], method: str | None, seed: int) -> bool:
+    return any(row.get("method") == method and row["seed"] == seed for row in rows)
+
+
+def _open(output: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the results that a file holds, if it was written with the same settings, or empty ones."""
+    fresh = {"erde_hub": __version__, "torch": torch.__version__, "settings": settings, "teachers": [], "runs": []}
+    if output is None or not Path(output).is_file():
+        return fresh
+    stored = json.loads(Path(output).read_text(encoding="utf-8"))
+    before, now = stored.get("settings"), json.loads(json.dumps(settings))
+    if before != now:
+        different = next((key for key in now if (before or {}).get(key) != now[key]), "settings")
+        raise ResultsError(
+            f"{Path(output).name} holds results of other settings ({different} differs): give the same ones, or another"
+            " --output"
+        )
+    return stored
+
+
+def _write(output: str | None, results: dict[str, Any]) -> None:
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

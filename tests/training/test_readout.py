@@ -1,0 +1,179 @@
+"""Rounds of DEDIER in the Distiller: who answers, when, in what order, and that a resumed run does the same."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from distiller_fakes import TinyExits, assert_same, make_args, make_data, weights
+
+from erde_hub import EarlyExitWrapper
+from erde_hub.errors import ConfigError
+from erde_hub.heads import FeatureSpec
+from erde_hub.losses import DEDIERLoss, ReadoutWeight, create_loss
+from erde_hub.training import Distiller
+from erde_hub.training._checks import all_exits
+from erde_hub.training.readout import ConvReadout, new_readout
+
+
+@pytest.fixture(autouse=True)
+def _one_process():
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_data(rows=60)
+
+
+def network(width=4, seed=0):
+    torch.manual_seed(seed)
+    backbone = timm.create_model("resnet8_cifar", num_classes=3, width=width)
+    return EarlyExitWrapper(
+        backbone, exits=["layer1", "layer2"], input_size=(3, 8, 8), backbone_kwargs={"width": width},
+        id2label=["red", "green", "blue"],
+    )  # fmt: skip
+
+
+def run(data, loss, student=None, **changes):
+    student = TinyExits() if student is None else student
+    teacher = TinyExits(seed=1) if isinstance(student, TinyExits) else network(seed=1)
+    distiller = Distiller(student, data, make_args(**changes), loss, teacher)
+    return distiller, distiller.train()
+
+
+def test_the_table_holds_what_the_early_exit_of_the_student_got_wrong(data):
+    """One round, after the first of two epochs: its weights are those of the student at that moment."""
+    loss = DEDIERLoss(readout_alpha=0.5, readout_beta=2.0)
+    student = TinyExits()
+    seen = {}
+    update = loss.readout.update
+
+    def spy(index, logits, labels):
+        images, rows = data.train, index.tolist()
+        assert rows == data.train.indices.tolist(), "every sample once, in the order of the split"
+        assert not student.training
+        pixels = images.preprocessing.normalize(images.pixels(np.arange(len(rows))), False)
+        with torch.no_grad():
+            expected = all_exits(student, pixels)[0]
+        torch.testing.assert_close(logits, expected)
+        assert torch.equal(labels, data.train.labels)
+        summary = update(index, logits, labels)
+        seen.update(summary, logits=logits)
+        return summary
+
+    loss.readout.update = spy
+    _, result = run(data, loss, student, epochs=2)
+    probs = seen["logits"].softmax(-1).sort(-1).values
+    wrong = seen["logits"].argmax(-1) != data.train.labels
+    by_hand = torch.where(wrong, torch.exp(2.0 * (probs[:, -1] - probs[:, -2]) ** 0.5), torch.ones(len(wrong)))
+    torch.testing.assert_close(loss.readout.table[data.train.indices], by_hand)
+    assert 0 < wrong.sum() < len(wrong)
+    assert result.history[0]["readout"]["wrong"] == pytest.approx(wrong.double().mean().item())
+    assert "readout" not in result.history[1], "nobody would use a round after the last epoch"
+    assert result.history[1]["train"]["terms"]["dedier_weight"] > 1.0
+    assert result.history[0]["train"]["terms"]["dedier_weight"] == 1.0
+
+
+@pytest.mark.parametrize(("every", "due"), [(1, [1, 2, 3, 4]), (2, [1, 3]), (3, [1, 4])])
+def test_rounds_are_run_when_they_are_due(data, every, due):
+    loss = DEDIERLoss(readout_every=every)
+    calls = []
+    loss.readout.update = lambda *_: calls.append(1) or {"wrong": 0.0, "mean_weight": 1.0, "max_weight": 1.0}
+    _, result = run(data, loss, epochs=5)
+    assert [entry["epoch"] for entry in result.history if "readout" in entry] == due
+    assert len(calls) == len(due)
+
+
+def test_a_trained_head_leaves_the_student_and_the_generators_alone(data):
+    loss = DEDIERLoss(readout_source="head", readout_exit=1, readout_epochs=3, readout_lr=0.01)
+    student = network()
+    distiller = Distiller(student, data, make_args(epochs=2), loss, network(seed=1))
+    with distiller._prepared():
+        before, state = weights(student), torch.get_rng_state()
+        student.train()
+        summary = distiller.loss_inputs.rounds[0].run(distiller, epoch=0)
+    assert student.training
+    assert_same(weights(student), before)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in student.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(head._forward_pre_hooks for head in student.heads)
+    assert summary["wrong"] < 0.5  # brighter red, green or blue: three epochs on random features are enough
+    table = loss.readout.table.clone()
+    with distiller._prepared():
+        distiller.loss_inputs.rounds[0].run(distiller, epoch=0)
+    assert torch.equal(loss.readout.table, table), "a function of seed and epoch"
+
+
+@pytest.mark.parametrize("settings", [{}, {"readout_source": "head", "readout_sticky": True}])
+def test_a_resumed_run_has_the_same_weights_bit_for_bit(data, tmp_path, settings):
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def build(folder, **changes):
+        loss = create_loss("erde").add(ReadoutWeight(**settings))
+        args = make_args(epochs=3, output_dir=folder and str(folder), **changes)
+        return loss, Distiller(network(), data, args, loss, network(seed=1))
+
+    whole, distiller = build(None)
+    distiller.train()
+    expected = weights(distiller.student)
+    assert whole.sample_weights[0].table.max() > 1
+
+    _, distiller = build(tmp_path / "run", checkpoint_steps=2)
+    save, saved = distiller._save, []
+
+    def save_and_stop():
+        save()
+        saved.append(distiller.position.step)
+        if len(saved) == 4:  # within the second epoch: the table is that of the round before
+            raise Stop
+
+    distiller._save = save_and_stop
+    with pytest.raises(Stop):
+        distiller.train()
+    assert distiller.position.epoch == 1
+    assert distiller.position.batch > 0
+    loss, distiller = build(tmp_path / "run", checkpoint_steps=2, resume=True)
+    distiller.train()
+    assert torch.equal(loss.sample_weights[0].table, whole.sample_weights[0].table)
+    assert_same(weights(distiller.student), expected)
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("NCHW", (2, 6, 4, 4)), ("NHWC", (2, 4, 4, 6)), ("NLC", (2, 5, 6)), ("NC", (2, 6))])  # fmt: skip # noqa: E501
+def test_a_head_for_every_layout(layout, shape):
+    head = new_readout(FeatureSpec(6, layout, shape[1:-1]), 3)
+    assert head(torch.randn(shape)).shape == (2, 3)
+    assert isinstance(head, ConvReadout) == (layout in ("NCHW", "NHWC"))
+    if layout == "NCHW":  # to twice the channels, twice
+        sizes = [tuple(m.weight.shape) for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert sizes == [(12, 6, 3, 3), (12, 12, 3, 3)]
+
+
+def test_what_cannot_be_read_out_is_refused_before_training(data):
+    with pytest.raises(
+        ConfigError, match="reads early exit 1 and the student has 1 early exits: give readout_exit 0 to 0"
+    ):
+        run(data, DEDIERLoss(readout_exit=1))
+    with pytest.raises(ConfigError, match="TinyExits has no early exits whose features could be read"):
+        run(data, DEDIERLoss(readout_source="head"))
+
+    class Stream:
+        num_samples = None
+
+    from erde_hub.training.readout import ReadoutRounds  # noqa: PLC0415
+
+    with pytest.raises(ConfigError, match="streamed data have no known number"):
+        ReadoutRounds(ReadoutWeight(), TinyExits(), Stream())
+
+
+def test_weights_reach_exp_beta(data):
+    loss = DEDIERLoss(readout_alpha=0.05, readout_beta=4.0)
+    run(data, loss, epochs=2)
+    assert loss.readout.table.min() >= 1
+    assert loss.readout.table.max() <= math.exp(4.0)
