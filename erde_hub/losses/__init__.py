@@ -6,31 +6,64 @@ from typing import Any
 
 from erde_hub._registry import Entry, Registry
 
-from .base import ExitBatch, ExitLoss, LossResult, Term
+from .additions import Addition, ExtraTerm, SampleWeight
+from .base import ExitLoss
+from .batch import ExitBatch, LossResult, Term
 from .ce import CELoss, ce_loss
+from .dedier import DEDIERLoss, ReadoutWeight, dedier_loss, readout_weights
+from .dkd import DKDLoss, dkd_loss
+from .ea_kd import EAKDLoss, EntropyWeight, ea_kd_loss
+from .egad import EGADLoss, egad_loss, next_token_labels
 from .erde import ERDELoss, erde_loss
 from .exit_weights import exit_weights_preset, list_exit_weights_presets
+from .feature import FeatureKDLoss, FeatureTerm, feature_kd_loss
 from .kd import KDLoss, kd_loss
+from .self_distillation import SelfDistillationLoss, SelfDistillationTerm, self_distillation_loss
 from .teacher_exits import map_teacher_exits
 
 __all__ = [
+    "Addition",
     "CELoss",
+    "DEDIERLoss",
+    "DKDLoss",
+    "EAKDLoss",
+    "EGADLoss",
     "ERDELoss",
+    "EntropyWeight",
     "ExitBatch",
     "ExitLoss",
+    "ExtraTerm",
+    "FeatureKDLoss",
+    "FeatureTerm",
     "KDLoss",
     "LossResult",
+    "ReadoutWeight",
+    "SampleWeight",
+    "SelfDistillationLoss",
+    "SelfDistillationTerm",
     "Term",
     "ce_loss",
+    "create_addition",
     "create_loss",
+    "dedier_loss",
+    "dkd_loss",
+    "ea_kd_loss",
+    "egad_loss",
     "erde_loss",
     "exit_weights_preset",
+    "feature_kd_loss",
+    "get_addition",
     "get_loss",
     "kd_loss",
+    "list_additions",
     "list_exit_weights_presets",
     "list_losses",
     "map_teacher_exits",
+    "next_token_labels",
+    "readout_weights",
+    "register_addition",
     "register_loss",
+    "self_distillation_loss",
 ]
 
 _LOSSES: Registry[ExitLoss] = Registry("loss")
@@ -41,6 +74,34 @@ register_loss("kd", KDLoss, "Hinton's distillation on all samples at every exit"
 register_loss(
     "erde", ERDELoss, "distils where the teacher is right, raises entropy where it is wrong", "arXiv 2510.04856"
 )
+register_loss(
+    "ea_kd", EAKDLoss, "distillation that weighs samples by the entropies of teacher and student", "arXiv 2311.13621"
+)
+register_loss(
+    "dedier",
+    DEDIERLoss,
+    "distillation that weighs up what an early read-out gets wrong with confidence",
+    "arXiv 2310.18590",
+)
+register_loss("dkd", DKDLoss, "distillation with target class and other classes apart", "arXiv 2203.08679")
+register_loss("feature_kd", FeatureKDLoss, "distillation of answers and of features", "arXiv 1412.6550")
+register_loss("self", SelfDistillationLoss, "earlier exits learn from the last one, no teacher", "arXiv 1905.08094")
+register_loss(
+    "egad",
+    EGADLoss,
+    "token by token for causal language models, led by the teacher's entropy (experimental; recipes/egad.py)",
+    "arXiv 2605.01732",
+)
+
+_ADDITIONS: Registry[Addition] = Registry("addition")
+register_addition = _ADDITIONS.register
+
+register_addition("ea_kd", EntropyWeight, "weighs samples by the entropies of teacher and student", "arXiv 2311.13621")
+register_addition(
+    "dedier", ReadoutWeight, "weighs up what an early read-out gets wrong with confidence", "arXiv 2310.18590"
+)
+register_addition("feature", FeatureTerm, "distance between features of student and teacher", "arXiv 1412.6550")
+register_addition("self", SelfDistillationTerm, "earlier exits learn from the student's last one", "arXiv 1905.08094")
 
 
 def create_loss(name: str, **kwargs: Any) -> ExitLoss:
@@ -56,3 +117,18 @@ def get_loss(name: str) -> Entry[ExitLoss]:
 def list_losses() -> list[str]:
     """Returns the names of all losses."""
     return _LOSSES.names()
+
+
+def create_addition(name: str, **kwargs: Any) -> Addition:
+    """Builds what can join a loss, by name; an unknown name or argument raises :class:`erde_hub.errors.ConfigError`."""
+    return _ADDITIONS.create(name, **kwargs)
+
+
+def get_addition(name: str) -> Entry[Addition]:
+    """Returns the table entry of that name: class, summary, reference."""
+    return _ADDITIONS.get(name)
+
+
+def list_additions(kind: type[Addition] = Addition) -> list[str]:
+    """Returns the names of all that can join a loss, or of one kind (:class:`SampleWeight`, :class:`ExtraTerm`)."""
+    return [entry.name for entry in _ADDITIONS.entries() if issubclass(entry.cls, kind)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError, unknown_name
@@ -24,6 +25,20 @@ def check_number(name: str, value: object, *, zero: bool, below: float = math.in
     if not math.isfinite(value) or value < 0 or value >= below or (value == 0 and not zero):
         raise ConfigError(f"{name} must be finite and {allowed}, got {value!r}")
     return float(value)
+
+
+def check_whole(name: str, value: object, least: int) -> int:
+    """Returns a whole number of at least ``least``.
+
+    Raises:
+        InputTypeError: Not a whole number.
+        ConfigError: Out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> str:
@@ -110,6 +125,51 @@ def check_same_classes(student: Tensor, teacher: Tensor) -> None:
         )
     if student.device != teacher.device:
         raise InputTypeError(f"student_logits are on {student.device} and teacher_logits on {teacher.device}")
+
+
+def check_index(index: object, logits: Tensor) -> Tensor | None:
+    """Returns stable sample numbers (N,) as int64, on the device of the logits; None where there are none.
+
+    Raises:
+        InputTypeError: Not an integer tensor.
+        ShapeError: Not (N,).
+    """
+    if index is None:
+        return None
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise InputTypeError(f"index must be a tensor of whole numbers, one per sample, got {kind}")
+    if index.shape != logits.shape[:1]:
+        raise ShapeError(f"index must have shape ({len(logits)},), one number per sample, got {tuple(index.shape)}")
+    return index.to(logits.device, torch.int64)
+
+
+def check_features(name: str, features: object, exit_logits: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Returns the features of all exits if there is one tensor (N, ..., D), or None, per exit.
+
+    Raises:
+        InputTypeError: Not a sequence of floating-point tensors.
+        ShapeError: Another number of exits or samples.
+    """
+    if not isinstance(features, Sequence) or isinstance(features, str):
+        raise InputTypeError(
+            f"{name} must be a sequence with one tensor (N, ..., D) per exit, or None at exits without a feature, got"
+            f" {type(features).__name__}: this loss compares features"
+        )
+    if len(features) != len(exit_logits):
+        raise ShapeError(f"{name} has {len(features)} entries for {len(exit_logits)} exits: give one per exit, or None")
+    for index, feature in enumerate(features):
+        if feature is None:
+            continue
+        if not isinstance(feature, Tensor) or not feature.is_floating_point():
+            kind = feature.dtype if isinstance(feature, Tensor) else type(feature).__name__
+            raise InputTypeError(f"{name}[{index}] must be a floating-point tensor or None, got {kind}")
+        if feature.ndim < 2 or len(feature) != len(exit_logits[0]):
+            raise ShapeError(
+                f"{name}[{index}] must be (N, ..., D) with N = {len(exit_logits[0])} samples and the channels last, got"
+                f" {tuple(feature.shape)}"
+            )
+    return features
 
 
 def check_labels(labels: object, logits: Tensor, *, values: bool) -> Tensor:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -20,123 +18,14 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError, InputTypeError
 
-from . import functional
-from ._checks import check_choice, check_exit_logits, check_labels, check_same_classes
+from ._checks import check_choice, check_exit_logits, check_features, check_index, check_labels, check_same_classes
+from .additions import Addition, ExtraTerm, SampleWeight
+from .batch import ExitBatch, LossResult, Term
 from .exit_weights import check_epoch, check_exit_weights, exit_weights_preset
 from .teacher_exits import check_teacher_exits, map_teacher_exits
 
 #: What the sum over samples is divided by: the batch, the samples under the term's mask, nothing.
 REDUCTIONS = ("batch", "subset", "sum")
-
-
-@dataclass
-class LossResult:
-    """A loss with its parts.
-
-    The identities ``terms[name] == sum_e exit_weights[e] * exit_terms[name][e]`` and ``loss == sum of weight *
-    terms[name]`` over the terms of the method hold, the weights being the method's own (``kl_weight``, ``ce_weight``,
-    ``-entropy_weight``, ...). ``teacher_right`` and the like are for the log only and no part of the loss.
-
-    Attributes:
-        loss: Scalar to call ``backward`` on, float32 (float64 for float64 logits).
-        terms: Detached scalars by name, for the log.
-        exit_terms: The same per exit, detached tensors (E,), before exit weights.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    exit_terms: dict[str, Tensor] = field(default_factory=dict)
-
-    def non_finite(self) -> list[tuple[str, int]]:
-        """Returns term and exit of every part that is NaN or infinite.
-
-        It waits for the device: call it once the loss is known not to be finite.
-        """
-        return [
-            (name, exit_)
-            for name, values in self.exit_terms.items()
-            for exit_, fine in enumerate(torch.isfinite(values).tolist())
-            if not fine
-        ]
-
-
-@dataclass
-class Term:
-    """One part of a loss, per exit and sample.
-
-    Its value at an exit is the sum over samples of ``values * sample_weights * mask``, divided as the loss's reduction
-    says; its share of the loss is ``weight`` times the sum of that over exits.
-
-    Attributes:
-        name: Key in the log.
-        values: (E, N), one number per exit and sample.
-        weight: Its factor in the loss; negative for what is maximised.
-        mask: (E, N) bool, True where the term applies; None is everywhere. Values must be finite outside of it too.
-        sample_weights: (E, N) or (N,), detached; None is 1. They do not enter the denominator.
-    """
-
-    name: str
-    values: Tensor
-    weight: float
-    mask: Tensor | None = None
-    sample_weights: Tensor | None = None
-
-
-class ExitBatch:
-    """The logits of one batch, stacked over the student's exits, with what several terms share computed once.
-
-    Shape:
-        student_logits: (E, N, K), float32 or float64. teacher_logits: the same, exit e holding what student exit e
-            learns from.
-        teacher_final_logits: (N, K), the teacher's last exit, whatever the map. labels: (N,).
-    """
-
-    def __init__(
-        self,
-        student_logits: Tensor,
-        labels: Tensor,
-        teacher_logits: Tensor | None = None,
-        teacher_final_logits: Tensor | None = None,
-    ) -> None:
-        self.student_logits = student_logits
-        self.labels = labels
-        self._teacher_logits = teacher_logits
-        self._teacher_final_logits = teacher_final_logits
-        self._student_log_probs: dict[float, Tensor] = {}
-        self._teacher_log_probs: dict[float, Tensor] = {}
-        self.num_exits, self.num_samples, self.num_classes = student_logits.shape
-
-    @property
-    def teacher_logits(self) -> Tensor:
-        """Detached logits (E, N, K) of the teacher exits that the student's are paired with."""
-        return _given(self._teacher_logits)
-
-    @property
-    def teacher_final_logits(self) -> Tensor:
-        """Detached logits (N, K) of the teacher's last exit."""
-        return _given(self._teacher_final_logits)
-
-    def student_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """Returns log softmax(s / temperature), (E, N, K), computed once per temperature."""
-        if temperature not in self._student_log_probs:
-            self._student_log_probs[temperature] = functional.log_probs(self.student_logits, temperature)
-        return self._student_log_probs[temperature]
-
-    def teacher_log_probs(self, temperature: float = 1.0) -> Tensor:
-        """Returns log softmax(t / temperature), (E, N, K), detached, computed once per temperature."""
-        if temperature not in self._teacher_log_probs:
-            self._teacher_log_probs[temperature] = functional.log_probs(self.teacher_logits, temperature)
-        return self._teacher_log_probs[temperature]
-
-    @cached_property
-    def teacher_right(self) -> Tensor:
-        """Where the teacher exit paired with each student exit names the label, (E, N) bool."""
-        return functional.correct(self.teacher_logits, self.labels)
-
-    @cached_property
-    def teacher_right_at_final_exit(self) -> Tensor:
-        """Where the teacher's last exit names the label, (N,) bool."""
-        return functional.correct(self.teacher_final_logits, self.labels)
 
 
 class ExitLoss(nn.Module):
@@ -167,10 +56,18 @@ class ExitLoss(nn.Module):
         student_logits: E tensors (N, K), shallow to deep. teacher_logits: any number of tensors (N, K). labels: (N,).
     """
 
+    #: What it trains: recipes for images take "classification" only.
+    task: ClassVar[str] = "classification"
     #: Calls need teacher logits (False: they are ignored, and may be None).
     needs_teacher: ClassVar[bool] = True
-    #: The loss is differentiable in the student's logits, once and twice.
+    #: Calls need the stable number of each sample.
+    needs_index: ClassVar[bool] = False
+    #: What it carries from batch to batch, in words for the table.
+    state: ClassVar[str] = ""
+    #: The loss is differentiable in the student's logits, once and ...
     differentiable: ClassVar[bool] = True
+    #: ... twice.
+    twice_differentiable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -183,20 +80,78 @@ class ExitLoss(nn.Module):
         self.exit_weights = check_exit_weights(exit_weights)
         self.teacher_exits = check_teacher_exits(teacher_exits)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        self.extra_terms = nn.ModuleList()
+        self.sample_weights = nn.ModuleList()
         self._epoch: tuple[int, int] | None = None
         self._checked_labels: set[int] = set()
+        self._added: list[Addition] = []
 
     def terms(self, batch: ExitBatch) -> list[Term]:
         """Returns the parts of this loss for one batch; names are unique."""
         raise NotImplementedError
+
+    def distillation_terms(self) -> tuple[str, ...]:
+        """Returns the names of the terms that imitate the teacher: those that weights per sample apply to."""
+        return tuple(name for part in self.extra_terms for name in part.distillation_terms())  # type: ignore[operator]
+
+    def add(self, *additions: Addition) -> Self:
+        """Lets weights of samples or further terms join this loss, and returns it.
+
+        Weights multiply what :meth:`distillation_terms` names; several multiply each other.
+
+        Raises:
+            InputTypeError: Not an :class:`~erde_hub.losses.Addition`.
+            ConfigError: It cannot join this loss; the message says why.
+
+        Example:
+            >>> from erde_hub.losses import create_addition, create_loss
+            >>> loss = create_loss("erde").add(create_addition("ea_kd", entropy_temperature=2.0))
+            >>> [addition.name for addition in loss.additions()]
+            ['ea_kd']
+        """
+        self._attach(*additions)
+        self._added.extend(additions)
+        return self
+
+    def additions(self) -> list[Addition]:
+        """Returns the further terms and the weights of samples, those that the loss itself consists of included."""
+        return [*self.extra_terms, *self.sample_weights]
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether this loss, with what has joined it, needs teacher logits."""
+        return self.needs_teacher or any(addition.needs_teacher for addition in self.additions())
+
+    @property
+    def reads_index(self) -> bool:
+        """Whether this loss looks samples up by their stable number."""
+        return self.needs_index or any(addition.needs_index for addition in self.additions())
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether this loss needs the features of exits."""
+        return any(addition.needs_features for addition in self.additions())
 
     def forward(
         self,
         student_logits: Sequence[Tensor],
         teacher_logits: Sequence[Tensor] | None,
         labels: Tensor,
+        *,
+        index: Tensor | None = None,
+        student_features: Sequence[Tensor | None] | None = None,
+        teacher_features: Sequence[Tensor | None] | None = None,
     ) -> LossResult:
         """Computes the loss of one batch.
+
+        Args:
+            student_logits: Unnormalised scores of each exit.
+            teacher_logits: Those of the teacher; None for a loss without one.
+            labels: Class indices.
+            index: Stable number of each sample, for weights that are looked up; any integer dtype.
+            student_features: Per student exit the feature that it reads, channels last (N, ..., D), or None where there
+                is none; for losses with a feature term.
+            teacher_features: The same per teacher exit.
 
         The range of the labels is checked on every call on a CPU. On other devices that would wait for the device, so
         there the first call checks (once per number of classes) and later ones leave it to torch's own assertion in the
@@ -211,8 +166,12 @@ class ExitLoss(nn.Module):
         """
         device_type = student_logits[0].device.type if _is_tensors(student_logits) else "cpu"
         with torch.autocast(device_type, enabled=False):
-            batch = self._make_batch(student_logits, teacher_logits, labels)
-            return self._reduce(self.terms(batch), batch)
+            batch = self._make_batch(student_logits, teacher_logits, labels, index, student_features, teacher_features)
+            terms = self.terms(batch)
+            for part in self.extra_terms:
+                terms = [*terms, *part.terms(batch)]  # type: ignore[operator]
+            shown = self._weigh(terms, batch)
+            return self._reduce(terms, batch, shown)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Tells the loss which epoch is about to be trained, counted from 1.
@@ -250,19 +209,54 @@ class ExitLoss(nn.Module):
         values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
+    def added(self) -> dict[str, dict[str, Any]]:
+        """Returns the settings of what joined this loss by :meth:`add`, by name, as plain data."""
+        return {addition.name: addition.settings() for addition in self._added}
+
     def extra_repr(self) -> str:
-        """Shows the arguments."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        """Shows the arguments, and what joined."""
+        values = [f"{name}={value!r}" for name, value in self.settings().items()]
+        return ", ".join([*values, *(f"+{name}({settings!r})" for name, settings in self.added().items())])
+
+    def _attach(self, *additions: Addition) -> None:
+        for addition in additions:
+            if not isinstance(addition, (SampleWeight, ExtraTerm)):
+                raise InputTypeError(
+                    f"add() takes weights of samples and further terms (create_addition), got {addition!r}"
+                )
+            addition.check(self)
+            (self.sample_weights if isinstance(addition, SampleWeight) else self.extra_terms).append(addition)
+
+    def _weigh(self, terms: list[Term], batch: ExitBatch) -> dict[str, Tensor]:
+        """Multiplies the weights of samples into the terms that they apply to; returns their means per exit."""
+        shown = {}
+        for weight in self.sample_weights:
+            values = weight.weights(batch).detach()  # type: ignore[operator]
+            names = weight.targets(self)  # type: ignore[operator]
+            for term in terms:
+                if term.name in names:
+                    term.sample_weights = values if term.sample_weights is None else values * term.sample_weights
+            shown[f"{weight.name}_weight"] = values.mean(-1).expand(batch.num_exits)
+        return shown
 
     def _make_batch(
-        self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor] | None, labels: Tensor
+        self,
+        student_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Tensor] | None,
+        labels: Tensor,
+        index: Tensor | None,
+        student_features: Sequence[Tensor | None] | None,
+        teacher_features: Sequence[Tensor | None] | None,
     ) -> ExitBatch:
         student = check_exit_logits("student_logits", student_logits)
         labels = self._check_labels(labels, student[0])
         double = any(logits.dtype == torch.float64 for logits in student)
         dtype = torch.float64 if double else torch.float32
-        if not self.needs_teacher:
-            return ExitBatch(_stack(student, dtype), labels)
+        given: dict[str, Any] = {"index": check_index(index, student[0]), "processes": self._processes()}
+        if self.reads_features:
+            given["student_features"] = check_features("student_features", student_features, student)
+        if not self.reads_teacher:
+            return ExitBatch(_stack(student, dtype), labels, **given)
         if teacher_logits is None:
             raise InputTypeError(
                 f"{type(self).__name__} learns from a teacher, got teacher_logits=None; pass the logits of its exits,"
@@ -272,8 +266,12 @@ class ExitLoss(nn.Module):
         check_same_classes(student[0], teacher[0])
         with torch.no_grad():
             pairs = self.teacher_exit_map(len(student), len(teacher))
-            paired = _stack([teacher[index] for index in pairs], dtype)
-        return ExitBatch(_stack(student, dtype), labels, paired, teacher[-1].detach())
+            paired = _stack([teacher[exit_] for exit_ in pairs], dtype)
+        if self.reads_features:
+            features = check_features("teacher_features", teacher_features, teacher)
+            chosen = [features[exit_] for exit_ in pairs]
+            given["teacher_features"] = [None if feature is None else feature.detach() for feature in chosen]
+        return ExitBatch(_stack(student, dtype), labels, paired, teacher[-1].detach(), **given)
 
     def _check_labels(self, labels: Tensor, logits: Tensor) -> Tensor:
         num_classes = logits.shape[-1]
@@ -284,7 +282,7 @@ class ExitLoss(nn.Module):
             self._checked_labels.add(num_classes)
         return checked
 
-    def _reduce(self, terms: list[Term], batch: ExitBatch) -> LossResult:
+    def _reduce(self, terms: list[Term], batch: ExitBatch, shown: dict[str, Tensor]) -> LossResult:
         weights = self.weights_for(batch.num_exits)
         per_exit = torch.stack([_sum_over_samples(term) for term in terms])  # (terms, E)
         if self.reduction == "batch":
@@ -305,15 +303,13 @@ class ExitLoss(nn.Module):
             terms=dict(zip(names, (value.detach() for value in values), strict=True)),
             exit_terms=dict(zip(names, per_exit.detach().unbind(0), strict=True)),
         )
-        self._monitor(batch, result)
+        # Worth seeing in the log beside the terms.
+        if self.reads_teacher:
+            shown["teacher_right"] = batch.teacher_right.to(result.loss.dtype).mean(-1)
+        for name, value in shown.items():
+            result.exit_terms[name] = value
+            result.terms[name] = value.mean()
         return result
-
-    def _monitor(self, batch: ExitBatch, result: LossResult) -> None:
-        """Adds what is worth seeing in the log beside the terms."""
-        if self.needs_teacher:
-            right = batch.teacher_right.to(result.loss.dtype).mean(-1)
-            result.exit_terms["teacher_right"] = right
-            result.terms["teacher_right"] = right.mean()
 
     def _subset_factors(self, terms: list[Term], batch: ExitBatch, like: Tensor) -> Tensor:
         """Returns processes / count per term and exit, with the counts of all processes; 0 samples give 0 anyway."""
@@ -360,9 +356,3 @@ def _weighted_sum(values: Sequence[Tensor], weights: Iterable[float]) -> Tensor:
     for value, weight in pairs:
         total = torch.add(total, value, alpha=weight)
     return total
-
-
-def _given(logits: Tensor | None) -> Tensor:
-    if logits is None:
-        raise InputTypeError("this loss was declared with needs_teacher = False, so its terms have no teacher logits")
-    return logits

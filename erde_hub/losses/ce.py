@@ -9,13 +9,18 @@ from torch import Tensor
 
 from . import functional
 from ._checks import check_number
-from .base import ExitBatch, ExitLoss, Term
+from .base import ExitLoss
+from .batch import ExitBatch, Term
 
 
 class CELoss(ExitLoss):
     """Weighted sum over exits of the cross-entropy with the labels.
 
-    L = sum_e w_e mean_n CE(s[e, n], y[n]), with CE at temperature 1. No teacher is read; teacher logits handed in are
+    Summed over exits e, averaged over samples n::
+
+        L = sum_e w_e mean_n CE(s, y)
+
+    with CE at temperature 1. No teacher is read; teacher logits handed in are
     ignored. The way to train a teacher, a static student (one exit), and the first rung of any comparison of
     distillation methods.
 

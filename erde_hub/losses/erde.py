@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import functional
 from ._checks import check_choice, check_flag, check_number, check_some_weight
-from .base import ExitBatch, ExitLoss, Term
+from .base import ExitLoss
+from .batch import ExitBatch, Term
 
 CORRECTNESS = ("per_exit", "final_exit")
 ENTROPY_EXITS = ("intermediate", "all")
@@ -117,6 +118,10 @@ class ERDELoss(ExitLoss):
         self.label_smoothing = check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
         weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "entropy_weight": entropy_weight}
         check_some_weight("ERDELoss", weights)
+
+    def distillation_terms(self) -> tuple[str, ...]:
+        """Returns ``kl``, where it has a weight."""
+        return (*(("kl",) if self.kl_weight else ()), *super().distillation_terms())
 
     def terms(self, batch: ExitBatch) -> list[Term]:
         """Returns the terms ``kl`` (with its scale), ``ce`` and ``entropy``; one of weight 0 is left out."""

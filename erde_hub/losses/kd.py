@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import functional
 from ._checks import check_number, check_some_weight
-from .base import ExitBatch, ExitLoss, Term
+from .base import ExitLoss
+from .batch import ExitBatch, Term
 
 
 class KDLoss(ExitLoss):
@@ -73,6 +74,10 @@ class KDLoss(ExitLoss):
         self.ce_weight = check_number("ce_weight", ce_weight, zero=True)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
         check_some_weight("KDLoss", {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight})
+
+    def distillation_terms(self) -> tuple[str, ...]:
+        """Returns ``kl``, where it has a weight."""
+        return (*(("kl",) if self.kl_weight else ()), *super().distillation_terms())
 
     def terms(self, batch: ExitBatch) -> list[Term]:
         """Returns the terms ``kl`` (T^2 included) and ``ce``; one of weight 0 is left out."""

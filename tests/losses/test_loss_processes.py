@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from erde_hub.losses import create_loss
+from erde_hub.losses import EGADLoss, FeatureKDLoss, ReadoutWeight, create_loss
 
 SAMPLES, CLASSES, EXITS = 8, 4, 3
 LOSSES = [
@@ -23,6 +23,12 @@ LOSSES = [
     ("erde", {"reduction": "subset", "kd_on_teacher_wrong": True}),
     ("erde", {"reduction": "subset", "kd_on_all_samples_at_final_exit": True, "correctness": "final_exit"}),
     ("erde", {"reduction": "sum"}),
+    ("ea_kd", {}),
+    ("ea_kd", {"normalize_weights": True}),
+    ("dkd", {}),
+    ("self", {}),
+    ("egad", {"feature_weight": 0.0}),
+    ("egad", {"feature_weight": 0.0, "entropy_normalizer": "batch_max", "temperature_direction": "decreasing"}),
 ]
 
 
@@ -53,11 +59,53 @@ def run(rows, wrap):
     for name, arguments in LOSSES:
         torch.manual_seed(5)
         student = wrap(Student().double())
-        result = create_loss(name, **arguments)(student(inputs[rows]), teacher[:, rows].unbind(0), labels[rows])
+        loss = create_loss(name, **arguments)
+        loss.set_epoch(1, 3)
+        result = loss(student(inputs[rows]), teacher[:, rows].unbind(0), labels[rows])
         result.loss.backward()
         terms = torch.stack([result.loss.detach(), *result.terms.values()])
         results.append((terms, [parameter.grad for parameter in student.parameters()]))
     return results
+
+
+def readout_round(rows, **settings):
+    """The table of weights after a round in which a process has some of the samples."""
+    _, teacher, labels = make_batch()
+    weight = ReadoutWeight(**settings).double()
+    weight.allocate(2 * SAMPLES)
+    for logits in teacher[:2]:
+        summary = weight.update(torch.arange(1, SAMPLES + 1)[rows] * 2 - 1, logits[rows], labels[rows])
+    return weight.table, weight.scale, torch.tensor(list(summary.values()))
+
+
+ROUNDS = [{}, {"readout_sticky": True}, {"readout_normalize": True}]
+
+
+def projection_gradient(rows):
+    """Gradient of the projection of a feature term."""
+    inputs, teacher, labels = make_batch()
+    loss = FeatureKDLoss().double()
+    torch.manual_seed(1)
+    loss.extra_terms[0].build([6, None, None], [6, None, None])
+    loss.double()
+    features = [inputs[rows], None, None]
+    logits = [exit_[rows] for exit_ in teacher]
+    targets = [inputs[rows].flip(1), None, None]
+    loss(logits, logits, labels[rows], student_features=features, teacher_features=targets).loss.backward()
+    return loss.extra_terms[0].projections["0"].weight.grad
+
+
+def hard_token_gradient(rows):
+    """Gradient of the projection of EGAD, whose hard tokens are a quantile over the tokens of all processes."""
+    inputs, teacher, labels = make_batch()
+    labels = labels.masked_fill(torch.arange(SAMPLES) == 1, -100)  # the processes have different numbers of tokens
+    loss = EGADLoss(hard_quantile=0.6).double()
+    torch.manual_seed(1)
+    loss.build([6], [6])
+    loss.double()
+    features = {"student_features": inputs[rows], "teacher_features": inputs[rows].flip(1)}
+    loss(teacher[2][rows], teacher[2][rows], labels[rows], **features).loss.backward()
+    return loss.projections["0"].weight.grad
 
 
 def worker(rank, folder):
@@ -72,13 +120,18 @@ def worker(rank, folder):
     for terms, _ in results:
         dist.all_reduce(terms)
         terms /= 2
+    rows = slice(rank * half, (rank + 1) * half)
+    tables = [readout_round(rows, **settings) for settings in ROUNDS]
+    gradient = torch.stack([projection_gradient(rows), hard_token_gradient(rows)])
+    dist.all_reduce(gradient)  # as the Distiller averages it
+    gradient /= 2
     if rank == 0:
         # In eval mode nobody else is waited for, and the sums are local.
         inputs, teacher, labels = make_batch()
         local = create_loss("erde", reduction="subset").eval()
         torch.manual_seed(5)
         value = local(Student().double()(inputs), teacher.unbind(0), labels).loss.detach()
-        torch.save({"results": results, "local": value}, f"{folder}/results.pt")
+        torch.save({"results": results, "local": value, "tables": tables, "gradient": gradient}, f"{folder}/results.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -102,3 +155,8 @@ def test_two_processes_equal_one(tmp_path):
     torch.manual_seed(5)
     local = create_loss("erde", reduction="subset")(Student().double()(inputs), teacher.unbind(0), labels).loss
     torch.testing.assert_close(together["local"], local)
+    for settings, table in zip(ROUNDS, together["tables"], strict=True):
+        torch.testing.assert_close(table, readout_round(slice(None), **settings), msg=f"{settings}")
+    assert (readout_round(slice(None))[0] > 1).any()
+    expected = torch.stack([projection_gradient(slice(None)), hard_token_gradient(slice(None))])
+    torch.testing.assert_close(together["gradient"], expected)

@@ -1,0 +1,450 @@
+"""EGAD: distillation of causal language models, token by token, led by the teacher's entropy. Experimental."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from erde_hub.errors import ConfigError, InputTypeError, LabelError, ShapeError
+
+from . import functional
+from ._checks import check_choice, check_features, check_flag, check_number, check_some_weight, check_whole
+from ._tokens import TokenLosses, token_entropy
+from .additions import Addition
+from .base import ExitLoss
+from .batch import LossResult
+
+DIRECTIONS = ("increasing", "decreasing")
+NORMALIZERS = ("log_v", "batch_max")
+HARD = ("threshold", "soft")
+DIVERGENCES = ("forward", "reverse")
+
+#: Label of a position that is not learnt, as in transformers.
+IGNORE = -100
+
+
+def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Returns for each position the token that follows it, and -100 where none does or where it is padding.
+
+    Shifting labels instead of slicing logits leaves the logits, which are large, where they are.
+
+    Args:
+        input_ids: Tokens.
+        attention_mask: 1 for tokens, 0 for padding; mask prompts out likewise.
+
+    Shape:
+        both: (B, L). Returns (B, L).
+
+    Example:
+        >>> next_token_labels(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]])).tolist()
+        [[6, 7, -100, -100]]
+    """
+    labels = torch.full_like(input_ids, IGNORE)
+    labels[:, :-1] = input_ids[:, 1:]
+    if attention_mask is not None:
+        labels[:, :-1].masked_fill_((attention_mask[:, 1:] == 0) | (attention_mask[:, :-1] == 0), IGNORE)
+    return labels
+
+
+class EGADLoss(ExitLoss):
+    """Token-level distillation with a curriculum, a temperature and a feature branch that follow the teacher's entropy.
+
+    For every token, with t and s the logits of teacher and student over V words, H the teacher's entropy at temperature
+    1, h = H / log V and r the share of the training that is done::
+
+        L = sum_e w_e { ce_weight mean CE(s, y) + kl_weight mean [ c T^2 KL(p_t^T || p_s^T) ] + feature_weight F }
+
+        c = (1 - r) (1 - h) + r h, divided by its mean     easy tokens first, hard ones later
+        T = min_temperature + (max_temperature - min_temperature) h
+        F = mean over hard tokens and dimensions of (P f_s - f_t)^2, hard being h >= its hard_quantile
+
+    Means run over valid tokens: those whose label is not -100 and, if given, whose mask is True. All that is derived
+    from the teacher is detached. A model without early exits hands in one tensor of logits; labels belong to the same
+    positions as the logits (:func:`next_token_labels` shifts them).
+
+    Logits are read in chunks and their gradient is computed in closed form, so that beside both logits and the gradient
+    a call needs a few chunks of memory and some numbers per token. It can be differentiated once.
+
+    **Experimental.** The paper gives no equations that could be had; this is a reading of its abstract, every open
+    choice is an argument, and there are no figures to compare with.
+
+    Args:
+        min_temperature: Temperature where the teacher is sure (or unsure, see ``temperature_direction``); positive.
+        max_temperature: At the other end; equal to ``min_temperature`` switches the dependence off.
+        temperature_direction: "increasing" softens uncertain tokens, "decreasing" certain ones, by 1 - h for h.
+        curriculum: Weigh tokens by c; False weighs all alike.
+        entropy_normalizer: What H is divided by: "log_v", or "batch_max", the largest entropy of a valid token.
+        hard_tokens: "threshold" as above; "soft" weighs every token's feature term by h, divided by the sum of h.
+        hard_quantile: Share of tokens that are not hard, in [0, 1); linear interpolation over the valid tokens.
+        feature_weight: Factor of the feature term; 0 switches it off. It needs :meth:`build` and features.
+        kl_weight: Factor of the divergence.
+        ce_weight: Factor of the cross-entropy.
+        divergence: "forward" is KL(p_t || p_s); "reverse" is KL(p_s || p_t), which drops what the student cannot cover.
+        vocab_size: Read so many columns of both logits; None is all. For embeddings that are padded, or two paddings.
+        chunk_size: Tokens that are computed at a time; None is about two million logits.
+        exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
+        teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
+            :func:`~erde_hub.losses.map_teacher_exits`.
+
+    Shape:
+        student_logits, teacher_logits: (B, L, V) or (N, V), or a sequence of these, one per exit. labels, mask: (B, L)
+            or (N,). student_features, teacher_features: (B, L, D) or (N, D), one per exit, or None. The loss is a
+            scalar.
+
+    Raises:
+        ConfigError: A number out of range, all weights 0, a reading that does not exist.
+        InputTypeError: An argument of the wrong type.
+
+    References:
+        EGAD: Entropy-Guided Adaptive Token Distillation, 2026, arXiv 2605.01732 (abstract only). Deviations: unknown;
+        formulas and defaults are our reading.
+
+    Example:
+        >>> import torch
+        >>> logits, labels = torch.zeros(1, 3, 4), torch.tensor([[1, 2, -100]])
+        >>> result = EGADLoss(feature_weight=0.0)(logits, logits, labels)
+        >>> round(result.terms["ce"].item(), 4), result.terms["kl"].item()  # log 4
+        (1.3863, 0.0)
+    """
+
+    task: ClassVar[str] = "causal language models"
+    state: ClassVar[str] = "the share of the training that is done; a projection per exit with features"
+    twice_differentiable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        min_temperature: float = 1.0,
+        max_temperature: float = 4.0,
+        temperature_direction: str = "increasing",
+        curriculum: bool = True,
+        entropy_normalizer: str = "log_v",
+        hard_tokens: str = "threshold",
+        hard_quantile: float = 0.8,
+        feature_weight: float = 0.5,
+        kl_weight: float = 1.0,
+        ce_weight: float = 1.0,
+        divergence: str = "forward",
+        vocab_size: int | None = None,
+        chunk_size: int | None = None,
+        exit_weights: str | Sequence[float] = "uniform",
+        teacher_exits: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(exit_weights=exit_weights, teacher_exits=teacher_exits)
+        self.min_temperature = check_number("min_temperature", min_temperature, zero=False)
+        self.max_temperature = check_number("max_temperature", max_temperature, zero=False)
+        if self.max_temperature < self.min_temperature:
+            raise ConfigError(
+                f"max_temperature {max_temperature!r} is below min_temperature {min_temperature!r}: to soften certain"
+                " tokens more, use temperature_direction='decreasing'"
+            )
+        self.temperature_direction = check_choice("temperature_direction", temperature_direction, DIRECTIONS)
+        self.curriculum = check_flag("curriculum", curriculum)
+        self.entropy_normalizer = check_choice("entropy_normalizer", entropy_normalizer, NORMALIZERS)
+        self.hard_tokens = check_choice("hard_tokens", hard_tokens, HARD)
+        self.hard_quantile = check_number("hard_quantile", hard_quantile, zero=True, below=1.0)
+        self.feature_weight = check_number("feature_weight", feature_weight, zero=True)
+        self.kl_weight = check_number("kl_weight", kl_weight, zero=True)
+        self.ce_weight = check_number("ce_weight", ce_weight, zero=True)
+        self.divergence = check_choice("divergence", divergence, DIVERGENCES)
+        self.vocab_size = None if vocab_size is None else check_whole("vocab_size", vocab_size, 2)
+        self.chunk_size = None if chunk_size is None else check_whole("chunk_size", chunk_size, 1)
+        weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "feature_weight": feature_weight}
+        check_some_weight("EGADLoss", weights)
+        self.projections = nn.ModuleDict()
+        self._progress: float | None = None
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether features are compared."""
+        return self.feature_weight > 0
+
+    def build(self, student_widths: Sequence[int | None], teacher_widths: Sequence[int | None]) -> None:
+        """Makes the projections of the feature term; call it before the optimizer is built.
+
+        Args:
+            student_widths: Width of the hidden states of each student exit; None where none are handed in. A model
+                without early exits has one.
+            teacher_widths: Width of those that each of them learns from.
+        """
+        self.projections = nn.ModuleDict(
+            {
+                str(exit_): nn.Linear(student, teacher, bias=False)
+                for exit_, (student, teacher) in enumerate(zip(student_widths, teacher_widths, strict=True))
+                if student is not None and teacher is not None
+            }
+        )
+
+    def set_progress(self, progress: float) -> None:
+        """Tells the loss which share of the training is done, for the curriculum; 0 at the start, 1 at the end.
+
+        Raises:
+            ConfigError: Outside of 0 to 1.
+        """
+        if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
+            raise ConfigError(f"progress must be a share from 0 to 1, got {progress!r}")
+        self._progress = float(progress)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Tells the loss the epoch, counted from 1; the curriculum moves on with it (finer by :meth:`set_progress`)."""
+        super().set_epoch(epoch, epochs)
+        self._progress = (epoch - 1) / max(epochs - 1, 1)
+
+    def forward(
+        self,
+        student_logits: Tensor | Sequence[Tensor],
+        teacher_logits: Tensor | Sequence[Tensor] | None,
+        labels: Tensor,
+        *,
+        mask: Tensor | None = None,
+        index: Tensor | None = None,
+        student_features: Tensor | Sequence[Tensor | None] | None = None,
+        teacher_features: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> LossResult:
+        """Computes the loss of one batch.
+
+        Args:
+            student_logits: Of every position, not shifted.
+            teacher_logits: Likewise, over the same words.
+            labels: The word that follows each position; -100 where nothing is learnt.
+            mask: True where something is learnt, beside the labels; prompts, say, are False.
+            index: Not used.
+            student_features: Hidden states of the student's last layer (or per exit).
+            teacher_features: Those of the teacher.
+
+        Raises:
+            InputTypeError, ShapeError, LabelError: Tensors of the wrong type or that do not fit each other.
+            ConfigError: The features have no projection.
+        """
+        if teacher_logits is None:
+            raise InputTypeError("EGADLoss learns from a teacher, got teacher_logits=None; pass its logits")
+        student = _exits("student_logits", student_logits)
+        teacher = _exits("teacher_logits", teacher_logits)
+        vocab_size = self._check_vocabulary(student, teacher)
+        if labels.numel() != len(student[0]):
+            raise ShapeError(f"labels {tuple(labels.shape)} do not belong to {len(student[0])} positions of the logits")
+        labels = self._valid_labels(labels, mask, vocab_size)
+        with torch.no_grad():
+            pairs = self.teacher_exit_map(len(student), len(teacher))
+        dtype = torch.float64 if any(logits.dtype == torch.float64 for logits in student) else torch.float32
+        features = self._pair_features(student_features, teacher_features, student, teacher, pairs)
+        with torch.autocast(student[0].device.type, enabled=False):
+            rows = [
+                self._exit_terms(exit_, own, teacher[pair].detach(), labels, features[exit_], vocab_size, dtype)
+                for exit_, (own, pair) in enumerate(zip(student, pairs, strict=True))
+            ]
+            return self._assemble(rows)
+
+    def _exit_terms(
+        self,
+        exit_: int,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        features: tuple[Tensor, Tensor] | None,
+        vocab_size: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """Returns the means of one exit by name."""
+        valid = labels >= 0
+        entropy, answer = token_entropy(teacher, vocab_size, self.chunk_size)
+        entropy = entropy.to(dtype)
+        hardness = self._hardness(entropy, valid, vocab_size)
+        softness = hardness if self.temperature_direction == "increasing" else 1 - hardness
+        temperature = self.min_temperature + (self.max_temperature - self.min_temperature) * softness
+        kl, ce = TokenLosses.apply(
+            student, teacher, labels, temperature, vocab_size, self.chunk_size, self.divergence == "reverse"
+        )
+        count = self._total(valid.sum().to(kl.dtype)).clamp_min(1.0)
+        factor = self._processes() / count
+        weight = self._curriculum_weight(hardness, valid, count) * valid
+        terms = {"ce": ce.sum() * factor, "kl": (weight * temperature.square() * kl).sum() * factor}
+        if self.feature_weight:
+            terms["feature"] = kl.new_zeros(())
+            if features is not None:
+                terms["feature"] = self._feature_distance(exit_, *features, hardness, valid).to(kl.dtype)
+        terms["teacher_right"] = ((answer == labels) & valid).sum() * factor
+        return terms
+
+    def _hardness(self, entropy: Tensor, valid: Tensor, vocab_size: int) -> Tensor:
+        """H over its largest value, in [0, 1]."""
+        if self.entropy_normalizer == "log_v":
+            return (entropy / math.log(vocab_size)).clamp(0.0, 1.0)
+        largest = entropy.masked_fill(~valid, 0.0).max()
+        if self._processes() > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return (entropy / largest.clamp_min(1e-12)).clamp(0.0, 1.0)
+
+    def _curriculum_weight(self, hardness: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+        if not self.curriculum or self._progress is None:
+            return torch.ones_like(hardness)
+        weight = (1 - self._progress) * (1 - hardness) + self._progress * hardness
+        mean = self._total((weight * valid).sum()) / count
+        return weight / mean.clamp_min(1e-12)
+
+    def _feature_distance(
+        self, exit_: int, student: Tensor, teacher: Tensor, hardness: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Mean square over hard tokens and dimensions; only hard tokens are projected."""
+        if str(exit_) not in self.projections:
+            raise ConfigError(
+                f"the feature term has no projection for exit {exit_}: call build([student width], [teacher width])"
+                " once before training, or set feature_weight=0"
+            )
+        layer: Any = self.projections[str(exit_)]
+        widths = (student.shape[-1], teacher.shape[-1])
+        if widths != (layer.in_features, layer.out_features):
+            raise ShapeError(
+                f"the features of exit {exit_} are {widths[0]} (student) and {widths[1]} (teacher) wide, the projection"
+                f" was built for {layer.in_features} and {layer.out_features}"
+            )
+        share = hardness * valid
+        if self.hard_tokens == "threshold":
+            share = (valid & (hardness >= self._hard_threshold(hardness, valid))).to(hardness.dtype)
+        chosen = share > 0
+        own, target = functional.upcast(student[chosen]), functional.upcast(teacher[chosen].detach())
+        distance = (layer(own.to(layer.weight.dtype)) - target.to(layer.weight.dtype)).square().mean(-1)
+        total = self._total(share.sum()).clamp_min(1e-12)
+        return (distance * share[chosen]).sum() * (self._processes() / total)
+
+    def _hard_threshold(self, hardness: Tensor, valid: Tensor) -> Tensor:
+        """The quantile over the valid tokens of all processes; infinity where there are none."""
+        values = hardness[valid]
+        if self._processes() > 1:
+            parts: list[Any] = [None] * self._processes()
+            dist.all_gather_object(parts, values.cpu())
+            values = torch.cat(parts).to(hardness.device)
+        if not len(values):
+            return hardness.new_full((), math.inf)
+        ordered = values.sort().values  # torch.quantile takes at most 16 million values
+        place = self.hard_quantile * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return torch.lerp(ordered[low], ordered[high], place - low)
+
+    def _total(self, value: Tensor) -> Tensor:
+        if self._processes() > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def _assemble(self, rows: list[dict[str, Tensor]]) -> LossResult:
+        weights = {"ce": self.ce_weight, "kl": self.kl_weight, "feature": self.feature_weight}
+        exit_weights = self.weights_for(len(rows))
+        exit_terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        terms, loss = {}, exit_terms["ce"].new_zeros(())
+        for name, weight in weights.items():
+            if name in exit_terms:
+                shares = [value * w for value, w in zip(exit_terms[name], exit_weights, strict=True)]
+                terms[name] = torch.stack(shares).sum()
+                loss = loss + weight * terms[name]
+        terms["teacher_right"] = exit_terms["teacher_right"].mean()
+        return LossResult(
+            loss=loss,
+            terms={name: value.detach() for name, value in terms.items()},
+            exit_terms={name: value.detach() for name, value in exit_terms.items()},
+        )
+
+    def _check_vocabulary(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> int:
+        if len(student[0]) != len(teacher[0]):
+            raise ShapeError(
+                f"student_logits hold {len(student[0])} positions and teacher_logits {len(teacher[0])}: both must see"
+                " the same tokens"
+            )
+        own, target = student[0].shape[-1], teacher[0].shape[-1]
+        if self.vocab_size is None:
+            if own != target:
+                raise ShapeError(
+                    f"the student has {own} words and the teacher {target}: EGAD compares them word by word, so both"
+                    " need one tokenizer; where only the padding of the embeddings differs, set vocab_size to the"
+                    " tokenizer's length"
+                )
+            return own
+        if self.vocab_size > min(own, target):
+            raise ShapeError(f"vocab_size is {self.vocab_size}, but the logits have {own} and {target} columns")
+        return self.vocab_size
+
+    def _valid_labels(self, labels: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+        """Returns labels (N,), -100 where nothing is learnt."""
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise InputTypeError(f"labels must be tokens (int64), got {labels.dtype}")
+        flat = labels.reshape(-1).long()
+        if mask is not None:
+            if mask.shape != labels.shape:
+                raise ShapeError(f"mask has shape {tuple(mask.shape)} and labels {tuple(labels.shape)}")
+            flat = flat.masked_fill(~mask.reshape(-1).bool(), IGNORE)
+        if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = (flat >= vocab_size) | ((flat < 0) & (flat != IGNORE))
+            if wrong.any():
+                place = int(wrong.nonzero()[0])
+                raise LabelError(
+                    f"label {int(flat[place])} at position {place} is outside the {vocab_size} words; positions that"
+                    f" are not learnt have {IGNORE}"
+                )
+        return flat
+
+    def _pair_features(
+        self,
+        student_features: Any,
+        teacher_features: Any,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        pairs: Sequence[int],
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        if not self.feature_weight:
+            return [None] * len(student)
+        own = check_features("student_features", _flat_features(student_features), student)
+        target = check_features("teacher_features", _flat_features(teacher_features), teacher)
+        found: list[tuple[Tensor, Tensor] | None] = []
+        for exit_, pair in enumerate(pairs):
+            ours, theirs = own[exit_], target[pair]
+            found.append(None if ours is None or theirs is None else (ours, theirs))
+        return found
+
+    def _attach(self, *additions: Addition) -> None:
+        if additions:
+            raise ConfigError(
+                f"{additions[0].name!r} cannot join EGADLoss: it works on exits over classes, and EGAD weighs and"
+                " compares tokens itself"
+            )
+
+
+def egad_loss(
+    student_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    **settings: Any,
+) -> Tensor:
+    """Returns the scalar of :class:`EGADLoss` without its feature term, for a single call."""
+    return EGADLoss(**{"feature_weight": 0.0, **settings})(student_logits, teacher_logits, labels).loss
+
+
+def _exits(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Returns the logits of every exit as (N, V), views where that is possible."""
+    every = [logits] if isinstance(logits, Tensor) else list(logits) if isinstance(logits, Sequence) else [logits]
+    if not every:
+        raise ShapeError(f"{name} is empty: give the logits of at least one exit")
+    flat = []
+    for index, one in enumerate(every):
+        if not isinstance(one, Tensor) or not one.is_floating_point():
+            kind = one.dtype if isinstance(one, Tensor) else type(one).__name__
+            raise InputTypeError(f"{name}[{index}] must be a floating-point tensor of logits, got {kind}")
+        if one.ndim not in (2, 3) or one.shape[-1] < 2 or not one.numel():
+            raise ShapeError(f"{name}[{index}] must be (B, L, V) or (N, V), got {tuple(one.shape)}")
+        if one.shape != every[0].shape:
+            raise ShapeError(f"{name}[{index}] has shape {tuple(one.shape)}, but exit 0 has {tuple(every[0].shape)}")
+        flat.append(one.reshape(-1, one.shape[-1]))
+    return flat
+
+
+def _flat_features(features: Any) -> Any:
+    """Hidden states (B, L, D) as (N, D), one entry per exit."""
+    if isinstance(features, Tensor):
+        features = [features]
+    if not isinstance(features, Sequence):
+        return features
+    return [f.reshape(-1, f.shape[-1]) if isinstance(f, Tensor) and f.ndim == 3 else f for f in features]

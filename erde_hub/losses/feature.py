@@ -1,0 +1,242 @@
+"""Feature distillation: what an exit reads is drawn towards what the teacher's exit reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from erde_hub.errors import ConfigError, ShapeError
+
+from . import functional
+from ._checks import check_choice, check_number, check_whole
+from .additions import ExtraTerm
+from .batch import ExitBatch, Term
+from .kd import KDLoss
+
+PROJECTIONS = ("linear", "none")
+
+
+class FeatureTerm(ExtraTerm):
+    """The mean square between the student's features, projected to the teacher's width, and the teacher's.
+
+    Per exit and sample: the mean over positions and channels of (P f_s - f_t)^2, with P a learned linear map without
+    bias, one per exit, shared by all positions. P belongs to the loss: the optimizer trains it beside the student, its
+    weights lie with the loss in a run's checkpoints, and the student that is saved knows nothing of it.
+
+    A feature is what the head of an exit reads. The last exit, the classifier, has none and no such term. Maps are
+    averaged down to ``feature_size`` positions a side, and to the smaller of the two where they differ; features of
+    different layout are averaged over all their positions.
+
+    Args:
+        feature_weight: Factor of the term; above 0.
+        projection: "linear", or "none" where both networks have the same widths.
+        feature_size: Most positions a side of a map; the cost of the term grows with its square.
+
+    Raises:
+        ConfigError: A number out of range, or no such projection.
+        InputTypeError: An argument of the wrong type.
+
+    References:
+        Romero et al., FitNets, 2014, arXiv 1412.6550. Deviations: in one stage with the other terms, maps averaged
+        down, a linear map per position in place of a convolution, at every early exit.
+    """
+
+    name: ClassVar[str] = "feature"
+    state: ClassVar[str] = "a projection per early exit, trained beside the student"
+    needs_teacher: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = True
+
+    def __init__(self, feature_weight: float = 1.0, projection: str = "linear", feature_size: int = 4) -> None:
+        super().__init__()
+        self.feature_weight = check_number("feature_weight", feature_weight, zero=False)
+        self.projection = check_choice("projection", projection, PROJECTIONS)
+        self.feature_size = check_whole("feature_size", feature_size, 1)
+        self.projections = nn.ModuleDict()
+
+    def build(self, student_widths: Sequence[int | None], teacher_widths: Sequence[int | None]) -> None:
+        """Makes the projections; call it before the optimizer is built.
+
+        Args:
+            student_widths: Channels of the feature of each student exit; None where it has none.
+            teacher_widths: Channels of what each of these exits learns from, in the same order; None likewise.
+
+        Raises:
+            ConfigError: No exit has a feature on both sides, or widths differ and there is to be no projection.
+        """
+        pairs = {
+            exit_: (student, teacher)
+            for exit_, (student, teacher) in enumerate(zip(student_widths, teacher_widths, strict=True))
+            if student is not None and teacher is not None
+        }
+        if not pairs:
+            raise ConfigError(
+                "'feature' compares what early exits of student and teacher read, and no pair of exits has features on"
+                f" both sides (widths {list(student_widths)} and {list(teacher_widths)}): give both networks early"
+                " exits, and map them by teacher_exits"
+            )
+        for exit_, (student, teacher) in pairs.items():
+            if self.projection == "none" and student != teacher:
+                raise ConfigError(
+                    f"projection='none', but the feature of exit {exit_} has {student} channels and the teacher's"
+                    f" {teacher}: use projection='linear'"
+                )
+        if self.projection == "linear":
+            self.projections = nn.ModuleDict(
+                {str(exit_): nn.Linear(*widths, bias=False) for exit_, widths in pairs.items()}
+            )
+
+    def distillation_terms(self) -> tuple[str, ...]:
+        """Returns ``feature``."""
+        return ("feature",)
+
+    def terms(self, batch: ExitBatch) -> list[Term]:
+        """Returns the term ``feature``, 0 at exits without a feature.
+
+        Raises:
+            ConfigError: The projections were not built.
+            ShapeError: The widths are not those that they were built for.
+        """
+        zero = batch.student_logits.new_zeros(batch.num_samples)
+        rows, applies = [], []
+        pairs = zip(batch.student_features or (), batch.teacher_features or (), strict=True)
+        for exit_, (student, teacher) in enumerate(pairs):
+            applies.append(student is not None and teacher is not None)
+            if student is None or teacher is None:
+                rows.append(zero)
+            else:
+                rows.append(self._mean_square(exit_, student, teacher))
+        values = torch.stack([row.to(zero.dtype) for row in rows])
+        mask = torch.tensor(applies, device=values.device).unsqueeze(1).expand_as(values)
+        return [Term("feature", values, self.feature_weight, mask)]
+
+    def _mean_square(self, exit_: int, student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = _same_positions(functional.upcast(student), functional.upcast(teacher), self.feature_size)
+        if self.projection == "linear":
+            if str(exit_) not in self.projections:
+                raise ConfigError(
+                    f"the feature term has no projection for exit {exit_}: call"
+                    " build(student_widths, teacher_widths) once before training"
+                )
+            layer: Any = self.projections[str(exit_)]
+            widths = (student.shape[-1], teacher.shape[-1])
+            if widths != (layer.in_features, layer.out_features):
+                raise ShapeError(
+                    f"the features of exit {exit_} have {widths[0]} (student) and {widths[1]} (teacher) channels last,"
+                    f" the projection was built for {layer.in_features} and {layer.out_features}"
+                )
+            student = layer(student.to(layer.weight.dtype))
+        elif student.shape[-1] != teacher.shape[-1]:
+            raise ShapeError(
+                f"projection='none', but the features of exit {exit_} have {student.shape[-1]} and {teacher.shape[-1]}"
+                " channels last: use projection='linear'"
+            )
+        return (student - teacher).square().flatten(1).mean(1)
+
+
+class FeatureKDLoss(KDLoss):
+    """Hinton's distillation plus the distance of features at every early exit.
+
+    Summed over exits e, averaged over samples n::
+
+        L = sum_e w_e mean_n { ce_weight CE(s, y) + kl_weight T^2 KL(p_t^T || p_s^T)
+                               + feature_weight mean (P f_s - f_t)^2 }
+
+    with the last term as in :class:`FeatureTerm`, which joins any other loss too. It costs a second look at every
+    feature map. With ``kl_weight=0`` it is FitNets in one stage.
+
+    Args:
+        temperature: Softens both sides of the divergence; positive. The divergence is multiplied by its square.
+        kl_weight: Factor of the divergence.
+        ce_weight: Factor of the cross-entropy.
+        feature_weight: Factor of the distance of features; above 0.
+        projection: "linear", or "none" where both networks have the same widths.
+        feature_size: Most positions a side of a map; larger maps are averaged down.
+        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
+        teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
+            :func:`~erde_hub.losses.map_teacher_exits`.
+
+    Shape:
+        student_logits: E tensors (N, K), shallow to deep. teacher_logits: any number of tensors (N, K). labels: (N,).
+            student_features, teacher_features: per exit (N, ..., D), channels last, or None. The loss is a scalar.
+
+    Raises:
+        ConfigError: A number out of range, or no such projection.
+        InputTypeError: An argument of the wrong type.
+
+    References:
+        Romero et al., FitNets, 2014, arXiv 1412.6550. Deviations: those of :class:`FeatureTerm`.
+
+    Example:
+        >>> import torch
+        >>> logits, labels = [torch.zeros(1, 2), torch.zeros(1, 2)], torch.tensor([0])
+        >>> loss = FeatureKDLoss(projection="none")
+        >>> features = [torch.tensor([[1.0, 5.0]]), None]
+        >>> result = loss(logits, logits, labels, student_features=features, teacher_features=[torch.ones(1, 2), None])
+        >>> result.exit_terms["feature"].tolist()  # (0 + 16) / 2
+        [8.0, 0.0]
+    """
+
+    state: ClassVar[str] = FeatureTerm.state
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        kl_weight: float = 0.9,
+        ce_weight: float = 0.1,
+        feature_weight: float = 1.0,
+        projection: str = "linear",
+        feature_size: int = 4,
+        label_smoothing: float = 0.0,
+        exit_weights: str | Sequence[float] = "uniform",
+        teacher_exits: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(temperature, kl_weight, ce_weight, label_smoothing, exit_weights, teacher_exits)
+        term = FeatureTerm(feature_weight, projection, feature_size)
+        self.feature_weight, self.projection, self.feature_size = feature_weight, projection, feature_size
+        self._attach(term)
+
+
+def feature_kd_loss(
+    student_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    labels: Tensor,
+    student_features: Sequence[Tensor | None],
+    teacher_features: Sequence[Tensor | None],
+    **settings: Any,
+) -> Tensor:
+    """Returns the scalar of :class:`FeatureKDLoss` without projections, for a single call."""
+    loss = FeatureKDLoss(**{"projection": "none", **settings})
+    features = {"student_features": student_features, "teacher_features": teacher_features}
+    return loss(student_logits, teacher_logits, labels, **features).loss
+
+
+def _same_positions(student: Tensor, teacher: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Brings two features, channels last, to the same positions: pooled maps, or the mean over all positions."""
+    if student.ndim == teacher.ndim == 4:
+        pairs = zip(student.shape[1:3], teacher.shape[1:3], strict=True)
+        height, width = (min(*pair, most) for pair in pairs)
+        return _pool(student, height, width), _pool(teacher, height, width)
+    if student.shape[1:-1] == teacher.shape[1:-1]:
+        return student, teacher
+    return _mean_position(student), _mean_position(teacher)
+
+
+def _pool(feature: Tensor, height: int, width: int) -> Tensor:
+    if feature.shape[1:3] == (height, width):
+        return feature
+    maps = feature.permute(0, 3, 1, 2)  # the layout in which most networks have them in memory
+    rows, columns = feature.shape[1] / height, feature.shape[2] / width
+    if rows.is_integer() and columns.is_integer():  # sums of views: the same numbers in a fraction of the time
+        pooled = maps.unflatten(2, (height, -1)).sum(3).unflatten(3, (width, -1)).sum(4) / (rows * columns)
+    else:
+        pooled = F.adaptive_avg_pool2d(maps, (height, width))
+    return pooled.permute(0, 2, 3, 1)
+
+
+def _mean_position(feature: Tensor) -> Tensor:
+    return feature.flatten(1, -2).mean(1) if feature.ndim > 2 else feature
