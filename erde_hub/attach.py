@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ._tree import shrink
-from .backbones import BackboneAdapter, ExitPoints, find_adapter
-from .backbones.base import example_inputs, find_exit_points
+from .backbones import BackboneAdapter, ExitPoint, ExitPoints, find_adapter
+from .backbones.base import example_inputs, find_exit_points, resolve_exits, spread_exits
 from .config import check_input_size
-from .cost import Trace, example_batch, trace, weightless_copy
+from .cost import Trace, trace
 from .errors import ExitPointError, InputTypeError, LabelError
-from .heads import FeatureSpec
-from .routing import HookDrive
-
-if TYPE_CHECKING:
-    from .modeling import EarlyExitWrapper
+from .shrinking import check_shrinks, feasible_points
 
 
 def list_exit_points(
@@ -29,15 +23,43 @@ def list_exit_points(
     """Lists the places where a model can get exits: name, width, layout, cumulative MACs.
 
     Args:
-        model: A timm model or any nn.Module that maps a batch to logits; it is not run, a weightless copy is.
-        input_size: Shape of one input without the batch; timm models know theirs.
+        model: A timm model, a classifier of transformers, or any nn.Module that maps a batch to logits; it is not run,
+            a weightless copy is.
+        input_size: Shape of one input without the batch, the number of tokens for texts; timm models and those of
+            transformers know theirs.
         example_inputs: Batch-first tensors instead, for modules that take several inputs.
 
     Raises:
         ExitPointError: The model does not run on inputs of that shape, or the shape is missing.
     """
     adapter, _, inputs = inspect_backbone(model, input_size, example_inputs)
-    return find_exit_points(adapter, model, trace(model, inputs))
+    return feasible_points(adapter, model, find_exit_points(adapter, model, trace(model, inputs)), inputs)
+
+
+def choose_exits(
+    adapter: BackboneAdapter,
+    model: nn.Module,
+    exits: Sequence[str] | int | str,
+    traced: Trace,
+    inputs: Sequence[Tensor],
+) -> tuple[list[ExitPoint], str]:
+    """Turns names, a number or "auto" into exit points behind which the batch can shrink; also says how.
+
+    Raises:
+        ExitPointError: See :func:`~erde_hub.backbones.base.resolve_exits` and
+            :func:`~erde_hub.shrinking.check_shrinks`.
+    """
+    points, reason = resolve_exits(adapter, model, exits, traced)
+    names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]
+    try:
+        check_shrinks(adapter, model, names, [p.spec for p in points], inputs)
+    except ExitPointError:
+        if not isinstance(exits, (int, str)):
+            raise
+        offered = feasible_points(adapter, model, find_exit_points(adapter, model, traced), inputs)
+        points, reason = spread_exits(offered, exits)
+        check_shrinks(adapter, model, [p.name for p in points], [p.spec for p in points], inputs)
+    return points, reason
 
 
 def inspect_backbone(
@@ -52,6 +74,12 @@ def inspect_backbone(
         raise InputTypeError(
             "got a compiled module: wrap the module itself and compile then, wrapper.backbone ="
             " torch.compile(wrapper.backbone)"
+        )
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        raise InputTypeError(
+            f"the weights of this {type(model).__name__} lie on several devices ({', '.join(devices)}): move the model"
+            " to one of them with .to(device)"
         )
     adapter = find_adapter(model)
     facts = adapter.describe(model)
@@ -68,8 +96,7 @@ def inspect_backbone(
                 f"{type(model).__name__} does not say what it takes: pass input_size=(C, H, W), or example_inputs="
             )
         input_size = check_input_size(input_size)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        tensors = example_inputs(input_size, dtype)
+        tensors = example_inputs(input_size, adapter.example_dtype(model))
     facts["input_size"] = [int(s) for s in input_size]
     if facts["preprocessing"]:
         # What the weights were published with says nothing of images of another number of channels.
@@ -86,28 +113,38 @@ def count_classes(model: nn.Module, adapter: BackboneAdapter, traced: Trace) -> 
         InputTypeError: The output is not (N, K) with at least two classes.
     """
     logits = adapter.logits(traced.output)
-    declared = getattr(model, "num_classes", None)
+    if adapter.task(model) == "causal_lm":
+        return int(logits.shape[-1])
+    declared = adapter.declared_classes(model)
     if declared == 0:
         raise InputTypeError(
-            f"{type(model).__name__} was created with num_classes=0 and has no classifier: give it one, e.g."
-            " model.reset_classifier(10)"
+            f"{type(model).__name__} was created with num_classes=0 and has no classifier: give it one"
+            f"{', e.g. model.reset_classifier(10)' if hasattr(model, 'reset_classifier') else ''}"
         )
     if logits.ndim != 2 or logits.shape[0] != traced.batch or logits.shape[1] < 2:
         raise InputTypeError(
             f"{type(model).__name__} returns shape {tuple(logits.shape)} for {traced.batch} inputs; a classifier"
             " returns (N, K) with at least 2 classes"
         )
-    if isinstance(declared, int) and declared != logits.shape[1]:
-        raise InputTypeError(f"{type(model).__name__} says num_classes={declared} but returns {logits.shape[1]} logits")
+    if declared is not None and declared != logits.shape[1]:
+        raise InputTypeError(
+            f"{type(model).__name__} says {adapter.classes_attribute}={declared} but returns {logits.shape[1]} logits"
+        )
     return int(logits.shape[1])
 
 
-def class_names(id2label: Sequence[str] | dict[int, str] | None, num_labels: int) -> dict[str, Any]:
+def class_names(
+    id2label: Sequence[str] | dict[int, str] | None, num_labels: int, task: str = "classification"
+) -> dict[str, Any]:
     """Returns the config's fields for the classes: their names, or their number.
 
     Raises:
         LabelError: Names that do not fit the classifier.
     """
+    if task == "causal_lm":
+        if id2label is not None:
+            raise LabelError("a language model answers with tokens, which have no id2label: leave it out")
+        return {"num_labels": 2}  # transformers' default; its tokens are counted by the backbone's own config
     if id2label is None:
         return {"num_labels": num_labels}
     labels = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else id2label
@@ -117,43 +154,3 @@ def class_names(id2label: Sequence[str] | dict[int, str] | None, num_labels: int
             f" {num_labels - 1}, got {id2label!r}"
         )
     return {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-
-
-class _DropLast:
-    """Takes one sample out at every exit, to find out whether the rest of the backbone follows."""
-
-    def __init__(self, batch: int, specs: Sequence[FeatureSpec]) -> None:
-        self.count = batch
-        self.specs = specs
-
-    def visit(self, exit_index: int, output: Any) -> Any:
-        self.count -= 1
-        rows = torch.arange(self.count, device="meta")
-        return shrink(output, rows, self.count + 1, self.specs[exit_index].batched)
-
-
-def check_batch_shrinks(model: EarlyExitWrapper, inputs: tuple[Tensor, ...]) -> None:
-    """Runs a weightless copy with a shrinking batch: an exit inside a residual block shows here, not in use.
-
-    Raises:
-        ExitPointError: The backbone cannot go on with fewer samples behind one of the exits.
-    """
-    clone, device = weightless_copy(model)
-    names = list(model.config.exits or [])
-    specs = [FeatureSpec.from_dict(values) for values in model.config.exit_features or []]
-    batch = len(names) + 3
-    try:
-        with torch.no_grad(), device:
-            drive = HookDrive(clone.backbone, clone._taps)
-            output = drive(_DropLast(batch, specs), example_batch(inputs, batch, device), {})
-        rows = int(model._adapter.logits(output).shape[0])
-    except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
-        raise ExitPointError(
-            f"the batch cannot shrink behind all of {names} ({type(error).__name__}: {error}): an exit inside a"
-            " residual block, or a backbone that keeps the whole batch aside; name the enclosing block"
-        ) from error
-    if rows != batch - len(names):
-        raise ExitPointError(
-            f"after {len(names)} samples of {batch} had left, {type(model.backbone).__name__} returned {rows} rows: an"
-            f" exit of {names} lies inside a residual block; name the enclosing block"
-        )

@@ -15,10 +15,12 @@ from .errors import ConfigError, ExitPointError, nearest
 from .heads import FeatureSpec, get_head
 from .policies import create_policy, plain_threshold
 from .preprocessing import check_preprocessing
+from .token_level import check_nobody_leaves
 
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
+TASKS = ("classification", "causal_lm")
 
 #: Keys that transformers itself passes or stores and that are not fields of a config.
 _TRANSFORMERS_KEYS = frozenset(
@@ -67,6 +69,7 @@ class EarlyExitConfig(PreTrainedConfig):
             ``from_pretrained(path, backbone=module)``).
         architecture: Registered timm name; for ``"torch"`` the class name, for the reader.
         backbone_kwargs: Creation arguments of the backbone other than the number of classes.
+        task: ``classification``, or ``causal_lm``: logits for every token, never routed.
         exits: Names of the modules behind which an early exit sits, shallow to deep.
         exit_features: What each early exit reads: ``{"width", "format", "size"}``. Written when a living model is
             wrapped; optional for families whose ``feature_info`` says it.
@@ -75,6 +78,8 @@ class EarlyExitConfig(PreTrainedConfig):
         policy: Key of the policies table.
         policy_kwargs: Arguments of the policy.
         threshold: One number, or one per early exit; None takes the policy's default.
+        threshold_profile: How the threshold was chosen, a :class:`~erde_hub.calibration.ThresholdChoice` as a dict;
+            dropped where the threshold is another one.
         exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1.
         input_size: Shape of one input without the batch, (C, H, W) for images.
         preprocessing: ``{"mean", "std", "interpolation", "crop_pct", "size"}`` of the images the model was trained on.
@@ -92,6 +97,7 @@ class EarlyExitConfig(PreTrainedConfig):
     library: str = "timm"
     architecture: str | None = None
     backbone_kwargs: dict[str, Any] | None = None
+    task: str = "classification"
     exits: list[str] | tuple[str, ...] | None = None
     exit_features: list[dict[str, Any]] | None = None
     head: str = "fc"
@@ -99,6 +105,7 @@ class EarlyExitConfig(PreTrainedConfig):
     policy: str = "entropy"
     policy_kwargs: dict[str, Any] | None = None
     threshold: float | int | list[float] | tuple[float, ...] | None = None
+    threshold_profile: dict[str, Any] | None = None
     exit_weights: list[float] | tuple[float, ...] | None = None
     input_size: list[int] | tuple[int, ...] | None = None
     preprocessing: dict[str, Any] | None = None
@@ -157,6 +164,8 @@ class EarlyExitConfig(PreTrainedConfig):
             )
         if not self.exits or not all(isinstance(name, str) for name in self.exits):
             raise ExitPointError(f"exits must be a list of module names, got {self.exits!r}")
+        if self.task not in TASKS:
+            raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if self.problem_type not in (None, "single_label_classification"):
             raise ConfigError(
                 f"problem_type={self.problem_type!r} is not supported: this version gives each sample one label"
@@ -181,8 +190,23 @@ class EarlyExitConfig(PreTrainedConfig):
         if self.exit_weights is not None:
             self.exit_weights = check_exit_weights(self.exit_weights, len(self.exits) + 1)
         policy = create_policy(self.policy, **(self.policy_kwargs or {}))
-        self.threshold = policy.default_threshold if self.threshold is None else plain_threshold(self.threshold)
-        policy.check_threshold(self.threshold, len(self.exits))
+        default = 0.0 if self.task == "causal_lm" else policy.default_threshold
+        self.threshold = default if self.threshold is None else plain_threshold(self.threshold)
+        thresholds = policy.check_threshold(self.threshold, len(self.exits))
+        if self.task == "causal_lm":
+            check_nobody_leaves(policy, thresholds)
+        if (self.threshold_profile or {}).get("threshold") != self.threshold:
+            self.threshold_profile = None  # it speaks of another threshold
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of logits of an exit: classes, or tokens of a language model."""
+        if self.task == "classification":
+            return int(self.num_labels)
+        size = (self.backbone_kwargs or {}).get("vocab_size")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 2:
+            raise ConfigError(f"backbone_kwargs of a language model must hold its vocab_size, got {size!r}")
+        return size
 
     @property
     def num_exits(self) -> int:

@@ -107,7 +107,14 @@ def weightless_copy(module: M) -> tuple[M, torch.device]:
     clone = meta_copy(module)
     for child, flag in recomputing(clone):
         setattr(child, flag, False)
+    for child in clone.modules():
+        if hasattr(child, "warn_if_padding_and_no_attention_mask"):  # transformers: it reads token ids
+            child.warn_if_padding_and_no_attention_mask = _nothing  # type: ignore[assignment]
     return clone, torch.device("meta")
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for what a copy without values cannot do."""
 
 
 def example_batch(inputs: Sequence[Tensor], batch: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -109,7 +109,7 @@ def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
         if module not in (clone, clone.backbone):
             module.register_forward_hook(finish, prepend=True)
     visitor = _CountingPass(clone, lambda: counter.get_total_flops() // 2 // batch, touched)
-    dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
+    dtype = clone._adapter.example_dtype(clone.backbone)
     inputs = torch.empty((batch, *size), dtype=dtype, device=device)
     try:
         with device, counter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
@@ -24,3 +26,19 @@ class EarlyExitOutput(ModelOutput):
     logits: torch.Tensor | None = None
     exit_index: torch.Tensor | None = None
     exit_logits: tuple[torch.Tensor, ...] | None = None
+
+    # A routed image can take less than a millisecond, of which the general versions of these two are a visible part.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is not None and name in _FIELDS:
+            OrderedDict.__setitem__(self, name, value)
+            if name == "loss":  # set last, when the rest is known, and still first in the tuple
+                OrderedDict.move_to_end(self, name, last=False)
+        object.__setattr__(self, name, value)
+
+    def __post_init__(self) -> None:
+        if self.loss is not None and not isinstance(self.loss, torch.Tensor):  # keys and values, as a gather gives them
+            super().__post_init__()
+
+
+_FIELDS = frozenset(EarlyExitOutput.__dataclass_fields__)

@@ -11,6 +11,8 @@ from .errors import ConfigError, nearest
 #: Names that timm uses, to Pillow's numbers.
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 _KEYS = ("mean", "std", "size", "interpolation", "crop_pct")
+#: As timm names them: resize the shorter side and cut out the centre, or resize both sides without keeping their ratio.
+_CROP_MODES = ("center", "squash")
 
 
 def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
@@ -18,14 +20,20 @@ def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         values: ``mean`` and ``std`` per channel, of pixels in [0, 1]; ``size`` (H, W); ``interpolation``; ``crop_pct``:
-            the shorter side is resized to size / crop_pct, then the centre is cropped.
+            the shorter side is resized to size / crop_pct, then the centre is cropped. ``crop_mode``, optional:
+            ``squash`` resizes both sides instead.
 
     Raises:
         ConfigError: A key that is missing or does not exist, or a value that is not allowed.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"preprocessing must be a dict with {', '.join(_KEYS)}, got {values!r}")
     for key in values:
-        if key not in _KEYS:
-            raise ConfigError(f"preprocessing has no {key!r}{nearest(key, _KEYS)} (it has: {', '.join(_KEYS)})")
+        if key not in (*_KEYS, "crop_mode"):
+            raise ConfigError(f"preprocessing has no {key!r}{nearest(str(key), _KEYS)} (it has: {', '.join(_KEYS)})")
+    crop_mode = values.get("crop_mode", "center")
+    if crop_mode not in _CROP_MODES:
+        raise ConfigError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, got {crop_mode!r}")
     missing = [key for key in _KEYS if key not in values]
     if missing:
         raise ConfigError(f"preprocessing lacks {', '.join(missing)}")
@@ -44,6 +52,7 @@ def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
         "size": [int(s) for s in size],
         "interpolation": values["interpolation"],
         "crop_pct": crop_pct,
+        **({"crop_mode": crop_mode} if crop_mode != "center" else {}),
     }
 
 
@@ -52,9 +61,10 @@ def build_image_processor(preprocessing: dict[str, Any]) -> BitImageProcessor:
     p = check_preprocessing(preprocessing)
     height, width = p["size"]
     resize = [int(s / p["crop_pct"]) for s in (height, width)]
+    keeps_ratio = height == width and p.get("crop_mode") != "squash"
     return BitImageProcessor(
         do_convert_rgb=len(p["mean"]) == 3,
-        size={"shortest_edge": resize[0]} if height == width else {"height": resize[0], "width": resize[1]},
+        size={"shortest_edge": resize[0]} if keeps_ratio else {"height": resize[0], "width": resize[1]},
         resample=_RESAMPLE[p["interpolation"]],
         crop_size={"height": height, "width": width},
         image_mean=p["mean"],

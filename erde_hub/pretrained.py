@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, PreTrainedModel
 
 from . import __version__
+from ._files import set_default_mode
 from .config import EarlyExitConfig
 from .errors import CheckpointError, CheckpointWriteError, ConfigError
 from .preprocessing import build_image_processor, check_preprocessing
@@ -85,6 +87,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             result = super().save_pretrained(save_directory, *args, **kwargs)
             if self.config.preprocessing and kwargs.get("is_main_process", True):
                 self.image_processor().save_pretrained(save_directory)
+            for weights in Path(save_directory).glob("*.safetensors"):
+                set_default_mode(weights)  # their writer makes files that nobody but their owner can read
         # safetensors reports a full disk as an error of its own; what the Hub answers is an OSError too, and stays one
         except (OSError, SafetensorError) as error:
             if kwargs.get("push_to_hub"):
@@ -131,9 +135,11 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 " another model, or the config was edited"
             )
         with torch.no_grad():
+            present = dict(model.backbone.named_buffers())
             for name, value in kept.items():
                 module, _, leaf = name.rpartition(".")
-                setattr(model.backbone.get_submodule(module), leaf, value)
+                if name in present:  # a truncated model has lost those behind its exit
+                    setattr(model.backbone.get_submodule(module), leaf, value)
             for tensor in (*model.parameters(), *model.buffers()):
                 # Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last
                 # bits from those of the model that was saved, and rewriting the file would change this one.

@@ -333,3 +333,9 @@ def test_exits_of_an_edited_config_in_another_order(damaged):
     for call in ({"threshold": 1e-30}, {"output_all_exits": True}):
         with pytest.raises(ExitNotReachedError, match="exit 1 fired where exit 0 was due"):
             loaded(images("resnet", 2), **call)
+
+
+def test_other_users_can_read_the_weights_where_the_umask_lets_them(tmp_path):
+    wrap("plain").save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(set(modes.values())) == 1, modes

@@ -9,10 +9,11 @@ from erde_hub.errors import unknown_name
 from .base import BackboneAdapter, ExitPoint, ExitPoints
 from .plain import PlainAdapter
 from .timm import TimmAdapter
+from .transformers import TransformersAdapter
 
 __all__ = ["BackboneAdapter", "ExitPoint", "ExitPoints", "find_adapter", "get_adapter", "list_libraries"]
 
-_ADAPTERS: tuple[BackboneAdapter, ...] = (TimmAdapter(), PlainAdapter())
+_ADAPTERS: tuple[BackboneAdapter, ...] = (TimmAdapter(), TransformersAdapter(), PlainAdapter())
 
 
 def find_adapter(module: nn.Module) -> BackboneAdapter:

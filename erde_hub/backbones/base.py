@@ -13,7 +13,7 @@ from erde_hub._tree import tensors
 from erde_hub.cost import StageCall, Trace
 from erde_hub.errors import ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
-from erde_hub.routing import StageStep
+from erde_hub.routing import ExitTap, HookDrive, StageStep
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig
@@ -88,6 +88,8 @@ class BackboneAdapter:
 
     #: Value of ``config.library``.
     library: ClassVar[str]
+    #: Where a module says how many classes it has.
+    classes_attribute: ClassVar[str] = "num_classes"
 
     def matches(self, module: nn.Module) -> bool:
         """Tells whether this adapter is for that module."""
@@ -96,6 +98,10 @@ class BackboneAdapter:
     def describe(self, module: nn.Module) -> dict[str, Any]:
         """Returns what can be read off a living module: ``architecture``, ``preprocessing``, ``input_size``."""
         raise NotImplementedError
+
+    def creation_arguments(self, module: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
+        """Returns what the config stores as ``backbone_kwargs``: as given, or as the module tells."""
+        return dict(given or {})
 
     def build(self, config: EarlyExitConfig) -> nn.Module:
         """Builds the backbone from a config alone; runs nothing."""
@@ -123,6 +129,37 @@ class BackboneAdapter:
         """Names of the classifier's modules, where the backbone knows them."""
         return []
 
+    def declared_classes(self, module: nn.Module) -> int | None:
+        """Returns the number of classes that the module says it has, where it says so."""
+        declared = getattr(module, "num_classes", None)
+        return declared if isinstance(declared, int) else None
+
+    def task(self, module: nn.Module) -> str:
+        """Returns ``classification``, or ``causal_lm`` for models that answer with logits for every token."""
+        return "classification"
+
+    def is_text(self, module: nn.Module) -> bool:
+        """Tells whether the model takes token ids (``input_ids``) and not images (``pixel_values``)."""
+        return False
+
+    def example_dtype(self, module: nn.Module) -> torch.dtype:
+        """Returns the type of the model's main input."""
+        if self.is_text(module):
+            return torch.int64
+        return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+    def follow(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
+        """Puts hooks into the module that keep what it carries beside its features in step with the batch."""
+        return []
+
+    def drive(self, module: nn.Module, taps: Sequence[ExitTap], followers: Sequence[Any]) -> HookDrive:
+        """Returns the drive for modules whose forward is not staged."""
+        return HookDrive(module, taps, followers)
+
+    def token_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+        """Returns the mask (N, L) of the tokens that the model's own pooling counts, from its inputs."""
+        return None
+
     def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
         """Returns the staged forward if this backbone has one that stops at all of ``exits``, else None."""
         return None
@@ -145,15 +182,17 @@ class BackboneAdapter:
 
 def find_exit_points(adapter: BackboneAdapter, module: nn.Module, traced: Trace) -> ExitPoints:
     """Returns the places that the adapter offers, shallow to deep, that lie before the classifier."""
-    points = ExitPoints()
+    found: list[tuple[int, ExitPoint]] = []
     limit = classifier_order(adapter, module, traced)
     for name in adapter.candidates(module, traced):
-        calls = traced.calls.get(name, [])
-        if len(calls) != 1 or calls[0].order >= limit or calls[0].overwritten:
+        path, number = parse_exit(name)
+        calls = traced.calls.get(path, [])
+        if len(calls) != 1 and number is None:
             continue
-        points.append(exit_point(adapter, module, name, calls[0], traced))
-    points.sort(key=lambda p: traced.calls[p.name][0].order)
-    return points
+        call = calls[number or 0]
+        if call.order < limit and not call.overwritten:
+            found.append((call.order, exit_point(adapter, module, name, call, traced)))
+    return ExitPoints(point for _, point in sorted(found, key=lambda entry: entry[0]))
 
 
 def exit_point(adapter: BackboneAdapter, module: nn.Module, name: str, call: StageCall, traced: Trace) -> ExitPoint:
@@ -183,7 +222,7 @@ def resolve_exits(
         hint = nearest(exits, ["auto"]) or f"; for one exit: [{exits!r}]"
         raise ExitPointError(f"exits must be a list of names, a number or 'auto', got {exits!r}{hint}")
     if isinstance(exits, (int, str)):
-        return _spread(find_exit_points(adapter, module, traced), exits)
+        return spread_exits(find_exit_points(adapter, module, traced), exits)
     if not exits:
         raise ExitPointError("exits is empty: name at least one place (erde_hub.list_exit_points(model) lists them)")
     points = [_named_exit(adapter, module, name, traced) for name in exits]
@@ -227,7 +266,7 @@ def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: 
     return exit_point(adapter, module, name, seen, traced), seen.order
 
 
-def _spread(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]:
+def spread_exits(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]:
     """Chooses places evenly spaced in MACs."""
     # Too early and the head sees edges only; too late and leaving saves nothing.
     useful = [p for p in points if 0.08 <= p.share <= 0.92] or list(points)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from erde_hub.cost import StageCall, Trace
-from erde_hub.errors import CheckpointError, ExitPointError, InputTypeError
+from erde_hub.errors import CheckpointError, ExitPointError
 from erde_hub.heads import FeatureSpec
 from erde_hub.routing import StageStep
 
@@ -31,11 +30,6 @@ class PlainAdapter(BackboneAdapter):
 
     def describe(self, module: nn.Module) -> dict[str, Any]:
         """The class name, for the reader of the config."""
-        if isinstance(module, PreTrainedModel):
-            raise InputTypeError(
-                f"{type(module).__name__} is a transformers model, which this version does not wrap: use a timm model"
-                " or a plain nn.Module that maps a batch to logits"
-            )
         return {"architecture": type(module).__qualname__, "input_size": None, "preprocessing": None}
 
     def build(self, config: EarlyExitConfig) -> nn.Module:

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import timm
 import torch
-from timm.models import convnext, efficientnet, mobilenetv3, resnet, vision_transformer
+from timm.models import convnext, efficientnet, mobilenetv3, nasnet, pnasnet, resnet, vision_transformer
 from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from erde_hub.cost import StageCall, Trace
-from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, RebuildError, unknown_name
+from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, unknown_name
 from erde_hub.heads import FeatureSpec
 from erde_hub.routing import StageStep
 
 from .base import BackboneAdapter, first_leaf
+from .followers import Follower
+from .rebuild import check_same_network
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig
@@ -27,6 +29,9 @@ _REFUSED_KWARGS = frozenset(
     {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes"}
     | {"features_only", "out_indices", "pretrained_strict", "scriptable", "exportable", "no_jit"}
 )
+
+#: Networks whose cells read two cells before them.
+_CELLS = (nasnet.NASNetALarge, pnasnet.PNASNet5Large)
 
 
 class TimmAdapter(BackboneAdapter):
@@ -75,11 +80,7 @@ class TimmAdapter(BackboneAdapter):
         Raises:
             ConfigError: ``architecture`` is no registered timm name, or ``backbone_kwargs`` holds what is not allowed.
         """
-        architecture = config.architecture
-        if not isinstance(architecture, str) or ":" in architecture or "/" in architecture:
-            raise ConfigError(f"architecture must be a registered timm name such as 'resnet18', got {architecture!r}")
-        if not timm.is_model(architecture):
-            raise unknown_name("architecture (timm model)", architecture, timm.list_models())
+        architecture = self.check_architecture(config.architecture)
         check_backbone_kwargs(config.backbone_kwargs or {})
         try:
             return timm.create_model(
@@ -90,48 +91,37 @@ class TimmAdapter(BackboneAdapter):
                 f"backbone_kwargs={config.backbone_kwargs!r} do not fit {architecture}: {error}"
             ) from error
 
-    @torch.no_grad()
-    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> None:
-        """Rebuilds from the config and compares the outputs of one random input with the same weights in both.
+    def check_architecture(self, name: Any) -> str:
+        """Returns a registered timm name, or raises :class:`ConfigError` for anything that points elsewhere."""
+        if not isinstance(name, str) or ":" in name or "/" in name:
+            raise ConfigError(f"architecture must be a registered timm name such as 'resnet18', got {name!r}")
+        if not timm.is_model(name):
+            raise unknown_name("architecture (timm model)", name, timm.list_models())
+        return name
 
-        The weights are random: those of a fresh network hide whole branches behind zeros and tiny layer scales, and
-        what differs inside them would show after training only.
+    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> None:
+        """Rebuilds from the config and compares; see :func:`~erde_hub.backbones.rebuild.check_same_network`.
 
         Raises:
             RebuildError: Other weights or another answer; the message names ``backbone_kwargs``.
         """
-        advice = (
+        size = (1, *(config.input_size or ()))
+        check_same_network(
+            module,
+            self.build(config),
+            lambda generator: torch.randn(size, generator=generator),
+            self.logits,
+            str(config.architecture),
             f"; pass the arguments that {config.architecture} was created with as backbone_kwargs={{...}} (now"
-            f" {config.backbone_kwargs!r}), so that the checkpoint can be loaded"
+            f" {config.backbone_kwargs!r}), so that the checkpoint can be loaded",
         )
-        rebuilt = self.build(config)
-        mine, theirs = module.state_dict(), rebuilt.state_dict()
-        differs = [k for k in (*mine, *theirs) if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape]
-        if differs:
-            raise RebuildError(
-                f"{config.architecture} rebuilt from its config has other weights ({len(differs)} differ, first"
-                f" {differs[0]!r})" + advice
-            )
-        weight = next(iter(module.parameters()))
-        if weight.device.type == "meta":
-            return
-        rebuilt.to(weight.device, weight.dtype).eval()
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn((1, *config.input_size), generator=generator).to(weight.device, weight.dtype)  # type: ignore[misc]
-        weights = _scatter_weights(rebuilt, generator)
-        ours, other = self.logits(_answer(module, weights, x)), self.logits(rebuilt(x))
-        scale = other.abs().max().clamp_min(1e-6)
-        # Another memory format or kernel differs in the last bits; another network differs visibly.
-        tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
-        if ours.shape != other.shape or not torch.allclose(ours / scale, other / scale, 0, tolerance, equal_nan=True):
-            raise RebuildError(
-                f"{config.architecture} rebuilt from its config gives another output with the same weights" + advice
-            )
 
     def candidates(self, module: nn.Module, traced: Trace) -> list[str]:
         """``feature_info``'s modules where they exist, else the children of the trunk's sequences."""
         names = {n for n in _feature_info(module) if n in traced.calls}
-        if len(names) < 2:
+        if isinstance(module, _CELLS):
+            names = {n for n, _ in module.named_children() if "cell" in n}  # feature_info names layers inside a cell
+        elif len(names) < 2:
             names = set(_trunk_blocks(module, traced))
         return [n for n in traced.calls if n in names]
 
@@ -168,6 +158,17 @@ class TimmAdapter(BackboneAdapter):
         """What ``pretrained_cfg`` calls the classifier."""
         names = getattr(module, "pretrained_cfg", {}).get("classifier") or ()
         return [names] if isinstance(names, str) else list(names)
+
+    def follow(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
+        """NASNet's cells read the outputs of the two cells before them, the first of which may be of a larger batch."""
+        if not isinstance(module, _CELLS):
+            return []
+        followers = []
+        for name, child in module.named_children():
+            if "cell" in name:
+                followers.append(Follower(dict.fromkeys(("x", "x_prev", "x_left", "x_right"), 4)))
+                child.register_forward_pre_hook(followers[-1], with_kwargs=True)
+        return followers
 
     def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
         """Staged forward of the families in :data:`_STAGED`, expanded where an exit lies inside a Sequential."""
@@ -207,43 +208,35 @@ def check_backbone_kwargs(kwargs: dict[str, Any]) -> None:
     Raises:
         ConfigError: An argument that fetches or reads files, or a value that JSON cannot store.
     """
-    for key, value in kwargs.items():
+    for key in kwargs:
         if key in _REFUSED_KWARGS:
             raise ConfigError(f"backbone_kwargs must not hold {key!r}: it is set elsewhere, or would fetch weights")
+    check_storable(kwargs)
+
+
+def check_storable(kwargs: dict[str, Any]) -> None:
+    """Refuses values that JSON cannot store or that point elsewhere, with :class:`ConfigError`."""
+    for key, value in kwargs.items():
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"backbone_kwargs[{key!r}]={value!r} cannot be stored in config.json: use numbers, strings, lists"
             ) from error
-        if isinstance(value, str) and ("://" in value or value.startswith(("hf-hub:", "local-dir:"))):
-            raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} points elsewhere, which a config must not")
+        for text in _texts(value):
+            if "://" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+                raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} points elsewhere, which a config must not")
 
 
-def _scatter_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Sets all weights and stored buffers to random values that let every layer show; returns them by name."""
-    stored = set(module.state_dict())
-    weights: dict[str, Tensor] = dict(module.named_parameters())
-    weights |= {name: buffer for name, buffer in module.named_buffers() if name in stored}
-    for tensor in weights.values():
-        if not tensor.is_floating_point():
-            continue
-        if tensor.ndim < 2:  # gains, biases, statistics: variances must be positive
-            values = torch.rand(tensor.shape, generator=generator) + 0.5
-        else:
-            values = torch.randn(tensor.shape, generator=generator) * (len(tensor) / tensor.numel()) ** 0.5
-        tensor.copy_(values)
-    return weights
-
-
-def _answer(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Any:
-    """Output with other weights, in eval mode; leaves no trace in the module."""
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        return torch.func.functional_call(module.eval(), weights, (x,))
-    finally:
-        for child, training in modes:
-            child.training = training
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _texts(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _feature_info(module: nn.Module) -> dict[str, int]:

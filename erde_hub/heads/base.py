@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.layers import global_pool_nlc
 from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError
 
 FORMATS = ("NCHW", "NHWC", "NLC", "NC")
-POOLS = ("token", "avg", "max", "avgmax")
+POOLS = ("token", "last", "avg", "max", "avgmax", "none")
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class FeatureSpec:
         width: Number of channels.
         format: Order of the axes: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NC`` (already pooled).
         size: Spatial size: (H, W), (L,) or ().
-        pool: Pooling of tokens that the backbone itself uses: ``token``, ``avg``, ``max`` or ``avgmax``.
+        pool: Pooling of tokens that the backbone itself uses: ``token`` (the first), ``last``, ``avg``, ``max`` or
+            ``avgmax``; ``none`` for logits of every token.
         prefix_tokens: Number of class and register tokens in front of the patch tokens.
         leaf: Which tensor of a stage that returns several; None where it returns one.
         batched: Which of several tensors hold one row per sample and shrink with the batch.
+        masked: Sequences may be padded: the head is called with the mask (N, L) of the tokens that count, or None where
+            all do.
     """
 
     width: int
@@ -36,6 +40,7 @@ class FeatureSpec:
     prefix_tokens: int = 0
     leaf: int | None = None
     batched: tuple[int, ...] = ()
+    masked: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -44,6 +49,11 @@ class FeatureSpec:
             raise ConfigError(f"feature width must be a positive integer, got {self.width!r}")
         if self.pool not in POOLS:
             raise ConfigError(f"pooling {self.pool!r} is unknown (available: {', '.join(POOLS)})")
+        if self.masked and (self.format != "NLC" or self.pool not in ("token", "last", "avg")):
+            raise ConfigError(
+                f"a masked feature is a sequence pooled by its first or last token or their mean, got format"
+                f" {self.format!r}, pool {self.pool!r}"
+            )
         object.__setattr__(self, "size", tuple(self.size))
         object.__setattr__(self, "batched", tuple(self.batched))
 
@@ -72,11 +82,14 @@ class FeatureSpec:
             "prefix_tokens": self.prefix_tokens,
             "leaf": self.leaf,
             "batched": list(self.batched),
+            **({"masked": True} if self.masked else {}),
         }
 
 
 class ExitHead(nn.Module):
     """A small classifier on the feature of one stage.
+
+    Where ``spec.masked``, ``forward`` is called with the mask of the tokens as a second argument.
 
     Shape:
         Input: the feature in the format of ``spec``. Output: (N, num_labels).
@@ -104,15 +117,26 @@ class ToNCHW(nn.Module):
 
 
 class TokenPool(nn.Module):
-    """Pools tokens the way the backbone itself does: class token, mean, maximum, or half of each."""
+    """Pools tokens the way the backbone itself does: first or last token, mean, maximum, half of each, or none."""
 
     def __init__(self, pool: str, prefix_tokens: int) -> None:
         super().__init__()
         self.pool = pool
         self.prefix_tokens = prefix_tokens
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, C) to (N, C)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) to (N, C), unpooled to (N, L, C); tokens whose mask is 0 do not count."""
+        if self.pool == "none":
+            return x
+        if self.pool == "last":
+            if mask is None:
+                return x[:, -1]
+            positions = torch.arange(x.shape[1], device=x.device)
+            last = (positions * mask.ne(0)).argmax(-1)
+            return x[torch.arange(len(x), device=x.device), last]
+        if self.pool == "avg" and mask is not None:
+            weights = mask.to(x.dtype).unsqueeze(-1)
+            return (x * weights).sum(1) / weights.sum(1)
         return global_pool_nlc(x, pool_type=self.pool, num_prefix_tokens=self.prefix_tokens)
 
 
@@ -126,6 +150,13 @@ class GlobalPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (N, H, W, C) to (N, C)."""
         return x.mean(self.axes)
+
+
+def run_layers(layers: nn.Sequential, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Runs the layers in order; a pooling of tokens also gets the mask."""
+    for layer in layers:
+        x = layer(x, mask) if isinstance(layer, TokenPool) else layer(x)
+    return x
 
 
 def vector_pool(spec: FeatureSpec) -> nn.Module:

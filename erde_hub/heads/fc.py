@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError, ShapeError
 
-from .base import ExitHead, FeatureSpec, ToNCHW, check_dropout, vector_pool
+from .base import ExitHead, FeatureSpec, ToNCHW, check_dropout, run_layers, vector_pool
 
 
 class FCHead(ExitHead):
@@ -60,10 +60,10 @@ class FCHead(ExitHead):
         self.layers = nn.Sequential(*layers, nn.Dropout(check_dropout(dropout)))
         self.fc = nn.Linear(inputs, num_labels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Feature in the format of ``spec`` to (N, num_labels)."""
         if self.pool == "kernel" and x.ndim == 4:
             size = tuple(x.shape[2:] if self.spec.format == "NCHW" else x.shape[1:3])
             if size != self.spec.size:
                 raise ShapeError(f"a head with pool='kernel' was built for features of {self.spec.size}, got {size}")
-        return self.fc(self.layers(x))
+        return self.fc(run_layers(self.layers, x, mask))

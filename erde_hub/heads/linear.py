@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import ExitHead, FeatureSpec, vector_pool
+from .base import ExitHead, FeatureSpec, TokenPool, vector_pool
 
 
 class LinearHead(ExitHead):
@@ -20,6 +20,6 @@ class LinearHead(ExitHead):
         self.pool = vector_pool(spec)
         self.fc = nn.Linear(spec.width, num_labels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Feature in the format of ``spec`` to (N, num_labels)."""
-        return self.fc(self.pool(x))
+        return self.fc(self.pool(x, mask) if isinstance(self.pool, TokenPool) else self.pool(x))

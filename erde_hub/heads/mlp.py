@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError
 
-from .base import ExitHead, FeatureSpec, check_dropout, vector_pool
+from .base import ExitHead, FeatureSpec, check_dropout, run_layers, vector_pool
 
 
 class MLPHead(ExitHead):
@@ -36,6 +36,6 @@ class MLPHead(ExitHead):
         )
         self.fc = nn.Linear(hidden, num_labels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Feature in the format of ``spec`` to (N, num_labels)."""
-        return self.fc(self.layers(x))
+        return self.fc(run_layers(self.layers, x, mask))

@@ -118,7 +118,7 @@ def test_what_list_exit_points_refuses():
 
 
 def test_the_table_of_adapters():
-    assert list_libraries() == ["timm", "torch"]
+    assert list_libraries() == ["timm", "transformers", "torch"]
     assert find_adapter(backbone("resnet")).library == "timm"
     assert find_adapter(Plain()).library == "torch"
     assert get_adapter("torch").library == "torch"

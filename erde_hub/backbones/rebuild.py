@@ -1,0 +1,87 @@
+"""Whether a config would build the same network again: compared on random weights, which let every layer show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erde_hub.errors import RebuildError
+
+
+@torch.no_grad()
+def check_same_network(
+    module: nn.Module,
+    rebuilt: nn.Module,
+    make_input: Callable[[torch.Generator], Tensor],
+    logits: Callable[[Any], Tensor],
+    name: str,
+    advice: str,
+) -> None:
+    """Compares the answers of two networks to one random input with the same random weights in both.
+
+    Weights of a fresh network hide whole branches behind zeros and tiny layer scales, and what differs inside them
+    would show after training only.
+
+    Args:
+        module: The living backbone; it is left as it came.
+        rebuilt: What its config builds; its weights are overwritten.
+        make_input: Makes one input of batch size 1 on the CPU.
+        logits: Reads the logits from an output.
+        name: What to call the network in messages.
+        advice: What to do about a difference.
+
+    Raises:
+        RebuildError: Other weights or another answer.
+    """
+    mine, theirs = module.state_dict(), rebuilt.state_dict()
+    differs = [k for k in (*mine, *theirs) if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape]
+    if differs:
+        raise RebuildError(
+            f"{name} rebuilt from its config has other weights ({len(differs)} differ, first {differs[0]!r}){advice}"
+        )
+    weight = next(iter(module.parameters()))
+    if weight.device.type == "meta":
+        return
+    rebuilt.to(weight.device, weight.dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = make_input(generator)
+    x = x.to(weight.device, weight.dtype) if x.is_floating_point() else x.to(weight.device)
+    weights = _scatter_weights(rebuilt, generator)
+    ours, other = logits(_answer(module, weights, x)), logits(rebuilt(x))
+    scale = other.abs().max().clamp_min(1e-6)
+    # Another memory format or kernel differs in the last bits; another network differs visibly.
+    tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
+    if ours.shape != other.shape or not torch.allclose(ours / scale, other / scale, 0, tolerance, equal_nan=True):
+        raise RebuildError(f"{name} rebuilt from its config gives another output with the same weights{advice}")
+
+
+def _scatter_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Sets all weights and stored buffers to random values that let every layer show; returns them by name."""
+    stored = set(module.state_dict())
+    weights: dict[str, Tensor] = dict(module.named_parameters())
+    weights |= {name: buffer for name, buffer in module.named_buffers() if name in stored}
+    for tensor in weights.values():
+        if not tensor.is_floating_point():
+            continue
+        if tensor.ndim < 2:  # gains, biases, statistics: variances must be positive
+            values = torch.rand(tensor.shape, generator=generator) + 0.5
+        else:
+            values = torch.randn(tensor.shape, generator=generator) * (len(tensor) / tensor.numel()) ** 0.5
+        tensor.copy_(values)
+    return weights
+
+
+def _answer(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Any:
+    """Output with other weights, in eval mode; leaves no trace in the module."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        # What a layer works out from its weights and keeps while it is in eval mode (attention biases in levit) belongs
+        # to other weights, before this call and after it; train() forgets it.
+        return torch.func.functional_call(module.train().eval(), weights, (x,))
+    finally:
+        module.train()
+        for child, training in modes:
+            child.training = training

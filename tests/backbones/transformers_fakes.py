@@ -1,0 +1,110 @@
+"""Small classifiers of the transformers library, one of each kind that its adapter tells apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from _support_models import CLASSES, TRANSFORMERS_VISION, transformers_model
+from torch import Tensor, nn
+
+from erde_hub import EarlyExitWrapper
+
+__all__ = ["CLASSES", "TEXT", "VISION", "inputs", "side", "text", "vision", "wrap"]
+
+#: Class without its ending, and exits.
+VISION: dict[str, tuple[str, tuple[str, ...]]] = {
+    "resnet": ("ResNet", tuple(f"resnet.encoder.stages.{i}" for i in range(3))),
+    "convnext": ("ConvNext", tuple(f"convnext.encoder.stages.{i}" for i in range(3))),
+    "mobilevit": ("MobileViT", ("mobilevit.encoder.layer.1", "mobilevit.encoder.layer.3")),
+    "vit": ("ViT", ("vit.layers.0", "vit.layers.1")),
+    "deit": ("DeiT", ("deit.layers.0", "deit.layers.1")),
+    "beit": ("Beit", ("beit.layers.0", "beit.layers.1")),
+    "dinov2": (
+        "Dinov2WithRegisters",
+        ("dinov2_with_registers.encoder.layer.0", "dinov2_with_registers.encoder.layer.1"),
+    ),
+    "swin": ("Swin", ("swin.encoder.layers.0", "swin.encoder.layers.1")),
+    "hiera": ("Hiera", tuple(f"hiera.encoder.stages.{i}" for i in range(3))),
+    "pvt": ("Pvt", ("pvt.encoder.block.0.0", "pvt.encoder.block.1.0", "pvt.encoder.block.3.0")),
+    "pvt_v2": ("PvtV2", ("pvt_v2.encoder.layers.0", "pvt_v2.encoder.layers.1")),
+    "timm_wrapper": ("TimmWrapper", ("timm_model.stages.0", "timm_model.stages.1")),
+}
+TEXT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bert": ("Bert", ("bert.encoder.layer.0", "bert.encoder.layer.1")),
+    "distilbert": ("DistilBert", ("distilbert.transformer.layer.0", "distilbert.transformer.layer.1")),
+    "roberta": ("Roberta", ("roberta.encoder.layer.0", "roberta.encoder.layer.1")),
+    "albert": ("Albert", tuple(f"albert.encoder.albert_layer_groups.0@{i}" for i in (0, 2))),
+    "deberta": ("DebertaV2", ("deberta.encoder.layer.0", "deberta.encoder.layer.1")),
+    "electra": ("Electra", ("electra.encoder.layer.0", "electra.encoder.layer.1")),
+    "modernbert": ("ModernBert", ("model.layers.0", "model.layers.1")),
+    "llama": ("Llama", ("model.layers.0", "model.layers.1")),
+    "qwen2": ("Qwen2", ("model.layers.0", "model.layers.1")),
+    "gpt2": ("GPT2", ("transformer.h.0", "transformer.h.1")),
+}
+
+
+def side(name: str) -> int:
+    """Height and width of a vision model's images."""
+    return TRANSFORMERS_VISION[VISION[name][0]][1]
+
+
+@torch.no_grad()
+def _lively(module: nn.Module) -> nn.Module:
+    """Fresh weights are so small that every sample gets the same answer; layers of statistics get some."""
+    generator = torch.Generator().manual_seed(1)
+    for key, tensor in module.state_dict().items():
+        if "running_var" in key:
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+        elif tensor.is_floating_point() and tensor.ndim < 2:
+            tensor.add_(0.3 * torch.rand(tensor.shape, generator=generator))
+        elif tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (1.5 / tensor[0].numel() ** 0.5))
+    return module.eval()
+
+
+def vision(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    module = _lively(transformers_model(VISION[name][0]))
+    if name in ("resnet", "mobilevit"):  # random statistics make deep ones explode
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            module.train()(torch.randn(32, 3, side(name), side(name)))
+        for norm in norms:
+            norm.momentum = 0.1
+    return module.eval()
+
+
+def text(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return _lively(transformers_model(TEXT[name][0]))
+
+
+def wrap(name: str, **kwargs: Any) -> EarlyExitWrapper:
+    """A wrapped model in eval mode whose exits disagree."""
+    torch.manual_seed(2)
+    if name in VISION:
+        given: dict[str, Any] = {"exits": VISION[name][1], "input_size": (3, side(name), side(name)), **kwargs}
+        model = EarlyExitWrapper(vision(name), **given).eval()
+    else:
+        model = EarlyExitWrapper(text(name), **{"exits": TEXT[name][1], **kwargs}).eval()
+    with torch.no_grad():
+        for layer in model.heads.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(torch.randn(layer.weight.shape) * 2 / layer.in_features**0.5)
+    return model
+
+
+def inputs(name: str, count: int = 8) -> dict[str, Tensor]:
+    """Images, or padded texts of different lengths."""
+    generator = torch.Generator().manual_seed(4)
+    if name in VISION:
+        return {"pixel_values": torch.randn(count, 3, side(name), side(name), generator=generator)}
+    ids = torch.randint(5, 99, (count, 11), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(count):
+        mask[row, 11 - row % 6 :] = 0
+    ids[mask == 0] = {"roberta": 1}.get(name, 0)
+    return {"input_ids": ids, "attention_mask": mask}
