@@ -1,0 +1,181 @@
+"""Tests and bounds for the mean of a bounded loss, from a finite sample and without assumptions on its distribution.
+
+Every p-value here is for the hypothesis "the expected loss is above ``bound``"; small ones speak for the bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Shares of the largest safe bet over which :func:`betting_p_values` averages.
+_BETS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.55, 0.8, 1.0)
+
+
+def hoeffding_bentkus_p_values(means: Tensor, samples: int, bound: float, binary: bool) -> Tensor:
+    """P-values from the mean of losses in [0, 1].
+
+    The smaller one of Hoeffding's exp(-n h(min(r, a), a)), h(a, b) = a log(a/b) + (1 - a) log((1 - a)/(1 - b)), and
+    Bentkus' e P(Bin(n, a) <= ceil(n r)), without the factor e where losses are 0 or 1 and the binomial is exact.
+
+    Args:
+        means: Mean losses r, one per candidate.
+        samples: Number n of samples behind each.
+        bound: The bound a, in (0, 1).
+        binary: Losses are 0 or 1.
+
+    References:
+        Bates et al., Distribution-free, risk-controlling prediction sets, 2021, arXiv 2101.02703; Angelopoulos et al.,
+        Learn then test, 2021, arXiv 2110.01052, section 3.2. Deviations: none.
+    """
+    means = means.double()
+    low = means.clamp(max=bound)
+    divergence = torch.special.xlogy(low, low / bound) + torch.special.xlogy(1 - low, (1 - low) / (1 - bound))
+    hoeffding = (-samples * divergence).exp()
+    count = (samples * means - 1e-9).ceil().clamp(0, samples).long()  # a mean times n is whole up to rounding
+    bentkus = _binomial_cdf(samples, bound)[count] * (1.0 if binary else math.e)
+    return torch.minimum(hoeffding, bentkus)
+
+
+def _binomial_cdf(samples: int, share: float) -> Tensor:
+    """P(Bin(n, share) <= k) for every k of 0 to n."""
+    k = torch.arange(samples + 1, dtype=torch.float64)
+    log_choose = math.lgamma(samples + 1) - torch.lgamma(k + 1) - torch.lgamma(samples - k + 1)
+    log_mass = log_choose + k * math.log(share) + (samples - k) * math.log1p(-share)
+    return log_mass.exp().cumsum(0).clamp(max=1.0)
+
+
+def betting_p_values(losses: Tensor, bound: float, weights: Tensor | None = None) -> Tensor:
+    """P-values from single losses in [-1, 1], sharper than those of means where losses hardly vary or cancel out.
+
+    Somebody who bets a share b of the wealth against the hypothesis at every sample has prod(1 + b (bound - loss)) in
+    the end, which is 1 or less on average if the hypothesis is true, for every b in [0, 1 / (1 - bound)]. So is the
+    average over several b, and by Markov's inequality its inverse is a p-value. The order of the samples is immaterial.
+
+    Shape:
+        losses: (C, N). weights: (N,), how many samples each column stands for. Returns (C,).
+
+    References:
+        Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, 2024, arXiv 2010.09686,
+        section 4.4 (grid Kelly). Deviations: one-sided, and a fixed grid that is denser near 0.
+    """
+    weights = losses.new_ones(losses.shape[1]) if weights is None else weights
+    return _wealth_p_values(lambda bet: torch.log1p(bet * (bound - losses.double())) @ weights.double(), bound)
+
+
+def betting_p_values_of_counts(lost: Tensor, won: Tensor, samples: int, bound: float) -> Tensor:
+    """The same where losses are 1, -1 or 0: from how many samples lose and how many win, each (C,)."""
+
+    def log_wealth(bet: float) -> Tensor:
+        equal = samples - lost - won
+        return (
+            lost * math.log1p(bet * (bound - 1)) + won * math.log1p(bet * (bound + 1)) + equal * math.log1p(bet * bound)
+        )
+
+    return _wealth_p_values(log_wealth, bound)
+
+
+def _wealth_p_values(log_wealth: Callable[[float], Tensor], bound: float) -> Tensor:
+    wealth = torch.stack([log_wealth(share * (1 - 1e-9) / (1 - bound)) for share in _BETS])
+    return (math.log(len(_BETS)) - wealth.logsumexp(0)).exp().clamp(max=1.0)
+
+
+@functools.lru_cache(maxsize=100_000)
+def difference_p_value(lost: int, won: int, samples: int, bound: float) -> float:
+    """P-value from the numbers of samples that lose and that win, each by 1; exact, and with gains counted.
+
+    If a sample loses with probability bound + q and wins with probability q, then lost - won is at most what was seen
+    with a probability that is summed up exactly. The unknown q is taken as the worst one up to an upper confidence
+    limit of the share of wins, and the chance that this limit fails is added (Berger and Boos). The worst q is looked
+    for at eight places; the probability hardly bends between them.
+
+    References:
+        Berger and Boos, P values maximized over a confidence set for the nuisance parameter, 1994, JASA 89.
+    """
+    total = lost - won
+    if total >= samples * bound:
+        return 1.0
+    highest = min(_upper_share(won, samples, _NUISANCE_LEVEL), (1 - bound) / 2)
+    wins = torch.linspace(0, highest, 8, dtype=torch.float64)
+    return min(1.0, _NUISANCE_LEVEL + float(_tails(total, samples, bound, wins).max()))
+
+
+#: Chance that the share of wins exceeds the limit up to which :func:`difference_p_value` looks.
+_NUISANCE_LEVEL = 0.002
+
+
+def _upper_share(count: int, samples: int, level: float) -> float:
+    """Clopper and Pearson's upper confidence limit of a share."""
+    if count >= samples:
+        return 1.0
+    k = torch.arange(count + 1, dtype=torch.float64)
+    choose = math.lgamma(samples + 1) - torch.lgamma(k + 1) - torch.lgamma(samples - k + 1)
+
+    def p_value(share: float) -> float:
+        return float((choose + k * math.log(share) + (samples - k) * math.log1p(-share)).exp().sum())
+
+    return smallest_bound(p_value, level, 1e-12)
+
+
+def _tails(total: int, samples: int, bound: float, wins: Tensor) -> Tensor:
+    """P(losses - wins <= total) of a multinomial with shares ``bound + wins`` and ``wins``, for several of them.
+
+    Losses plus wins are m, binomial; of m, losses are binomial again and at most k = floor((total + m) / 2). Its
+    distribution function at k follows from that for m - 1 by adding or taking off one mass.
+    """
+    some = (bound + 2 * wins)[:, None]
+    part = (bound + wins)[:, None] / some
+    spread = 10 * (samples * some * (1 - some)).sqrt() + 20
+    low = max(0, int((samples * some - spread).min()))
+    high = min(samples, int((samples * some + spread).max()) + 1)
+    m = torch.arange(low, high + 1, dtype=torch.float64)
+    k = ((total + m) / 2).floor()
+    below = torch.arange(max(int(k[0]) + 1, 0), dtype=torch.float64)
+    first = _masses(m[0].expand(len(below)), below, part).sum(1, keepdim=True)
+    steps = -part * _masses(m[:-1], k[:-1], part)
+    steps += torch.where(k[1:] > k[:-1], _masses(m[1:], k[1:], part), 0.0)
+    at_most_k = torch.cat([first, steps], 1).cumsum(1).clamp(0, 1)
+    return (_masses(torch.tensor(float(samples), dtype=torch.float64), m, some) * at_most_k).sum(1)
+
+
+def _masses(trials: Tensor, count: Tensor, share: Tensor) -> Tensor:
+    """Binomial probabilities; 0 outside 0 to the number of trials."""
+    inside = (count >= 0) & (count <= trials)
+    c = torch.where(inside, count, 0.0)
+    log_mass = torch.lgamma(trials + 1) - torch.lgamma(c + 1) - torch.lgamma(trials - c + 1)
+    log_mass = log_mass + torch.special.xlogy(c, share) + torch.special.xlog1py(trials - c, -share)
+    return torch.where(inside, log_mass.exp(), 0.0)
+
+
+def smallest_bound(p_value: Callable[[float], float], level: float, low: float) -> float:
+    """Returns the smallest bound in [low, 1] that a test accepts at a level, by bisection; 1 where it accepts none."""
+    left, right = low, 1 - 1e-9
+    if p_value(right) > level:
+        return 1.0
+    for _ in range(40):
+        middle = (left + right) / 2
+        left, right = (left, middle) if p_value(middle) <= level else (middle, right)
+    return right
+
+
+def conformal_risk(losses: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns (n R + 1) / (n + 1) of each candidate, R its mean loss made to rise along the candidates.
+
+    The last candidate where this is at most a bound has an expected loss below the bound, on average over the draw of
+    the n samples; for a single draw nothing is said.
+
+    Shape:
+        losses: (C, N) in [0, 1], from the safest candidate to the boldest. weights: (N,), how many samples each column
+            stands for. Returns (C,).
+
+    References:
+        Angelopoulos et al., Conformal risk control, 2022, arXiv 2208.02814, equation 4 and the remark on losses that do
+        not rise: each sample's running maximum takes their place. Deviations: none.
+    """
+    weights = losses.new_ones(losses.shape[1]) if weights is None else weights
+    rising = losses.cummax(0).values.double()
+    return (rising @ weights.double() + 1) / (weights.double().sum() + 1)

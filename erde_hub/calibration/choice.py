@@ -1,0 +1,181 @@
+"""What a search for thresholds found, as a report that is stored with the model and can be read and reviewed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from erde_hub.errors import ConfigError, nearest
+
+#: Fewest calibration samples; below, no number means anything.
+MIN_SAMPLES = 20
+
+#: What a target bounds, in words, by its name.
+TARGETS = {
+    "accuracy_drop": "loss of accuracy against the full model",
+    "disagreement": "share of samples whose answer differs from the full model's",
+    "brier_increase": "rise of the Brier score against the full model",
+    "mean_macs": "mean multiply-accumulates per sample",
+    "mean_milliseconds": "mean measured time per sample",
+}
+
+#: How each method speaks of its guarantee.
+METHODS = {
+    "search": "the best on these samples; no guarantee for others",
+    "ltt": "Learn then Test: Hoeffding-Bentkus p-values, tested in a fixed order (arXiv 2110.01052)",
+    "exact": "exact test of losses minus gains, tested in a fixed order (Learn then Test, arXiv 2110.01052)",
+    "ucb": "upper confidence bound by betting, tested in a fixed order (arXiv 2010.09686)",
+    "crc": "conformal risk control: the bound holds on average over calibration sets (arXiv 2208.02814)",
+}
+
+
+@dataclass(frozen=True)
+class ThresholdChoice:
+    """Thresholds, what was asked for, what the samples say, and what they cannot say.
+
+    Attributes:
+        threshold: One number, or one per early exit.
+        policy: Key of the policies table.
+        target: What is bounded: a key of ``TARGETS``.
+        bound: Highest value allowed; a fraction, multiply-accumulates, or milliseconds.
+        confidence: Probability, over the draw of the calibration samples, with which the bound holds for new samples of
+            the same kind; None where nothing is promised.
+        method: A key of ``METHODS``.
+        per_exit: One threshold was searched for each exit.
+        samples: Number of calibration samples.
+        tested: Number of these that the guarantee rests on; the others found the candidates.
+        value: Mean of the target over the samples, below 0 where leaving early is better.
+        upper_bound: Smallest bound that the samples support for this threshold at this confidence. For ``ltt`` gains do
+            not make up for losses in it.
+        accuracy: With this threshold, on the samples.
+        full_accuracy: Of the last exit, on the samples.
+        mean_macs: Multiply-accumulates per sample with this threshold.
+        full_macs: Of the full model.
+        saving: Share of the full model's cost that is expected to be saved, in the unit of the target where that is a
+            time, else in multiply-accumulates.
+        possible_saving: The same for the boldest candidate that keeps the bound on these samples without any
+            confidence: about what more data could show at most.
+        exit_share: Share of samples per exit, shallow to deep.
+        never_exits: Nobody leaves early.
+        advice: What would need more data, or why nobody leaves; empty where there is nothing to say.
+        dataset: Name of the calibration data, where known.
+        split: Their split, where known.
+        fingerprint: Hash of the weights that gave the records; empty where unknown.
+    """
+
+    threshold: float | list[float]
+    policy: str
+    target: str
+    bound: float
+    confidence: float | None
+    method: str
+    per_exit: bool
+    samples: int
+    tested: int
+    value: float
+    upper_bound: float | None
+    accuracy: float
+    full_accuracy: float
+    mean_macs: float
+    full_macs: int
+    saving: float
+    possible_saving: float
+    exit_share: list[float]
+    never_exits: bool
+    advice: str = ""
+    dataset: str = ""
+    split: str = ""
+    fingerprint: str = ""
+
+    FORMAT: ClassVar[str] = "erde_hub.threshold_profile/1"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values, for the config of a checkpoint or ``results.json``."""
+        return {"format": self.FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, profile: Mapping[str, Any]) -> ThresholdChoice:
+        """Reads what :meth:`to_dict` gave.
+
+        Raises:
+            ConfigError: Something else, or a key is missing or unknown.
+        """
+        if not isinstance(profile, Mapping) or profile.get("format") != cls.FORMAT:
+            found = profile.get("format") if isinstance(profile, Mapping) else profile
+            raise ConfigError(f"a threshold profile must have the format {cls.FORMAT!r}, got {found!r}")
+        values = {key: value for key, value in profile.items() if key != "format"}
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in names]
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        if unknown or missing:
+            what = f"unknown key {unknown[0]!r}{nearest(unknown[0], names)}" if unknown else f"no {missing[0]!r}"
+            raise ConfigError(f"a threshold profile of {cls.FORMAT!r} is damaged: {what}")
+        return cls(**values)
+
+    @property
+    def rule(self) -> str:
+        """One sentence that says what the threshold was chosen for, for cards and logs."""
+        amount = f"{100 * self.bound:g} %" if self.target in _FRACTIONS else f"{self.bound:g}"
+        sure = "" if self.confidence is None else f" with {100 * self.confidence:.3g} % confidence"
+        return f"{TARGETS[self.target]} at most {amount}{sure} ({METHODS[self.method]})"
+
+    def store(self, model: Any) -> None:
+        """Sets a model's threshold and keeps this report in its config as ``threshold_profile``.
+
+        Raises:
+            ConfigError: The model has another policy.
+            ThresholdError: It has another number of exits.
+        """
+        if model.config.policy != self.policy:
+            raise ConfigError(
+                f"the threshold was chosen for the policy {self.policy!r}, the model has {model.config.policy!r}:"
+                " choose anew with the model's own policy"
+            )
+        model.threshold = self.threshold
+        model.config.threshold_profile = self.to_dict()
+
+    def __str__(self) -> str:
+        where = f" of {self.split}" if self.split else ""
+        rests = f" (guarantee from {self.tested:,})" if self.tested != self.samples else ""
+        lines = [
+            f"threshold: {self.threshold}{' (nobody leaves early)' if self.never_exits else ''}",
+            f"wanted: {self.rule}",
+            (
+                f"on {self.samples:,} samples{where}{rests}: accuracy {100 * self.accuracy:.2f} % (full model"
+                f" {100 * self.full_accuracy:.2f} %), {100 * self.mean_macs / max(self.full_macs, 1):.1f} % of the full"
+                f" model's MACs, saving {100 * self.saving:.1f} %"
+            ),
+        ]
+        if self.upper_bound is not None and not self.never_exits:
+            lines.append(f"the samples support a bound of {100 * self.upper_bound:.2f} % for it")
+        if self.advice:
+            lines.append(self.advice)
+        return "\n".join(lines)
+
+
+_FRACTIONS = ("accuracy_drop", "disagreement", "brier_increase")
+
+
+def samples_without_loss(bound: float, confidence: float) -> int:
+    """Returns how many samples are needed to promise a bound if none of them loses anything: log(1 - c) / log(1 - a).
+
+    Example:
+        >>> samples_without_loss(0.01, 0.9)
+        230
+    """
+    return math.ceil(math.log(1 - confidence) / math.log1p(-bound) - 1e-9)
+
+
+def attainable_confidence(bound: float, samples: int) -> float:
+    """Returns the highest confidence that a number of samples supports for a bound, where none of them loses anything.
+
+    1 - (1 - a)^n. It depends on the number of samples alone, so that a guarantee at this confidence stays one.
+
+    Example:
+        >>> round(attainable_confidence(0.01, 144), 3)
+        0.765
+    """
+    return max(0.0, -math.expm1(samples * math.log1p(-bound)) - 1e-9)  # rounded down, so that a test at it accepts

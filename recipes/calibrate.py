@@ -1,0 +1,143 @@
+"""Chooses the threshold of a checkpoint on held-out images and writes it into the checkpoint.
+
+    python recipes/calibrate.py --model runs/digits-1 --max_accuracy_drop 0.01
+    python recipes/calibrate.py --model runs/digits-1 --max_mean_macs 2e6 --per_exit
+
+A bound on what may be lost is promised with --confidence, or nobody leaves early and the report says what is
+missing. The images are those that the run of the model held out for validation. config.json gets the threshold
+and, as threshold_profile, how it was chosen; results.json and README.md of the run follow, measured on test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from _cli import clean_errors, parse_arguments
+
+from erde_hub._files import write_text
+from erde_hub.calibration import ThresholdChoice, choose_threshold
+from erde_hub.calibration._checks import read_method, read_target
+from erde_hub.errors import ConfigError
+from erde_hub.evaluation import load_results, sweep_thresholds
+from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.training import DistillationArguments, create_accelerator, recipe, run_on_main
+from erde_hub.training.recipe_arguments import DataArguments
+
+
+@dataclass
+class CalibrationArguments:
+    """What is asked of the threshold."""
+
+    model: str = field(metadata={"help": "folder of a checkpoint; its config.json is rewritten"})
+    max_accuracy_drop: float | None = field(
+        default=None, metadata={"help": "accuracy that may be lost against the full model, a fraction: 0.01 is a point"}
+    )
+    max_disagreement: float | None = field(
+        default=None, metadata={"help": "share of images whose answer may differ from the full model's"}
+    )
+    max_brier_increase: float | None = field(
+        default=None, metadata={"help": "how much the Brier score (0 to 2) may exceed the full model's"}
+    )
+    max_mean_macs: float | None = field(
+        default=None, metadata={"help": "budget: mean multiply-accumulates per image, e.g. 2e6"}
+    )
+    max_mean_milliseconds: float | None = field(
+        default=None, metadata={"help": "budget: mean time per image in ms; needs --exit_milliseconds"}
+    )
+    exit_milliseconds: list[float] | None = field(
+        default=None,
+        metadata={"help": "measured time in ms of an image that leaves at each exit, the last one included"},
+    )
+    confidence: float = field(
+        default=0.9, metadata={"help": "probability with which a bound holds on other images; budgets have none"}
+    )
+    method: Literal["auto", "ltt", "exact", "ucb", "crc", "search"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: ltt or, with many images, exact; crc: on average over calibration sets; search: the best on"
+            " these images, nothing promised"
+        },
+    )
+    per_exit: bool = field(default=False, metadata={"help": "one threshold per exit in place of a shared one"})
+    split: Literal["validation", "test"] = field(
+        default="validation", metadata={"help": "images to choose on; numbers of the same images prove nothing"}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "print the report and write nothing"})
+    batch_size: int = field(default=256, metadata={"help": "images per forward pass and process"})
+    num_workers: int = field(default=0, metadata={"help": "processes that load large images"})
+    cpu_threads: int = field(default=0, metadata={"help": "CPU threads per process, 0: cores / processes"})
+
+
+def main() -> None:
+    """Loads, measures, chooses, writes."""
+    wanted, data_args, _ = parse_arguments({"what is wanted": CalibrationArguments, "data": DataArguments}, __doc__)
+    args = DistillationArguments(
+        batch_size=wanted.batch_size, num_workers=wanted.num_workers, cpu_threads=wanted.cpu_threads
+    )
+    accelerator = create_accelerator(args)
+    recipe.configure_logging(accelerator.is_main_process)
+    if not wanted.dry_run and not Path(wanted.model).expanduser().is_dir():
+        raise ConfigError(
+            f"--model {wanted.model!r} is no folder: only a checkpoint on this machine can be rewritten; download it,"
+            " or add --dry_run"
+        )
+    model = recipe.load_model(wanted.model)
+    options = target_options(wanted)
+    target, _ = read_target({key[4:]: value for key, value in options.items() if key.startswith("max_")})
+    read_method(options["method"], options.get("confidence"), target)
+    data = recipe.load_data_of(
+        wanted.model, data_args, model.config.preprocessing, wanted.split, accelerator.is_main_process
+    )
+    recipe.check_measurable(model, data)
+    accelerator.print(recipe.describe_data(data))
+    run = recipe.Run(accelerator, data, args, asdict(wanted) | asdict(data_args))
+    records = recipe.collect(run, model, wanted.split, args.batch_size)
+    choice = choose_threshold(records, model.policy, **options)
+    accelerator.print(f"\n{choice}\n")
+    if wanted.dry_run:
+        return
+    choice.store(model)
+    folder = Path(wanted.model).expanduser()
+    test = recipe.collect(run, model, "test", args.batch_size) if (folder / "results.json").is_file() else None
+    run_on_main(accelerator, lambda: write(folder, model, choice, test))
+    accelerator.print(f"written into {folder}")
+
+
+def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
+    """Returns the arguments of ``choose_threshold``; a budget has no confidence."""
+    budget = wanted.max_mean_macs is not None or wanted.max_mean_milliseconds is not None
+    options: dict[str, Any] = {
+        name: getattr(wanted, name)
+        for name in (
+            "max_accuracy_drop",
+            "max_disagreement",
+            "max_brier_increase",
+            "max_mean_macs",
+            "max_mean_milliseconds",
+            "exit_milliseconds",
+            "per_exit",
+        )
+    }
+    options["method"] = None if wanted.method == "auto" else wanted.method
+    if not budget and wanted.method not in ("crc", "search"):
+        options["confidence"] = wanted.confidence
+    return options
+
+
+def write(folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: Any) -> None:
+    """Rewrites the config and, where the run left a report, what the report says of the stored threshold."""
+    write_text(folder / "config.json", model.config.to_json_string())
+    if test is None:
+        return
+    results = load_results(folder / "results.json")
+    results["student"]["threshold"] = choice.threshold
+    results["operating_point"] = sweep_thresholds(test, [choice.threshold], model.policy)[0]
+    results["threshold_choice"] = {"rule": choice.rule, **choice.to_dict()}
+    recipe.write_report(results, folder, card=(folder / "README.md").is_file())
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

@@ -1,0 +1,140 @@
+"""Tests of means against MAPIE, exact sums, and what they promise under the hypothesis."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from erde_hub.calibration import attainable_confidence, samples_without_loss
+from erde_hub.calibration._bounds import (
+    betting_p_values,
+    betting_p_values_of_counts,
+    conformal_risk,
+    difference_p_value,
+    hoeffding_bentkus_p_values,
+    smallest_bound,
+)
+
+mapie = pytest.importorskip("mapie.risk_control.methods")
+fwer = pytest.importorskip("mapie.risk_control.fwer_control")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("samples", [20, 500, 10_000])
+@pytest.mark.parametrize("bound", [0.003, 0.01, 0.2])
+def test_hoeffding_bentkus_is_mapies(samples, bound, binary):
+    counts = np.unique(np.linspace(0, min(samples, 3 * samples * bound + 5), 12).astype(int))
+    counts = counts[np.ceil(samples * (counts / samples)) == counts]  # MAPIE rounds 49.0000001 up
+    means = counts / samples
+    if not binary:
+        means = means * 0.7
+    expected = mapie.compute_hoeffding_bentkus_p_value(means, samples, bound, binary)[:, 0]
+    found = hoeffding_bentkus_p_values(torch.tensor(means), samples, bound, binary)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-300)
+
+
+def test_conformal_risk_is_mapies_where_losses_rise():
+    losses = (torch.rand(200, 1) < torch.linspace(0, 0.4, 30)).float()
+    _, expected = mapie.get_r_hat_plus(losses.numpy(), np.arange(30), "crc", None, None, None)
+    np.testing.assert_allclose(conformal_risk(losses.T).numpy(), expected, rtol=1e-6)
+
+
+def test_conformal_risk_of_losses_that_fall_again_keeps_their_highest():
+    losses = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert conformal_risk(losses).tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+
+
+def multinomial_tail(total, samples, lose, win):
+    """P(losses - wins <= total), summed over all pairs of counts."""
+    mass = 0.0
+    for losses in range(samples + 1):
+        for wins in range(max(0, losses - total), samples - losses + 1):
+            log = math.lgamma(samples + 1) - math.lgamma(losses + 1) - math.lgamma(wins + 1)
+            log -= math.lgamma(samples - losses - wins + 1)
+            rest = samples - losses - wins
+            log += losses * math.log(lose) + (wins * math.log(win) if wins else 0)
+            log += rest * math.log(1 - lose - win)
+            mass += math.exp(log) if win or not wins else 0.0
+    return mass
+
+
+@pytest.mark.parametrize(("total", "samples", "bound", "wins"), [
+    (-1, 40, 0.1, 0.2), (0, 60, 0.05, 0.02), (3, 60, 0.1, 0.3), (2, 50, 0.1, 1e-9), (-18, 40, 0.2, 0.38),
+])  # fmt: skip
+def test_the_tail_of_a_difference_is_the_sum_over_all_counts(total, samples, bound, wins):
+    from erde_hub.calibration._bounds import _tails  # noqa: PLC0415
+
+    expected = multinomial_tail(total, samples, bound + wins, wins)
+    found = _tails(total, samples, bound, torch.tensor([0.0, wins], dtype=torch.float64))
+    assert float(found[1]) == pytest.approx(expected, rel=1e-9, abs=1e-13)
+
+
+def test_p_values_of_every_kind_are_rarely_small_when_the_bound_is_exceeded():
+    """Losses at the bound exactly: a share of at most 0.1 (and its sampling error) of p-values is below 0.1."""
+    generator = torch.Generator().manual_seed(1)
+    for bound, wins, samples in ((0.05, 0.0, 100), (0.02, 0.02, 400), (0.05, 0.02, 700)):
+        u = torch.rand(1500, samples, generator=generator)
+        losses = (u < bound + wins).float() - (u > 1 - wins).float()
+        lost, won = (losses > 0).sum(1), (losses < 0).sum(1)
+        exact = torch.tensor(
+            [difference_p_value(int(a), int(b), samples, bound) for a, b in zip(lost, won, strict=True)]
+        )
+        found = {"betting": betting_p_values(losses, bound), "exact": exact}
+        if not wins:
+            found["hb"] = hoeffding_bentkus_p_values(losses.mean(1), samples, bound, binary=True)
+        for name, p_values in found.items():
+            share = (p_values <= 0.1).double().mean()
+            assert share <= 0.1 + 3 * (0.09 / 1500) ** 0.5, (name, bound, wins, share)
+    assert (exact <= 0.1).double().mean() > 0.04, "not much smaller than it has to be"
+
+
+def test_betting_does_not_see_the_order_and_gets_sure():
+    losses = torch.cat([torch.zeros(1, 3000), torch.ones(1, 5)], 1)
+    shuffled = losses[:, torch.randperm(3005)]
+    assert betting_p_values(losses, 0.01).item() == pytest.approx(betting_p_values(shuffled, 0.01).item())
+    assert betting_p_values(losses, 0.01).item() < 0.01
+    losses[0, :3] = -1
+    counts = torch.tensor([5.0]), torch.tensor([3.0])
+    assert betting_p_values_of_counts(*counts, 3005, 0.01).item() == pytest.approx(
+        betting_p_values(losses, 0.01).item()
+    )
+    assert betting_p_values(torch.ones(1, 50), 0.01).item() == 1.0
+
+
+def test_gains_count_in_the_exact_test():
+    assert difference_p_value(60, 0, 5000, 0.01) == 1.0  # more lost than allowed
+    assert difference_p_value(60, 30, 5000, 0.01) < 0.06
+    assert difference_p_value(30, 0, 5000, 0.01) < 0.01
+
+
+def test_samples_without_loss_is_where_the_test_begins_to_accept():
+    for bound in (0.005, 0.01, 0.1):
+        for confidence in (0.8, 0.9, 0.99):
+            needed = samples_without_loss(bound, confidence)
+            for samples, accepted in ((needed, True), (needed - 1, False)):
+                p_value = hoeffding_bentkus_p_values(torch.zeros(1), samples, bound, binary=True).item()
+                assert (p_value <= 1 - confidence + 1e-12) == accepted
+            assert attainable_confidence(bound, needed) >= confidence - 1e-9
+            assert attainable_confidence(bound, needed - 1) < confidence
+
+
+def test_the_smallest_bound_is_the_inverse():
+    found = smallest_bound(lambda a: float(hoeffding_bentkus_p_values(torch.tensor([0.02]), 500, a, True)), 0.1, 1e-9)
+    assert float(hoeffding_bentkus_p_values(torch.tensor([0.02]), 500, found, True)) == pytest.approx(0.1, rel=1e-6)
+    assert smallest_bound(lambda a: 1.0, 0.1, 0.0) == 1.0
+
+
+def test_fixed_sequence_is_mapies():
+    from erde_hub.calibration.thresholds import certify  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        risks = torch.linspace(0, 0.05, 25)[:, None]
+        losses = (torch.rand(25, 800, generator=generator) < risks).float()
+        losses[0] = 0
+        p_values = mapie.compute_hoeffding_bentkus_p_value(losses.double().mean(1).numpy(), 800, 0.02, True)[:, 0]
+        accepted = fwer.control_fwer(p_values[1:], 0.1, "fixed_sequence")
+        assert certify(losses, 0.02, 0.9, "ltt") == len(accepted)

@@ -1,0 +1,135 @@
+"""What is asked is checked, what is found is reported and stored, and what cannot be promised is not."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from calibration_fakes import make_records
+
+from erde_hub.calibration import ThresholdChoice, choose_threshold
+from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
+from erde_hub.evaluation import ExitRecords, route_records
+
+RECORDS = make_records(400)
+
+
+def test_without_enough_samples_nobody_leaves_and_the_report_says_so():
+    for policy, never in (("entropy", 0.0), ("confidence", 2.0), ("margin", 2.0), ("patience", 1e8)):
+        choice = choose_threshold(make_records(144), policy, max_accuracy_drop=0.01, confidence=0.9)
+        assert choice.never_exits
+        assert choice.threshold == never
+        assert choice.saving == 0
+        assert "Nobody leaves" in choice.advice
+        assert "230 are needed" in choice.advice
+        assert "there are 144" in choice.advice
+        index, _ = route_records(make_records(50, seed=3), policy, choice.threshold)
+        assert (index == 2).all()
+        assert "(nobody leaves early)" in str(choice)
+    zero = choose_threshold(RECORDS, max_accuracy_drop=0, confidence=0.9)
+    assert zero.never_exits
+    assert "a bound of 0 cannot be promised" in zero.advice
+    assert choose_threshold(RECORDS, max_accuracy_drop=0).accuracy >= zero.full_accuracy
+
+
+def test_hopeless_exits_stay_shut():
+    records = make_records(600)
+    hopeless = records.logits.clone()
+    hopeless[:-1] = hopeless[:-1].roll(1, 0).roll(1, 1)  # sure of another sample's answer
+    records = ExitRecords(**{**vars(records), "logits": hopeless})
+    choice = choose_threshold(records, max_accuracy_drop=0.01, confidence=0.9)
+    assert choice.never_exits or choice.saving < 0.05
+    if choice.never_exits:
+        assert "loses too much" in choice.advice
+
+
+def test_a_wider_bound_or_a_lower_confidence_saves_more():
+    savings = [choose_threshold(RECORDS, max_accuracy_drop=b, confidence=0.9).saving for b in (0.02, 0.04, 0.08)]
+    assert savings == sorted(savings)
+    assert savings[0] < savings[-1]
+    sure = choose_threshold(RECORDS, max_accuracy_drop=0.04, confidence=0.99)
+    unsure = choose_threshold(RECORDS, max_accuracy_drop=0.04, confidence=0.6)
+    assert sure.saving < unsure.saving <= unsure.possible_saving
+    assert "without any confidence" in sure.advice
+
+
+def test_the_same_records_give_the_same_choice():
+    args = {"max_accuracy_drop": 0.04, "confidence": 0.8, "per_exit": True}
+    first = choose_threshold(RECORDS, **args)
+    torch.manual_seed(99)
+    assert choose_threshold(RECORDS, **args) == first
+    assert first.tested == 240
+
+
+def test_reports_go_into_json_and_come_back():
+    for args in ({"max_accuracy_drop": 0.03, "confidence": 0.9}, {"max_mean_macs": 2600.0, "per_exit": True},
+                 {"max_disagreement": 0.1, "method": "crc"}):  # fmt: skip
+        choice = choose_threshold(RECORDS, **args)
+        text = json.dumps(choice.to_dict(), allow_nan=False)
+        assert ThresholdChoice.from_dict(json.loads(text)) == choice
+    profile = choice.to_dict()
+    for damaged, message in (
+        ({**profile, "format": "x/2"}, "format 'erde_hub.threshold_profile/1', got 'x/2'"),
+        ({**profile, "savin": 1}, "unknown key 'savin'; did you mean 'saving'"),
+        ({k: v for k, v in profile.items() if k != "bound"}, "no 'bound'"),
+        (3, "got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+            ThresholdChoice.from_dict(damaged)
+
+
+def test_names_and_facts_of_the_records_are_in_the_report():
+    records = make_records(300, dataset="uoft-cs/cifar10")
+    choice = choose_threshold(records, max_accuracy_drop=0.03, confidence=0.9)
+    assert (choice.dataset, choice.split, choice.fingerprint) == ("uoft-cs/cifar10", "validation", "f" * 32)
+    assert "loss of accuracy against the full model at most 3 % with 90 % confidence" in choice.rule
+    assert "on 300 samples of validation" in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ({}, ConfigError, "exactly one of max_accuracy_drop"),
+        ({"max_accuracy_drop": 0.1, "max_mean_macs": 1.0}, ConfigError, "got 2"),
+        ({"max_accuracy_drop": -0.01}, ConfigError, r"at least 0, got -0\.01"),
+        ({"max_accuracy_drop": math.nan}, ConfigError, "got nan"),
+        ({"max_accuracy_drop": 1.0}, ConfigError, r"below 1, got 1\.0: it is a fraction, 0\.01 is one point"),
+        ({"max_accuracy_drop": True}, ConfigError, "got True"),
+        ({"max_accuracy_drop": 0.1, "confidence": 1}, ConfigError, "got 1: certainty needs infinitely many samples"),
+        ({"max_accuracy_drop": 0.1, "confidence": 0.0}, ConfigError, r"got 0\.0"),
+        ({"max_accuracy_drop": 0.1, "confidence": 90}, ConfigError, "got 90"),
+        ({"max_accuracy_drop": 0.1, "method": "ltt"}, ConfigError, "'ltt' needs a confidence"),
+        ({"max_accuracy_drop": 0.1, "method": "crc", "confidence": 0.9}, ConfigError, "takes no confidence"),
+        ({"max_accuracy_drop": 0.1, "method": "lt", "confidence": 0.9}, UnknownNameError, "'lt'; did you mean 'ltt'"),
+        ({"max_brier_increase": 0.1, "method": "exact", "confidence": 0.9}, ConfigError, "use 'ltt' or 'ucb'"),
+        ({"max_mean_macs": 2500.0, "confidence": 0.9}, ConfigError, "max_mean_macs is a budget"),
+        ({"max_mean_macs": 100.0}, ConfigError, "budget of 100 is below the cheapest exit's cost, 2000"),
+        ({"max_mean_milliseconds": 3.0}, ConfigError, "needs exit_milliseconds"),
+        ({"max_mean_milliseconds": 3.0, "exit_milliseconds": [1.0, 2.0]}, ConfigError, "must be 3 positive times"),
+        ({"max_mean_macs": 3e3, "exit_milliseconds": [1.0, 2.0, 3.0]}, ConfigError, "use max_mean_milliseconds"),
+        ({"max_accuracy_drop": 0.1, "candidates": []}, ConfigError, "candidates is empty"),
+        ({"max_accuracy_drop": 0.1, "candidates": [-1.0]}, ThresholdError, r"threshold -1\.0 is not allowed"),
+        ({"max_accuracy_drop": 0.1, "policy": "never"}, ThresholdError, "NeverPolicy has no threshold to choose"),
+        ({"max_accuracy_drop": 0.1, "policy": "entrop"}, UnknownNameError, "did you mean 'entropy'"),
+        ({"max_accuracy_drop": 0.1, "training_index": [7, 3, 10_000]}, DataError, "2 of 400 samples were trained on"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(args, error, message):
+    with pytest.raises(error, match=message):
+        choose_threshold(RECORDS, **args)
+
+
+def test_data_that_cannot_calibrate_are_refused():
+    with pytest.raises(DataError, match="of the training split"):
+        choose_threshold(make_records(100, split="train"), max_accuracy_drop=0.1)
+    with pytest.raises(DataError, match="12 samples are too few to calibrate on: at least 20"):
+        choose_threshold(make_records(12), max_accuracy_drop=0.1)
+    lacking = RECORDS.select(RECORDS.labels != 4)
+    with pytest.raises(DataError, match="class 'c4' has no sample"):
+        choose_threshold(lacking, max_accuracy_drop=0.1)
+    assert choose_threshold(lacking, max_accuracy_drop=0.1, allow_missing_classes=True).samples == len(lacking)
+    one = ExitRecords(**{**vars(RECORDS), "logits": RECORDS.logits[-1:], "exit_names": ["c"], "cumulative_macs": [1]})
+    with pytest.raises(RecordsError, match="no early exit"):
+        choose_threshold(one, max_accuracy_drop=0.1)

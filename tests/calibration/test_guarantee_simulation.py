@@ -1,0 +1,116 @@
+"""What is promised is kept: over 500 draws of calibration sets the bound is broken no more often than announced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calibration_fakes import earlyon_thresholds, make_logits, make_records
+
+from erde_hub.calibration import choose_threshold
+from erde_hub.calibration.thresholds import candidate_losses, certify, exit_losses
+from erde_hub.evaluation import ExitRecords
+from erde_hub.policies import create_policy
+from erde_hub.policies.offline import exit_indices, score_exits
+
+BOUND, CONFIDENCE, DRAWS = 0.01, 0.9, 500
+EXACT_DRAWS = 150  # sums over all counts take a while
+COSTS = torch.tensor([0.3, 0.65, 1.0], dtype=torch.float64)
+
+
+class Population:
+    """More samples than any calibration set, so that the true risk of every threshold is known."""
+
+    def __init__(self):
+        self.policy = create_policy("confidence")
+        self.logits, self.labels = make_logits(60_000, spread=1.0)
+        self.scores = score_exits(self.logits, self.policy)
+        self.losses, _ = exit_losses(self.logits, self.labels, "accuracy_drop")
+        self.path = [[t, t] for t in self.policy.grid(10, 2)]
+        table = candidate_losses(self.scores, self.losses, self.policy, self.path)
+        self.risks = table.double().mean(1)
+        table = table[: int((self.risks <= 4 * BOUND).sum())]  # bolder ones are never reached
+        # Samples that lose at the same candidates are alike: a draw is how often each kind comes up in it.
+        self.kinds, self.kind = table.T.unique(dim=0, return_inverse=True)
+        self.costs = torch.stack([COSTS[exit_indices(self.scores, self.policy, p)].mean() for p in self.path])
+
+    def draw(self, samples, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(len(self.labels), (samples,), generator=generator)
+
+    def counts(self, rows):
+        return torch.bincount(self.kind[rows], minlength=len(self.kinds)).double()
+
+
+@pytest.fixture(scope="module")
+def population():
+    return Population()
+
+
+def allowed_share(draws):
+    """The promised share plus three standard errors."""
+    return (1 - CONFIDENCE) + 3 * (CONFIDENCE * (1 - CONFIDENCE) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("samples", [500, 1000, 2500, 10_000])
+def test_the_bound_is_kept_in_the_promised_share_of_draws(population, samples):
+    broken = dict.fromkeys(("ltt", "ucb", "exact"), 0)
+    crc_risk = saving = 0.0
+    losses = population.kinds.T
+    for seed in range(DRAWS):
+        counts = population.counts(population.draw(samples, seed))
+        for method in broken if seed < EXACT_DRAWS else ("ltt", "ucb"):
+            index = certify(losses, BOUND, CONFIDENCE, method, weights=counts)
+            broken[method] += bool(population.risks[index] > BOUND)
+            if method == "ltt":
+                saving += 1 - float(population.costs[index])
+        if seed >= 100:
+            continue
+        crc_risk += float(population.risks[certify(losses, BOUND, None, "crc", weights=counts)])
+    for method, count in broken.items():
+        draws = EXACT_DRAWS if method == "exact" else DRAWS
+        assert count / draws <= allowed_share(draws), (method, samples, count)
+    assert crc_risk / 100 <= BOUND, "conformal risk control keeps it on average"
+    assert saving / DRAWS > (0.08 if samples == 500 else 0.12), "and something is saved all the same"
+
+
+def test_one_draw_goes_the_same_way_through_the_public_function(population):
+    rows = population.draw(2500, 0)
+    records = ExitRecords(
+        logits=population.logits[:, rows],
+        labels=population.labels[rows],
+        index=rows,
+        exit_names=["a", "b", "classifier"],
+        cumulative_macs=[300, 650, 1000],
+        class_names=[str(k) for k in range(10)],
+    )
+    for method in ("ltt", "exact", "ucb"):
+        choice = choose_threshold(records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE, method=method)
+        losses = population.kinds[population.kind[rows]].T
+        index = certify(losses, BOUND, CONFIDENCE, method)
+        assert choice.threshold == population.path[index][0]
+        assert choice.upper_bound <= BOUND + 1e-6
+        assert certify(losses[: index + 1], choice.upper_bound + 1e-6, CONFIDENCE, method) == index
+        assert certify(losses[[0, index]], choice.upper_bound - 1e-5, CONFIDENCE, method) == 0
+    default = choose_threshold(records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE)
+    assert default.method == "exact"
+    assert choose_threshold(make_records(400), max_accuracy_drop=0.05, confidence=0.9).method == "ltt"
+
+
+def test_thresholds_per_exit_keep_it_too_where_a_greedy_search_does_not(population):
+    """20 draws of 2,500: the greedy search breaks the bound in a good part of them."""
+    broken = {"greedy": 0, "ours": 0}
+    for seed in range(20):
+        rows = population.draw(2500, seed)
+        scores, losses = population.scores[:, rows], population.losses[:, rows]
+        greedy = earlyon_thresholds(scores, losses, COSTS, BOUND)
+        records = make_records(2500)
+        object.__setattr__(records, "logits", population.logits[:, rows])
+        object.__setattr__(records, "labels", population.labels[rows])
+        ours = choose_threshold(
+            records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE, per_exit=True
+        ).threshold
+        for name, thresholds in (("greedy", greedy), ("ours", ours)):
+            index = exit_indices(population.scores, population.policy, thresholds)
+            broken[name] += float(population.losses.gather(0, index[None]).mean()) > BOUND
+    assert broken["ours"] <= 20 * allowed_share(20)
+    assert broken["greedy"] >= 5
