@@ -12,13 +12,14 @@ _NEEDED = ("torch", "torchvision", "timm", "transformers", "safetensors", "huggi
 _missing: str | None = None
 
 try:
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
     from . import networks
     from .attach import list_exit_points
     from .config import EarlyExitConfig
     from .modeling import EarlyExitWrapper
     from .outputs import EarlyExitOutput
+    from .truncation import TruncatedConfig, TruncatedModel
 except ModuleNotFoundError as error:
     if error.name not in _NEEDED:
         raise
@@ -26,8 +27,20 @@ except ModuleNotFoundError as error:
 else:
     AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
     AutoModelForImageClassification.register(EarlyExitConfig, EarlyExitWrapper, exist_ok=True)
+    AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitWrapper, exist_ok=True)
+    AutoConfig.register(TruncatedConfig.model_type, TruncatedConfig, exist_ok=True)
+    AutoModelForImageClassification.register(TruncatedConfig, TruncatedModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(TruncatedConfig, TruncatedModel, exist_ok=True)
 
-__all__ = ["EarlyExitConfig", "EarlyExitOutput", "EarlyExitWrapper", "list_exit_points", "networks"]
+__all__ = [
+    "EarlyExitConfig",
+    "EarlyExitOutput",
+    "EarlyExitWrapper",
+    "TruncatedConfig",
+    "TruncatedModel",
+    "list_exit_points",
+    "networks",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -76,3 +76,26 @@ def shrink(tree: Any, rows: Tensor, batch: int, batched: Sequence[int] = ()) -> 
         return select_rows(tensor, rows)
 
     return map_tensors(select, tree)
+
+
+def cut_rows(tree: Any, start: int, stop: int, batched: Sequence[int] = ()) -> Any:
+    """Returns the rows from ``start`` to ``stop`` of every batch-first tensor, as views; see :func:`shrink`."""
+    positions = itertools.count()
+    return map_tensors(lambda t: t[start:stop] if isinstance(tree, Tensor) or next(positions) in batched else t, tree)
+
+
+def join_rows(trees: Sequence[Any], batched: Sequence[int] = ()) -> Any:
+    """Puts the batches of several structures of one kind behind each other; the rest comes from the first."""
+    first = trees[0]
+    if len(trees) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(trees))
+    leaves = [tensors(tree) for tree in trees]
+    positions = itertools.count()
+
+    def join(tensor: Tensor) -> Tensor:
+        position = next(positions)
+        return torch.cat([own[position] for own in leaves]) if position in batched else tensor
+
+    return map_tensors(join, first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +14,24 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from . import __version__
-from .attach import check_batch_shrinks, class_names, count_classes, inspect_backbone
+from .attach import choose_exits, class_names, count_classes, inspect_backbone
 from .backbones import BackboneAdapter, get_adapter
-from .backbones.base import parse_exit, resolve_exits, tap_module
+from .backbones.base import parse_exit, tap_module
+from .compilation import CompiledSteps, no_stages
 from .config import EarlyExitConfig, check_input_size
 from .cost import trace
-from .errors import ConfigError, ExitPointError, InputTypeError, ThresholdError, nearest
+from .errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
 from .exit_table import ExitTable, count_exits
 from .heads import FeatureSpec, create_head
-from .inputs import check_class_labels, check_pixel_values
+from .inputs import ModelInputs, check_class_labels, check_pixel_values, check_text_inputs, explain_failure
 from .outputs import EarlyExitOutput
 from .policies import create_policy, plain_threshold
 from .pretrained import EarlyExitPreTrainedModel
 from .recomputation import is_recomputing, without_recomputation
-from .routing import Drive, ExitTap, HookDrive, Route, RunAll, StagedDrive
+from .routing import Drive, ExitTap, Route, RunAll, StagedDrive
+from .stages import StepCache
+from .token_level import check_nobody_leaves, check_token_labels, token_cross_entropy
+from .truncation import TruncatedModel, truncate
 
 logger = logging.get_logger(__name__)
 
@@ -42,21 +47,22 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     bit for bit.
 
     Args:
-        model: A timm model, any nn.Module that maps a batch to logits (N, K), or an :class:`EarlyExitConfig` to build
-            the same model from.
+        model: A timm model, an image or text classifier of transformers, any nn.Module that maps a batch to logits
+            (N, K), or an :class:`EarlyExitConfig` to build the same model from.
         exits: Module names, shallow to deep (:func:`list_exit_points` lists the usual ones); an int n for n places
             evenly spaced in MACs; ``"auto"`` for a good choice, which is logged with its reason.
         head: Key of the heads table.
         policy: Key of the policies table.
         threshold: One number, or one per early exit; None takes the policy's default.
-        input_size: Shape of one input without the batch. Known for timm models.
+        input_size: Shape of one input without the batch; for texts the number of tokens that costs are counted at.
+            Known for models of timm and transformers.
         example_inputs: Batch-first tensors instead of ``input_size``.
         backbone_kwargs: What the backbone was created with, the number of classes aside. They cannot be read off a timm
-            model, so wrapping rebuilds it from the config and compares.
+            model, so wrapping rebuilds it from the config and compares. Not for transformers models, which know theirs.
         head_kwargs: Arguments of the head.
         policy_kwargs: Arguments of the policy.
         exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1.
-        id2label: Class names, as a list or as ``{0: "cat", ...}``.
+        id2label: Class names, as a list or as ``{0: "cat", ...}``; a transformers model brings its own.
         backbone: With a config: the living backbone, for configs that cannot rebuild it.
 
     Raises:
@@ -105,14 +111,15 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         adapter, facts, inputs = inspect_backbone(model, input_size, example_inputs)
         traced = trace(model, inputs)
         num_labels = count_classes(model, adapter, traced)
-        points, reason = resolve_exits(adapter, model, exits, traced)
+        points, reason = choose_exits(adapter, model, exits, traced, inputs)
         if isinstance(exits, (int, str)):
             logger.info(f"exits={exits!r}: {reason}")
         names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]
         config = EarlyExitConfig(
             library=adapter.library,
             architecture=facts["architecture"],
-            backbone_kwargs=dict(backbone_kwargs or {}),
+            backbone_kwargs=adapter.creation_arguments(model, backbone_kwargs),
+            task=adapter.task(model),
             exits=names,
             exit_features=[p.spec.to_dict() for p in points],
             head=head,
@@ -124,17 +131,11 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             input_size=facts["input_size"],
             preprocessing=facts["preprocessing"],
             erde_hub_version=__version__,
-            **class_names(id2label, num_labels),
+            **class_names(id2label if id2label is not None else facts.get("id2label"), num_labels, adapter.task(model)),
         )
         adapter.check_rebuild(model, config)
         super().__init__(config)
         self._assemble(adapter, model, adopted=True)
-        if self._taps:
-            try:
-                check_batch_shrinks(self, inputs)
-            except ExitPointError:
-                self._remove_taps()  # the backbone goes back as it came
-                raise
 
     def _build(self, config: EarlyExitConfig, backbone: nn.Module | None) -> None:
         if backbone is not None and not isinstance(backbone, nn.Module):
@@ -166,16 +167,20 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._adapter = adapter
         self.backbone = backbone
         self.heads = nn.ModuleList(
-            create_head(config.head, spec, self.config.num_labels, **(config.head_kwargs or {})) for spec in specs
+            create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {})) for spec in specs
         )
         self.policy = create_policy(config.policy, **(config.policy_kwargs or {}))
         self._backbone_frozen = False
         self._costs: dict[tuple[int, ...], ExitTable] = {}
+        self._steps = StepCache()
         self._taps: list[ExitTap] = []
+        self._followers: list[Any] = []
+        self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
         if _hooks_would_be_skipped(backbone, names) or adapter.steps(backbone, names, checkpointed=False) is None:
             self._taps = [ExitTap(i, parse_exit(name)[1] or 0) for i, name in enumerate(names)]
             for tap, name in zip(self._taps, names, strict=True):
                 tap_module(backbone, parse_exit(name)[0]).register_forward_hook(tap)
+            self._followers = adapter.follow(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
         weight = next((p for p in backbone.parameters() if p.is_floating_point()), None)
         if adopted and weight is not None and not on_meta:
@@ -194,11 +199,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self.training = backbone.training
         self.heads.train(self.training)
         self.policy.train(self.training)
-
-    def _remove_taps(self) -> None:
-        for module in self.backbone.modules():
-            for key in [key for key, hook in module._forward_hooks.items() if hook in self._taps]:
-                del module._forward_hooks[key]
 
     # What the model is
 
@@ -221,9 +221,13 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     def threshold(self, value: float | Sequence[float]) -> None:
         self._thresholds(value)
         self.config.threshold = plain_threshold(value)
+        self.config.threshold_profile = None  # how an earlier one was chosen
 
     def _thresholds(self, threshold: float | Sequence[float]) -> list[float]:
-        return self.policy.check_threshold(threshold, len(self.heads))
+        thresholds = self.policy.check_threshold(threshold, len(self.heads))
+        if self.config.task == "causal_lm":
+            check_nobody_leaves(self.policy, thresholds)
+        return thresholds
 
     def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
         """Returns what each exit costs, in MACs per sample and parameters, heads included.
@@ -241,6 +245,32 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         if size not in self._costs:
             self._costs[size] = count_exits(self, size)
         return self._costs[size]
+
+    def truncate(self, exit: int | str) -> TruncatedModel:
+        """Returns the static network up to an exit, given by index or name, as a model of its own.
+
+        See :class:`~erde_hub.truncation.TruncatedModel`: it is saved, loaded, exported and compiled like any model.
+
+        Raises:
+            ExitPointError: No such exit.
+        """
+        return truncate(self, exit)
+
+    def compile_stages(self, **options: Any) -> None:
+        """Compiles what lies between the exits, for inference; see :mod:`erde_hub.compilation`.
+
+        Answers stay what they are, to the accuracy of the compiler's arithmetic. Parts are compiled when they first
+        run. Checkpoints, pickles, copies and training know nothing of it.
+
+        Args:
+            **options: Keyword arguments of ``torch.compile``, such as ``backend`` and ``mode``.
+
+        Raises:
+            ExitPointError: A backbone without a staged forward, whose parts cannot be told apart.
+        """
+        if self._taps:
+            raise ExitPointError(no_stages(self.backbone))
+        self._steps = CompiledSteps(options)
 
     # Training
 
@@ -280,93 +310,156 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         threshold: float | Sequence[float] | None = None,
         output_all_exits: bool = False,
         return_dict: bool | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> EarlyExitOutput | tuple[Any, ...]:
         """Routes in eval mode; runs every exit in train mode and with ``output_all_exits``.
 
         Args:
-            pixel_values: (N, C, H, W) float, preprocessed.
-            labels: (N,) int64 class indices; with them ``loss`` is set.
+            pixel_values: (N, C, H, W) float, preprocessed; for image models.
+            labels: (N,) int64 class indices, for language models (N, L) token ids; with them ``loss`` is set.
             threshold: For this call only: one number, or one per early exit.
             output_all_exits: No routing: every exit, in eval mode too.
             return_dict: False returns a tuple of what is set.
+            input_ids: (N, L) integers from the tokenizer; for text models.
+            attention_mask: (N, L), 0 where a text is padded.
+            token_type_ids: (N, L), for backbones that take them.
+            position_ids: (N, L) or (1, L), for backbones that take them.
+            inputs_embeds: (N, L, C), instead of ``input_ids``.
             **kwargs: Passed on to the backbone's own forward, where it is not staged.
 
         Raises:
             ShapeError: Inputs or labels of the wrong shape.
-            InputTypeError: Inputs or labels of the wrong type.
+            InputTypeError: Inputs or labels of the wrong type, or that the backbone does not take.
             LabelError: Labels outside the classes.
             ThresholdError: A threshold that the policy does not take, or one where every exit runs.
             ExitNotReachedError: An exit did not fire.
         """
-        inputs = check_pixel_values(pixel_values, self.config.input_size or ())
+        texts = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        inputs = self._inputs(pixel_values, texts, kwargs)
         if labels is not None:
             # On an accelerator the range would wait for the device; there the loss kernel itself asserts.
-            labels = check_class_labels(labels, len(inputs), self.config.num_labels, values=_on_cpu(labels))
-        if kwargs and not self._taps:
-            raise InputTypeError(
-                f"{type(self.backbone).__name__} takes pixel_values only, got {sorted(kwargs)[0]!r} as well"
-            )
-        if self.training or output_all_exits:
-            if threshold is not None:
-                raise ThresholdError(
-                    f"threshold={threshold!r} has no effect where every exit runs: call model.eval() and leave"
-                    " output_all_exits out to route"
-                )
-            output = self._run_all(inputs, labels, kwargs)
-        else:
-            thresholds = self._thresholds(self.threshold if threshold is None else threshold)
-            output = self._route(inputs, thresholds, kwargs)
-            if labels is not None and output.logits is not None:
-                output.loss = F.cross_entropy(output.logits, labels)
+            if self.config.task == "causal_lm":
+                shape = inputs.main.shape[:2]
+                labels = check_token_labels(labels, shape, self.config.num_outputs, values=_on_cpu(labels))
+            else:
+                labels = check_class_labels(labels, len(inputs.main), self.config.num_labels, values=_on_cpu(labels))
+        try:
+            if self.training or output_all_exits:
+                if threshold is not None:
+                    raise ThresholdError(
+                        f"threshold={threshold!r} has no effect where every exit runs: call model.eval() and leave"
+                        " output_all_exits out to route"
+                    )
+                output = self._run_all(inputs, labels)
+            else:
+                thresholds = self._thresholds(self.threshold if threshold is None else threshold)
+                output = self._route(inputs, thresholds)
+        except (ErdeError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            typed = explain_failure(error, inputs, self.config.input_size or (), self.dtype)
+            if typed is error:
+                raise
+            raise typed from error
+        if labels is not None and output.loss is None and output.logits is not None:
+            output.loss = self._cross_entropy(output.logits, labels)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
-    def _run_all(self, inputs: Tensor, labels: Tensor | None, kwargs: dict[str, Any]) -> EarlyExitOutput:
+    def _inputs(self, pixel_values: Any, texts: dict[str, Any], more: dict[str, Any]) -> ModelInputs:
+        name = type(self.backbone).__name__
+        if self.main_input_name == "input_ids":
+            if pixel_values is not None:
+                raise InputTypeError(f"{name} reads texts: call model(input_ids=..., attention_mask=...)")
+            accepted = inspect.signature(type(self.backbone).forward).parameters
+            if "use_cache" in accepted:
+                if more.get("use_cache"):
+                    raise InputTypeError(f"use_cache=True: {name} with exits keeps no keys and values between calls")
+                more = {**more, "use_cache": False}
+            return check_text_inputs({**texts, **more}, accepted, name)
+        inputs = check_pixel_values(pixel_values, self.config.input_size or ())
+        kwargs = {**{key: value for key, value in texts.items() if value is not None}, **more}
+        if kwargs and not self._taps:
+            raise InputTypeError(f"{name} takes pixel_values only, got {sorted(kwargs)[0]!r} as well")
+        return ModelInputs((inputs,), kwargs, inputs)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (token_cross_entropy if self.config.task == "causal_lm" else F.cross_entropy)(logits, labels)
+
+    def _run_all(self, inputs: ModelInputs, labels: Tensor | None) -> EarlyExitOutput:
         deferred = bool(self._taps) and torch.is_grad_enabled()
         if deferred and use_reentrant_ckpt() and self.is_activation_checkpointing:
             raise ConfigError(
                 "reentrant activation checkpointing records no gradients for exits inside a recomputed region: switch"
                 " it off, timm.layers.set_reentrant_ckpt(False)"
             )
-        visitor = RunAll(self.heads, deferred)  # type: ignore[arg-type]
-        final = self._drive(checkpointed=self.training and torch.is_grad_enabled())(visitor, (inputs,), kwargs)
+        visitor = RunAll(self.heads, deferred, self._token_mask(inputs))  # type: ignore[arg-type]
+        drive = self._drive(checkpointed=self.training and torch.is_grad_enabled())
+        final = drive(visitor, inputs.args, inputs.kwargs)
         exit_logits = visitor.finish(self._adapter.logits(final), self.exit_names[:-1])
         loss = None
         if labels is not None:
             weights = self.config.exit_weights or [1.0] * len(exit_logits)
-            losses = [w * F.cross_entropy(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
+            losses = [w * self._cross_entropy(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
             loss = torch.stack(losses).sum()
         return EarlyExitOutput(loss=loss, logits=exit_logits[-1], exit_logits=exit_logits)
 
-    def _route(self, inputs: Tensor, thresholds: Sequence[float], kwargs: dict[str, Any]) -> EarlyExitOutput:
-        batch = len(inputs)
+    def _route(self, inputs: ModelInputs, thresholds: Sequence[float]) -> EarlyExitOutput:
+        batch, device = len(inputs.main), inputs.main.device
         if batch == 0:
-            empty = torch.zeros(0, dtype=torch.int64, device=inputs.device)
-            return EarlyExitOutput(logits=inputs.new_zeros((0, self.config.num_labels)), exit_index=empty)
-        if inputs.is_meta:  # shapes without values, as when a wrapped model inside another is traced: nobody is sure
-            logits = self._run_all(inputs, None, kwargs).logits
+            empty = torch.zeros(0, dtype=torch.int64, device=device)
+            return EarlyExitOutput(
+                logits=torch.zeros((0, self.config.num_labels), dtype=self.dtype, device=device), exit_index=empty
+            )
+        if inputs.main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: all stay
+            logits = self._run_all(inputs, None).logits
             return EarlyExitOutput(
                 logits=logits, exit_index=torch.full((batch,), len(self.heads), dtype=torch.int64, device="meta")
             )
         if all(self.policy.never_leaves(t) for t in thresholds):
-            logits = self._adapter.logits(self.backbone(inputs, **kwargs))
-            index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=inputs.device)
+            logits = self._adapter.logits(self.backbone(*inputs.args, **inputs.kwargs))
+            index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=device)
             return EarlyExitOutput(logits=logits, exit_index=index)
-        visitor = Route(self.heads, self.policy, thresholds, batch, inputs.device)  # type: ignore[arg-type]
+        mask = self._token_mask(inputs)
+        visitor = Route(self._steps.heads(self.heads), self.policy, thresholds, batch, device, mask)
         recomputes = self._taps and torch.is_grad_enabled()  # it would run a hook's shrinking again
         with without_recomputation(self.backbone) if recomputes else contextlib.nullcontext():
-            final = self._drive(checkpointed=False)(visitor, (inputs,), kwargs)
+            final = self._drive(checkpointed=False)(visitor, inputs.args, inputs.kwargs)
         if final is not None:
             final = self._adapter.logits(final)
         logits, index = visitor.finish(final, self.exit_names[:-1])
         return EarlyExitOutput(logits=logits, exit_index=index)
 
+    def _token_mask(self, inputs: ModelInputs) -> Tensor | None:
+        """The tokens that heads pool, where they pool a padded sequence."""
+        if self.main_input_name != "input_ids":
+            return None
+        mask = self._adapter.token_mask(self.backbone, inputs.kwargs)
+        if mask is not None and mask.ndim != 2:
+            raise ShapeError(f"heads pool tokens by an attention_mask of shape (N, L), got {tuple(mask.shape)}")
+        return mask
+
     def _drive(self, checkpointed: bool) -> Drive:
         if self._taps:
-            return HookDrive(self.backbone, self._taps)
+            return self._adapter.drive(self.backbone, self._taps, self._followers)
         backbone = getattr(self.backbone, "_orig_mod", self.backbone)  # what torch.compile wraps
-        steps = self._adapter.steps(backbone, list(self.config.exits or []), checkpointed)
+        exits = list(self.config.exits or [])
+        if checkpointed:
+            steps = self._adapter.steps(backbone, exits, checkpointed)
+        else:
+            steps = self._steps.get(self._adapter, backbone, exits)
         if steps is None:
             raise ExitPointError(
                 f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"

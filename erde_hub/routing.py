@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
+from ctypes import c_float
 from typing import Any, Protocol
 
 import torch
@@ -74,17 +75,30 @@ class _NobodyLeft(BaseException):
 
 
 class _Live:
-    """A running hook pass: whose taps it answers, and how often each was reached."""
+    """A running hook pass: whose taps and followers it answers, and how often each tap was reached."""
 
-    __slots__ = ("calls", "taps", "visitor")
+    __slots__ = ("calls", "followers", "memory", "taps", "visitor")
 
-    def __init__(self, taps: Sequence[ExitTap], visitor: Pass) -> None:
+    def __init__(self, taps: Sequence[ExitTap], visitor: Pass, followers: Sequence[object] = ()) -> None:
         self.taps = taps
         self.visitor = visitor
+        self.followers = followers
+        self.memory: dict[Any, Any] = {}
         self.calls = [0] * len(taps)
 
 
 _running: contextvars.ContextVar[tuple[_Live, ...]] = contextvars.ContextVar("erde_hub_running", default=())
+
+
+def pass_of(follower: object) -> tuple[Any, dict[Any, Any]]:
+    """Returns the pass that owns this follower, if one is running in this context, and what its followers remember.
+
+    Followers are hooks other than taps: they keep what a backbone carries beside its features in step with the batch.
+    """
+    for live in reversed(_running.get()):
+        if any(own is follower for own in live.followers):
+            return live.visitor, live.memory
+    return None, {}
 
 
 class ExitTap:
@@ -118,22 +132,37 @@ class ExitTap:
 class HookDrive:
     """Runs a backbone's own forward; taps on its modules call the pass."""
 
-    def __init__(self, backbone: nn.Module, taps: Sequence[ExitTap]) -> None:
+    def __init__(self, backbone: nn.Module, taps: Sequence[ExitTap], followers: Sequence[object] = ()) -> None:
         self.backbone = backbone
         self.taps = taps
+        self.followers = followers
 
     def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Runs the backbone; the pass's own exception, and nothing else, ends it early."""
-        live = _Live(self.taps, visitor)
+        live = _Live(self.taps, visitor, self.followers)
         token = _running.set((*_running.get(), live))
+        exported = _modules_under_export()
+        depth = len(exported)
         try:
             return self.backbone(*inputs, **kwargs)
         except _NobodyLeft as end:
             if end.live is not live:  # of a pass around this one
                 raise
+            while len(exported) > depth:  # torch.export takes no module off its stack that an exception leaves
+                exported.popitem()
             return None
         finally:
             _running.reset(token)
+
+
+def _modules_under_export() -> dict[str, Any]:
+    """The stack of modules that torch.export keeps while it traces; an empty one where it does not."""
+    if not torch.compiler.is_exporting():
+        return {}
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # noqa: PLC0415 - slow to import, rarely needed
+
+    stack = getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", None)
+    return {} if stack is None else stack
 
 
 def read_feature(output: Any, leaf: int | None) -> Tensor:
@@ -147,6 +176,35 @@ def read_feature(output: Any, leaf: int | None) -> Tensor:
     return tensors(output)[leaf]
 
 
+def run_head(head: ExitHead, feature: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns a head's logits; heads on padded sequences also get the mask of their tokens."""
+    return head(feature, mask) if head.spec.masked else head(feature)
+
+
+def judge(
+    head: ExitHead,
+    policy: ExitPolicy,
+    feature: Tensor,
+    mask: Tensor | None,
+    history: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Runs an exit on the live samples: its logits (N, K), and the policy's scores (N,).
+
+    Args:
+        head: The exit's head.
+        policy: Scores.
+        feature: What the head reads.
+        mask: (N, L), which tokens of a padded sequence count.
+        history: Log-probabilities of the exits before; this one's are added where the policy reads them.
+    """
+    logits = run_head(head, feature, mask)
+    log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
+    if policy.uses_history:
+        history.append(log_probs)
+        return logits, policy.score(torch.stack(history))
+    return logits, policy.score_last(log_probs)
+
+
 class RunAll:
     """Runs every exit; the output of each stage goes on unchanged.
 
@@ -155,11 +213,13 @@ class RunAll:
         deferred: Run the heads when the backbone is done, for passes with hooks and gradients. Inside a region that
             activation checkpointing recomputes, a head would leave tensors that the recomputation, where taps are
             silent, does not make again; and such a region is not announced by every backbone.
+        mask: (N, L), which tokens of a padded sequence count; for heads that pool them.
     """
 
-    def __init__(self, heads: Sequence[ExitHead], deferred: bool = False) -> None:
+    def __init__(self, heads: Sequence[ExitHead], deferred: bool = False, mask: Tensor | None = None) -> None:
         self.heads = heads
         self.deferred = deferred
+        self.mask = mask
         self.next_exit = 0
         self.exit_logits: list[Tensor] = []
         self.features: list[tuple[Tensor, int]] = []  # each with the version that its head should read
@@ -171,7 +231,7 @@ class RunAll:
         head = self.heads[exit_index]
         feature = read_feature(output, head.spec.leaf)
         if not self.deferred:
-            self.exit_logits.append(head(feature))
+            self.exit_logits.append(run_head(head, feature, self.mask))
         else:
             self.features.append((feature, feature._version))
         return output
@@ -185,7 +245,7 @@ class RunAll:
                     f"the feature of exit {name!r} was overwritten in place by the next layer before its head could"
                     " read it: name that layer instead"
                 )
-            self.exit_logits.append(head(feature))
+            self.exit_logits.append(run_head(head, feature, self.mask))
         return (*self.exit_logits, final)
 
 
@@ -216,6 +276,7 @@ class Route:
         thresholds: One per early exit.
         batch: Number of samples.
         device: Where the indices live.
+        mask: (N, L), which tokens of a padded sequence count; for heads that pool them.
     """
 
     def __init__(
@@ -225,14 +286,17 @@ class Route:
         thresholds: Sequence[float],
         batch: int,
         device: torch.device,
+        mask: Tensor | None = None,
     ) -> None:
         self.heads = heads
+        self.mask = mask
         self.policy = policy
         self.thresholds = thresholds
         self.batch = batch
         self.device = device
         self.next_exit = 0
         self.live: Tensor | None = None  # indices of the live samples, None while that is all of them
+        self.lives: dict[int, Tensor] = {}  # and those of larger batches before, by their size
         self.count = batch
         self.history: list[Tensor] = []
         self.rows: list[Tensor] = []
@@ -240,8 +304,8 @@ class Route:
         self.exits: list[int] = []
 
     def _leave(self, rows: Tensor | None, logits: Tensor, exit_index: int) -> None:
-        every = torch.arange(self.batch, device=self.device) if rows is None else rows
-        self.rows.append(every)
+        if rows is not None:  # None: the whole batch, together
+            self.rows.append(rows)
         self.logits.append(logits)
         self.exits.append(exit_index)
 
@@ -258,29 +322,29 @@ class Route:
             raise ExitNotReachedError(
                 f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are alive"
             )
-        logits = head(feature)
-        log_probs = logits.float().log_softmax(-1)
-        if self.policy.uses_history:
-            self.history.append(log_probs)
-            seen = torch.stack(self.history)
+        logits, scores = judge(head, self.policy, feature, self.mask, self.history)
+        if self.count == 1:  # decided in Python, with the threshold as a tensor would round it: fewer operators
+            leaving = int(self.policy.compare(scores.item(), c_float(threshold).value))
         else:
-            seen = log_probs.unsqueeze(0)
-        leaves = self.policy(seen, threshold)
-        stay = leaves.logical_not().nonzero().squeeze(1)
-        staying = stay.shape[0]
-        if staying == self.count:
+            leaves = self.policy.compare(scores, threshold)
+            gone = leaves.nonzero()
+            leaving = gone.shape[0]
+        if leaving == 0:
             return output
-        if staying == 0:
+        if leaving == self.count:
             self._leave(self.live, logits, exit_index)
             self.count = 0
             return None
-        gone = leaves.nonzero().squeeze(1)
+        gone, stay = gone.squeeze(1), leaves.logical_not().nonzero().squeeze(1)
         live = torch.arange(self.batch, device=self.device) if self.live is None else self.live
+        self.lives[self.count] = live
         self._leave(live.index_select(0, gone), logits.index_select(0, gone), exit_index)
         self.live = live.index_select(0, stay)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, stay)
         self.history = [h.index_select(0, stay) for h in self.history]
         output = shrink(output, stay, self.count, head.spec.batched)
-        self.count = staying
+        self.count -= leaving
         return output
 
     def finish(self, final: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -293,7 +357,7 @@ class Route:
                     " last exit reads the whole batch"
                 )
             self._leave(self.live, final, len(self.heads))
-        if len(self.rows) == 1:
+        if len(self.logits) == 1:
             return self.logits[0], torch.full((self.batch,), self.exits[0], dtype=torch.int64, device=self.device)
         order = torch.cat(self.rows)
         position = torch.empty_like(order)

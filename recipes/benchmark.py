@@ -1,10 +1,14 @@
 """Measures what things cost, beside the least that they could cost.
 
+    python recipes/benchmark.py --model runs/digits-1 --batch_size 1 64
+    python recipes/benchmark.py inference --output recipes/results/benchmark_inference.json
     python recipes/benchmark.py training
     python recipes/benchmark.py training --dataset FOLDER_OR_HUB_NAME --output recipes/results/benchmark_training.json
 
-`training`: one step of the Distiller against a loop written by hand for the same networks, loss, precision and batch;
-time, memory, and the share of the input pipeline. `COMMAND --help` lists the flags of each.
+`inference`, which flags without a command mean too: a model that routes, beside its bare backbone, its stages called by
+hand, earlyon and onnxruntime. `training`: one step of the Distiller against a loop written by hand for the same
+networks, loss, precision and batch; time, memory, and the share of the input pipeline. `losses`: what each loss costs
+beside a step of its student. `COMMAND --help` lists the flags of each.
 """
 
 from __future__ import annotations
@@ -24,7 +28,10 @@ from typing import Any, Literal
 
 import timm
 import torch
+from _benchmark_losses import benchmark_losses
 from _cli import clean_errors, parse_arguments
+from _inference_benchmark import benchmark_inference
+from _memory import forget_peak, process_memory
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.errors import ConfigError, nearest
@@ -268,7 +275,7 @@ def _table(results: dict[str, Any]) -> str:
 
 def _peak_memory(setup: Setup, side: Side, device: str) -> float:
     """Runs one loop and returns its peak memory in MiB: the GPU's, or that of this process above where it started."""
-    before = 0.0 if torch.device(device).type == "cuda" else _forget_peak()
+    before = 0.0 if torch.device(device).type == "cuda" else forget_peak()
     if side == "distiller":
         stop = StopBeforeValidation()
         with contextlib.suppress(StopBeforeValidation.Reached):
@@ -280,21 +287,7 @@ def _peak_memory(setup: Setup, side: Side, device: str) -> float:
             next(loop)
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return _process_memory("VmHWM") - before
-
-
-def _forget_peak() -> float:
-    """Sets the peak of this process back, since loading data and libraries may have needed more; returns its memory."""
-    if not Path("/proc/self/clear_refs").exists():
-        raise ConfigError("the peak memory is measured on Linux only")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _process_memory("VmRSS")
-
-
-def _process_memory(name: str) -> float:
-    """Returns an entry of this process's status, in MiB."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+    return process_memory("VmHWM") - before
 
 
 def _in_a_process_of_its_own(argv: list[str], side: Side) -> float:
@@ -327,16 +320,22 @@ def _timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"training": benchmark_training}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "inference": benchmark_inference,
+    "training": benchmark_training,
+    "losses": benchmark_losses,
+}
 
 
 def main() -> None:
-    """Runs the sub-command that comes first."""
+    """Runs the sub-command that comes first; flags alone are those of ``inference``."""
     argv = sys.argv[1:]
     if argv and argv[0] in COMMANDS:
         COMMANDS[argv[0]](argv[1:])
     elif not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
+    elif argv[0].startswith("--"):
+        benchmark_inference(argv)
     else:
         names = ", ".join(COMMANDS)
         raise ConfigError(f"unknown benchmark {argv[0]!r}{nearest(argv[0], COMMANDS)} (available: {names})")

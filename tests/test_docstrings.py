@@ -17,10 +17,13 @@ CORE = [
     for _, name, _ in pkgutil.walk_packages(erde_hub.__path__, "erde_hub.")
     if name.split(".")[1] not in ("training", "evaluation", "export", "hub", "losses")  # tested beside their own tests
 ]
+PUBLIC = {name: getattr(erde_hub, name) for name in erde_hub.__all__}
 EXAMPLES = [
     pytest.param(example, id=example.name)
     for name in CORE
-    for example in doctest.DocTestFinder().find(importlib.import_module(name), globs={"timm": timm, "torch": torch})
+    for example in doctest.DocTestFinder().find(
+        importlib.import_module(name), extraglobs={"timm": timm, "torch": torch, **PUBLIC}
+    )
     if example.examples
 ]
 
@@ -32,7 +35,6 @@ def test_there_are_examples():
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example(example):
     torch.set_num_threads(1)
-    example.globs.update({name: getattr(erde_hub, name) for name in erde_hub.__all__})
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     runner.run(example)
     assert runner.failures == 0

@@ -24,6 +24,7 @@ __all__ = [
     "get_policy",
     "list_policies",
     "plain_threshold",
+    "policy_name",
     "register_policy",
 ]
 
@@ -46,6 +47,12 @@ def create_policy(name: str, **kwargs: Any) -> ExitPolicy:
 def get_policy(name: str) -> Entry[ExitPolicy]:
     """Returns the table entry of that name: class, summary, reference."""
     return _POLICIES.get(name)
+
+
+def policy_name(policy: ExitPolicy) -> str:
+    """Returns the name of a policy in the table; the class name for one that is not in it."""
+    names = [entry.name for entry in _POLICIES.entries() if entry.cls is type(policy)]
+    return names[0] if names else type(policy).__name__
 
 
 def list_policies() -> list[str]:

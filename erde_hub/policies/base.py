@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ShapeError, ThresholdError
 
+#: Steps of a policy's grid of thresholds.
+GRID = 100
+
 
 class ExitPolicy(nn.Module):
     """Decides which samples leave at an exit.
@@ -34,6 +37,8 @@ class ExitPolicy(nn.Module):
     whole_thresholds: ClassVar[bool] = False
     #: Used where no threshold is given.
     default_threshold: ClassVar[float] = 0.5
+    #: A finite threshold at which nobody leaves.
+    never_threshold: ClassVar[float] = 1e8
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +51,19 @@ class ExitPolicy(nn.Module):
         """
         raise NotImplementedError
 
-    def compare(self, score: Tensor, threshold: float | Tensor) -> Tensor:
-        """Turns scores (N,) into a boolean mask (N,) of the samples that leave; NaN never leaves."""
+    def score_last(self, log_probs: Tensor) -> Tensor:
+        """Scores an exit by itself; for policies without history, the same as :meth:`score` with fewer operators.
+
+        Shape:
+            log_probs: (N, K). Returns (N,).
+        """
+        return self.score(log_probs.unsqueeze(0))
+
+    def compare(self, score: Any, threshold: float | Tensor) -> Any:
+        """Turns scores (N,) into a boolean mask (N,) of the samples that leave; NaN never leaves.
+
+        One score as a float gives one bool: a single sample is decided without an operator more than needed.
+        """
         return score >= threshold if self.leaves_above else score < threshold
 
     def forward(self, log_probs: Tensor, threshold: float | Tensor) -> Tensor:
@@ -55,6 +71,14 @@ class ExitPolicy(nn.Module):
         if log_probs.ndim != 3:
             raise ShapeError(f"log_probs must be (exits so far, N, K), got shape {tuple(log_probs.shape)}")
         return self.compare(self.score(log_probs), threshold)
+
+    def grid(self, num_classes: int, num_early_exits: int) -> list[float]:
+        """Returns round thresholds from nobody leaving to everybody, chosen without a look at any data.
+
+        Searches with a guarantee walk along it: thresholds read off the samples that test them would void the
+        guarantee. Denser where few samples leave. Here for scores in [0, 1].
+        """
+        return [self.never_threshold, *(round(1 - (i / GRID) ** 2, 6) for i in range(1, GRID + 1))]
 
     def never_leaves(self, threshold: float) -> bool:
         """Tells whether nobody can leave at this threshold, whatever the scores, so that the head need not run."""
@@ -88,11 +112,14 @@ class ExitPolicy(nn.Module):
 def plain_threshold(threshold: Any) -> float | list[float]:
     """Turns what a person may pass, numbers of numpy and tensors included, into a float or a list of floats.
 
+    ``"inf"`` is a number too: that is how the rows of a sweep, which are JSON, spell it.
+
     Raises:
         ThresholdError: Neither a number nor numbers.
     """
     plain = threshold.tolist() if hasattr(threshold, "tolist") else threshold
     values = plain if isinstance(plain, (list, tuple)) else [plain]
+    values = [float(v) if isinstance(v, str) and v in ("inf", "-inf") else v for v in values]
     try:
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
             raise TypeError

@@ -19,10 +19,15 @@ class ConfidencePolicy(ExitPolicy):
     uses_history: ClassVar[bool] = False
     exportable: ClassVar[bool] = True
     default_threshold: ClassVar[float] = 0.9
+    never_threshold: ClassVar[float] = 2.0
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Returns the largest probability of the deepest exit, (N,)."""
-        return log_probs[-1].amax(-1).exp()
+        return self.score_last(log_probs[-1])
+
+    def score_last(self, log_probs: Tensor) -> Tensor:
+        """Returns the largest probability, (N, K) to (N,)."""
+        return log_probs.amax(-1).exp()
 
     def never_leaves(self, threshold: float) -> bool:
         """A probability is at most 1."""
@@ -35,10 +40,15 @@ class MarginPolicy(ExitPolicy):
     uses_history: ClassVar[bool] = False
     exportable: ClassVar[bool] = True
     default_threshold: ClassVar[float] = 0.8
+    never_threshold: ClassVar[float] = 2.0
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Returns the difference of the two largest probabilities of the deepest exit, (N,)."""
-        best = log_probs[-1].topk(2, dim=-1).values.exp()
+        return self.score_last(log_probs[-1])
+
+    def score_last(self, log_probs: Tensor) -> Tensor:
+        """Returns the difference of the two largest probabilities, (N, K) to (N,)."""
+        best = log_probs.topk(2, dim=-1).values.exp()
         return best[..., 0] - best[..., 1]
 
     def never_leaves(self, threshold: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,9 +19,9 @@ class NeverPolicy(ExitPolicy):
         """Returns zeros, (N,)."""
         return log_probs.new_zeros(log_probs.shape[1])
 
-    def compare(self, score: Tensor, threshold: float | Tensor) -> Tensor:
+    def compare(self, score: Any, threshold: float | Tensor) -> Any:
         """Nobody leaves."""
-        return score != score
+        return score < score
 
     def never_leaves(self, threshold: float) -> bool:
         """True."""
@@ -29,15 +29,15 @@ class NeverPolicy(ExitPolicy):
 
 
 class AlwaysPolicy(ExitPolicy):
-    """Always leaves at the first exit."""
+    """Always leaves at the first exit; samples whose answer there is NaN go on, as under every policy."""
 
     uses_history: ClassVar[bool] = False
     uses_threshold: ClassVar[bool] = False
 
     def score(self, log_probs: Tensor) -> Tensor:
-        """Returns zeros, (N,)."""
-        return log_probs.new_zeros(log_probs.shape[1])
+        """Returns zeros, (N,), and NaN where the answer is NaN."""
+        return log_probs[-1].amax(-1).mul(0)  # a largest log-probability is finite, or NaN
 
-    def compare(self, score: Tensor, threshold: float | Tensor) -> Tensor:
-        """Everybody leaves."""
+    def compare(self, score: Any, threshold: float | Tensor) -> Any:
+        """Everybody leaves who has an answer."""
         return score == score

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from torch import Tensor
 
-from .base import ExitPolicy
+from .base import GRID, ExitPolicy
 
 
 class EntropyPolicy(ExitPolicy):
@@ -22,12 +23,21 @@ class EntropyPolicy(ExitPolicy):
     leaves_above: ClassVar[bool] = False
     uses_history: ClassVar[bool] = False
     exportable: ClassVar[bool] = True
+    never_threshold: ClassVar[float] = 0.0
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Returns the entropy of the deepest exit, (N,), in nats; saturated probabilities count 0, NaN stays NaN."""
-        last = log_probs[-1]
+        return self.score_last(log_probs[-1])
+
+    def score_last(self, log_probs: Tensor) -> Tensor:
+        """Returns the entropy, (N, K) to (N,)."""
         # A class of probability 0 has log-probability -inf and would give 0 * inf.
-        return -(last.exp() * last.clamp_min(-1e4)).sum(-1)
+        return -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
+
+    def grid(self, num_classes: int, num_early_exits: int) -> list[float]:
+        """Returns thresholds from 0 to a little above log K, denser near 0."""
+        highest = 1.001 * math.log(num_classes)  # strictly above any entropy, rounding included
+        return [0.0, *(round(highest * (i / GRID) ** 2, 6) for i in range(1, GRID + 1))]
 
     def never_leaves(self, threshold: float) -> bool:
         """No entropy is strictly below 0."""

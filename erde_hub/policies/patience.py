@@ -34,6 +34,10 @@ class PatiencePolicy(ExitPolicy):
         agrees &= (valid[:-1].flip(0)) & valid[-1]
         return agrees.cumprod(0).sum(0).to(torch.float32)
 
+    def grid(self, num_classes: int, num_early_exits: int) -> list[float]:
+        """Returns every number of agreements that is possible, falling, behind one that is not."""
+        return [self.never_threshold, *(float(k) for k in range(max(num_early_exits - 1, 1), 0, -1))]
+
     def never_leaves(self, threshold: float) -> bool:
-        """An infinite patience never ends."""
-        return math.isinf(threshold)
+        """An infinite patience never ends, nor does one longer than any network."""
+        return threshold >= self.never_threshold

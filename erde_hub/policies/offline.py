@@ -1,0 +1,50 @@
+"""Policies applied to recorded logits: every exit's scores at once, then who leaves where at any threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import ExitPolicy
+
+#: Samples that are scored at a time, so that a large set needs no second copy of itself.
+_ROWS = 8192
+
+
+def score_exits(logits: Tensor, policy: ExitPolicy) -> Tensor:
+    """Scores every sample at every early exit, as the running model would: in float32.
+
+    Args:
+        logits: Of every exit, the last one included (it has no score); log-probabilities give the same scores.
+        policy: Decides later.
+
+    Shape:
+        logits: (E, N, K). Returns (E - 1, N).
+    """
+    early, samples = logits.shape[0] - 1, logits.shape[1]
+    if early == 0:
+        return torch.empty(0, samples)
+    parts = []
+    with torch.no_grad():
+        for part in logits[:early].split(_ROWS, 1):
+            log_probs = part.log_softmax(-1)
+            seen = [log_probs[: e + 1] if policy.uses_history else log_probs[e : e + 1] for e in range(early)]
+            parts.append(torch.stack([policy.score(history) for history in seen]))
+    return torch.cat(parts, 1)
+
+
+def exit_indices(scores: Tensor, policy: ExitPolicy, thresholds: Sequence[float]) -> Tensor:
+    """Returns the exit that each sample takes: the first whose score passes, otherwise the last.
+
+    Shape:
+        scores: (E - 1, N), from :func:`score_exits`. thresholds: E - 1 numbers. Returns (N,) int64.
+    """
+    stays = torch.ones(scores.shape[1], dtype=torch.bool)
+    index = torch.zeros(scores.shape[1], dtype=torch.int64)
+    for score, threshold in zip(scores, thresholds, strict=True):
+        if not policy.never_leaves(threshold):
+            stays &= policy.compare(score, threshold).logical_not()
+        index += stays
+    return index

@@ -1,0 +1,317 @@
+"""What the inference benchmark runs: a model with exits, its stages called by hand, earlyon and onnxruntime.
+
+Every contestant is a function without arguments. Which samples leave where is settled beforehand by thresholds that cut
+between the scores of the very batch that is run, so that all contestants can be given the same shares; the decisions
+themselves are taken at run time, by the real engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from erde_hub import EarlyExitWrapper
+from erde_hub._tree import shrink
+from erde_hub.errors import ConfigError, ErdeError
+from erde_hub.policies import create_policy
+from erde_hub.routing import StageStep, read_feature
+from erde_hub.training import recipe
+
+Contestant = Callable[[], Any]
+
+
+class PlanError(ErdeError, RuntimeError):
+    """A batch cannot be divided as planned."""
+
+
+@dataclass
+class Plan:
+    """Who leaves where in one batch.
+
+    Attributes:
+        thresholds: One per early exit; they make the engine follow the plan.
+        taken: (N,) int64, the exit of each sample.
+        stays: Per early exit, the rows of the live batch that go on; None where all do.
+    """
+
+    thresholds: list[float]
+    taken: Tensor
+    stays: list[Tensor | None]
+
+    def shares(self, num_exits: int) -> list[float]:
+        """Fraction of the batch that each exit answers."""
+        return (torch.bincount(self.taken, minlength=num_exits) / len(self.taken)).tolist()
+
+
+@dataclass
+class Subject:
+    """One network under test.
+
+    Attributes:
+        name: timm name, or that of a checkpoint.
+        model: In eval mode, with the entropy policy.
+        weights: ``"random"``, or ``"checkpoint"``.
+    """
+
+    name: str
+    model: EarlyExitWrapper
+    weights: str
+
+    def images(self, batch: int, channels_last: bool = False) -> Tensor:
+        """The same random batch for everybody."""
+        generator = torch.Generator().manual_seed(batch)
+        x = torch.randn((batch, *(self.model.config.input_size or ())), generator=generator)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def steps(self) -> list[StageStep] | None:
+        """The stages to call by hand; None where the backbone is driven by hooks and has none."""
+        if self.model._taps:
+            return None
+        return self.model._adapter.steps(self.model.backbone, list(self.model.config.exits or []), False)
+
+
+def load_subject(name: str, exits: int) -> Subject:
+    """Loads a checkpoint, or makes a timm model with random weights and that many exits."""
+    if timm.is_model(name) and not Path(name).exists():
+        torch.manual_seed(0)
+        model = EarlyExitWrapper(timm.create_model(name), exits=exits)
+        _settle(model)
+        subject = Subject(name, model.eval(), "random")
+    else:
+        subject = Subject(Path(name).name, recipe.load_model(name), "checkpoint")
+    if subject.model.main_input_name != "pixel_values":
+        raise ConfigError(f"{name} reads texts; the inference benchmark runs image models")
+    subject.model.policy = create_policy("entropy")  # its scores are continuous, so every share can be set
+    return subject
+
+
+@torch.no_grad()
+def _settle(model: EarlyExitWrapper) -> None:
+    """Gives a fresh network activations of ordinary size and exits that differ in how sure they are.
+
+    Without statistics of any data, deep networks shrink their activations into denormal numbers, which take a processor
+    many times longer, and all samples score the same.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the mean over what it sees
+    x = torch.randn((8, *(model.config.input_size or ())), generator=torch.Generator().manual_seed(0))
+    model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for head in model.heads:
+        linear = [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
+        linear.weight.normal_(0, 2 / linear.in_features**0.5)
+
+
+@torch.no_grad()
+def plan_for(model: EarlyExitWrapper, x: Tensor, counts: Sequence[int]) -> Plan:
+    """Finds thresholds at which so many samples of this batch leave at each early exit.
+
+    Raises:
+        PlanError: Two samples score alike where the batch has to be divided, or the engine does not follow.
+    """
+    every = [model(part, output_all_exits=True).exit_logits for part in x.split(16)]
+    taken = torch.full((len(x),), len(counts))
+    live = torch.arange(len(x))
+    thresholds: list[float] = []
+    stays: list[Tensor | None] = []
+    for e, count in enumerate(counts):
+        logits = torch.cat([part[e] for part in every])[live]
+        scores = model.policy.score(logits.float().log_softmax(-1)[None])
+        order = scores.argsort()
+        if count == 0:
+            thresholds.append(0.0)
+            stays.append(None)
+            continue
+        if count >= len(live):
+            thresholds.append(float("inf"))
+            taken[live] = e
+            stays.append(live[:0])
+            thresholds += [0.0] * (len(counts) - e - 1)
+            stays += [None] * (len(counts) - e - 1)
+            break
+        low, high = scores[order[count - 1]].item(), scores[order[count]].item()
+        if high - low < 1e-5:
+            raise PlanError(f"exit {e} scores two images {low:.6f} and {high:.6f}: no threshold lies between")
+        thresholds.append((low + high) / 2)
+        taken[live[order[:count]]] = e
+        rows = order[count:].sort().values
+        stays.append(rows)
+        live = live[rows]
+    plan = Plan(thresholds, taken, stays)
+    followed = model(x, threshold=plan.thresholds).exit_index
+    if not torch.equal(followed, taken):
+        raise PlanError(f"the engine let {int((followed != taken).sum())} of {len(x)} samples leave elsewhere")
+    return plan
+
+
+def by_hand(subject: Subject, x: Tensor, stays: Sequence[Tensor | None], heads: Sequence[bool]) -> Contestant:
+    """The stages called one after the other on the batch that shrinks as planned; no decisions, no results.
+
+    Args:
+        subject: The network.
+        x: The batch.
+        stays: See :class:`Plan`.
+        heads: Whether each exit's head is run.
+    """
+    steps, model = subject.steps() or [], subject.model
+    own: list[Any] = list(model.heads)
+
+    def run() -> Tensor | None:
+        h: Any = x
+        count = len(x)
+        for step in steps:
+            h = step.run(h)
+            e = step.exit_index
+            if e is None:
+                continue
+            if heads[e]:
+                logits = own[e](read_feature(h, own[e].spec.leaf))
+            rows = stays[e]
+            if rows is not None:
+                if len(rows) == 0:
+                    return logits
+                h = shrink(h, rows, count, own[e].spec.batched)
+                count = len(rows)
+        return model._adapter.logits(h)
+
+    return run
+
+
+def routed(subject: Subject, x: Tensor, thresholds: Sequence[float]) -> Contestant:
+    """The engine."""
+    model, values = subject.model, list(thresholds)
+    return lambda: model(x, threshold=values).logits
+
+
+# earlyon
+
+
+def load_earlyon(subject: Subject) -> tuple[Any, str | None]:
+    """Returns earlyon's wrapper of the same network and exits with its own heads, or None and the reason."""
+    try:
+        from earlyon.models import custom_ee  # noqa: PLC0415 - an extra
+    except ImportError:
+        return None, "earlyon is not installed: pip install 'erde-hub[bench]'"
+    model = subject.model
+    backbone = copy.deepcopy(model.backbone)
+    size = (1, *(model.config.input_size or ()))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            wrapper = custom_ee(backbone, list(model.config.exits or []), model.config.num_labels, input_shape=size)
+            wrapper.eval()
+            for head in wrapper.exit_heads.values():
+                nn.init.normal_(head.classifier[-1].weight, 0, 2 / head.classifier[-1].in_features ** 0.5)
+            wrapper.config.confidence_thresholds = [1.0] * len(model.heads)
+            wrapper.forward_inference_batched(torch.zeros(size))  # it estimates its costs once
+    except Exception as error:  # noqa: BLE001 - whatever a peer raises is a reason not to compare
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return wrapper, None
+
+
+@dataclass
+class EarlyonPlan:
+    """Settings of earlyon at which so many samples are sure enough at each of its exits."""
+
+    thresholds: list[float]
+    enabled: list[bool]
+
+    def apply(self, wrapper: Any) -> None:
+        """Puts the settings in force."""
+        wrapper.config.confidence_thresholds, wrapper.config.enabled_exits = self.thresholds, self.enabled
+
+
+@torch.no_grad()
+def plan_earlyon(wrapper: Any, x: Tensor, counts: Sequence[int]) -> EarlyonPlan:
+    """Finds them from the confidences of its own heads, which are not ours: shares agree, samples need not."""
+    every = [torch.cat(parts) for parts in zip(*(wrapper(part, mode="training") for part in x.split(16)), strict=True)]
+    live = torch.arange(len(x))
+    plan = EarlyonPlan([], [])
+    for e, count in enumerate(counts):
+        plan.enabled.append(count > 0 and len(live) > 0)
+        if not plan.enabled[-1] or count >= len(live):
+            plan.thresholds.append(0.0)
+            live = live if count == 0 else live[:0]
+            continue
+        confidence = every[e][live].softmax(-1).amax(-1)
+        order = confidence.argsort(descending=True)
+        plan.thresholds.append(float(confidence[order[count - 1]] + confidence[order[count]]) / 2)
+        live = live[order[count:].sort().values]
+    return plan
+
+
+def earlyon_batched(wrapper: Any, x: Tensor, plan: EarlyonPlan) -> Contestant:
+    """Its call for batches: all leave together, when all are sure."""
+
+    def run() -> Any:
+        plan.apply(wrapper)
+        return wrapper.forward_inference_batched(x)
+
+    return run
+
+
+def earlyon_one_by_one(wrapper: Any, x: Tensor, plan: EarlyonPlan) -> Contestant:
+    """A loop over the batch with its call for one sample."""
+    samples = x.split(1)
+
+    def run() -> list[int]:
+        plan.apply(wrapper)
+        return [wrapper(sample).exit_taken for sample in samples]
+
+    return run
+
+
+# onnxruntime
+
+
+def export_files(subject: Subject, folder: Path) -> dict[str, Path]:
+    """Writes nested, flat and prefix, in float and in int8; returns the files by name."""
+    import onnx  # noqa: PLC0415 - an extra
+    import onnx_ir as ir  # noqa: PLC0415 - as above
+
+    from erde_hub.export import export_onnx  # noqa: PLC0415 - as above
+    from erde_hub.export.flat import flat_model  # noqa: PLC0415 - as above
+    from erde_hub.export.onnx_file import DEFAULT_OPSET  # noqa: PLC0415 - as above
+    from erde_hub.export.quantization import calibration_batches, quantize_flat  # noqa: PLC0415 - as above
+
+    model = subject.model
+    images = [subject.images(4)]
+    files = {}
+    for kind in ("float", "int8"):
+        files[f"{kind}_nested"] = export_onnx(
+            model, folder / f"{kind}_nested.onnx", calibration_data=images if kind == "int8" else None
+        )
+        flat = flat_model(model, DEFAULT_OPSET)
+        if kind == "int8":
+            flat = quantize_flat(flat, calibration_batches(images, tuple(model.config.input_size or ())))
+        files[f"{kind}_flat"] = folder / f"{kind}_flat.onnx"
+        ir.save(flat, files[f"{kind}_flat"])
+        files[f"{kind}_prefix"] = folder / f"{kind}_prefix.onnx"
+        onnx.utils.extract_model(
+            str(files[f"{kind}_flat"]), str(files[f"{kind}_prefix"]), ["pixel_values"], ["logits_0"]
+        )
+    return files
+
+
+def onnx_contestant(path: Path, x: Tensor, thresholds: Sequence[float], threads: int) -> Contestant:
+    """One run of a file."""
+    import onnxruntime  # noqa: PLC0415 - an extra
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {"pixel_values": x.numpy(), "threshold": torch.tensor(list(thresholds)).numpy()}
+    feed = {name: feed[name] for name in (given.name for given in session.get_inputs())}
+    return lambda: session.run(None, feed)

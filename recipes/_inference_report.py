@@ -1,0 +1,284 @@
+"""What the inference benchmark found, as tables, as targets met or missed, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from erde_hub._files import replacing
+from erde_hub.backbones.base import format_table
+from erde_hub.errors import MissingDependencyError, ResultsError
+from erde_hub.evaluation.plots import _STYLE
+
+Results = Mapping[str, Any]
+
+#: Name of a target, its bound.
+BOUNDS = {
+    "never leaving / bare backbone and heads by hand": 1.02,
+    "batch 1 leaving at exit k / stages and head by hand, worst k": 1.05,
+    "batch 32, a quarter leaving at each exit / ideal": 1.08,
+    "peak memory of a routed batch / bare backbone": 1.05,
+    "batch 32, a quarter at each exit / earlyon's batched call": 0.85,
+    "batch 32, a quarter at each exit / earlyon one by one": 0.95,
+    "batch 32, 31 leaving at exit 0, one never / earlyon's batched call": 0.4,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One bound and what was measured.
+
+    Attributes:
+        name: What is divided by what.
+        network: Which.
+        value: Median of the ratio.
+        bound: At most.
+    """
+
+    name: str
+    network: str
+    value: float
+    bound: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the value, as it is shown, is within the bound."""
+        return round(self.value, 3) <= self.bound
+
+
+def targets(results: Results) -> list[Target]:
+    """The bounds that the measurements speak to, with one thread and the default memory format."""
+    found: list[Target] = []
+    for network, entry in results["networks"].items():
+        for name, bound in BOUNDS.items():
+            found += [Target(name + where, network, value, bound) for where, value in _values(name, entry)]
+        found += _onnx_targets(network, entry.get("onnx") or {})
+    return found
+
+
+def _values(name: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    if name.startswith("peak memory"):
+        memory = entry.get("memory") or {}
+        if "mib" in memory:
+            yield "", memory["mib"]["routed"] / memory["mib"]["bare"]
+        return
+    for setting in entry["settings"]:
+        if setting["threads"] != 1 or setting["channels_last"]:
+            continue
+        ratios, batch = setting["ratios"], setting["batch"]
+        if name.startswith("never") and batch in (1, 32) and "never / never by hand" in ratios:
+            yield f", batch {batch}", ratios["never / never by hand"]["median"]
+        if name.startswith("batch 1 ") and batch == 1:
+            exits = [r["median"] for key, r in ratios.items() if key.startswith("exit ")]
+            if exits:
+                yield "", max(exits)
+        if name.startswith("batch 32") and batch == 32:
+            key = {
+                "ideal": "even / even by hand",
+                "one by one": "even / earlyon one by one",
+                "never / earlyon's batched call": "one_hard / earlyon one_hard",
+                "exit / earlyon's batched call": "even / earlyon even",
+            }
+            pair = next(pair for ending, pair in key.items() if name.endswith(ending))
+            if pair in ratios:
+                yield "", ratios[pair]["median"]
+
+
+def _onnx_targets(network: str, onnx: Mapping[str, Any]) -> Iterator[Target]:
+    if "ratios" not in onnx:
+        return
+    flat, prefix = (onnx["seconds"][name]["median"] for name in ("float flat", "float prefix"))
+    whole, first = (onnx["ratios"][f"float, {a} / float {b}"]["median"] for a, b in _ONNX_PAIRS)
+    yield Target("onnxruntime: nested, all the way / flat", network, whole, 1.15 if flat < 5e-3 else 1.05)
+    yield Target("onnxruntime: nested, leaving at exit 0 / prefix", network, first, 1.2 if prefix < 1e-3 else 1.1)
+
+
+_ONNX_PAIRS = (("all the way", "flat"), ("exit 0", "prefix"))
+
+
+def target_rows(results: Results) -> list[tuple[str, ...]]:
+    """One row per target: what, the bound, the value for every network; values that miss are marked."""
+    networks = list(results["networks"])
+    by_name: dict[str, dict[str, Target]] = {}
+    for target in targets(results):
+        by_name.setdefault(target.name, {})[target.network] = target
+    rows = []
+    for name, own in by_name.items():
+        bounds = sorted({target.bound for target in own.values()})
+        cells = [f"{own[n].value:.3f}{'' if own[n].met else ' (missed)'}" if n in own else "-" for n in networks]
+        rows.append((name, " or ".join(f"{bound:g}" for bound in bounds), *cells))
+    return rows
+
+
+def tables(results: Results) -> str:
+    """Everything that was measured, for the terminal."""
+    parts = [f"{results['cpu']}, {results['cores']} cores, torch {results['torch']}"]
+    for name, entry in results["networks"].items():
+        share = [f"{macs / entry['macs'][-1]:.0%}" for macs in entry["macs"]]
+        places = ", ".join(f"{e} ({s} of the MACs)" for e, s in zip(entry["exits"], share, strict=True))
+        parts.append(f"\n{name} ({entry['weights']} weights, {'x'.join(map(str, entry['input_size']))}): {places}")
+        if entry["earlyon"]:
+            parts.append(f"earlyon: {entry['earlyon']}")
+        parts += [_setting_table(setting) for setting in entry["settings"]]
+        parts += [_extra(title, entry.get(key)) for key, title in _EXTRAS.items() if entry.get(key)]
+        for stream in entry.get("stream") or []:
+            parts.append(_stream_line(stream))
+        memory = entry.get("memory") or {}
+        if "mib" in memory:
+            parts.append(
+                f"peak memory, batch {memory['batch']}: bare {memory['mib']['bare']:.1f} MiB, routed"
+                f" {memory['mib']['routed']:.1f} MiB"
+            )
+        elif memory:
+            parts.append(f"peak memory: {memory['reason']}")
+    rows = target_rows(results)
+    parts.append("\nTargets (ratios at most)")
+    if rows:
+        parts.append(format_table(("", "bound", *results["networks"]), rows))
+    else:
+        parts.append("none: they are for one thread, batches 1 and 32")
+    return "\n".join(parts)
+
+
+_EXTRAS = {"onnx": "onnxruntime", "compiled": "compile_stages()"}
+
+
+def _setting_table(setting: Mapping[str, Any]) -> str:
+    layout = ", channels_last" if setting["channels_last"] else ""
+    shares = "; ".join(f"{key}: {_percents(share)}" for key, share in setting["shares"].items())
+    title = f"\nbatch {setting['batch']}, {setting['threads']} thread(s){layout}, {setting['rounds']} rounds"
+    return f"{title}{f' (leaving at each exit: {shares})' if shares else ''}\n{_times(setting)}"
+
+
+def _percents(share: Sequence[float]) -> str:
+    return " / ".join(f"{100 * s:.0f}" for s in share) + " %"
+
+
+def _times(measured: Mapping[str, Any]) -> str:
+    """Milliseconds of every contestant, and what it is of those it is compared with."""
+    bare = measured["seconds"].get("bare", {}).get("median")
+    rows = []
+    for name, spread in measured["seconds"].items():
+        ratios = [
+            f"{value['median']:.3f} of {pair.split(' / ')[1]}"
+            for pair, value in measured["ratios"].items()
+            if pair.split(" / ")[0] == name
+        ]
+        rows.append(
+            (
+                name,
+                f"{1e3 * spread['median']:.2f}",
+                f"{1e3 * spread['q1']:.2f}-{1e3 * spread['q3']:.2f}",
+                f"{spread['median'] / bare:.3f}" if bare else "",
+                "; ".join(ratios),
+            )
+        )
+    return format_table(("", "ms", "quartiles", "of bare", "ratio within a round"), rows)
+
+
+def _extra(title: str, measured: Mapping[str, Any]) -> str:
+    if "reason" in measured:
+        return f"\n{title}: {measured['reason']}"
+    note = ""
+    if "graphs" in measured:
+        note = (
+            f", {measured['graphs']} graphs for {measured['parts']} parts, compiled in"
+            f" {measured['compile_seconds']:.0f} s"
+        )
+    return f"\n{title}, batch {measured['batch']}, {measured['rounds']} rounds{note}\n{_times(measured)}"
+
+
+def _stream_line(stream: Mapping[str, Any]) -> str:
+    if "reason" in stream:
+        return f"\nstream of batches of {stream['batch']}: {stream['reason']}"
+    speed = stream["images_per_second"]
+    return (
+        f"\nstream of {stream['batches']} batches of {stream['batch']} ({_percents(stream['shares'])}):"
+        f" one by one {speed['plain']:.1f} images/s, refilled {speed['stream']:.1f} images/s"
+        f" ({speed['stream'] / speed['plain']:.2f} times)"
+    )
+
+
+# The picture
+
+#: Okabe and Ito's palette; shapes differ as well.
+_LOOKS = (
+    ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "P"),
+)  # fmt: skip
+
+
+def saving_points(results: Results) -> dict[str, list[tuple[float, float, int]]]:
+    """Per network: ideal saving, realised saving (fractions of the bare backbone's time) and batch, with one thread."""
+    points: dict[str, list[tuple[float, float, int]]] = {}
+    for name, entry in results["networks"].items():
+        own = points.setdefault(name, [])
+        for setting in entry["settings"]:
+            if setting["threads"] != 1 or setting["channels_last"]:
+                continue
+            median = {key: spread["median"] for key, spread in setting["seconds"].items()}
+            for key, value in median.items():
+                if f"{key} by hand" in median and key != "never":
+                    ideal = 1 - median[f"{key} by hand"] / median["bare"]
+                    own.append((ideal, 1 - value / median["bare"], setting["batch"]))
+    return points
+
+
+def draw_saving(results: Results, path: str) -> None:
+    """Draws how much time routing saves against how much the same stages called by hand save.
+
+    On the diagonal nothing is lost. Filled marks are batches in which samples leave at different exits; hollow ones are
+    single images that leave at one exit.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        ResultsError: Nothing was measured with one thread beside the stages by hand.
+    """
+    try:
+        import matplotlib.style as mpl_style  # noqa: PLC0415 - an extra
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingDependencyError(
+            'drawing needs matplotlib: install it with `pip install "erde-hub[train]"`'
+        ) from error
+    points = {name: own for name, own in saving_points(results).items() if own}
+    if not points:
+        raise ResultsError("nothing to draw: no setting with one thread has the stages called by hand beside it")
+    with mpl_style.context(["default", _STYLE]):
+        figure = Figure(figsize=(6.4, 5.2), dpi=200, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.plot([-10, 100], [-10, 100], color="#777777", linewidth=1.5, zorder=1)
+        lowest = 0.0
+        for (name, own), (color, marker) in zip(
+            points.items(), _LOOKS * (1 + len(points) // len(_LOOKS)), strict=False
+        ):
+            for single, fill in ((False, color), (True, "white")):
+                shown = [(100 * x, 100 * y) for x, y, batch in own if (batch == 1) is single]
+                if shown:
+                    xs, ys = zip(*shown, strict=True)
+                    lowest = min(lowest, *ys)
+                    axes.plot(
+                        xs,
+                        ys,
+                        marker,
+                        markerfacecolor=fill,
+                        markeredgecolor=color if single else "white",
+                        markeredgewidth=2 if single else 0.8,
+                        markersize=8,
+                        zorder=3,
+                        label=None if single else name,
+                    )
+        axes.plot(
+            [], [], "o", markerfacecolor="white", markeredgecolor="#444444", markeredgewidth=2, label="batch of 1"
+        )
+        axes.set_xlim(-3, 100)
+        axes.set_ylim(min(-3, lowest - 3), 100)
+        axes.set_aspect("equal", adjustable="box")
+        axes.set_xlabel("time saved by the same stages called by hand (%)")
+        axes.set_ylabel("time saved by routing (%)")
+        axes.text(47, 52, "nothing lost", rotation=45, rotation_mode="anchor", color="#555555", fontsize=10.5)
+        axes.legend(loc="lower right")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
