@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,46 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+    """Gives an empty folder on the same disk and, once the block has ended well, moves its files into ``folder``.
+
+    So a disk that fills up, or an exception, leaves every earlier file as it was.
+
+    Args:
+        folder: Is made if it is not there; other files in it stay.
+        last: Name of the file that is moved last, when all that it speaks of is in place.
+
+    Raises:
+        CheckpointWriteError: ``folder`` is a file or cannot be written, or the disk is full.
+    """
+    target = Path(folder)
+    made = not target.exists()
+    staging = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+        yield staging
+        files = sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name))
+        for path in files:
+            set_default_mode(path)
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        for path in files:
+            path.replace(target / path.name)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        kept = "" if made else "; what was there before is untouched"
+        raise CheckpointWriteError(
+            f"could not save to {str(target)!r}: {error}{kept}. Make space, or choose another folder"
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # only if it is empty: nothing was saved
+                target.rmdir()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

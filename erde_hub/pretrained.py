@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +14,24 @@ from torch import Tensor, nn
 from transformers import BitImageProcessor, PreTrainedModel
 
 from . import __version__
-from ._files import set_default_mode
+from ._files import replacing_all
 from .config import EarlyExitConfig
-from .errors import CheckpointError, CheckpointWriteError, ConfigError
+from .errors import CheckpointError, ConfigError
 from .preprocessing import build_image_processor, check_preprocessing
+
+#: Arguments of ``save_pretrained`` that say how to upload and not what to save.
+_HUB_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "create_pr",
+    "revision",
+    "tags",
+)
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 class EarlyExitPreTrainedModel(PreTrainedModel):
@@ -71,33 +86,63 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             )
         return build_image_processor(self.config.preprocessing)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Saves config, weights (safetensors) and, where the preprocessing is known, ``preprocessor_config.json``.
 
-        See :meth:`transformers.PreTrainedModel.save_pretrained` for the arguments.
+        A checkpoint that is already in the folder is replaced when the new one is complete, and not before.
+
+        Args:
+            save_directory: Folder; made if it is not there.
+            is_main_process: Whether this process writes.
+            state_dict: Other tensors to save than the model's own.
+            push_to_hub: Upload it as well; the arguments of ``push_to_hub`` (``repo_id``, ``private``, ...) may follow.
+            **kwargs: See :meth:`transformers.PreTrainedModel.save_pretrained`.
 
         Raises:
             CheckpointWriteError: The disk is full, or the folder cannot be written.
         """
         self.config.erde_hub_version = __version__
-        if not args and kwargs.get("state_dict") is None and hasattr(self.backbone, "_orig_mod"):
+        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+        if state_dict is None and hasattr(self.backbone, "_orig_mod"):
             # torch.compile puts its own module around the backbone, which a checkpoint must not show.
-            kwargs["state_dict"] = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
-        try:
-            result = super().save_pretrained(save_directory, *args, **kwargs)
-            if self.config.preprocessing and kwargs.get("is_main_process", True):
-                self.image_processor().save_pretrained(save_directory)
-            for weights in Path(save_directory).glob("*.safetensors"):
-                set_default_mode(weights)  # their writer makes files that nobody but their owner can read
-        # safetensors reports a full disk as an error of its own; what the Hub answers is an OSError too, and stays one
-        except (OSError, SafetensorError) as error:
-            if kwargs.get("push_to_hub"):
-                raise
-            raise CheckpointWriteError(
-                f"the model could not be saved to {os.fspath(save_directory)!r}: {error}; make space, or choose another"
-                " folder"
-            ) from error
-        return result
+            state_dict = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
+        if not is_main_process or kwargs.get("distributed_checkpoint"):  # all processes write one folder together
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
+        with replacing_all(save_directory, last="config.json") as staging:
+            super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
+            if self.config.preprocessing:
+                self.image_processor().save_pretrained(staging)
+            written = {path.name for path in staging.iterdir()}
+        if kwargs.get("variant") is None:
+            _remove_other_weights(Path(save_directory), written)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def _find_shared_weights(self) -> None:
+        """Declares the weights that a backbone shares between its modules: saved once, loaded everywhere."""
+        if isinstance(self.backbone, PreTrainedModel):  # these declare their own
+            return
+        first: dict[int, str] = {}
+        shared: dict[str, str] = {}
+        for entries in (self.named_parameters, self.named_buffers):
+            for name, tensor in entries(remove_duplicate=False):
+                owner = first.setdefault(id(tensor), name)
+                if owner != name:
+                    shared[name] = owner
+        self._tied_weights_keys = shared or None
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As transformers', which looks at shared embeddings only, with all that is shared."""
+        tied: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
+        return {**tied, **(self._tied_weights_keys or {})} if all_submodels else tied
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -109,9 +154,10 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             **kwargs: As for any transformers model; also ``backbone=module`` for checkpoints of plain modules.
 
         Raises:
-            CheckpointError: Weights that are missing, left over or of other shapes than the config says, or a plain
-                backbone without ``backbone=``.
+            CheckpointError: No such folder, or one without a checkpoint; weights that are missing, left over or of
+                other shapes than the config says; a plain backbone without ``backbone=``.
         """
+        _check_is_there(pretrained_model_name_or_path, kwargs)
         backbone = kwargs.get("backbone")
         wants_info = kwargs.pop("output_loading_info", False)
         must_be_empty = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
@@ -146,6 +192,29 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 if tensor.device.type == "cpu":
                     tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
         return (model, info) if wants_info else model
+
+
+def _check_is_there(name: Any, kwargs: dict[str, Any]) -> None:
+    """Raises :class:`CheckpointError` for a path without a checkpoint, which transformers takes for a repository."""
+    if not isinstance(name, (str, os.PathLike)) or kwargs.get("config") is not None or kwargs.get("gguf_file"):
+        return
+    path = Path(name)
+    if path.is_dir():
+        if not (path / kwargs.get("subfolder", "") / "config.json").is_file():
+            raise CheckpointError(
+                f"{str(name)!r} holds no checkpoint: save_pretrained, or a finished run, leaves config.json and"
+                " model.safetensors in a folder"
+            )
+    elif isinstance(name, os.PathLike) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        home = "" if not str(name).startswith("~") else f" (from here, ~ is not expanded: {path.expanduser()})"
+        raise CheckpointError(f"there is no folder {str(name)!r}{home}; a repository of the Hub is named 'org/name'")
+
+
+def _remove_other_weights(folder: Path, written: set[str]) -> None:
+    """Deletes one file of weights beside newer shards, or shards beside a newer file: loading would find both."""
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in written:
+            path.unlink()
 
 
 def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

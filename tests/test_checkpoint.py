@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -118,15 +120,56 @@ def test_saving_leaves_the_model_as_it_was(model, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
-def test_a_full_disk_is_named_and_the_checkpoint_before_survives(model, damaged, monkeypatch, error):
+@pytest.mark.parametrize(
+    "where", ["modeling_utils.safe_save_file", "configuration_utils.PreTrainedConfig.to_json_file"]
+)
+def test_a_full_disk_is_named_and_the_checkpoint_before_survives(model, damaged, monkeypatch, error, where):
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    before = {path.name: path.read_bytes() for path in damaged.iterdir()}
+    other = wrap("resnet").eval()
+    other.threshold = 0.125
+    monkeypatch.setattr(f"transformers.{where}", full)
     with pytest.raises(CheckpointWriteError, match=f"{damaged.name}.*No space left") as caught:
-        model.save_pretrained(damaged)
+        other.save_pretrained(damaged)
     assert isinstance(caught.value, ValueError)
-    assert_same_model(model, EarlyExitWrapper.from_pretrained(damaged), images("resnet", 2))
+    assert {path.name: path.read_bytes() for path in damaged.iterdir()} == before
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        model = wrap("plain")
+        model.save_pretrained(tmp_path / "a")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+        with (tmp_path / "filler").open("wb", buffering=0) as filler:
+            while shutil.disk_usage(tmp_path).free:
+                filler.write(bytes(4096))
+        model.threshold = 0.125
+        for folder in ("a", "b"):
+            with pytest.raises(CheckpointWriteError, match="No space left"):
+                model.save_pretrained(tmp_path / folder)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+        assert not (tmp_path / "b").exists()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_shards_and_one_file_replace_each_other(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert len(shards) > 1
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors"}
+    other = wrap("resnet").eval()
+    other.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_same_model(other, EarlyExitWrapper.from_pretrained(tmp_path), images("resnet", 2))
 
 
 def test_the_files(saved):
@@ -339,3 +382,15 @@ def test_other_users_can_read_the_weights_where_the_umask_lets_them(tmp_path):
     wrap("plain").save_pretrained(tmp_path)
     modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(set(modes.values())) == 1, modes
+
+
+@pytest.mark.parametrize("name", ["/nonexistent/run", "./run", "~/run", "a/b/c", Path("run")])
+def test_a_path_that_is_not_there_is_no_repository(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no folder '.*(run|a/b/c)'"):
+        EarlyExitWrapper.from_pretrained(name)
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        EarlyExitWrapper.from_pretrained(tmp_path)

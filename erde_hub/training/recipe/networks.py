@@ -140,10 +140,6 @@ def load_model(name: str, **overrides: Any) -> EarlyExitWrapper:
         CheckpointError: There is none, or it is damaged.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{name!r} holds no checkpoint: a finished run leaves config.json and model.safetensors in its folder"
-        )
     try:
         return EarlyExitWrapper.from_pretrained(str(folder) if folder.is_dir() else name, **overrides)
     except (OSError, ValueError) as error:
