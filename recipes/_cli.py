@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -225,20 +226,37 @@ def parse_scalar(text: str) -> Any:
     return _numbers(value)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM where no training is running, which ends the program as Ctrl-C does."""
+
+
 @contextmanager
-def clean_errors() -> Iterator[None]:
-    """Turns the library's typed errors into one message and exit code 2; everything else keeps its traceback."""
+def clean_errors(resumable: bool = False) -> Iterator[None]:
+    """Turns the library's typed errors into one message and exit code 2; everything else keeps its traceback.
+
+    Args:
+        resumable: The recipe has ``--resume``, which a program that is stopped says.
+    """
+
+    def terminate(number: int, frame: types.FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except Interrupted as stop:
         print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from stop
     except KeyboardInterrupt as stop:  # between two trainings, or the second Ctrl-C in one
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; a run continues with --resume", file=sys.stderr)
-        raise SystemExit(130) from stop
+        how = "; what is finished is kept: continue with the same command and --resume" if resumable else ""
+        print(f"\n{Path(sys.argv[0]).name}: interrupted{how}", file=sys.stderr)
+        raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from stop
     except ErdeError as error:
         print(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    finally:
+        if before is not None:  # set by something that is not Python
+            signal.signal(signal.SIGTERM, before)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""Misspelt flags are refused before torch is imported, which takes seconds.
+"""What has to happen before torch is imported: how its threads wait, and the refusal of misspelt flags.
 
 The flags are fields of dataclasses and arguments of losses; their names are read from the source text. What is found
 here may be more than one recipe takes: its own parser has the last word. Only the standard library is imported.
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
+
+# Threads of OpenMP sleep where they wait for each other. By default they spin for a while, which beside another program
+# that wants the same cores makes training ten times slower. Read once, when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def refuse_unknown_flags(script: str) -> None:

@@ -9,6 +9,8 @@ downloaded), and with --dataset those of recipes/configs/own_images.yaml.
 
 from __future__ import annotations
 
+import time
+
 from _early import refuse_unknown_flags
 
 if __name__ == "__main__":
@@ -29,7 +31,7 @@ from erde_hub.training.recipe_arguments import (
 
 def main() -> None:
     """Teacher, student, report; a run that is resumed skips what it has done."""
-    base = base_config()
+    started, base = time.perf_counter(), base_config()
     sections = {
         "data": DataArguments,
         "student": StudentArguments,
@@ -69,10 +71,10 @@ def main() -> None:
     )
     args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, student_args, exits, teacher_args, loss_args, args)
-    run = recipe.Run(accelerator, data, args, settings)
+    run = recipe.Run(accelerator, data, args, settings, started)
     say(f"{describe_settings(base)}\n{recipe.describe_data(data)}\nrun: {folder}")
 
-    results = run_on_main(accelerator, lambda: recipe.finished(folder)) if args.resume else None
+    results = recipe.finished_before(run, folder)
     if results is None:
         if plan is not None:
             say(f"\n{recipe.describe_network('teacher', plan.model)}")
@@ -81,7 +83,7 @@ def main() -> None:
         if student_args.train_static:
             say("\nstatic student: the student's network without exits, for comparison")
             static = recipe.train_static_student(run, recipe.build_student(student_args, exits, data, args))
-        say(f"\n{recipe.describe_network('student', student)}")
+        say(f"\n{recipe.describe_network('student', student, loss, teacher)}")
         result = recipe.train_network(run, folder, student, loss, teacher)
         results = recipe.report(
             run, folder, student, exits, (student_args.loss, loss), result, teacher=teacher, static=static
@@ -90,5 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clean_errors():
+    with clean_errors(resumable=True):
         main()

@@ -10,6 +10,8 @@ leaves to `distill.py --teacher`. Without --config the settings are those of rec
 
 from __future__ import annotations
 
+import time
+
 from _early import refuse_unknown_flags
 
 if __name__ == "__main__":
@@ -29,7 +31,7 @@ from erde_hub.training.recipe_arguments import (
 
 def main() -> None:
     """Trains, measures and reports; a run that is resumed skips what it has done."""
-    base = base_config()
+    started, base = time.perf_counter(), base_config()
     sections = {
         "data": DataArguments,
         "teacher": TeacherArguments,
@@ -60,7 +62,7 @@ def main() -> None:
     )
     args.output_dir = plan.args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, teacher_args, exits, args)
-    run = recipe.Run(accelerator, data, args, settings)
+    run = recipe.Run(accelerator, data, args, settings, started)
     say(f"{describe_settings(base)}\n{recipe.describe_data(data)}\nrun: {folder}")
     say(f"\n{recipe.describe_network('teacher', plan.model)}")
     _, results = plan.train(run, folder)
@@ -68,5 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clean_errors():
+    with clean_errors(resumable=True):
         main()

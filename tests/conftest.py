@@ -6,6 +6,8 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports torch, for the tests and what they start: see recipes/_early.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import logging
 import random

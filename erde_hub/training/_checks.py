@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from erde_hub.errors import ConfigError, LabelError
+from erde_hub.errors import ConfigError, InputTypeError, LabelError
 from erde_hub.losses import ExitLoss
 
 from .arguments import DistillationArguments
@@ -37,10 +38,22 @@ def all_exits(model: nn.Module, images: Tensor) -> Sequence[Tensor]:
 
 
 def check_models(student: nn.Module, teacher: nn.Module | None, data: ImageData) -> None:
-    """Raises :class:`ConfigError` where classes or image sizes of student, teacher and data differ."""
+    """Compares classes and image sizes of student, teacher and data.
+
+    Raises:
+        InputTypeError: Student or teacher is no module, a name for example.
+        ConfigError: They differ, or teacher and student are one object.
+    """
+    models = [("student", student)] + ([("teacher", teacher)] if teacher is not None else [])
+    for name, model in models:
+        if not isinstance(model, nn.Module):
+            named = isinstance(model, (str, os.PathLike))
+            how = f": load it first, EarlyExitWrapper.from_pretrained({os.fspath(model)!r})" if named else ""
+            raise InputTypeError(
+                f"{name} must be a model (an EarlyExitWrapper or another torch.nn.Module), got {model!r:.80}{how}"
+            )
     if teacher is student:
         raise ConfigError("teacher and student are the same object: hand in a copy, since the student's weights change")
-    models = [("student", student)] + ([("teacher", teacher)] if teacher is not None else [])
     for name, model in models:
         classes = num_classes(model)
         if classes is not None and classes != data.num_classes:
@@ -114,9 +127,14 @@ def check_loss(
         return None
     teachers = exit_names(teacher)
     pairs = loss.teacher_exit_map(students, len(teachers))
-    text = ", ".join(f"{a} <- {teachers[b]}" for a, b in zip(exit_names(student), pairs, strict=True))
-    logger.info("student exit <- teacher exit: %s", text)
+    logger.info("student exit <- teacher exit: %s", describe_exit_map(student, teacher, pairs))
     return pairs
+
+
+def describe_exit_map(student: nn.Module, teacher: nn.Module, pairs: Sequence[int]) -> str:
+    """Writes which exit of the teacher each exit of the student learns from: ``layer1 <- layer2, ...``."""
+    teachers = exit_names(teacher)
+    return ", ".join(f"{name} <- {teachers[index]}" for name, index in zip(exit_names(student), pairs, strict=True))
 
 
 def check_data(data: ImageData) -> None:

@@ -27,7 +27,7 @@ from .checkpointing import (
     set_random_state,
     write_checkpoint,
 )
-from .run_folder import CHECKPOINTS, find_checkpoint
+from .run_folder import CHECKPOINTS, find_checkpoint, warn_from_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,7 +115,7 @@ def restore(distiller: Distiller) -> Path | None:
     folder = run_on_main(accelerator, lambda: find_checkpoint(output_dir))
     if folder is None:
         if accelerator.is_main_process:
-            logger.warning("no complete checkpoint in %s: training starts at step 0", output_dir)
+            warn_from_start(output_dir)
         return None
     if not (folder / "trainer_state.json").is_file():
         raise CheckpointError(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from timm.optim import get_optimizer_info, list_optimizers
 
-from erde_hub.errors import ConfigError, InputTypeError, nearest, unknown_name
+from erde_hub.errors import ConfigError, InputTypeError, nearest, unknown_argument, unknown_name
 
 from .augment import get_augmentation
 from .schedules import list_schedulers
@@ -79,8 +79,7 @@ def _refuse_unknown(cls: type[T]) -> type[T]:
     def checked(self: T, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in names:
-                hint = nearest_argument(name, names)
-                raise ConfigError(f"{cls.__name__} has no argument {name!r}{hint} (it takes: {', '.join(names)})")
+                raise unknown_argument(cls.__name__, name, names, nearest_argument(name, names))
         init(self, *args, **kwargs)
 
     cls.__init__ = checked  # type: ignore[method-assign, assignment]

@@ -137,6 +137,7 @@ def load_image_data(
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
     crop_pct: float | None = None,
+    crop_mode: str | None = None,
     streaming: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     max_train_samples: int | None = None,
@@ -162,8 +163,9 @@ def load_image_data(
         input_size: (3, H, W), or one number for a square.
         mean: Per channel on [0, 1]; give the teacher's where its weights come from elsewhere.
         std: Per channel on [0, 1].
-        interpolation: "bilinear", "bicubic", "nearest", ...
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: In (0, 1].
+        crop_mode: "center" (the default) or "squash", see :class:`Preprocessing`.
         streaming: Read rows one after another, for sets larger than the disk.
         cache_dir: Where ``datasets`` and the decoded images are kept; by default the cache of ``datasets``.
         max_train_samples: Train on a stratified part.
@@ -189,7 +191,7 @@ def load_image_data(
             raise ConfigError(f"{name}={limit!r} is not allowed: give an integer of 1 or more, or None for all rows")
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
     check_wish(check_images)
-    wishes = check_wishes(input_size, mean, std, interpolation, crop_pct)
+    wishes = check_wishes(input_size, mean, std, interpolation, crop_pct, crop_mode)
     if streaming:
         for name, given in {"'digits'": dataset == "digits", **limits}.items():
             if given and name != "max_train_samples":

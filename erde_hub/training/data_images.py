@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ _DECODED_BYTES_LIMIT = 4 << 30
 _FULL_HASH_BYTES = 1 << 30
 _SAMPLED_ROWS = 256
 _EXIF_ORIENTATION = 0x0112
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 #: Rows at the beginning of train by which a stream is known.
 HASHED_ROWS = 64
 
@@ -115,9 +117,7 @@ def decode(content: bytes, where: str) -> Image.Image:
             raise ValueError("floating-point pixels have no stated range; store 8-bit images")
         return image.convert("RGB")
     except Exception as error:
-        raise DataError(
-            f"the image in {where} cannot be read ({type(error).__name__}: {error}): repair or remove the row"
-        ) from error
+        raise _unreadable(error, where) from error
 
 
 def common_size(images: Mapping[str, EncodedImages]) -> tuple[int, int] | None:
@@ -139,9 +139,14 @@ def header_size(content: bytes, where: str) -> tuple[int, int]:
         with Image.open(io.BytesIO(content)) as image:
             return image.height, image.width
     except Exception as error:
-        raise DataError(
-            f"the image in {where} cannot be read ({type(error).__name__}: {error}): repair or remove the row"
-        ) from error
+        raise _unreadable(error, where) from error
+
+
+def _unreadable(error: Exception, where: str) -> DataError:
+    """Says what is wrong with an image; Pillow names the buffer in memory, which tells nobody anything."""
+    text = " ".join(_ADDRESS.sub("", str(error)).split())
+    reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return DataError(f"the image in {where} cannot be read ({reason}): repair or remove the row")
 
 
 def spread(size: int, count: int) -> NDArray[np.int64]:
@@ -252,6 +257,8 @@ class DecodedCache:
         _, height, width = preprocessing.input_size
         self._folder = folder
         self._stem = f"{fingerprint}-{height}x{width}-{preprocessing.interpolation}-{preprocessing.crop_pct:g}"
+        if preprocessing.crop_mode != "center":
+            self._stem += f"-{preprocessing.crop_mode}"
 
     def path(self, split: str) -> Path:
         """Returns the file of a source split."""

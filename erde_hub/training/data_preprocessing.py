@@ -16,12 +16,12 @@ from timm.data import create_transform
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, DataError, unknown_name
+from erde_hub.preprocessing import CROP_MODES, INTERPOLATIONS
 
 from .augment import Augmentation
 
 #: Images of at most this many pixels are decoded once and kept as uint8.
 SMALL_IMAGE_PIXELS = 96 * 96
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 Triple = tuple[float, float, float]
 
@@ -36,6 +36,8 @@ class Preprocessing:
         std: Per channel, of pixels in [0, 1].
         interpolation: "bilinear", "bicubic", ... as timm names them.
         crop_pct: The shorter side is resized to the input size divided by this, then the centre is cut out.
+        crop_mode: "squash" resizes both sides instead, without keeping their ratio. An input that is not square is
+            always made like this, as the checkpoint's image processor does.
     """
 
     input_size: tuple[int, int, int]
@@ -43,12 +45,17 @@ class Preprocessing:
     std: Triple
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     @functools.cached_property
     def resize(self) -> Callable[[Image.Image], Tensor]:
         """The transform of evaluation up to uint8 pixels (3, H, W)."""
         return create_transform(
-            self.input_size, interpolation=self.interpolation, crop_pct=self.crop_pct, normalize=False
+            self.input_size,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode if self.input_size[1] == self.input_size[2] else "squash",
+            normalize=False,
         )
 
     def pixels(self, images: Sequence[Image.Image]) -> NDArray[np.uint8]:
@@ -97,6 +104,7 @@ class Preprocessing:
             "std": list(self.std),
             "interpolation": self.interpolation,
             "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
         }
 
 
@@ -109,6 +117,7 @@ class PreprocessingWishes:
     std: Triple | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
+    crop_mode: str | None = None
 
     def complete(
         self,
@@ -125,6 +134,7 @@ class PreprocessingWishes:
             self.std or std,
             self.interpolation or interpolation,
             self.crop_pct or crop_pct,
+            self.crop_mode or "center",
         )
 
 
@@ -134,6 +144,7 @@ def check_wishes(
     std: Sequence[float] | None,
     interpolation: str | None,
     crop_pct: float | None,
+    crop_mode: str | None = None,
 ) -> PreprocessingWishes:
     """Checks what a person asked for.
 
@@ -153,7 +164,11 @@ def check_wishes(
         raise unknown_name("interpolation", interpolation, INTERPOLATIONS)
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ConfigError(f"crop_pct={crop_pct!r} is not allowed: give a number above 0 and at most 1")
-    return PreprocessingWishes(size, _triple("mean", mean, 0), _triple("std", std, 1e-6), interpolation, crop_pct)
+    if crop_mode is not None and crop_mode not in CROP_MODES:
+        raise unknown_name("crop_mode", crop_mode, CROP_MODES)
+    return PreprocessingWishes(
+        size, _triple("mean", mean, 0), _triple("std", std, 1e-6), interpolation, crop_pct, crop_mode
+    )
 
 
 def _triple(name: str, values: Sequence[float] | None, low: float) -> Triple | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,13 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from erde_hub.errors import ConfigError, NonFiniteLossError
+from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
 from erde_hub.losses import ExitLoss, LossResult, create_loss
 
 from ._checks import all_exits, check_data, check_loss, check_models, exit_names
@@ -37,6 +35,7 @@ from ._loss_inputs import LossInputs
 from ._meter import StepMeter, Totals, describe_non_finite
 from ._progress import flatten, progress_bar, show
 from ._run_state import Position, gather, identity, restore, save
+from ._setup import count_steps, create_optimizer, place_models
 from .arguments import DistillationArguments
 from .data_loader import BatchLoader
 from .run_folder import CHECKPOINTS, check_run_folder
@@ -110,10 +109,12 @@ class Distiller:
         callbacks: Called in order.
 
     Raises:
+        InputTypeError: Student or teacher is no module.
         ConfigError: Loss and teacher do not go together, teacher and student have different classes, the data do not
             fill one step, or a setting is not supported by the model, the device or the launcher.
         LabelError: A label outside the classes.
         RunExistsError: ``output_dir`` already holds a run.
+        CheckpointWriteError: ``output_dir`` cannot be written.
         LaunchError: The launcher started processes that do not know each other.
     """
 
@@ -141,10 +142,15 @@ class Distiller:
         check_data(data)
         self.teacher_exits = check_loss(self.loss, student, teacher, args)
         self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data.train, args.seed)
-        self._place_models()
+        place_models(student, teacher, self.loss, args, accelerator.device)
         self.train_loader = self._loader(data.train, train=True, augment=self.augment)
-        self.steps_per_epoch, self.total_steps, self.epochs = self._count_steps()
-        self.optimizer: Any = self._create_optimizer()
+        self.steps_per_epoch, self.total_steps, self.epochs = count_steps(
+            self.train_loader.num_batches, data.name, args
+        )
+        own = self.loss_inputs.parameters()
+        if own and self.sharded:
+            raise ConfigError(f"{type(self.loss).__name__} has parameters, which FSDP and DeepSpeed do not share")
+        self.optimizer: Any = create_optimizer(student, own, args)
         self.scheduler = create_schedule(args, self.optimizer, self.total_steps, self.steps_per_epoch)
         self.average: ModelEmaV3 | None = None
         self.position, self.meter = Position(), StepMeter()
@@ -260,30 +266,6 @@ class Distiller:
         """Whether the student's weights are spread over the processes."""
         return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
-    def _place_models(self) -> None:
-        args, device = self.args, self.accelerator.device
-        for model in filter(None, (self.student, self.teacher)):
-            model.to(device)
-            if args.channels_last:
-                model.to(memory_format=torch.channels_last)
-        self.loss.to(device)
-        if self.teacher is not None:
-            self.teacher.eval()
-        if args.freeze_backbone:
-            freeze = getattr(self.student, "freeze_backbone", None)
-            if freeze is None:
-                raise ConfigError(f"{type(self.student).__name__} has no freeze_backbone(): use an EarlyExitWrapper")
-            freeze()
-        if args.gradient_checkpointing:
-            # transformers renames the method; releases that are supported have either
-            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            name = next((name for name in names if hasattr(self.student, name)), None)
-            if name is None or not getattr(self.student, "supports_gradient_checkpointing", True):
-                raise ConfigError(
-                    f"{type(self.student).__name__} does not support gradient_checkpointing: leave it out"
-                )
-            getattr(self.student, name)()
-
     def _loader(self, split: Any, train: bool, augment: str | None = None) -> BatchLoader:
         """Builds the batches of this process.
 
@@ -305,36 +287,6 @@ class Distiller:
             num_workers=args.num_workers,
         )
 
-    def _count_steps(self) -> tuple[int, int, int]:
-        """Returns steps per epoch, steps in all, and epochs; a remainder that does not fill a step is left out."""
-        args, batches = self.args, self.train_loader.num_batches
-        if batches is None:
-            if not args.max_steps:
-                raise ConfigError(f"the length of {self.data.name!r} is unknown, as it is streamed: set max_steps")
-            return args.max_steps, args.max_steps, args.epochs
-        per_epoch = batches // args.gradient_accumulation_steps
-        if not per_epoch:
-            raise ConfigError(
-                f"an epoch has {batches} batches, fewer than gradient_accumulation_steps ="
-                f" {args.gradient_accumulation_steps}: lower it or batch_size ({args.batch_size})"
-            )
-        total = min(per_epoch * args.epochs, args.max_steps or math.inf)
-        return per_epoch, int(total), math.ceil(total / per_epoch)
-
-    def _create_optimizer(self) -> torch.optim.Optimizer:
-        args = self.args
-        try:
-            optimizer = create_optimizer_v2(
-                self.student, args.optimizer, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
-            )
-        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # a package that is missing
-            raise ConfigError(f"optimizer {args.optimizer!r} cannot be built here: {error}") from error
-        if own := self.loss_inputs.parameters():
-            if self.sharded:
-                raise ConfigError(f"{type(self.loss).__name__} has parameters, which FSDP and DeepSpeed do not share")
-            optimizer.add_param_group({"params": own, "lr": args.lr, "weight_decay": args.weight_decay})
-        return optimizer
-
     def _batches_left(self) -> int:
         """Batches that are still to come in this epoch."""
         accumulation, position = self.args.gradient_accumulation_steps, self.position
@@ -346,6 +298,10 @@ class Distiller:
         check_run_folder(folder, resume=args.resume, overwrite=args.overwrite_output_dir)
         if args.overwrite_output_dir:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        try:  # before the first checkpoint: a run that is killed by then can be told from a folder that holds none
+            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointWriteError(f"output_dir {str(folder)!r} cannot be written: {error}") from error
 
     @contextmanager
     def _prepared(self) -> Iterator[nn.Module]:

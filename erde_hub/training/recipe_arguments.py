@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from erde_hub.errors import ConfigError, unknown_name
+from erde_hub.errors import unknown_argument, unknown_name
 from erde_hub.heads import list_heads
 from erde_hub.losses import (
     ExitLoss,
@@ -260,8 +260,7 @@ def teacher_training_arguments(args: DistillationArguments, overrides: dict[str,
     allowed = [f.name for f in dataclasses.fields(args) if f.name not in _RUN_WIDE]
     for key in overrides:
         if key not in allowed:
-            hint = nearest_argument(key, allowed)
-            raise ConfigError(f"teacher_training has no argument {key!r}{hint} (it takes: {', '.join(allowed)})")
+            raise unknown_argument("teacher_training", key, allowed, nearest_argument(key, allowed))
     return dataclasses.replace(args, **overrides)
 
 

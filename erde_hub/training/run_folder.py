@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -10,12 +11,25 @@ from erde_hub.errors import ConfigError, RunExistsError
 
 from .checkpointing import newest_checkpoint
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINTS = "checkpoints"
+#: Folders inside that of a distillation, for the networks that are trained beside the student.
+COMPANIONS = ("teacher", "static")
+#: What is left of the training of a static student.
+STATIC_STUDENT = "static_student.json"
 
 #: Any of these makes a folder a run.
-_MARKS = ("config.json", "model.safetensors", "results.json")
+_MARKS = ("config.json", "model.safetensors", "results.json", STATIC_STUDENT)
 #: What a run leaves besides; deleted with it.
-_REST = ("preprocessor_config.json", "sweep.csv", "frontier.png", "README.md")
+_REST = (
+    "preprocessor_config.json",
+    "split.json",
+    "sweep.csv",
+    "frontier.png",
+    "README.md",
+    "records.safetensors",
+)
 
 
 def open_run_folder(
@@ -51,12 +65,12 @@ def open_run_folder(
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {str(output_dir)!r} is a file, not a folder")
-    if resume and not holds_run(folder) and not holds_run(folder / "teacher"):
+    if resume and not any(has_begun(part) for part in _parts(folder)):
         raise ConfigError(f"nothing to resume in output_dir {str(output_dir)!r}; start without --resume")
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     if overwrite:
-        clear_run(folder)
-        clear_run(folder / "teacher")
+        for part in reversed(_parts(folder)):
+            clear_run(part)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -64,7 +78,7 @@ def open_run_folder(
 def check_run_folder(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Raises :class:`RunExistsError` if a folder holds a run and nothing says what to do with it."""
     folder = Path(folder)
-    if not resume and not overwrite and (holds_run(folder) or holds_run(folder / "teacher")):
+    if not resume and not overwrite and any(map(holds_run, _parts(folder))):
         raise RunExistsError(
             f"{str(folder)!r} already holds a run: continue it with --resume, delete it with --overwrite_output_dir, or"
             " choose another --output_dir"
@@ -78,13 +92,21 @@ def holds_run(folder: str | Path) -> bool:
     return any((folder / name).exists() for name in _MARKS) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
+def has_begun(folder: str | Path) -> bool:
+    """Tells whether a training has begun in a folder, even if it was killed before its first checkpoint."""
+    return (Path(folder) / CHECKPOINTS).is_dir() or holds_run(folder)
+
+
 def clear_run(folder: str | Path) -> None:
-    """Deletes the checkpoints and results of a run and leaves every other file alone."""
-    if not holds_run(folder):
+    """Deletes the checkpoints and results of a run and leaves every other file alone; so a companion's folder goes."""
+    folder = Path(folder)
+    if not has_begun(folder):
         return
-    shutil.rmtree(Path(folder) / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     for name in (*_MARKS, *_REST):
-        (Path(folder) / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
+    if folder.name in COMPANIONS and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def newest_run(root: str | Path, config: str) -> Path | None:
@@ -96,6 +118,16 @@ def newest_run(root: str | Path, config: str) -> Path | None:
 def find_checkpoint(folder: str | Path) -> Path | None:
     """Returns the newest complete checkpoint of a run, or None."""
     return newest_checkpoint(Path(folder) / CHECKPOINTS)
+
+
+def warn_from_start(folder: str | Path) -> None:
+    """Says that a run is resumed of which nothing is left to continue from."""
+    logger.warning("no complete checkpoint in %s: training starts at step 0", folder)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Returns the folder of a run and those of its companions."""
+    return [folder, *(folder / name for name in COMPANIONS)]
 
 
 def _next_run_folder(root: Path, config: str) -> Path:

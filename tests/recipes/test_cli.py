@@ -3,8 +3,10 @@
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -277,10 +279,25 @@ def test_which_file_the_settings_come_from(monkeypatch):
 
 
 def test_ctrl_c_between_two_trainings_has_its_exit_code(capsys):
-    with pytest.raises(SystemExit) as ended, _cli.clean_errors():
-        raise KeyboardInterrupt
-    assert ended.value.code == 130
-    assert "--resume" in capsys.readouterr().err
+    for resumable in (True, False):
+        with pytest.raises(SystemExit) as ended, _cli.clean_errors(resumable):
+            raise KeyboardInterrupt
+        assert ended.value.code == 130
+        assert ("--resume" in capsys.readouterr().err) is resumable
+
+
+def test_sigterm_where_nothing_trains_says_how_to_go_on(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait_for_the_signal():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended, _cli.clean_errors(resumable=True):
+        wait_for_the_signal()
+    assert ended.value.code == 143
+    assert "continue with the same command and --resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_clean_errors_hide_the_traceback_of_typed_errors_only(capsys):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +238,90 @@ def test_runs_are_numbered_and_not_overwritten(call, tmp_path):
     with pytest.raises(RunExistsError):
         call(distill, *flags, "--output_dir", "runs/digits-1")
     call(distill, *flags, "--output_dir", "runs/digits-1", "--overwrite_output_dir")
+
+
+def test_a_broken_image_is_found_before_training_unless_nobody_is_to_look(call, tmp_path, monkeypatch):
+    for number in range(40):
+        folder = tmp_path / "images" / "train" / ("ant", "bee")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    broken = tmp_path / "images" / "train" / "ant" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:-2000])
+    flags = [*FAST, "--dataset", "images", "--cache_dir", tmp_path / "cache", "--batch_size", "8"]
+    with pytest.raises(DataError, match=r"the image in row 0 of split 'train' of 'images' cannot be read"):
+        call(distill, *flags)
+    assert not (tmp_path / "runs").exists()
+
+    class ReachedError(Exception):
+        pass
+
+    def build(*_):
+        raise ReachedError
+
+    monkeypatch.setattr(distill.recipe, "build_student", build)
+    for how in ("headers", "none"):
+        with pytest.raises(ReachedError):
+            call(distill, *flags, "--check_images", how)
+
+
+def test_what_is_finished_is_not_handed_out_under_other_settings(call, tmp_path, capsys):
+    few = ["--max_train_samples", "130", "--max_eval_samples", "40"]
+    flags = [*FAST, *few, "--max_steps", "2", "--batch_size", "32", "--output_dir", "out"]
+    call(distill, *flags, "--train_static")
+    printed = capsys.readouterr().out
+    assert "exit of the student <- exit of the teacher: layer1 <- layer1, layer2 <- layer2" in printed
+    assert "exits of the teacher: " in printed
+    assert "exits of the student: " in printed
+    assert re.search(r"time: .* in all, .* of it the training of this network", printed)
+    results_file = tmp_path / "out" / "results.json"
+    results = json.loads(results_file.read_text())
+    parts = [results["training"], results["static_student"]]
+    parts.append(json.loads((tmp_path / "out" / "teacher" / "results.json").read_text())["training"])
+    assert results["training"]["run_seconds"] > sum(part["seconds"] for part in parts)
+    assert "args" not in results["static_student"]
+
+    for name in ("check_images", "train_static", "entropy_weight"):  # as an older version would have left it
+        results["args"].pop(name)
+    results["args"]["train_static"] = True
+    results_file.write_text(json.dumps(results))
+    call(distill, *flags, "--train_static", "--resume", "--num_workers", "1")
+    assert "always leave at" in capsys.readouterr().out
+    for changed, message in (
+        (["--epochs", "2"], r"--resume with epochs=2.*epochs=1: continue with --epochs 1"),
+        (["--loss", "kd"], r"--resume with loss='kd'.*loss='erde'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call(distill, *flags, "--train_static", "--resume", *changed)
+
+    results_file.unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(ConfigError, match=r"teacher_kwargs=\{'width': 8\}, but the teacher .*--teacher_kwargs width=4"):
+        call(distill, *flags, "--train_static", "--resume", "--teacher_kwargs", "width=8")
+    with pytest.raises(ConfigError, match=r"student_kwargs=\{'width': 8\}, but the static student"):
+        call(distill, *flags, "--train_static", "--resume", "--student_kwargs", "width=8")
+    call(distill, *flags, "--train_static", "--resume", "--loss", "kd")
+    again = json.loads(results_file.read_text())
+    assert again["static_student"] == results["static_student"]
+    assert again["loss"]["name"] == "kd"
+
+
+def test_killed_before_the_first_checkpoint_it_starts_at_step_0(call, tmp_path, monkeypatch, capsys):
+    few = ["--max_train_samples", "130", "--max_eval_samples", "40", "--batch_size", "32"]
+    flags = [*FAST_TEACHER, *few, "--max_steps", "2", "--checkpoint_steps", "0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Distiller, "_save", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        for output_dir in (["--output_dir", "out"], []):
+            with pytest.raises(KeyboardInterrupt):
+                call(train_teacher, *flags, *output_dir)
+    for output_dir in (["--output_dir", "out"], []):
+        capsys.readouterr()
+        call(train_teacher, *flags, *output_dir, "--resume")
+        assert "training starts at step 0" in capsys.readouterr().err
+    assert same_weights(tmp_path / "out", tmp_path / "runs" / "digits-teacher-1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        call(train_teacher, *flags, "--resume", "--output_dir", "empty")
 
 
 def same_weights(a: Path, b: Path) -> bool:

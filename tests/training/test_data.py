@@ -46,6 +46,22 @@ def test_images_that_are_not_square_keep_their_shape(load, tmp_path):
     assert load(tmp_path / "set", input_size=16).input_size == (3, 16, 16)
 
 
+@pytest.mark.parametrize(
+    ("size", "crop_mode"), [((3, 16, 16), "center"), ((3, 16, 16), "squash"), ((3, 16, 24), "center")]
+)
+def test_a_checkpoint_prepares_images_as_the_data_were_prepared(load, tmp_path, size, crop_mode):
+    wide = {"size": (60, 32)}
+    folder = write_parquet(tmp_path / "set", {"train": rows(20, **wide), "test": rows(6, first_seed=50, **wide)})
+    wishes = {"input_size": size, "crop_pct": 0.8, "interpolation": "bicubic", "crop_mode": crop_mode}
+    data = load(folder, **wishes, mean=(0.5,) * 3, std=(0.5,) * 3)
+    model = build_model("resnet8_cifar", data, ExitArguments(exits=["layer1"]), kwargs={"width": 4})
+    stored = load(folder).test.images(range(6))
+    processed = model.image_processor()(stored, return_tensors="pt")["pixel_values"]
+    batch = next(iter(BatchLoader(data.test, 6)))["pixel_values"]
+    assert processed.shape == batch.shape
+    assert (processed - batch).abs().max() < 0.05  # levels of 0.008: two libraries that resize
+
+
 def test_digits():
     data = load_image_data("digits", progress=False)
     assert data.name == "digits"
@@ -278,6 +294,8 @@ def test_given_preprocessing_wins(tmp_path, load):
         ({"std": (0.5, 0.5, 0.0)}, ConfigError, r"std=\(0.5, 0.5, 0.0\) is not allowed: give three positive numbers"),
         ({"mean": (0.5, float("nan"), 0.5)}, ConfigError, "mean="),
         ({"interpolation": "bilinaer"}, UnknownNameError, "did you mean 'bilinear'"),
+        ({"interpolation": "hamming"}, UnknownNameError, "available: bicubic, bilinear, lanczos, nearest"),
+        ({"crop_mode": "squish"}, UnknownNameError, "did you mean 'squash'"),
         ({"crop_pct": 0.0}, ConfigError, "crop_pct=0.0"),
         ({"streaming": True}, ConfigError, "streaming does not go with 'digits'"),
     ],

@@ -10,7 +10,7 @@ from data_fakes import rows, write_parquet
 from erde_hub.errors import DataError, UnknownNameError
 from erde_hub.training import data_integrity
 from erde_hub.training.data import load_image_data
-from erde_hub.training.data_images import EncodedImages, spread
+from erde_hub.training.data_images import EncodedImages, decode, header_size, spread
 
 LARGE = {"size": (120, 100)}
 FEATURES = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
@@ -39,6 +39,16 @@ def test_an_image_that_is_cut_off_is_named_before_training(tmp_path):
         load_image_data(folder, cache_dir=tmp_path / "cache", progress=False)
     for how in ("headers", "none"):
         load_image_data(folder, cache_dir=tmp_path / "cache", check_images=how, progress=False)
+
+
+def test_what_is_wrong_with_an_image_is_said_without_addresses_in_memory():
+    for read in (decode, header_size):
+        with pytest.raises(DataError) as error:
+            read(b"no image", "row 3")
+        assert str(error.value) == (
+            "the image in row 3 cannot be read (UnidentifiedImageError: cannot identify image file): repair or remove"
+            " the row"
+        )
 
 
 def test_a_broken_header_is_found_by_the_quick_check_too(tmp_path):

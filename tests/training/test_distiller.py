@@ -23,6 +23,7 @@ from erde_hub.errors import (
     CheckpointError,
     CheckpointWriteError,
     ConfigError,
+    InputTypeError,
     LabelError,
     NonFiniteLossError,
     RunExistsError,
@@ -50,6 +51,15 @@ def _one_process():
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_name_in_the_place_of_a_model_is_refused_with_the_way_to_load_it(data, role):
+    models = {"student": TinyExits(), "teacher": TinyExits(seed=1)} | {role: "org/name"}
+    with pytest.raises(InputTypeError, match=rf"{role} must be a model.*from_pretrained\('org/name'\)"):
+        Distiller(models["student"], data, make_args(), "kd", models["teacher"])
+    with pytest.raises(InputTypeError, match=rf"{role} must be a model.*got 3"):
+        Distiller(**(models | {role: 3}), data=data, args=make_args(), loss="kd")
 
 
 def train(data, loss="ce", student=None, teacher=None, callbacks=(), **changes):

@@ -171,3 +171,17 @@ def test_gradients_of_the_loss_are_averaged_over_the_processes():
     weight.grad = torch.zeros_like(weight)
     LossInputs(loss, network(4), None, None, None, 0).average_gradients(Two())
     assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+def test_the_loss_of_language_models_is_not_for_images(data):
+    with pytest.raises(ConfigError, match="EGADLoss is for causal language models, not for images with classes"):
+        Distiller(TinyExits(), data, make_args(), "egad", TinyExits(seed=1))
+
+
+def test_weights_and_readouts_by_flags_train_together(data):
+    student = StudentArguments(loss="erde", sample_weight="ea_kd", readout="dedier")
+    loss = built("erde", student.additions(), readout_beta=1.0, entropy_temperature=2.0)
+    assert loss.added()["dedier"]["readout_beta"] == 1.0
+    result = Distiller(TinyExits(), data, make_args(epochs=2), loss, TinyExits(seed=1)).train()
+    assert {"ea_kd_weight", "dedier_weight", "entropy"} <= set(result.history[-1]["train"]["terms"])
+    assert "readout" in result.history[0]

@@ -41,6 +41,33 @@ def test_a_folder_with_a_run_is_not_taken_by_accident(tmp_path, left):
     assert open_run_folder(folder, "digits") == folder
 
 
+def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
+    folder = tmp_path / "run"
+    left = ["split.json", "results.json", "static/static_student.json", "static/checkpoints/step-000001/state.pt",
+            "teacher/split.json", "teacher/config.json", "records.safetensors"]  # fmt: skip
+    for name in [*left, "static/notes.txt", "notes.txt"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    open_run_folder(folder, "digits", overwrite=True)
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == [
+        "notes.txt", "static", "static/notes.txt",
+    ]  # fmt: skip
+    (folder / "static" / "static_student.json").write_text("{}")
+    with pytest.raises(RunExistsError):
+        open_run_folder(folder, "digits")
+
+
+@pytest.mark.parametrize("part", [".", "teacher", "static"])
+def test_a_run_that_had_begun_can_be_resumed_before_its_first_checkpoint(tmp_path, part):
+    folder = tmp_path / "run"
+    (folder / part / "checkpoints").mkdir(parents=True)
+    assert open_run_folder(folder, "digits", resume=True) == folder
+    assert open_run_folder(folder, "digits") == folder  # nothing would be lost
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        open_run_folder(tmp_path / "empty", "digits", resume=True)
+
+
 def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):

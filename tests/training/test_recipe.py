@@ -12,8 +12,12 @@ from erde_hub.losses import ERDELoss, list_losses
 from erde_hub.policies import create_policy
 from erde_hub.training import DistillationArguments, recipe
 from erde_hub.training.data import load_image_data
+from erde_hub.training.recipe import steps
+from erde_hub.training.recipe.resuming import check_finished
 from erde_hub.training.recipe_arguments import (
+    DataArguments,
     ExitArguments,
+    StudentArguments,
     TeacherArguments,
     build_loss,
     exit_places,
@@ -163,6 +167,76 @@ def test_teacher_has_the_exits_of_the_student_unless_told_otherwise(data):
     plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
     assert plan.model.config.exits == ["layer1"]
     assert list(plan.loss.exit_weights) == [1.0, 2.0]
+
+
+def test_every_data_argument_reaches_the_data(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(steps, "load_image_data", lambda dataset, **given: seen.update(given, dataset=dataset))
+    names = {"dataset_config": "config_name", "image_size": "input_size"}
+    for number, field in enumerate(dataclasses.fields(DataArguments)):
+        value = "headers" if field.name == "check_images" else f"value {number}"
+        recipe.load_data(DataArguments(**{field.name: value}))
+        assert seen[names.get(field.name, field.name)] == value
+
+
+def test_preprocessing_of_weights_reaches_the_data_whole(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(steps, "load_image_data", lambda _, **given: seen.update(given))
+    preprocessing = recipe.pretrained_preprocessing("convnext_atto.d2_in1k")
+    squash = preprocessing | {"crop_mode": "squash"}
+    recipe.load_data(DataArguments(), squash)
+    assert seen["input_size"] == (3, 224, 224)
+    assert {key: seen[key] for key in squash if key != "size"} == {key: squash[key] for key in squash if key != "size"}
+    with pytest.raises(ConfigError, match="crop_mode must be one of center, squash, got 'border'"):
+        recipe.load_data(DataArguments(), preprocessing | {"crop_mode": "border"})
+    assert recipe.pretrained_preprocessing("convnext_base.fb_in22k_ft_in1k_384")["crop_mode"] == "squash"
+
+
+def test_a_network_stores_how_its_data_were_cropped(data):
+    own = dataclasses.replace(data, preprocessing=dataclasses.replace(data.preprocessing, crop_mode="squash"))
+    model = recipe.build_model("resnet8_cifar", own, ExitArguments(exits=["layer1"]), kwargs={"width": 4})
+    assert model.config.preprocessing["crop_mode"] == "squash"
+
+
+STORED = recipe.settings_dict(
+    "digits", DataArguments(), StudentArguments(), ExitArguments(), TeacherArguments(), DistillationArguments()
+)
+
+
+def check(data, changes, role="student", stored=STORED):
+    results = {"args": stored, "dataset": {"fingerprint": data.fingerprint}}
+    check_finished(results, STORED | changes, data, role)
+
+
+@pytest.mark.parametrize(
+    ("changes", "role", "message"),
+    [
+        ({"epochs": 2}, "student", r"with epochs=2, .*student.*finished.*epochs=10: continue with --epochs 10"),
+        ({"temperature": 3.0}, "student", r"temperature=3\.0.*temperature=None: continue without --temperature"),
+        ({"teacher_kwargs": {"width": 8}}, "teacher", r"teacher_kwargs=\{'width': 8\}.*without --teacher_kwargs"),
+        ({"teacher_training": {"lr": 0.1}}, "teacher", r"lr=0\.1.*lr=0\.2: continue with --teacher_training lr=0\.2"),
+        ({"student_kwargs": {"width": 8}}, "static student", r"student_kwargs"),
+        ({"exits": ["layer1"]}, "teacher", r"exits=\['layer1'\]"),
+    ],
+)
+def test_a_finished_network_is_not_handed_out_under_other_settings(data, changes, role, message):
+    with pytest.raises(ConfigError, match=message):
+        check(data, changes, role)
+
+
+def test_what_does_not_change_a_finished_network_is_free(data):
+    check(data, {"num_workers": 2, "checkpoint_steps": 7, "cpu_threads": 1, "check_images": "none", "config": "x"})
+    check(data, {"loss": "kd", "temperature": 3.0, "student_kwargs": {"width": 8}}, "teacher")
+    check(data, {"loss": "kd", "teacher_kwargs": {"width": 8}}, "static student")
+    apart = STORED | {"teacher_exit_points": ["layer1"], "teacher_training": {"epochs": 10}}
+    check(data, {**apart, "exits": ["layer2"], "epochs": 3}, "teacher", stored=apart)
+    old = {key: value for key, value in STORED.items() if key not in ("check_images", "train_static", "ema_decay")}
+    check(data, {}, stored=old)
+    check(data, {"teacher": "runs/a/teacher"}, stored=STORED | {"teacher": "teacher"})
+    with pytest.raises(ConfigError, match=r"ema_decay=0\.9.*ema_decay=0\.0"):
+        check(data, {"ema_decay": 0.9}, stored=old)
+    with pytest.raises(ConfigError, match="other data"):
+        check_finished({"args": STORED, "dataset": {"fingerprint": "0"}}, STORED, data)
 
 
 def test_timm_weights_bring_their_preprocessing():

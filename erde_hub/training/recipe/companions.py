@@ -14,6 +14,7 @@ from erde_hub._files import write_text
 from erde_hub.backbones.base import example_inputs
 from erde_hub.cost import trace
 from erde_hub.evaluation import describe_model, per_exit_metrics
+from erde_hub.evaluation.report import published_arguments
 from erde_hub.losses import ExitLoss, create_loss
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.training._launch import run_on_main
@@ -25,10 +26,12 @@ from erde_hub.training.recipe_arguments import (
     plain_weights,
     teacher_training_arguments,
 )
+from erde_hub.training.run_folder import STATIC_STUDENT
 
 from .networks import build_model, load_model
 from .reporting import report
-from .steps import Run, collect, finished, train_network
+from .resuming import check_finished
+from .steps import Run, collect, finished_before, train_network
 
 
 @dataclass
@@ -65,8 +68,10 @@ class TeacherPlan:
 
     def train(self, run: Run, folder: Path) -> tuple[EarlyExitWrapper, dict[str, Any]]:
         """Trains the teacher and reports on it, or loads it where the run has done so before."""
-        done = run_on_main(run.accelerator, lambda: finished(folder)) if run.args.resume else None
+        done = finished_before(run, folder, "teacher")
         if done is not None:
+            times = done.get("training") or {}
+            run.earlier += times.get("run_seconds") or times.get("seconds") or 0.0
             return load_model(str(folder)), done
         result = train_network(run, folder, self.model, self.loss, args=self.args, role="teacher")
         results = report(run, folder, self.model, self.exits, ("ce", self.loss), result, args=self.args)
@@ -79,9 +84,12 @@ def train_static_student(run: Run, model: EarlyExitWrapper) -> dict[str, Any]:
     It is what the student would be without early exits: accuracy and cost are those of the bare backbone.
     """
     folder = run.folder / "static"
-    description = folder / "static_student.json"
+    description = folder / STATIC_STUDENT
     if run.args.resume and description.is_file():
-        return json.loads(description.read_text(encoding="utf-8"))
+        stored = json.loads(description.read_text(encoding="utf-8"))
+        check_finished(stored, run.settings, run.data, "static student")
+        run.earlier += stored["seconds"]
+        return {key: value for key, value in stored.items() if key not in _FOR_RESUME}
     loss = create_loss("ce", exit_weights=[*([0.0] * (model.num_exits - 1)), 1.0])
     result = train_network(run, folder, model, loss, role="static student")
     last = per_exit_metrics(collect(run, model, "test"))[-1]
@@ -96,5 +104,10 @@ def train_static_student(run: Run, model: EarlyExitWrapper) -> dict[str, Any]:
         "loss": "ce",
         "seconds": result.seconds,
     }
-    run_on_main(run.accelerator, lambda: write_text(description, json.dumps(described)))
+    asked = {"args": published_arguments(run.settings), "dataset": {"fingerprint": run.data.fingerprint}}
+    run_on_main(run.accelerator, lambda: write_text(description, json.dumps(described | asked)))
     return described
+
+
+#: What the file of a static student holds beside its description.
+_FOR_RESUME = ("args", "dataset")

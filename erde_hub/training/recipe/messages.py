@@ -12,8 +12,10 @@ from typing import Any
 from transformers.utils import logging as hf_logging
 
 from erde_hub.backbones.base import format_table
-from erde_hub.evaluation.formatting import mmacs, percent, threshold_label
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
+from erde_hub.losses import ExitLoss
 from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.training._checks import describe_exit_map
 from erde_hub.training.arguments import DistillationArguments
 from erde_hub.training.data import ImageData
 from erde_hub.training.data_preprocessing import SMALL_IMAGE_PIXELS
@@ -75,6 +77,10 @@ def format_results(results: Mapping[str, Any]) -> str:
                 tables.append(how["advice"])
         elif point is not None:
             tables.append("* stored threshold")
+    times = results.get("training") or {}
+    if times.get("run_seconds") is not None:
+        whole, own = duration(times["run_seconds"]), duration(times["seconds"])
+        tables.append(f"time: {whole} in all, {own} of it the training of this network")
     return "\n\n".join(tables)
 
 
@@ -89,12 +95,26 @@ def how_to_load(folder: Path) -> str:
     )
 
 
-def describe_network(role: str, model: EarlyExitWrapper) -> str:
-    """One line that says what is about to be trained, and a second one where the network is none for such images."""
+def describe_network(
+    role: str, model: EarlyExitWrapper, loss: ExitLoss | None = None, teacher: EarlyExitWrapper | None = None
+) -> str:
+    """Says what is about to be trained, in a line each: network, why its exits sit there, which exits teach which.
+
+    Args:
+        role: "student" or "teacher".
+        model: The network; a line is added where it is none for such images.
+        loss: What a student learns from.
+        teacher: Whom it learns from.
+    """
     config, table = model.config, model.exit_table()
     kwargs = "".join(f", {key}={value}" for key, value in (config.backbone_kwargs or {}).items())
     costs = ", ".join(f"{row.exit} {mmacs(row.cumulative_macs)}" for row in table)
     text = f"{role}: {config.architecture}{kwargs}; MMACs up to each exit: {costs}"
+    if model.exits_reason is not None:
+        text += f"\nexits of the {role}: {model.exits_reason}"
+    if loss is not None and teacher is not None:
+        pairs = loss.teacher_exit_map(len(model.exit_names), len(teacher.exit_names))
+        text += f"\nexit of the {role} <- exit of the teacher: {describe_exit_map(model, teacher, pairs)}"
     height, width = (config.input_size or (3, 32, 32))[1:]
     if str(config.architecture).endswith("_cifar") and height * width > SMALL_IMAGE_PIXELS:
         text += (

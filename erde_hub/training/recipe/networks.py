@@ -39,6 +39,7 @@ def pretrained_preprocessing(architecture: str) -> dict[str, Any]:
         "size": list(cfg.input_size[1:]),
         "interpolation": cfg.interpolation,
         "crop_pct": cfg.crop_pct,
+        "crop_mode": cfg.crop_mode,
     }
 
 
@@ -110,7 +111,12 @@ def build_model(
         id2label=data.class_names,
     )
     model.set_preprocessing(
-        mean=data.mean, std=data.std, size=data.input_size[1:], interpolation=data.interpolation, crop_pct=data.crop_pct
+        mean=data.mean,
+        std=data.std,
+        size=data.input_size[1:],
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        crop_mode=data.preprocessing.crop_mode,
     )
     return model
 

@@ -76,7 +76,7 @@ def report(
             teacher_records=teacher_records,
             teacher_exits=result.teacher_exits,
             loss={"name": loss[0], **loss[1].settings(), **loss[1].added()},
-            training=_training_facts(result, args, run.accelerator),
+            training=_training_facts(result, args, run.accelerator) | {"run_seconds": run.seconds},
         )
         results["threshold_choice"] = choice
         if static is not None:

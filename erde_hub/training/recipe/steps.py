@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from erde_hub.errors import DataError, ResultsError
 from erde_hub.evaluation import ExitRecords, collect_exit_records, load_results
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.preprocessing import check_preprocessing
 from erde_hub.training._checks import check_data, check_models
 from erde_hub.training._launch import run_on_main
 from erde_hub.training.arguments import DistillationArguments
@@ -24,7 +26,9 @@ from erde_hub.training.data import BatchLoader, ImageData, load_image_data
 from erde_hub.training.data_splits import StoredSplit
 from erde_hub.training.distiller import Distiller, TrainResult
 from erde_hub.training.recipe_arguments import DataArguments
-from erde_hub.training.run_folder import find_checkpoint
+from erde_hub.training.run_folder import find_checkpoint, has_begun, warn_from_start
+
+from .resuming import check_finished
 
 SPLIT_FILE = "split.json"
 
@@ -57,17 +61,26 @@ class Run:
         data: All three splits.
         args: Training arguments; ``output_dir`` is the folder of the run.
         settings: Everything the recipe was told, for ``results.json``.
+        started: When it began, on the clock of :func:`time.perf_counter`.
+        earlier: Seconds that earlier processes spent on what this one continues or takes over.
     """
 
     accelerator: Accelerator
     data: ImageData
     args: DistillationArguments
     settings: dict[str, Any]
+    started: float = field(default_factory=time.perf_counter)
+    earlier: float = 0.0
 
     @property
     def folder(self) -> Path:
         """The folder of the run."""
         return Path(str(self.args.output_dir))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of everything so far: data, trainings, measurements, those of earlier processes included."""
+        return self.earlier + time.perf_counter() - self.started
 
 
 def load_data(
@@ -80,8 +93,9 @@ def load_data(
 
     Args:
         args: What the user asked for.
-        preprocessing: ``mean, std, size, interpolation, crop_pct`` of weights that exist already (a teacher's, timm's);
-            the data are then brought into that form. ``--image_size`` wins over its size.
+        preprocessing: Of weights that exist already (a teacher's, timm's), as
+            :func:`~erde_hub.preprocessing.check_preprocessing` describes it; the data are then brought into that form.
+            ``--image_size`` wins over its size.
         split_file: Held-out rows of an earlier run.
         progress: Show progress bars.
 
@@ -90,8 +104,8 @@ def load_data(
     """
     wishes: dict[str, Any] = {}
     if preprocessing:
-        wishes = {key: preprocessing[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-        wishes["input_size"] = (3, *preprocessing["size"])
+        wishes = check_preprocessing(dict(preprocessing))
+        wishes["input_size"] = (3, *wishes.pop("size"))
     if args.image_size is not None:
         wishes["input_size"] = args.image_size
     return load_image_data(
@@ -104,6 +118,7 @@ def load_data(
         max_train_samples=args.max_train_samples,
         max_eval_samples=args.max_eval_samples,
         split_file=split_file,
+        check_images=args.check_images,
         progress=progress,
         **wishes,
     )
@@ -170,6 +185,24 @@ def finished(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def finished_before(run: Run, folder: Path, role: str = "student") -> dict[str, Any] | None:
+    """Returns the results of a network that a resumed run finished before; None where there is something left to do.
+
+    Raises:
+        ConfigError: It was made with other settings or data than the run has now.
+    """
+    if not run.args.resume:
+        return None
+
+    def look() -> dict[str, Any] | None:
+        results = finished(folder)
+        if results is not None:
+            check_finished(results, run.settings, run.data, role)
+        return results
+
+    return run_on_main(run.accelerator, look)
+
+
 def check_measurable(model: EarlyExitWrapper, data: ImageData) -> None:
     """Raises :class:`ConfigError` or :class:`LabelError` where a model and data do not go together."""
     check_models(model, None, data)
@@ -216,12 +249,21 @@ def train_network(
     Raises:
         Interrupted: A signal came; what was trained is saved.
     """
-    args = args or run.args
-    checkpoint = run_on_main(run.accelerator, lambda: find_checkpoint(folder)) if args.resume else None
+    args, started = args or run.args, time.perf_counter()
+
+    def find() -> Path | None:
+        found = find_checkpoint(folder)
+        if found is None and has_begun(folder):
+            warn_from_start(folder)
+        return found
+
+    checkpoint = run_on_main(run.accelerator, find) if args.resume else None
     own = dataclasses.replace(
         args, output_dir=str(folder), resume=checkpoint is not None, overwrite_output_dir=checkpoint is None
     )
     result = Distiller(model, run.data, own, loss, teacher=teacher, accelerator=run.accelerator).train()
+    if checkpoint is not None:
+        run.earlier += max(0.0, result.seconds - (time.perf_counter() - started))
     if result.status == "interrupted":
         raise Interrupted(
             f"the training of the {role} is not finished ({result.step} of {result.total_steps} steps): continue with"
@@ -231,8 +273,20 @@ def train_network(
     return result
 
 
-def collect(run: Run, model: EarlyExitWrapper, split: str, batch_size: int = 256) -> ExitRecords:
-    """Runs every exit over a split, shared among the processes, in float32."""
+def collect(
+    run: Run, model: EarlyExitWrapper, split: str, batch_size: int = 256, features: bool | None = None
+) -> ExitRecords:
+    """Runs every exit over a split, shared among the processes, in float32.
+
+    Args:
+        run: Data and processes.
+        model: Whose exits.
+        split: ``train``, ``validation`` or ``test``.
+        batch_size: Images per forward pass and process.
+        features: Also record what the last layers read; None where the model's calibrator needs it.
+    """
+    if features is None:
+        features = model.calibrator is not None and model.calibrator.uses_features
     loader = BatchLoader(
         getattr(run.data, split),
         batch_size,
@@ -243,4 +297,4 @@ def collect(run: Run, model: EarlyExitWrapper, split: str, batch_size: int = 256
     )
     info = {"dataset": run.data.name, "fingerprint": run.data.fingerprint, "split": split}
     model.to(run.accelerator.device)
-    return collect_exit_records(model, loader, progress=False, accelerator=run.accelerator, info=info)
+    return collect_exit_records(model, loader, features, progress=False, accelerator=run.accelerator, info=info)

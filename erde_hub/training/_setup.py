@@ -1,0 +1,84 @@
+"""What is put in place before the first step: models on their device, the optimizer, how many steps there are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from erde_hub.errors import ConfigError
+
+from .arguments import DistillationArguments
+
+
+def place_models(
+    student: nn.Module, teacher: nn.Module | None, loss: nn.Module, args: DistillationArguments, device: torch.device
+) -> None:
+    """Moves the models to their device and puts them into the state that the arguments ask for.
+
+    Raises:
+        ConfigError: The student has no such state: no backbone to freeze, no recomputation.
+    """
+    for model in filter(None, (student, teacher)):
+        model.to(device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+    loss.to(device)
+    if teacher is not None:
+        teacher.eval()
+    if args.freeze_backbone:
+        freeze = getattr(student, "freeze_backbone", None)
+        if freeze is None:
+            raise ConfigError(f"{type(student).__name__} has no freeze_backbone(): use an EarlyExitWrapper")
+        freeze()
+    if args.gradient_checkpointing:
+        # transformers renames the method; releases that are supported have either
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        name = next((name for name in names if hasattr(student, name)), None)
+        if name is None or not getattr(student, "supports_gradient_checkpointing", True):
+            raise ConfigError(f"{type(student).__name__} does not support gradient_checkpointing: leave it out")
+        getattr(student, name)()
+
+
+def create_optimizer(student: nn.Module, own: list[nn.Parameter], args: DistillationArguments) -> torch.optim.Optimizer:
+    """Builds timm's optimizer for the student, and a group for the parameters of the loss.
+
+    Raises:
+        ConfigError: It cannot be built here; the message has the reason.
+    """
+    try:
+        optimizer = create_optimizer_v2(
+            student, args.optimizer, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum
+        )
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # a package that is missing
+        raise ConfigError(f"optimizer {args.optimizer!r} cannot be built here: {error}") from error
+    if own:
+        optimizer.add_param_group({"params": own, "lr": args.lr, "weight_decay": args.weight_decay})
+    return optimizer
+
+
+def count_steps(batches: int | None, dataset: str, args: DistillationArguments) -> tuple[int, int, int]:
+    """Returns steps per epoch, steps in all, and epochs; a remainder that does not fill a step is left out.
+
+    Args:
+        batches: Of an epoch; None where a stream does not know.
+        dataset: Its name, for messages.
+        args: How many batches a step and how many epochs a run has.
+
+    Raises:
+        ConfigError: An epoch has no full step, or its length and ``max_steps`` are both unknown.
+    """
+    if batches is None:
+        if not args.max_steps:
+            raise ConfigError(f"the length of {dataset!r} is unknown, as it is streamed: set max_steps")
+        return args.max_steps, args.max_steps, args.epochs
+    per_epoch = batches // args.gradient_accumulation_steps
+    if not per_epoch:
+        raise ConfigError(
+            f"an epoch has {batches} batches, fewer than gradient_accumulation_steps ="
+            f" {args.gradient_accumulation_steps}: lower it or batch_size ({args.batch_size})"
+        )
+    total = min(per_epoch * args.epochs, args.max_steps or math.inf)
+    return per_epoch, int(total), math.ceil(total / per_epoch)
