@@ -2,6 +2,7 @@
 
     python recipes/calibrate.py --model runs/digits-1 --max_accuracy_drop 0.01
     python recipes/calibrate.py --model runs/digits-1 --max_mean_macs 2e6 --per_exit
+    python recipes/calibrate.py --model runs/digits-1 --max_accuracy_drop 0.03 --calibrator temperature --policy eefp
 
 A bound on what may be lost is promised with --confidence, or nobody leaves early and the report says what is
 missing. The images are those that the run of the model held out for validation. config.json gets the threshold
@@ -14,14 +15,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from _early import refuse_unknown_flags
+
+if __name__ == "__main__":
+    refuse_unknown_flags(__file__)
+
+import torch
 from _cli import clean_errors, parse_arguments
 
 from erde_hub._files import write_text
-from erde_hub.calibration import ThresholdChoice, choose_threshold
+from erde_hub.calibration import ThresholdChoice, choose_threshold, get_calibrator, list_calibrators
 from erde_hub.calibration._checks import read_method, read_target
 from erde_hub.errors import ConfigError
-from erde_hub.evaluation import load_results, sweep_thresholds
+from erde_hub.evaluation import ExitRecords, build_results, calibrate_records, load_results
 from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
 from erde_hub.training import DistillationArguments, create_accelerator, recipe, run_on_main
 from erde_hub.training.recipe_arguments import DataArguments
 
@@ -61,6 +69,20 @@ class CalibrationArguments:
         },
     )
     per_exit: bool = field(default=False, metadata={"help": "one threshold per exit in place of a shared one"})
+    calibrator: str = field(
+        default="keep",
+        metadata={"help": f"fit one first: {', '.join(list_calibrators())}; keep: the stored one; none: take it off"},
+    )
+    policy: str = field(
+        default="keep",
+        metadata={"help": f"policy to store, fitted first if it is learned: {', '.join(list_policies())}"},
+    )
+    fit_share: float = field(
+        default=0.4,
+        metadata={
+            "help": "share of the images that calibrator and learned policy are fitted on; the threshold gets the rest"
+        },
+    )
     split: Literal["validation", "test"] = field(
         default="validation", metadata={"help": "images to choose on; numbers of the same images prove nothing"}
     )
@@ -85,6 +107,12 @@ def main() -> None:
         )
     model = recipe.load_model(wanted.model)
     options = target_options(wanted)
+    if wanted.calibrator not in ("keep", "none"):
+        get_calibrator(wanted.calibrator)
+    if wanted.policy != "keep":
+        get_policy(wanted.policy)
+    if not 0 < wanted.fit_share < 1:
+        raise ConfigError(f"--fit_share must be between 0 and 1, got {wanted.fit_share}")
     target, _ = read_target({key[4:]: value for key, value in options.items() if key.startswith("max_")})
     read_method(options["method"], options.get("confidence"), target)
     data = recipe.load_data_of(
@@ -93,7 +121,9 @@ def main() -> None:
     recipe.check_measurable(model, data)
     accelerator.print(recipe.describe_data(data))
     run = recipe.Run(accelerator, data, args, asdict(wanted) | asdict(data_args))
-    records = recipe.collect(run, model, wanted.split, args.batch_size)
+    laplace = wanted.calibrator in list_calibrators() and get_calibrator(wanted.calibrator).cls.uses_features
+    records = recipe.collect(run, model, wanted.split, args.batch_size, features=laplace or None)
+    records = fit_parts(wanted, model, records)
     choice = choose_threshold(records, model.policy, **options)
     accelerator.print(f"\n{choice}\n")
     if wanted.dry_run:
@@ -103,6 +133,29 @@ def main() -> None:
     test = recipe.collect(run, model, "test", args.batch_size) if (folder / "results.json").is_file() else None
     run_on_main(accelerator, lambda: write(folder, model, choice, test))
     accelerator.print(f"written into {folder}")
+
+
+def fit_parts(wanted: CalibrationArguments, model: EarlyExitWrapper, records: ExitRecords) -> ExitRecords:
+    """Fits calibrator and policy as wanted, and returns the records that are left for the threshold, calibrated."""
+    fits_calibrator = wanted.calibrator not in ("keep", "none")
+    learned = wanted.policy != "keep" and issubclass(get_policy(wanted.policy).cls, LearnedPolicy)
+    rest = records
+    if fits_calibrator or learned:
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
+        cut = int(wanted.fit_share * len(records))
+        fitting, rest = records.select(order[:cut]), records.select(order[cut:])
+    if wanted.calibrator == "none":
+        model.set_calibrator(None)
+    elif fits_calibrator:
+        model.set_calibrator(get_calibrator(wanted.calibrator).cls.fit(fitting))
+    if model.calibrator is not None:
+        rest = calibrate_records(rest, model.calibrator)
+        fitting = calibrate_records(fitting, model.calibrator) if learned else records
+    if learned:
+        model.set_policy(get_policy(wanted.policy).cls.fit(fitting))  # type: ignore[attr-defined]
+    elif wanted.policy != "keep":
+        model.set_policy(create_policy(wanted.policy))
+    return rest
 
 
 def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
@@ -127,13 +180,19 @@ def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
 
 
 def write(folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: Any) -> None:
-    """Rewrites the config and, where the run left a report, what the report says of the stored threshold."""
-    write_text(folder / "config.json", model.config.to_json_string())
+    """Rewrites the checkpoint and, where the run left a report, the report; weights only where parts were fitted."""
+    if model.calibrator is not None or list(model.policy.buffers()):
+        model.save_pretrained(folder)
+    else:
+        write_text(folder / "config.json", model.config.to_json_string())
     if test is None:
         return
     results = load_results(folder / "results.json")
-    results["student"]["threshold"] = choice.threshold
-    results["operating_point"] = sweep_thresholds(test, [choice.threshold], model.policy)[0]
+    measured = build_results(test, model, results["dataset"], results["args"])
+    for key in ("per_exit", "sweep", "fine_sweep", "operating_point"):
+        results[key] = measured[key]
+    for key in ("threshold", "policy", "policy_kwargs", "calibrator"):
+        results["student"][key] = measured["student"][key]
     results["threshold_choice"] = {"rule": choice.rule, **choice.to_dict()}
     recipe.write_report(results, folder, card=(folder / "README.md").is_file())
 

@@ -2,8 +2,10 @@
 
     python recipes/evaluate.py --model runs/digits-1
     python recipes/evaluate.py --model org/name --dataset uoft-cs/cifar10 --output_dir runs/check
+    python recipes/evaluate.py --model runs/digits-1 --compare old.safetensors new.safetensors
 
-Leaves results.json, sweep.csv and frontier.png, and changes nothing in the checkpoint. Where the model was
+Leaves results.json, sweep.csv and pictures, and changes nothing in the checkpoint. --compare reads two files of
+--save_records instead and tells whether the stored threshold still holds on the second. Where the model was
 trained on the same data, the images that its run held out are used.
 """
 
@@ -21,7 +23,16 @@ if __name__ == "__main__":
 from _cli import clean_errors, parse_arguments
 
 from erde_hub.errors import ConfigError
-from erde_hub.evaluation import build_results
+from erde_hub.evaluation import (
+    Drift,
+    ExitRecords,
+    build_results,
+    calibrate_records,
+    check_records_of,
+    compare_records,
+)
+from erde_hub.evaluation.diagnostics import plot_reliability, plot_scores, plot_shares
+from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import get_policy
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
 from erde_hub.training.recipe_arguments import DataArguments
@@ -42,6 +53,13 @@ class EvaluationArguments:
     cpu_threads: int = field(default=0, metadata={"help": "CPU threads per process, 0: cores / processes"})
     save_records: bool = field(
         default=False, metadata={"help": "also write records.safetensors: the logits of every exit for every image"}
+    )
+    compare: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "two files of records, before and now: tell whether the stored threshold still holds; no images are"
+            " read"
+        },
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder of the report; default: runs/evaluate-<model>-<n>, the next free n"}
@@ -77,6 +95,9 @@ def main() -> None:
     if evaluation.policy is not None:
         overrides = {"policy": evaluation.policy, "threshold": get_policy(evaluation.policy).cls.default_threshold}
     model = recipe.load_model(evaluation.model, **overrides)
+    if evaluation.compare is not None:
+        accelerator.print(compare(evaluation.compare, model))
+        return
     data = recipe.load_data_of(
         evaluation.model, data_args, model.config.preprocessing, evaluation.split, accelerator.is_main_process
     )
@@ -95,12 +116,36 @@ def main() -> None:
     def write() -> dict[str, Any]:
         results = build_results(records, model, data, settings, thresholds=evaluation.thresholds)
         recipe.write_report(results, folder, card=False)
+        draw_diagnostics(records, model, folder)
         if evaluation.save_records:
             records.save(folder / "records.safetensors")
         return results
 
     results = run_on_main(accelerator, write)
     accelerator.print(f"\n{recipe.format_results(results)}\n\nresults.json, sweep.csv, frontier.png: {folder}")
+
+
+def draw_diagnostics(records: ExitRecords, model: EarlyExitWrapper, folder: Path) -> None:
+    """Draws reliability, scores and shares beside the report."""
+    shown = records if model.calibrator is None else calibrate_records(records, model.calibrator)
+    plot_reliability(shown, folder / "reliability.png")
+    if shown.num_exits > 1 and model.policy.uses_threshold:
+        plot_scores(shown, model.policy, model.threshold, folder / "scores.png")
+        plot_shares(shown, model.policy, folder / "shares.png")
+
+
+def compare(paths: list[str], model: EarlyExitWrapper) -> Drift:
+    """Reads two files of records and compares what the model's threshold does on them."""
+    if len(paths) != 2:
+        raise ConfigError(f"--compare takes two files of records, before and now, got {len(paths)}")
+    before, now = (ExitRecords.load(path) for path in paths)
+    if model.calibrator is not None:
+        before, now = (calibrate_records(records, model.calibrator) for records in (before, now))
+    check_records_of(before, model)
+    profile = model.config.threshold_profile or {}
+    promised = profile.get("target") == "accuracy_drop" and profile.get("confidence") is not None
+    options = {"bound": profile["bound"], "confidence": profile["confidence"]} if promised else {}
+    return compare_records(before, now, model.policy, model.threshold, **options)
 
 
 def refuse_checkpoint_folder(output_dir: str | None) -> None:

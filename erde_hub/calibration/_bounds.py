@@ -156,7 +156,7 @@ def smallest_bound(p_value: Callable[[float], float], level: float, low: float) 
     left, right = low, 1 - 1e-9
     if p_value(right) > level:
         return 1.0
-    for _ in range(40):
+    for _ in range(26):
         middle = (left + right) / 2
         left, right = (left, middle) if p_value(middle) <= level else (middle, right)
     return right

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from .calibrated import calibrate_records
+from .curve import CurveArea, area_difference, curve_area
+from .drift import Drift, check_records_of, compare_records
+from .groups import group_accuracies, group_metrics
 from .metrics import calibration_error, exit_metrics
 from .plots import plot_frontier
+from .ranking import aurc, auroc, eefp
 from .records import ExitRecords, collect_exit_records, model_fingerprint
 from .report import (
     build_results,
@@ -26,16 +31,28 @@ from .sweep import (
 )
 
 __all__ = [
+    "CurveArea",
+    "Drift",
     "ExitRecords",
     "accuracy_at_cost",
+    "area_difference",
+    "aurc",
+    "auroc",
     "build_results",
+    "calibrate_records",
     "calibration_error",
+    "check_records_of",
     "collect_exit_records",
+    "compare_records",
+    "curve_area",
     "describe_data",
     "describe_model",
+    "eefp",
     "exit_metrics",
     "exit_scores",
     "fine_thresholds",
+    "group_accuracies",
+    "group_metrics",
     "load_results",
     "model_fingerprint",
     "pareto_front",

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from erde_hub.errors import ConfigError, InputTypeError, LabelError, RecordsError, ShapeError
 
+from .ranking import aurc
+
 #: Number of equal, right-closed bins of the calibration error.
 ECE_BINS = 15
 
@@ -68,13 +70,14 @@ class SampleMetrics:
         return cls(**joined)
 
     def summary(self, bins: int = ECE_BINS) -> dict[str, float]:
-        """Means over the samples (N,): accuracy, top5 (above five classes), nll, brier, ece; all fractions or nats."""
+        """Summarises samples (N,): accuracy, top5 (above five classes), nll, brier, ece, aurc; fractions or nats."""
         values = {"accuracy": self.correct.double().mean().item()}
         if self.top5 is not None:
             values["top5"] = self.top5.double().mean().item()
         values["nll"] = self.nll.mean().item()
         values["brier"] = self.brier.mean().item()
         values["ece"] = calibration_error(self.confidence, self.correct, bins)
+        values["aurc"] = aurc(self.confidence, self.correct)
         return values
 
 
@@ -98,7 +101,7 @@ def sample_metrics(logits: Tensor, labels: Tensor) -> SampleMetrics:
 
 
 def exit_metrics(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> dict[str, float]:
-    """Returns accuracy, top5 (where there are more than five classes), nll, brier and ece of one exit.
+    """Returns accuracy, top5 (where there are more than five classes), nll, brier, ece and aurc of one exit.
 
     Args:
         logits: Logits or log-probabilities.

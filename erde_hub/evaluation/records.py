@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from erde_hub._files import replacing
 from erde_hub.errors import ConfigError, DataError, InputTypeError, RecordsError, ShapeError
+from erde_hub.fitted import last_linears
 
 from .metrics import check_labels
 
@@ -285,7 +286,7 @@ def collect_exit_records(
     main = accelerator is None or accelerator.is_local_main_process
     cast = torch.autocast(device.type, autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
     parts = _Parts()
-    taps = _feature_taps(core) if features else {}
+    taps = last_linears(core) if features else {}
     # Not inference_mode: what a backbone caches in eval mode, or a data set on first use, would be refused by autograd.
     with _evaluating(core), torch.no_grad(), cast, _recording(taps) as seen:
         for batch in tqdm(dataloader, desc="collecting exits", unit="batch", disable=not (progress and main)):
@@ -475,19 +476,6 @@ def _class_names(model: nn.Module, num_classes: int) -> list[str]:
     if not id2label:
         return [str(k) for k in range(num_classes)]
     return [str(id2label[k]) for k in sorted(id2label)]
-
-
-def _feature_taps(model: Any) -> dict[str, nn.Linear]:
-    """Finds the last linear layer of each exit, by exit name."""
-    taps: dict[str, nn.Linear] = {}
-    classifier = getattr(model.backbone, "get_classifier", lambda: None)()  # timm; elsewhere the last one is meant
-    last = classifier if isinstance(classifier, nn.Linear) else model.backbone
-    for name, module in zip(model.exit_names, (*model.heads, last), strict=True):
-        linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
-        if not linear:
-            raise ConfigError(f"features=True, but exit {name!r} ends in no linear layer")
-        taps[name] = linear[-1]
-    return taps
 
 
 @contextlib.contextmanager

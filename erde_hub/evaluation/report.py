@@ -26,6 +26,7 @@ from erde_hub import __version__
 from erde_hub._files import write_text
 from erde_hub.errors import ResultsError, nearest
 
+from .calibrated import calibrate_records
 from .metrics import ECE_BINS
 from .records import ExitRecords
 from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds
@@ -84,6 +85,9 @@ def build_results(
         ResultsError: A part is missing or holds what JSON cannot.
         ThresholdError: A threshold is out of the policy's range.
     """
+    calibrator = getattr(student, "calibrator", None)
+    if calibrator is not None and not isinstance(calibrator, str) and "calibrator" not in records.info:
+        records = calibrate_records(records, calibrator)  # what the model answers with, and routes by
     policy = getattr(student, "policy", None)
     described = _describe(student, records)
     if policy is None or isinstance(policy, str):
@@ -97,7 +101,7 @@ def build_results(
         student_part["teacher_exits"] = list(teacher_exits)
     teacher_part = None if teacher is None else _describe(teacher, teacher_records)
     dataset = describe_data(data)
-    arguments = _arguments(args)
+    arguments = published_arguments(args)
     if "dataset" in arguments:
         arguments["dataset"] = dataset["name"]
     results: dict[str, Any] = {
@@ -146,6 +150,7 @@ def describe_model(model: Any, records: ExitRecords | None = None) -> dict[str, 
         "policy": config.policy,
         "policy_kwargs": dict(config.policy_kwargs or {}),
         "threshold": config.threshold,
+        "calibrator": config.calibrator,
         "input_size": list(config.input_size or []),
         "macs": list(table.cumulative_macs)[-1],
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -275,7 +280,15 @@ def _matched_cost(
     ]
 
 
-def _arguments(args: Any) -> dict[str, Any]:
+def published_arguments(args: Any) -> dict[str, Any]:
+    """Returns a run's arguments as ``results.json`` holds them: plain values, no secrets, the last part of a path.
+
+    Args:
+        args: A mapping, a dataclass, a ``DistillationArguments`` or an ``argparse.Namespace``.
+
+    Raises:
+        ResultsError: Something else, or a value that JSON cannot hold.
+    """
     if hasattr(args, "public_dict"):
         args = args.public_dict()
     if isinstance(args, argparse.Namespace):
@@ -284,7 +297,7 @@ def _arguments(args: Any) -> dict[str, Any]:
         args = {f.name: getattr(args, f.name) for f in dataclasses.fields(args)}
     if not isinstance(args, Mapping):
         raise ResultsError(f"args must be a mapping, a dataclass or a Namespace, got {type(args).__name__}")
-    return {str(key): value for key, value in args.items() if not _SECRET.search(str(key))}
+    return _portable({str(key): value for key, value in args.items() if not _SECRET.search(str(key))}, "args")
 
 
 def _versions() -> dict[str, str]:

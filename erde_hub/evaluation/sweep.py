@@ -27,6 +27,7 @@ from erde_hub.policies.base import plain_threshold
 from erde_hub.policies.offline import exit_indices, score_exits
 
 from .metrics import ECE_BINS, SampleMetrics, sample_metrics
+from .ranking import eefp
 from .records import ExitRecords
 
 
@@ -80,7 +81,8 @@ def sweep_thresholds(
     Returns:
         One row per threshold, in the order given: ``threshold`` (infinity is the string ``"inf"``, which JSON can hold
         and ``float`` reads), ``accuracy``, ``mean_macs`` (per sample; heads on the way count, also where nobody can
-        leave), ``exit_share`` (fractions, shallow to deep), ``top5`` (above five classes), ``nll``, ``brier``, ``ece``.
+        leave), ``exit_share`` (fractions, shallow to deep), ``top5`` (above five classes), ``nll``, ``brier``, ``ece``,
+        ``aurc``.
 
     Raises:
         ThresholdError: NaN, outside the policy's range, or of the wrong length.
@@ -119,11 +121,18 @@ def sweep_thresholds(
 
 
 def per_exit_metrics(records: ExitRecords, bins: int = ECE_BINS) -> list[dict[str, Any]]:
-    """Evaluates each exit as if every sample left there: rows with exit, accuracy, macs, top5, nll, brier, ece."""
+    """Evaluates each exit as if every sample left there: rows with exit, accuracy, macs and metrics.
+
+    These are top5 (above five classes), nll, brier, ece, aurc and, for early exits, eefp, which is None where all
+    samples should leave, or none; see :func:`~erde_hub.evaluation.ranking.eefp`.
+    """
+    samples = SampleMetrics.stack([sample_metrics(logits, records.labels) for logits in records.logits])
+    failures = [*eefp(samples.confidence, samples.correct), None]
     rows = []
-    for name, logits, macs in zip(records.exit_names, records.logits, records.cumulative_macs, strict=True):
-        metrics = sample_metrics(logits, records.labels).summary(bins)
-        rows.append({"exit": name, "accuracy": metrics.pop("accuracy"), "macs": macs, **metrics})
+    for e, (name, macs) in enumerate(zip(records.exit_names, records.cumulative_macs, strict=True)):
+        metrics = samples.at(torch.full((records.num_samples,), e)).summary(bins)
+        row = {"exit": name, "accuracy": metrics.pop("accuracy"), "macs": macs, **metrics}
+        rows.append(row | ({"eefp": failures[e]} if e < records.num_exits - 1 else {}))
     return rows
 
 

@@ -6,20 +6,27 @@ from typing import Any
 
 from erde_hub._registry import Entry, Registry
 
-from .base import ExitPolicy, plain_threshold
+from .base import ExitPolicy, LearnedPolicy, plain_threshold
 from .confidence import ConfidencePolicy, MarginPolicy
 from .constant import AlwaysPolicy, NeverPolicy
+from .eefp import EEFPPolicy
+from .eenet import EENetPolicy
 from .entropy import EntropyPolicy
 from .patience import PatiencePolicy
+from .set_size import SetSizePolicy
 
 __all__ = [
     "AlwaysPolicy",
     "ConfidencePolicy",
+    "EEFPPolicy",
+    "EENetPolicy",
     "EntropyPolicy",
     "ExitPolicy",
+    "LearnedPolicy",
     "MarginPolicy",
     "NeverPolicy",
     "PatiencePolicy",
+    "SetSizePolicy",
     "create_policy",
     "get_policy",
     "list_policies",
@@ -35,6 +42,11 @@ register_policy("entropy", EntropyPolicy, "softmax entropy below the threshold (
 register_policy("confidence", ConfidencePolicy, "largest probability at or above the threshold", "arXiv 1703.09844")
 register_policy("margin", MarginPolicy, "best minus second probability at or above the threshold")
 register_policy("patience", PatiencePolicy, "k consecutive exits agree with the one before", "arXiv 2006.04152")
+register_policy("eefp", EEFPPolicy, "fitted gate: right here, or wrong for ever", "arXiv 2508.21495")
+register_policy("eenet", EENetPolicy, "fitted scores under a budget", "arXiv 2301.07099")
+register_policy(
+    "set_size", SetSizePolicy, "fewer classes than the threshold in the conformal sets so far", "arXiv 2006.02544"
+)
 register_policy("never", NeverPolicy, "runs to the last exit")
 register_policy("always", AlwaysPolicy, "leaves at the first exit")
 

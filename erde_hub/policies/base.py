@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from erde_hub.errors import ShapeError, ThresholdError
+from erde_hub._registry import check_init, refuse_unknown
+from erde_hub.errors import ConfigError, ShapeError, ThresholdError
 
 #: Steps of a policy's grid of thresholds.
 GRID = 100
@@ -40,8 +41,18 @@ class ExitPolicy(nn.Module):
     #: A finite threshold at which nobody leaves.
     never_threshold: ClassVar[float] = 1e8
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets a subclass name the nearest argument where it is built with one that it does not take."""
+        super().__init_subclass__(**kwargs)
+        check_init(cls)
+
+    @refuse_unknown
     def __init__(self) -> None:
         super().__init__()
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, for the config of a checkpoint."""
+        return {}
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Scores the deepest exit given.
@@ -107,6 +118,33 @@ class ExitPolicy(nn.Module):
                 " early exit (the last exit, the backbone's own classifier, has none)"
             )
         return values
+
+
+class LearnedPolicy(ExitPolicy):
+    """A policy with parameters of its own, fitted on held-out records; its scores may be any real numbers."""
+
+    threshold_range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+
+    def never_leaves(self, threshold: float) -> bool:
+        """Nobody reaches 1e8."""
+        return threshold >= self.never_threshold
+
+    @classmethod
+    def check_fitted(cls, num_exits: Any) -> int:
+        """Returns the number of exits.
+
+        Raises:
+            ConfigError: None: the policy was named where a fitted one is needed.
+        """
+        if num_exits is None:
+            raise ConfigError(
+                f"{cls.__name__} is learned and has nothing to decide with yet: fit it on held-out records with"
+                f" {cls.__name__}.fit(records) and give it to the model with model.set_policy(...), or run"
+                " recipes/calibrate.py --policy"
+            )
+        if isinstance(num_exits, bool) or not isinstance(num_exits, int) or num_exits < 2:
+            raise ConfigError(f"num_exits must be an integer of at least 2, got {num_exits!r}")
+        return num_exits
 
 
 def plain_threshold(threshold: Any) -> float | list[float]:

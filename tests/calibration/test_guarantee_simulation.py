@@ -13,7 +13,7 @@ from erde_hub.policies import create_policy
 from erde_hub.policies.offline import exit_indices, score_exits
 
 BOUND, CONFIDENCE, DRAWS = 0.01, 0.9, 500
-EXACT_DRAWS = 150  # sums over all counts take a while
+EXACT_DRAWS = 100  # sums over all counts take a while
 COSTS = torch.tensor([0.3, 0.65, 1.0], dtype=torch.float64)
 
 

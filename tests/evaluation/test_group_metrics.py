@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from erde_hub.errors import InputTypeError, ShapeError
-from erde_hub.evaluation import ExitRecords
-from erde_hub.evaluation.groups import group_accuracies, group_metrics
+from erde_hub.evaluation import ExitRecords, group_accuracies, group_metrics
 
 
 def test_by_hand():

@@ -13,6 +13,7 @@ import torch
 from engine_fakes import leaves, score
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_fakes import PLAIN, make_policy
 
 from erde_hub.errors import ConfigError, ShapeError, ThresholdError, UnknownNameError
 from erde_hub.policies import (
@@ -37,7 +38,7 @@ def random_log_probs(exits=3, batch=6, classes=4, seed=0, spread=3.0):
 
 @pytest.mark.parametrize("name", list_policies())
 def test_a_mask_per_sample_without_side_effects(name):
-    policy, log_probs = create_policy(name), random_log_probs()
+    policy, log_probs = make_policy(name), random_log_probs()
     before = log_probs.clone()
     state = copy.deepcopy(policy.state_dict())
     threshold = policy.default_threshold
@@ -57,7 +58,7 @@ def test_a_mask_per_sample_without_side_effects(name):
 
 @pytest.mark.parametrize("name", list_policies())
 def test_history_is_read_only_where_declared(name):
-    policy = create_policy(name)
+    policy = make_policy(name, classes=2)
     differs = False
     for seed in range(20):
         log_probs = random_log_probs(seed=seed, classes=2)
@@ -72,7 +73,7 @@ def test_history_is_read_only_where_declared(name):
 @pytest.mark.parametrize("name", list_policies())
 @pytest.mark.parametrize("classes", [2, 3, 100])
 def test_any_number_of_classes_and_saturated_answers(name, classes):
-    policy = create_policy(name)
+    policy = make_policy(name, classes=classes)
     logits = torch.zeros(2, 3, classes)
     logits[:, 0, 0] = 1e4
     logits[:, 1, 1] = float("inf")  # a NaN row
@@ -86,7 +87,7 @@ def test_any_number_of_classes_and_saturated_answers(name, classes):
 
 @pytest.mark.parametrize("name", list_policies())
 def test_never_leaves_keeps_its_word(name):
-    policy = create_policy(name)
+    policy = make_policy(name, classes=5)
     low, high = policy.threshold_range
     seen = False
     for threshold in (low, 0.0, 0.5, 1.0, 1.0001, 1.5, 5.0, 1e8, high):
@@ -95,13 +96,13 @@ def test_never_leaves_keeps_its_word(name):
             logits = torch.zeros(4, 4, 5)
             logits[:, 0, 0] = 1e6
             assert not policy(logits.log_softmax(-1), threshold).any()
-            assert not policy(random_log_probs(), threshold).any()
+            assert not policy(random_log_probs(classes=5), threshold).any()
     assert seen or name == "always"
 
 
 @pytest.mark.parametrize("name", list_policies())
 def test_copies_and_low_precision(name):
-    policy, log_probs = create_policy(name), random_log_probs()
+    policy, log_probs = make_policy(name), random_log_probs()
     expected = policy(log_probs, policy.default_threshold)
     for again in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
         assert torch.equal(again(log_probs, policy.default_threshold), expected)
@@ -110,12 +111,15 @@ def test_copies_and_low_precision(name):
 
 @pytest.mark.parametrize("name", list_policies())
 def test_thresholds_are_checked(name):
-    policy = create_policy(name)
+    policy = make_policy(name)
     low, high = policy.threshold_range
     assert policy.check_threshold(policy.default_threshold, 3) == [policy.default_threshold] * 3
     assert policy.check_threshold([low, high, 1.0], 3) == [low, high, 1.0]
     assert policy.check_threshold((1, 1), 2) == [1.0, 1.0]
-    for bad in (math.nan, low - 0.1, [low - 0.1, 1.0, 1.0], [1.0, math.nan, 1.0], -math.inf):
+    bad_ones = [math.nan, [1.0, math.nan, 1.0]]
+    if not math.isinf(low):
+        bad_ones += [low - 0.1, [low - 0.1, 1.0, 1.0], -math.inf]
+    for bad in bad_ones:
         with pytest.raises(ThresholdError, match=f"{type(policy).__name__}: give a number in") as caught:
             policy.check_threshold(bad, 3)
         assert isinstance(caught.value, ValueError)
@@ -140,14 +144,18 @@ def test_numbers_of_other_libraries_are_numbers():
 @pytest.mark.parametrize("name", list_policies())
 def test_shapes_are_checked(name):
     with pytest.raises(ShapeError, match=r"\(exits so far, N, K\), got shape \(6, 4\)"):
-        create_policy(name)(random_log_probs()[0], 0.5)
+        make_policy(name)(random_log_probs()[0], 0.5)
 
 
 def test_the_table():
-    assert list_policies() == ["entropy", "confidence", "margin", "patience", "never", "always"]
+    learned = ["eefp", "eenet", "set_size"]
+    assert list_policies() == ["entropy", "confidence", "margin", "patience", *learned, "never", "always"]
     with pytest.raises(UnknownNameError, match="unknown policy 'entropyy'; did you mean 'entropy'"):
         create_policy("entropyy")
     for name in list_policies():
+        if name not in PLAIN:
+            with pytest.raises(ConfigError, match=r"learned and has nothing to decide with yet: fit it"):
+                create_policy(name)
         with pytest.raises(ConfigError, match=f"policy '{name}' has no argument 'k'"):
             create_policy(name, k=3)
         assert get_policy(name).summary
@@ -228,6 +236,17 @@ def test_patience_does_not_agree_with_nan():
     assert create_policy("patience").score(log_probs).tolist() == [0.0]
     log_probs[2, 0, 1] = math.nan
     assert create_policy("patience").score(log_probs).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", [n for n in list_policies() if not get_policy(n).cls.uses_history])
+def test_an_exit_by_itself_is_scored_as_the_last_of_several(name):
+    log_probs = random_log_probs()
+    log_probs[-1, 0, 1] = -math.inf
+    policy = create_policy(name)
+    assert torch.equal(policy.score_last(log_probs[-1]), policy.score(log_probs))
+    first = policy.compare(policy.score(log_probs)[1].item(), 0.5)
+    assert isinstance(first, bool)
+    assert first == bool(policy.compare(policy.score(log_probs), 0.5)[1])
 
 
 def test_the_constant_ones():

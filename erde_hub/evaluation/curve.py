@@ -1,0 +1,157 @@
+"""One number for a whole curve of accuracy against cost, with the uncertainty of a finite test set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from erde_hub.errors import ConfigError, RecordsError
+from erde_hub.policies import ExitPolicy, create_policy
+from erde_hub.policies.offline import exit_indices
+
+from .records import ExitRecords
+from .sweep import exit_scores, fine_thresholds
+
+
+@dataclass(frozen=True)
+class CurveArea:
+    """Mean accuracy over a range of mean costs, read off the best points up to each cost.
+
+    Attributes:
+        area: Between 0 and 1: the accuracy at a cost that is drawn evenly from the range.
+        low: Lower end of the range, as a share of the full model's cost.
+        high: Upper end.
+        interval: Bootstrap interval over the samples, percentiles.
+        level: Probability of the interval.
+        resamples: Number of bootstrap samples.
+    """
+
+    area: float
+    low: float
+    high: float
+    interval: tuple[float, float]
+    level: float
+    resamples: int
+
+
+def curve_area(
+    records: ExitRecords,
+    policy: str | ExitPolicy = "entropy",
+    low: float | None = None,
+    high: float = 1.0,
+    *,
+    full_macs: float | None = None,
+    resamples: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> CurveArea:
+    """Area under the accuracy-MACs curve of all shared thresholds, divided by the width of the range.
+
+    Between neighbours on the curve it is linear, what drawing between their two thresholds at random would give; a
+    point that a cheaper one beats counts as that one.
+
+    Args:
+        records: Of test data; calibrated if the model is.
+        policy: A key of the policies table, or a policy.
+        low: Lower end of the range as a share of the full cost; None is the first exit's.
+        high: Upper end.
+        full_macs: What shares refer to; None is the last exit's cost. Give the same to methods that are compared.
+        resamples: Bootstrap samples, 0 for no interval (it is then the area twice).
+        level: Probability of the interval.
+        seed: Of the bootstrap.
+
+    Raises:
+        ConfigError: An empty range, or one that begins below the first exit's cost, where there is no accuracy.
+    """
+    hits, costs, reference = _curves(records, policy, full_macs)
+    low, high = _range(records, low, high, reference)
+    areas = _areas(hits, costs / reference, low, high, resamples, seed)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    bounds = areas[1:].quantile(ends) if resamples else areas[:1].expand(2)
+    return CurveArea(float(areas[0]), low, high, (float(bounds[0]), float(bounds[1])), level, resamples)
+
+
+def area_difference(
+    records: ExitRecords,
+    policy: str | ExitPolicy,
+    other_records: ExitRecords,
+    other_policy: str | ExitPolicy,
+    low: float | None = None,
+    high: float = 1.0,
+    *,
+    resamples: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> CurveArea:
+    """How much larger the first area is than the second, on the same samples, drawn together in each resample.
+
+    Shares of cost refer to the first records' last exit. See :func:`curve_area` for the arguments.
+
+    Raises:
+        RecordsError: The records are of different samples.
+    """
+    if not torch.equal(records.index, other_records.index) or not torch.equal(records.labels, other_records.labels):
+        raise RecordsError("the two records are of different samples: collect both on the same split, in one order")
+    hits, costs, reference = _curves(records, policy, None)
+    others, other_costs, _ = _curves(other_records, other_policy, reference)
+    low, high = _range(records, low, high, reference)
+    areas = _areas(hits, costs / reference, low, high, resamples, seed)
+    areas = areas - _areas(others, other_costs / reference, low, high, resamples, seed)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    bounds = areas[1:].quantile(ends) if resamples else areas[:1].expand(2)
+    return CurveArea(float(areas[0]), low, high, (float(bounds[0]), float(bounds[1])), level, resamples)
+
+
+def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | None) -> tuple[Tensor, Tensor, float]:
+    """Right answers (T, N) and costs (T, N) at every threshold, and the cost that shares refer to."""
+    policy = create_policy(policy) if isinstance(policy, str) else policy
+    scores, early = exit_scores(records, policy), records.num_exits - 1
+    right = (records.logits.argmax(-1) == records.labels).float()
+    macs = torch.tensor(records.cumulative_macs, dtype=torch.float32)
+    rows = [
+        exit_indices(scores, policy, policy.check_threshold(threshold, early))
+        for threshold in [*fine_thresholds(records, policy), policy.never_threshold]
+    ]
+    index = torch.stack(rows)
+    hits = torch.stack([right.gather(0, row[None])[0] for row in index])
+    return hits, macs[index], float(records.cumulative_macs[-1] if full_macs is None else full_macs)
+
+
+def _range(records: ExitRecords, low: float | None, high: float, reference: float) -> tuple[float, float]:
+    cheapest = records.cumulative_macs[0] / reference
+    low = cheapest if low is None else float(low)
+    if not cheapest - 1e-9 <= low < high:
+        raise ConfigError(
+            f"the cost range {low:g} to {high:g} must rise and begin at the first exit's share of the cost,"
+            f" {cheapest:.4g}, or above"
+        )
+    return low, float(high)
+
+
+def _areas(hits: Tensor, costs: Tensor, low: float, high: float, resamples: int, seed: int) -> Tensor:
+    """Areas of the sample itself and of its resamples, (1 + B,) float64."""
+    samples = hits.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for b in range(resamples + 1):
+        if b == 0:
+            weights = torch.ones(samples)
+        else:
+            drawn = torch.randint(samples, (samples,), generator=generator)
+            weights = torch.bincount(drawn, minlength=samples).float()
+        accuracy, cost = (hits @ weights).double() / samples, (costs @ weights).double() / samples
+        found.append(_area(cost, accuracy, low, high))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _area(cost: Tensor, accuracy: Tensor, low: float, high: float) -> float:
+    order = cost.argsort()
+    x, y = cost[order], accuracy[order].cummax(0).values
+    grid = torch.linspace(low, high, 513, dtype=torch.float64)
+    right = torch.searchsorted(x, grid).clamp(1, len(x) - 1)
+    left = right - 1
+    width = (x[right] - x[left]).clamp_min(1e-12)
+    share = ((grid - x[left]) / width).clamp(0, 1)
+    return float(torch.trapezoid(y[left] + share * (y[right] - y[left]), grid) / (high - low))

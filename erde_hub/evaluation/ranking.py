@@ -1,0 +1,81 @@
+"""How well a score orders samples: risk against coverage, and whether it knows when going on is worth it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erde_hub.errors import ShapeError
+from erde_hub.policies.eefp import should_exit
+
+
+def aurc(confidence: Tensor, correct: Tensor) -> float:
+    """Area under the risk-coverage curve: the error rate among the i most confident samples, averaged over i = 1 to N.
+
+    0 is perfect; a score that orders at random gives the error rate. Samples of equal confidence count as if each order
+    of them were equally likely.
+
+    Shape:
+        confidence, correct: (N,).
+
+    References:
+        Geifman et al., Bias-reduced uncertainty estimation for deep neural classifiers, 2019, arXiv 1805.08206.
+
+    Example:
+        >>> aurc(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([True, True, False, True]))
+        0.14583333333333331
+    """
+    _check(confidence, correct)
+    order = confidence.double().argsort(descending=True)
+    values, wrong = confidence.double()[order], 1 - correct[order].double()
+    _, group, sizes = values.unique_consecutive(return_inverse=True, return_counts=True)
+    shares = torch.zeros(len(sizes), dtype=torch.float64).scatter_add_(0, group, wrong) / sizes
+    coverage = torch.arange(1, len(wrong) + 1, dtype=torch.float64)
+    return float((shares[group].cumsum(0) / coverage).mean())
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float | None:
+    """Probability that a positive sample scores above a negative one, ties counting one half; None without either.
+
+    Shape:
+        scores, positive: (N,).
+    """
+    _check(scores, positive)
+    positive = positive.bool()
+    ones, zeros = int(positive.sum()), int((~positive).sum())
+    if not ones or not zeros:
+        return None
+    _, group, sizes = scores.double().unique(return_inverse=True, return_counts=True)
+    rank = (sizes.cumsum(0) - (sizes - 1) / 2).double()  # of the middle of each group of equal scores, from 1
+    return (float(rank[group][positive].sum()) - ones * (ones + 1) / 2) / (ones * zeros)
+
+
+def eefp(confidence: Tensor, correct: Tensor) -> list[float | None]:
+    """Early-exit failure prediction: AUROC of each early exit's confidence for "right here, or wrong for ever".
+
+    It asks what a policy has to know: whether going on would change anything for the better. Plain calibration error
+    does not.
+
+    Shape:
+        confidence, correct: (E, N). Returns E - 1 values; None where all samples should leave, or none.
+
+    References:
+        Rethinking calibration for early exits, 2025, arXiv 2508.21495. Deviations: none known.
+    """
+    labels = should_exit(correct)
+    return [auroc(score, label) for score, label in zip(confidence, labels, strict=False)]
+
+
+def mean_of_defined(values: list[float | None]) -> float | None:
+    """Mean of the values that are not None; None if none is."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def _check(scores: Any, flags: Any) -> None:
+    if scores.ndim != 1 or scores.shape != flags.shape or not len(scores):
+        raise ShapeError(
+            f"scores and flags must be (N,), not empty, got {tuple(scores.shape)} and {tuple(flags.shape)}"
+        )

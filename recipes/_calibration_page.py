@@ -1,0 +1,86 @@
+"""Tables of calibration.md, from the registry and from recipes/results/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from erde_hub.calibration import get_calibrator, list_calibrators
+from erde_hub.evaluation.formatting import percent
+
+RESULTS = Path(__file__).parent / "results"
+Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
+
+
+def tables(table: Table, registry_table: Callable[..., str]) -> dict[str, Callable[[], str]]:
+    """Returns the tables by name."""
+    return {
+        "calibrators": lambda: registry_table(list_calibrators(), get_calibrator),
+        "guarantee": lambda: guarantee_table(table),
+        "policies_cifar10": lambda: comparison_table(table, "cifar10_resnet18_resnet10-small"),
+        "sets_cifar10": lambda: sets_table(table, "cifar10_resnet18_resnet10-small"),
+        "policies_digits": lambda: comparison_table(table, "digits"),
+    }
+
+
+def guarantee_table(table: Table) -> str:
+    """Who keeps the bound in a simulation, and at what saving."""
+    results = _load("threshold_guarantee")
+    header = ("calibration samples", "method", "bound broken %", "worst loss %", "saving %", "where greedy keeps it %")
+    rows = [
+        (
+            f"{row['samples']:,}",
+            row["method"],
+            f"{100 * row['broken']:.0f}",
+            percent(row["worst"]),
+            percent(row["saving"]),
+            "-" if row["saving_where_greedy_keeps"] is None else percent(row["saving_where_greedy_keeps"]),
+        )
+        for row in results["rows"]
+    ]
+    return table(header, rows)
+
+
+def comparison_table(table: Table, name: str) -> str:
+    """Area under the curve of every policy, and what it gains on entropy."""
+    results = _load(f"policies_{name}")
+    header = ("policy", "area %", "gain on entropy, points", "95 % interval", "EEFP", "at 50 % cost", "at 75 % cost")
+    rows = []
+    for row in results["policies"]:
+        low, high = row["difference_interval"]
+        first = row["policy"] == "entropy"
+        rows.append(
+            (
+                row["policy"],
+                f"{100 * row['area']:.2f}",
+                "-" if first else f"{100 * row['difference']:+.2f}",
+                "-" if first else f"{100 * low:+.2f} to {100 * high:+.2f}",
+                "-" if row["eefp"] is None else f"{row['eefp']:.3f}",
+                *("-" if value is None else percent(value) for value in row["accuracy_at"][1:]),
+            )
+        )
+    return table(header, rows)
+
+
+def sets_table(table: Table, name: str) -> str:
+    """Size, coverage and nestedness of prediction sets, per exit."""
+    results = _load(f"policies_{name}")
+    header = ("sets", "mean size per exit", "coverage per exit, in %", "coverage so far, in %", "nested, in %")
+    rows = [
+        (
+            row["sets"],
+            " / ".join(f"{value:.2f}" for value in row["size"]),
+            *(
+                " / ".join(percent(value) for value in row[key])
+                for key in ("coverage", "coverage_so_far", "consistency")
+            ),
+        )
+        for row in results["sets"]
+    ]
+    return table(header, rows)
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,188 @@
+"""Ranking metrics, area under the curve, drift, diagnostic pictures: against slow definitions and made-up changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from erde_hub.calibration import TemperatureCalibrator, choose_threshold
+from erde_hub.errors import ConfigError, RecordsError, ShapeError, ThresholdError
+from erde_hub.evaluation import (
+    ExitRecords,
+    accuracy_at_cost,
+    area_difference,
+    aurc,
+    auroc,
+    calibrate_records,
+    compare_records,
+    curve_area,
+    exit_metrics,
+    fine_thresholds,
+    per_exit_metrics,
+    sweep_thresholds,
+)
+from erde_hub.evaluation.diagnostics import plot_reliability, plot_scores, plot_shares
+from erde_hub.evaluation.ranking import mean_of_defined
+
+
+def make_records(samples=400, exits=3, classes=6, seed=0, harder=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    common = torch.randn(samples, classes, generator=generator)
+    logits = []
+    for e in range(exits):
+        z = common + (2.0 - 0.5 * e) * torch.randn(samples, classes, generator=generator)
+        z[torch.arange(samples), labels] += 1.5 + 2.5 * e - harder
+        logits.append(1.5 * z)
+    return ExitRecords(
+        torch.stack(logits), labels, torch.arange(samples), [*[f"layer{e}" for e in range(exits - 1)], "classifier"],
+        [100 * (e + 1) for e in range(exits)], [str(k) for k in range(classes)], fingerprint="a" * 32,
+        info={"split": "validation"},
+    )  # fmt: skip
+
+
+def test_aurc_is_the_mean_over_orders_of_ties():
+    confidence = torch.tensor([0.9, 0.9, 0.9, 0.5, 0.5, 0.1])
+    correct = torch.tensor([True, False, True, False, True, False])
+    rng, values = random.Random(0), []
+    for _ in range(4000):
+        order = sorted(range(6), key=lambda i: (-float(confidence[i]), rng.random()))
+        wrong = [0.0 if correct[i] else 1.0 for i in order]
+        values.append(sum(sum(wrong[:i]) / i for i in range(1, 7)) / 6)
+    assert aurc(confidence, correct) == pytest.approx(sum(values) / len(values), abs=0.01)
+    assert aurc(torch.tensor([0.1, 0.9]), torch.tensor([True, True])) == 0
+    with pytest.raises(ShapeError, match=r"got \(2,\) and \(3,\)"):
+        aurc(torch.zeros(2), torch.zeros(3))
+
+
+def test_auroc_counts_pairs():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(5, (60,), generator=generator).float()
+    positive = torch.rand(60, generator=generator) < 0.4
+    pairs = [(float(a > b) + 0.5 * float(a == b)) for a in scores[positive] for b in scores[~positive]]
+    assert auroc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
+    assert auroc(scores, torch.ones(60).bool()) is None
+    assert mean_of_defined([None, 0.5, 0.7]) == pytest.approx(0.6)
+    assert mean_of_defined([None]) is None
+
+
+def test_rows_hold_the_new_metrics():
+    records = make_records()
+    rows = per_exit_metrics(records)
+    assert [("eefp" in row) for row in rows] == [True, True, False]
+    for row, logits in zip(rows, records.logits, strict=True):
+        confidence = logits.double().softmax(-1).amax(-1)
+        right = logits.argmax(-1) == records.labels
+        assert row["aurc"] == pytest.approx(aurc(confidence, right))
+        assert row["aurc"] == exit_metrics(logits, records.labels)["aurc"]
+    json.dumps(rows, allow_nan=False)
+    assert "aurc" in sweep_thresholds(records, [0.5])[0]
+
+
+def test_golden_metrics(shared):
+    golden = json.loads((shared / "reference" / "golden" / "metrics.json").read_text())
+    for case in golden["cases"]:
+        logits = torch.tensor(case["inputs"]["logits"], dtype=torch.float64)
+        labels, expected = torch.tensor(case["inputs"]["labels"]), case["expected"]
+        found = exit_metrics(logits, labels)
+        pairs = {"accuracy": "accuracy", "nll": "nlpd", "brier": "brier", "ece": "ece15_right_closed"}
+        for ours, theirs in pairs.items():
+            assert found[ours] == pytest.approx(expected[theirs], rel=1e-9)
+        assert exit_metrics(logits, labels, bins=10)["ece"] == pytest.approx(expected["ece10_right_closed"], rel=1e-9)
+
+
+def test_the_area_is_the_mean_accuracy_over_costs():
+    records = make_records(2000)
+    found = curve_area(records, "entropy", 0.4, 0.9, resamples=50)
+    rows = sweep_thresholds(records, fine_thresholds(records, "entropy"), "entropy")
+    costs = [0.4 + 0.5 * (i + 0.5) / 400 for i in range(400)]
+    expected = sum(accuracy_at_cost(rows, 300 * cost) for cost in costs) / 400
+    assert found.area == pytest.approx(expected, abs=2e-3)
+    assert found.interval[0] < found.area < found.interval[1]
+    width = found.interval[1] - found.interval[0]
+    assert width == pytest.approx(2 * 1.96 * (found.area * (1 - found.area) / 2000) ** 0.5, rel=0.4)
+    assert curve_area(records, "entropy", 0.4, 0.9, resamples=50) == found
+    assert curve_area(records, resamples=0).low == pytest.approx(1 / 3)
+    with pytest.raises(ConfigError, match=r"must rise and begin at the first exit's share of the cost, 0\.3333"):
+        curve_area(records, "entropy", 0.2)
+
+
+def test_areas_are_compared_on_the_same_samples():
+    records = make_records(1500)
+    better = dataclasses.replace(records, logits=torch.stack([records.logits[2] * 0.99, *records.logits[1:]]))
+    difference = area_difference(better, "entropy", records, "entropy", resamples=60)
+    assert difference.interval[0] > 0
+    same = area_difference(records, "entropy", records, "entropy", resamples=20)
+    assert same.area == 0
+    assert same.interval == (0, 0)
+    single = curve_area(records, "entropy", resamples=60)
+    difference = area_difference(records, "confidence", records, "entropy", resamples=60)
+    assert abs(difference.area) < 0.02
+    assert difference.interval[1] - difference.interval[0] < single.interval[1] - single.interval[0]
+    with pytest.raises(RecordsError, match="different samples"):
+        area_difference(records, "entropy", records.select(range(10)), "entropy")
+
+
+def test_drift_is_found_and_its_absence_too():
+    before, now = make_records(3000), make_records(3000, seed=1)
+    choice = choose_threshold(before, "entropy", max_accuracy_drop=0.05, confidence=0.9)
+    fine = compare_records(before, now, "entropy", choice.threshold, 0.06)
+    assert fine.verdict == "holds"
+    assert fine.share_p_value > 0.01
+    assert fine.accuracy_drop[0] == pytest.approx(choice.value)
+    assert fine.exit_share[0] == pytest.approx(choice.exit_share)
+    harder = make_records(3000, seed=2, harder=1.2)
+    changed = compare_records(before, harder, "entropy", 0.8, 0.05)
+    assert changed.verdict == "broken"
+    assert changed.share_p_value < 1e-6
+    assert compare_records(before, harder, "entropy", 0.8).verdict == "changed"
+    assert compare_records(before, now, "entropy", choice.threshold).verdict == "same"
+    few = compare_records(before, now.select(range(40)), "entropy", choice.threshold, 0.05)
+    assert few.verdict == "open"
+    assert "too few new samples to tell" in str(few)
+    with pytest.raises(RecordsError, match="different weights"):
+        compare_records(before, dataclasses.replace(now, fingerprint="b" * 32), "entropy", 0.5)
+    with pytest.raises(RecordsError, match="different models"):
+        compare_records(before, make_records(30, exits=2), "entropy", 0.5)
+
+
+def test_chi_squared_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    from erde_hub.evaluation.drift import _chi_squared  # noqa: PLC0415
+
+    table = torch.tensor([[30.0, 0.0, 12.0, 58.0], [44.0, 0.0, 9.0, 90.0]], dtype=torch.float64)
+    expected = stats.chi2_contingency(table[:, [0, 2, 3]].numpy(), correction=False).pvalue
+    assert _chi_squared(*table) == pytest.approx(expected)
+
+
+def test_calibrated_records():
+    records = make_records()
+    calibrator = TemperatureCalibrator.fit(records)
+    calibrated = calibrate_records(records, calibrator)
+    assert calibrated.info["calibrator"] == "temperature"
+    assert torch.equal(calibrated.logits, calibrator.calibrate(records.logits))
+    assert sweep_thresholds(calibrated, [0.0])[0]["nll"] < sweep_thresholds(records, [0.0])[0]["nll"]
+    with pytest.raises(RecordsError, match=r"calibrated already \(temperature\)"):
+        calibrate_records(calibrated, calibrator)
+
+
+@pytest.mark.parametrize("policy", ["entropy", "confidence"])
+def test_pictures_are_drawn_and_reproducible(policy, tmp_path):
+    pytest.importorskip("matplotlib")
+    records = make_records(200)
+    for again in ("a", "b"):
+        plot_reliability(records, tmp_path / f"reliability-{again}.png")
+        plot_scores(records, policy, [0.5, 0.7], tmp_path / f"scores-{again}.png")
+        plot_shares(records, policy, tmp_path / f"shares-{again}.png")
+    for name in ("reliability", "scores", "shares"):
+        assert (tmp_path / f"{name}-a.png").read_bytes() == (tmp_path / f"{name}-b.png").read_bytes()
+        with Image.open(tmp_path / f"{name}-a.png") as picture:
+            assert picture.width >= 1200
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    with pytest.raises(ThresholdError, match="2 early exits"):
+        plot_scores(records, policy, [0.1], tmp_path / "x.png")

@@ -1,0 +1,150 @@
+"""calibrate.py writes what it chose into checkpoint and report; compare_policies.py and --compare read records."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import calibrate
+import compare_policies
+import evaluate
+import pytest
+import simulate_guarantee
+import timm
+import torch
+from accelerate.state import AcceleratorState
+
+from erde_hub import EarlyExitWrapper
+from erde_hub.errors import ConfigError, RecordsError, UnknownNameError
+from erde_hub.evaluation import build_results, collect_exit_records
+from erde_hub.training import recipe
+from erde_hub.training.data import BatchLoader, load_image_data
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """Runs a recipe in this process, as if from a shell in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def _call(module, *flags: object) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        module.main()
+
+    yield _call
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a run leaves: a small network on digits whose heads were fitted by least squares, and its report."""
+    torch.set_num_threads(1)
+    data = load_image_data("digits", progress=False)
+    backbone = timm.create_model("resnet8_cifar", num_classes=10, width=4)
+    model = EarlyExitWrapper(
+        backbone, exits=["layer1", "layer2"], head="linear", backbone_kwargs={"width": 4}, id2label=data.class_names
+    ).eval()
+    model.set_preprocessing(
+        mean=data.mean, std=data.std, size=data.input_size[1:], interpolation=data.interpolation, crop_pct=data.crop_pct
+    )
+    records = collect_exit_records(model, BatchLoader(data.validation, 256), features=True, progress=False)
+    targets = 8 * torch.nn.functional.one_hot(records.labels, 10).float()
+    layers = [model.heads[0], model.heads[1], model.backbone]
+    for feature, module in zip(records.features, layers, strict=True):
+        layer = [m for m in module.modules() if isinstance(m, torch.nn.Linear)][-1]
+        x = torch.nn.functional.pad(feature, (0, 1), value=1.0)
+        solution = torch.linalg.lstsq(x.T @ x + 1e-3 * torch.eye(x.shape[1]), x.T @ targets).solution
+        with torch.no_grad():
+            layer.weight.copy_(solution[:-1].T)
+            layer.bias.copy_(solution[-1])
+    folder = tmp_path / "run"
+    model.save_pretrained(folder)
+    test = collect_exit_records(model, BatchLoader(data.test, 256), progress=False)
+    recipe.write_report(build_results(test, model, data, {"seed": 0}), folder)
+    return folder
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
+    weights = (run / "model.safetensors").read_bytes()
+    flags = ["--model", run, "--max_accuracy_drop", 0.2, "--confidence", 0.8, "--cpu_threads", 1]
+    call(calibrate, *flags, "--dry_run")
+    assert "threshold_profile" not in config_of(run) or config_of(run)["threshold_profile"] is None
+    call(calibrate, *flags)
+    printed = capsys.readouterr().out
+    assert "wanted: loss of accuracy against the full model at most 20 % with 80 % confidence" in printed
+    profile = config_of(run)["threshold_profile"]
+    assert profile["samples"] == 144
+    assert profile["split"] == "validation"
+    assert config_of(run)["threshold"] == profile["threshold"]
+    assert (run / "model.safetensors").read_bytes() == weights
+    results = json.loads((run / "results.json").read_text())
+    assert results["threshold_choice"]["confidence"] == 0.8
+    assert results["operating_point"]["threshold"] == profile["threshold"]
+    assert "with 80 % confidence" in (run / "README.md").read_text()
+    loaded = EarlyExitWrapper.from_pretrained(run)
+    assert loaded.threshold == profile["threshold"]
+    assert loaded.config.threshold_profile == profile
+    assert EarlyExitWrapper.from_pretrained(run, threshold=0.123).config.threshold_profile is None
+    loaded.threshold = 0.5
+    assert loaded.config.threshold_profile is None
+    call(calibrate, "--model", run, "--max_accuracy_drop", 0.001, "--cpu_threads", 1)
+    assert config_of(run)["threshold"] == 0.0
+    assert "Nobody leaves" in capsys.readouterr().out
+
+
+def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
+    call(
+        calibrate, "--model", run, "--max_accuracy_drop", 0.3, "--calibrator", "temperature", "--policy", "eefp",
+        "--confidence", 0.7, "--cpu_threads", 1,
+    )  # fmt: skip
+    config = config_of(run)
+    assert (config["calibrator"], config["policy"]) == ("temperature", "eefp")
+    assert config["threshold_profile"]["samples"] == 87
+    assert (EarlyExitWrapper.from_pretrained(run).calibrator.temperature != 1).all()
+    for split in ("validation", "test"):
+        call(evaluate, "--model", run, "--split", split, "--save_records", "--output_dir", split, "--cpu_threads", 1)
+        assert (tmp_path / split / "scores.png").is_file()
+    report = json.loads((tmp_path / "test" / "results.json").read_text())
+    assert report["student"]["calibrator"] == "temperature"
+    assert report["operating_point"] == json.loads((run / "results.json").read_text())["operating_point"]
+    pair = [tmp_path / split / "records.safetensors" for split in ("validation", "test")]
+    capsys.readouterr()
+    call(evaluate, "--model", run, "--compare", *pair)
+    assert "support a bound of" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="takes two files of records, before and now, got 1"):
+        call(evaluate, "--model", run, "--compare", pair[0])
+    call(compare_policies, "--validation", pair[0], "--test", pair[1], "--output", "p.json", "--resamples", 10,
+         "--low", 0.5)  # fmt: skip
+    rows = json.loads((tmp_path / "p.json").read_text())["policies"]
+    assert {"entropy", "eefp (learned)", "entropy, mie"} <= {row["policy"] for row in rows}
+    assert next(row for row in rows if row["policy"] == "entropy")["difference"] == 0
+    with pytest.raises(ConfigError, match=r"begin at the first exit's share of the cost, 0\.46"):
+        call(compare_policies, "--validation", pair[0], "--test", pair[1], "--output", "p.json")
+    with pytest.raises(ConfigError, match="of the test split"):
+        call(compare_policies, "--validation", pair[1], "--test", pair[1], "--output", "p.json")
+    other = EarlyExitWrapper.from_pretrained(run)
+    with torch.no_grad():
+        other.heads[0].get_parameter(next(name for name, _ in other.heads[0].named_parameters())).add_(1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(RecordsError, match="were not collected with this model"):
+        call(evaluate, "--model", "other", "--compare", *pair)
+
+
+def test_refusals_come_before_data_are_read(call, run):
+    with pytest.raises(ConfigError, match="exactly one of max_accuracy_drop"):
+        call(calibrate, "--model", run)
+    with pytest.raises(UnknownNameError, match="unknown calibrator 'temp'; did you mean 'temperature'"):
+        call(calibrate, "--model", run, "--max_accuracy_drop", 0.1, "--calibrator", "temp")
+    with pytest.raises(ConfigError, match="is no folder: only a checkpoint on this machine"):
+        call(calibrate, "--model", "org/name", "--max_accuracy_drop", 0.1)
+
+
+def test_the_simulation_writes_its_table(call, tmp_path):
+    call(simulate_guarantee, "--output", "s.json", "--sizes", 400, "--draws", 2, "--population", 2000)
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert [row["method"] for row in rows][:2] == ["greedy (earlyon)", "search, shared"]
+    assert all(0 <= row["broken"] <= 1 for row in rows)
