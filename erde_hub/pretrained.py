@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -9,14 +11,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BitImageProcessor, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
 
 from . import __version__
 from ._files import replacing_all
+from .backbones import BackboneAdapter, get_adapter
 from .config import EarlyExitConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, ErdeError
+from .heads_only import FILENAME, check_backbone_weights, fetch, own_tensors, published_weights, read_backbone
 from .preprocessing import build_image_processor, check_preprocessing
 
 #: Arguments of ``save_pretrained`` that say how to upload and not what to save.
@@ -48,6 +55,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
 
     #: The model without its exits.
     backbone: nn.Module
+    _adapter: BackboneAdapter
 
     def set_preprocessing(
         self,
@@ -57,6 +65,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         size: Sequence[int],
         interpolation: str = "bilinear",
         crop_pct: float = 1.0,
+        crop_mode: str = "center",
     ) -> None:
         """Stores how images become ``pixel_values``; saved in the config and as ``preprocessor_config.json``.
 
@@ -66,12 +75,20 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             size: (H, W) in pixels.
             interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
             crop_pct: The shorter side is resized to size / crop_pct, then the centre is cropped.
+            crop_mode: ``squash`` resizes both sides to size / crop_pct instead, without keeping their ratio.
 
         Raises:
             ConfigError: A value that is not allowed.
         """
         self.config.preprocessing = check_preprocessing(
-            {"mean": mean, "std": std, "size": size, "interpolation": interpolation, "crop_pct": crop_pct}
+            {
+                "mean": mean,
+                "std": std,
+                "size": size,
+                "interpolation": interpolation,
+                "crop_pct": crop_pct,
+                "crop_mode": crop_mode,
+            }
         )
 
     def image_processor(self) -> BitImageProcessor:
@@ -92,6 +109,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        *,
+        heads_only: bool = False,
+        backbone_weights: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Saves config, weights (safetensors) and, where the preprocessing is known, ``preprocessor_config.json``.
@@ -102,13 +122,23 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             save_directory: Folder; made if it is not there.
             is_main_process: Whether this process writes.
             state_dict: Other tensors to save than the model's own.
+            heads_only: Leave out the backbone, whose weights are published and unchanged: loading fetches them and
+                checks their hash. A classifier of its own is saved with the heads.
+            backbone_weights: Where they are published; taken from the backbone where it says it. See
+                :func:`~erde_hub.heads_only.check_backbone_weights`.
             push_to_hub: Upload it as well; the arguments of ``push_to_hub`` (``repo_id``, ``private``, ...) may follow.
             **kwargs: See :meth:`transformers.PreTrainedModel.save_pretrained`.
 
         Raises:
             CheckpointWriteError: The disk is full, or the folder cannot be written.
+            CheckpointError: ``heads_only``, and the backbone's weights are not the published ones, or not to be had.
         """
         self.config.erde_hub_version = __version__
+        if backbone_weights is not None and not heads_only:
+            raise ConfigError("backbone_weights says where a left-out backbone is published: pass heads_only=True")
+        self.config.backbone_weights = None
+        if heads_only:
+            state_dict = self._heads_only_state(backbone_weights, kwargs.get("token"))
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
         if state_dict is None and hasattr(self.backbone, "_orig_mod"):
             # torch.compile puts its own module around the backbone, which a checkpoint must not show.
@@ -125,6 +155,30 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             _remove_other_weights(Path(save_directory), written)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def _heads_only_state(self, given: dict[str, str] | None, token: Any) -> dict[str, Tensor]:
+        """Sets ``config.backbone_weights`` and returns the tensors to save."""
+        weights = published_weights(self.backbone) if given is None else check_backbone_weights(given)
+        path, digest = fetch(weights, {} if token is None else {"token": token})
+        known = isinstance(self.backbone, PreTrainedModel)
+        published = read_backbone(type(self.backbone) if known else None, getattr(self.backbone, "config", None), path)
+        own = own_tensors(self.state_dict(), published, tuple(self._adapter.classifier_names(self.backbone)))
+        self.config.backbone_weights = {**weights, "sha256": digest}
+        return own
+
+    def _check_is_as_large_as_its_file(self) -> None:
+        """While a checkpoint is loaded: a config that describes far more than the file holds would fill the memory.
+
+        Raises:
+            CheckpointError: The network has more than eight times the parameters that the file can hold.
+        """
+        held = _bytes_of_weights.get()
+        described = sum(p.numel() for p in self.parameters())
+        if held is not None and described > 8 * held + 1_000_000:
+            raise CheckpointError(
+                f"the config describes a network of {described:,} parameters, but the weights are {held:,} bytes: it"
+                " was edited, or belongs to other weights"
+            )
 
     def _find_shared_weights(self) -> None:
         """Declares the weights that a backbone shares between its modules: saved once, loaded everywhere."""
@@ -167,7 +221,19 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         # Other shapes are let through and found below, since transformers names them in its log alone.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            source, model_args, kwargs = _with_published(cls, pretrained_model_name_or_path, model_args, kwargs)
+            token = _bytes_of_weights.set(_weights_size(source, kwargs))
+            try:
+                model, info = super().from_pretrained(source, *model_args, **kwargs)
+            finally:
+                _bytes_of_weights.reset(token)
+        except (ErdeError, torch.OutOfMemoryError):
+            raise
+        except (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} could not be loaded: config or files are damaged, or an argument"
+                f" of from_pretrained is none ({type(error).__name__}: {error})"
+            ) from error
         except SafetensorError as error:
             raise CheckpointError(
                 f"the weights of {pretrained_model_name_or_path} are damaged ({error}): the file was cut short or is no"
@@ -192,6 +258,56 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 if tensor.device.type == "cpu":
                     tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
         return (model, info) if wants_info else model
+
+
+#: Size of the weights that are being loaded; None where they are not known, and while nothing is.
+_bytes_of_weights: contextvars.ContextVar[int | None] = contextvars.ContextVar("erde_hub_bytes", default=None)
+
+
+def _weights_size(source: Any, kwargs: dict[str, Any]) -> int | None:
+    if kwargs.get("state_dict") is not None:
+        return sum(tensor.nbytes for tensor in kwargs["state_dict"].values())
+    if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
+        folder = Path(source) / kwargs.get("subfolder", "")
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+    if source is None:
+        return None
+    reaching: dict[str, Any] = {key: kwargs[key] for key in _REACHING if key in kwargs}
+    found = cached_file(source, FILENAME, _raise_exceptions_for_missing_entries=False, **reaching)
+    return None if found is None else Path(found).stat().st_size
+
+
+#: Arguments of ``from_pretrained`` that say how to reach the Hub.
+_REACHING = ("token", "cache_dir", "local_files_only", "force_download", "subfolder", "revision")
+
+
+def _with_published(
+    cls: type[EarlyExitPreTrainedModel], source: Any, model_args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """For checkpoints of heads alone: puts the published weights beside them, once their hash is checked."""
+    if model_args or kwargs.get("state_dict") is not None or source is None:
+        return source, model_args, kwargs
+    reaching: dict[str, Any] = {key: kwargs[key] for key in _REACHING if key in kwargs}
+    config = kwargs.get("config")
+    if config is None:
+        found = cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **reaching)
+        stored = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        if not isinstance(stored, dict) or stored.get("backbone_weights") is None:
+            return source, model_args, kwargs
+        fields = {key: kwargs.pop(key) for key in list(kwargs) if key in EarlyExitConfig.__annotations__}
+        config = cls.config_class.from_pretrained(source, **reaching, **fields)
+    if not isinstance(config, EarlyExitConfig) or config.backbone_weights is None:
+        return source, model_args, kwargs
+    weights = check_backbone_weights(config.backbone_weights)
+    if "sha256" not in weights:
+        raise ConfigError("backbone_weights of a stored config must hold the sha256 of the file")
+    heads = cached_file(source, FILENAME, **reaching)
+    path, _ = fetch(weights, {key: value for key, value in reaching.items() if key not in ("subfolder", "revision")})
+    backbone = get_adapter(config.library).build(config) if config.library == "transformers" else None
+    read = read_backbone(None if backbone is None else type(backbone), getattr(backbone, "config", None), path)
+    state = {f"backbone.{name}": tensor for name, tensor in read.items()} | load_file(heads)
+    left = {key: value for key, value in kwargs.items() if key not in _REACHING}
+    return None, (), {**left, "config": config, "state_dict": state}
 
 
 def _check_is_there(name: Any, kwargs: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import math
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,27 +91,34 @@ def in_process(name: str, skip: set[str], timeout: int) -> dict[str, Any]:
     """Tries a family in a process of its own; one that takes too long or too much memory costs its own row only."""
     context = multiprocessing.get_context("fork")  # what takes seconds to import is there already
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_row, args=(sender, name, skip))
+    process = context.Process(target=_send_rows, args=(sender, name, skip))
     process.start()
     sender.close()
+    row: dict[str, Any] = {}
+    ends = time.monotonic() + timeout
     try:
-        if not receiver.poll(timeout):
-            return {"attach": f"not within {timeout} s"}
-        return receiver.recv()
+        while receiver.poll(max(ends - time.monotonic(), 0)):
+            row = receiver.recv()
+            if "seconds" in row:
+                return row
+        missing = f"not within {timeout} s"
     except EOFError:
         process.join()
-        return {"attach": f"the process ended with exit code {process.exitcode}"}
+        missing = f"the process ended with exit code {process.exitcode}"
     finally:
         process.kill()
         process.join()
+    return {**{check: missing for check in CHECKS if check not in skip}, **row}
 
 
-def _send_row(sender: Any, name: str, skip: set[str]) -> None:
-    sender.send(try_family(name, skip))
+def _send_rows(sender: Any, name: str, skip: set[str]) -> None:
+    sender.send(try_family(name, skip, sender.send))
 
 
-def try_family(name: str, skip: set[str]) -> dict[str, Any]:
-    """Tries a family in this process and returns its row."""
+def try_family(
+    name: str, skip: set[str], report: Callable[[dict[str, Any]], None] = lambda row: None
+) -> dict[str, Any]:
+    """Tries a family in this process and returns its row; ``report`` sees it after every check."""
     started = time.perf_counter()
     if name in TRANSFORMERS_VISION:
         row = {"library": "transformers", "model": f"{name}ForImageClassification"}
@@ -128,7 +135,8 @@ def try_family(name: str, skip: set[str]) -> dict[str, Any]:
             return {"library": "timm", "attach": f"refused: {_line(error)}"}
         row = {"library": "timm", "model": model, "input_size": size, "kwargs": kwargs}
         make = lambda: timm.create_model(model, num_classes=CLASSES, **kwargs)  # noqa: E731
-    row |= check_model(make, size, kwargs, skip)
+    report(row)
+    row |= check_model(make, size, kwargs, skip, lambda part: report({**row, **part}))
     row["seconds"] = round(time.perf_counter() - started, 1)
     return row
 
@@ -137,7 +145,8 @@ def check_model(
     make: Callable[[], nn.Module],
     size: int | None,
     kwargs: dict[str, Any],
-    skip: set[str] = frozenset(),  # type: ignore[assignment]
+    skip: Collection[str] = (),
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Returns ``"yes"`` or the reason for every check.
 
@@ -146,6 +155,7 @@ def check_model(
         size: Height and width of its images, None for texts.
         kwargs: Its creation arguments, for timm.
         skip: Checks to leave out.
+        report: Sees the row after every check.
     """
     torch.manual_seed(0)
     row: dict[str, Any] = {}
@@ -163,6 +173,7 @@ def check_model(
     inputs = example(size, model)
     decisive(model, inputs)
     for check, function in _FUNCTIONS.items():
+        report(row)
         if check not in skip:
             try:
                 row[check] = function(model, inputs)
@@ -187,6 +198,10 @@ def lively(module: nn.Module, size: int | None) -> nn.Module:
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
         elif tensor.is_floating_point() and tensor.ndim < 2:
             tensor.add_(0.3 * torch.rand(tensor.shape, generator=generator))
+        elif tensor.is_floating_point() and "weight" in name:
+            fan_in = tensor[0].numel()
+            if tensor.std() < 0.5 / fan_in**0.5:  # 0.02 in every layer of a deep network: nothing arrives
+                tensor.mul_(1 / (fan_in**0.5 * tensor.std().clamp_min(1e-6)))
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
     if norms and size is not None:
         momenta = [norm.momentum for norm in norms]

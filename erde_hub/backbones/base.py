@@ -288,10 +288,15 @@ def spread_exits(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint],
     return picked, f"{number} of {len(points)} places, nearest to even shares of the computation: {places}"
 
 
-def first_leaf(output: Any, batch: int) -> tuple[Tensor, int | None, tuple[int, ...]]:
+def first_leaf(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor, int | None, tuple[int, ...]]:
     """Returns the tensor of a stage's output that a head can read, its position, and those of all batch-first tensors.
 
     Where the output is one tensor, the position is None and there are no others.
+
+    Args:
+        output: Of the stage.
+        batch: Number of samples.
+        grouped: Other tensors may have several rows per sample, one sample after the other.
 
     Raises:
         ExitPointError: There is no batch-first tensor.
@@ -299,9 +304,10 @@ def first_leaf(output: Any, batch: int) -> tuple[Tensor, int | None, tuple[int, 
     if isinstance(output, Tensor):
         return output, None, ()
     found = tensors(output)
-    batched = tuple(i for i, tensor in enumerate(found) if tensor.ndim and tensor.shape[0] == batch)
+    rows = [tensor.shape[0] if tensor.ndim else 0 for tensor in found]
+    batched = tuple(i for i, n in enumerate(rows) if n == batch or (grouped and n and n % batch == 0))
     for position in batched:
-        if found[position].ndim >= 2:
+        if found[position].ndim >= 2 and rows[position] == batch:
             return found[position], position, batched
     raise ExitPointError(
         f"the stage returned {type(output).__name__} without a batch-first tensor: no head can read it"

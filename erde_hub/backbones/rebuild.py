@@ -42,6 +42,13 @@ def check_same_network(
         raise RebuildError(
             f"{name} rebuilt from its config has other weights ({len(differs)} differ, first {differs[0]!r}){advice}"
         )
+    mine_off, theirs_off = _random_rates(module), _random_rates(rebuilt)
+    for place in sorted({*mine_off, *theirs_off}):
+        if mine_off.get(place, 0.0) != theirs_off.get(place, 0.0):
+            raise RebuildError(
+                f"{name} rebuilt from its config has a dropout or stochastic depth of {theirs_off.get(place, 0.0)}"
+                f" where this one has {mine_off.get(place, 0.0)}, at {place!r}: they would train differently{advice}"
+            )
     weight = next(iter(module.parameters()))
     if weight.device.type == "meta":
         return
@@ -56,6 +63,19 @@ def check_same_network(
     tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
     if ours.shape != other.shape or not torch.allclose(ours / scale, other / scale, 0, tolerance, equal_nan=True):
         raise RebuildError(f"{name} rebuilt from its config gives another output with the same weights{advice}")
+
+
+def _random_rates(module: nn.Module) -> dict[str, float]:
+    """Rates of dropout and stochastic depth above 0 by their places: they change nothing in eval mode."""
+    rates: dict[str, float] = {}
+    for name, child in module.named_modules():
+        for attribute in ("p", "drop_prob", "drop_rate"):
+            value = getattr(child, attribute, None)
+            if attribute == "p" and not isinstance(child, nn.modules.dropout._DropoutNd):
+                continue
+            if isinstance(value, float) and value > 0:
+                rates[f"{name}.{attribute}"] = round(value, 6)
+    return rates
 
 
 def _scatter_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

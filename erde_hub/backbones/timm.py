@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import timm
 import torch
-from timm.models import convnext, efficientnet, mobilenetv3, nasnet, pnasnet, resnet, vision_transformer
+from timm.models import convnext, efficientnet, mobilenetv3, nasnet, pnasnet, resnet, tnt, vision_transformer
 from timm.models._manipulate import checkpoint, checkpoint_seq
+from timm.models.xception import Xception
+from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
 
 from erde_hub.cost import StageCall, Trace
@@ -20,6 +23,7 @@ from erde_hub.routing import StageStep
 from .base import BackboneAdapter, first_leaf
 from .followers import Follower
 from .rebuild import check_same_network
+from .timm_staged import carried_steps, carries, step_names
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig
@@ -32,6 +36,18 @@ _REFUSED_KWARGS = frozenset(
 
 #: Networks whose cells read two cells before them.
 _CELLS = (nasnet.NASNetALarge, pnasnet.PNASNet5Large)
+#: Networks whose ``feature_info`` names layers inside a cell or a residual block, and the names of what encloses them.
+_ENCLOSING: dict[type[nn.Module], str] = {
+    nasnet.NASNetALarge: r"(reduction_)?cell_\w+",
+    pnasnet.PNASNet5Large: r"cell_\w+",
+    Xception: r"block\d+",
+    XceptionAligned: r"blocks\.\d+",
+}
+
+
+#: The largest numbers that a creation argument may hold, and that one may hold that counts layers: vocabularies and
+#: contexts are large, a network of ten thousand layers is a mistake or an attack.
+MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000
 
 
 class TimmAdapter(BackboneAdapter):
@@ -71,6 +87,7 @@ class TimmAdapter(BackboneAdapter):
                 "interpolation": cfg.get("interpolation") or "bicubic",
                 "crop_pct": float(cfg.get("crop_pct") or 1.0),
                 "size": size[1:],
+                **({"crop_mode": "squash"} if cfg.get("crop_mode") == "squash" else {}),
             },
         }
 
@@ -86,7 +103,15 @@ class TimmAdapter(BackboneAdapter):
             return timm.create_model(
                 architecture, pretrained=False, num_classes=config.num_labels, **(config.backbone_kwargs or {})
             )
-        except TypeError as error:
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+            RuntimeError,
+            AssertionError,
+        ) as error:
             raise ConfigError(
                 f"backbone_kwargs={config.backbone_kwargs!r} do not fit {architecture}: {error}"
             ) from error
@@ -119,8 +144,10 @@ class TimmAdapter(BackboneAdapter):
     def candidates(self, module: nn.Module, traced: Trace) -> list[str]:
         """``feature_info``'s modules where they exist, else the children of the trunk's sequences."""
         names = {n for n in _feature_info(module) if n in traced.calls}
-        if isinstance(module, _CELLS):
-            names = {n for n, _ in module.named_children() if "cell" in n}  # feature_info names layers inside a cell
+        if carries(module):
+            names = set(step_names(module))
+        elif pattern := next((p for cls, p in _ENCLOSING.items() if isinstance(module, cls)), None):
+            names = {n for n in traced.calls if re.fullmatch(pattern, n)}
         elif len(names) < 2:
             names = set(_trunk_blocks(module, traced))
         return [n for n in traced.calls if n in names]
@@ -131,12 +158,14 @@ class TimmAdapter(BackboneAdapter):
         Raises:
             ExitPointError: The channels that ``feature_info`` declares are on no axis where the layout puts them.
         """
-        feature, leaf, batched = first_leaf(call.output, traced.batch)
+        feature, leaf, batched = first_leaf(call.output, traced.batch, grouped=isinstance(module, tnt.TNT))
+        if carries(module) and leaf is None:
+            leaf, batched = 0, (0,)  # the first of what goes from step to step
         declared = _feature_info(module).get(name)
         layout = _layout(module, feature, declared, traced)
         axis = {"NCHW": 1, "NHWC": 3, "NLC": 2, "NC": 1}[layout]
         width = int(feature.shape[axis])
-        if leaf is None and declared not in (None, width):
+        if (leaf is None or carries(module)) and declared not in (None, width):
             raise ExitPointError(
                 f"exit {name!r}: feature_info declares {declared} channels, but the output has shape"
                 f" {tuple(feature.shape)} in layout {layout}"
@@ -172,6 +201,8 @@ class TimmAdapter(BackboneAdapter):
 
     def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
         """Staged forward of the families in :data:`_STAGED`, expanded where an exit lies inside a Sequential."""
+        if carries(module):
+            return carried_steps(module, exits)
         for cls, (_, parts) in _STAGED.items():
             same = all(getattr(type(module), f) is getattr(cls, f) for f in ("forward", "forward_features"))
             if isinstance(module, cls) and same:
@@ -215,8 +246,14 @@ def check_backbone_kwargs(kwargs: dict[str, Any]) -> None:
 
 
 def check_storable(kwargs: dict[str, Any]) -> None:
-    """Refuses values that JSON cannot store or that point elsewhere, with :class:`ConfigError`."""
+    """Refuses values that JSON cannot store, that point elsewhere or are absurd, with :class:`ConfigError`."""
     for key, value in kwargs.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"backbone_kwargs must be named arguments, got {key!r}")
+        limit = MAX_LAYERS if re.search(r"depth|layers?$|blocks", key) else MAX_SIZE
+        for number in _numbers(value):
+            if abs(number) > limit:
+                raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} is absurd: sizes go up to {limit}")
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -226,6 +263,17 @@ def check_storable(kwargs: dict[str, Any]) -> None:
         for text in _texts(value):
             if "://" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
                 raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} points elsewhere, which a config must not")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _numbers(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _numbers(entry)
 
 
 def _texts(value: Any) -> Iterator[str]:

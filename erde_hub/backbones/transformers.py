@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperForImageClassification
 from transformers.models.auto import modeling_auto
 
+from erde_hub.attention import ATTENTION
 from erde_hub.cost import StageCall, Trace
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
@@ -40,7 +41,6 @@ _ELSEWHERE = frozenset(
 )
 #: Keys that would fetch or run something.
 _REFUSED = frozenset({"auto_map", "quantization_config", "custom_pipelines", "base_model_name_or_path"})
-_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 _TEXT_LENGTH = 128
 #: What constructors raise where values of a config contradict each other.
 _UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
@@ -331,8 +331,8 @@ class TransformersAdapter(BackboneAdapter):
         for key, value in values.items():
             if key in _REFUSED:
                 raise ConfigError(f"backbone_kwargs must not hold {key!r}: a config fetches nothing and runs no code")
-            if key == "attn_implementation" and value not in _ATTENTION:
-                raise ConfigError(f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {value!r}")
+            if key == "attn_implementation" and value not in ATTENTION:
+                raise ConfigError(f"attn_implementation must be one of {', '.join(ATTENTION)}, got {value!r}")
         check_storable(values)
         known = _config_keys(cls.config_class)
         for key in values:

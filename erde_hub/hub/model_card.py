@@ -109,7 +109,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
         "dataset": results["dataset"],
         "split_lines": _split_lines(results["dataset"]),
         "metrics": {"split": "test", "samples": None, "ece_bins": "", "ece_binning": "", **results.get("metrics", {})},
-        "per_exit": [{"ece": None, "nll": None, **row} for row in per_exit],
+        "per_exit": [{"ece": None, "nll": None, "aurc": None, "eefp": None, **row} for row in per_exit],
         "exits": len(per_exit),
         "final": per_exit[-1],
         "sweep": [{"ece": None, "nll": None, **row} for row in results["sweep"]],
@@ -174,7 +174,8 @@ def _trained_with(loss: Mapping[str, Any] | None, teacher: Mapping[str, Any] | N
     name = (loss or {}).get("name")
     if teacher is None or name is None or name == "ce":
         return " with cross-entropy" if name == "ce" else ""
-    return f" by distillation (`{_code(name)}`) from `{_code(teacher['architecture'])}`"
+    joined = [key for key, value in (loss or {}).items() if isinstance(value, Mapping)]
+    return f" by distillation (`{_code(' + '.join([name, *joined]))}`) from `{_code(teacher['architecture'])}`"
 
 
 def _cheapest(results: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -69,6 +69,19 @@ def test_a_model_that_was_changed_by_hand_is_found():
         EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 4})
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "place"),
+    [({"drop_rate": 0.2}, "head_drop"), ({"drop_path_rate": 0.3}, "drop_prob"), ({"attn_drop_rate": 0.1}, "attn_drop")],
+)
+def test_what_changes_training_alone_is_found(kwargs, place):
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=3, **_VIT, **kwargs)
+    with pytest.raises(RebuildError, match=rf"dropout or stochastic depth of 0\.0 where.*{place}.*train differently"):
+        EarlyExitWrapper(module, exits=1, backbone_kwargs=_VIT)
+    assert EarlyExitWrapper(module, exits=1, backbone_kwargs={**_VIT, **kwargs}).config.backbone_kwargs[
+        next(iter(kwargs))
+    ]
+
+
 def test_another_number_of_classes_is_no_argument():
     module = timm.create_model("resnet8_cifar", width=4)
     module.reset_classifier(7)

@@ -13,7 +13,16 @@ from torch import nn
 from transformers_fakes import CLASSES, TEXT, VISION, inputs, side, text, vision, wrap
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, list_exit_points
-from erde_hub.errors import CheckpointError, ConfigError, ExitPointError, InputTypeError, RebuildError, ShapeError
+from erde_hub.errors import (
+    CheckpointError,
+    ConfigError,
+    ExitPointError,
+    ExportError,
+    InputTypeError,
+    RebuildError,
+    ShapeError,
+)
+from erde_hub.export import export_onnx
 
 MODELS = [*VISION, *TEXT]
 
@@ -382,3 +391,9 @@ def test_eager_attention_is_remembered(tmp_path):
     model = EarlyExitWrapper(module, exits=1)
     model.save_pretrained(tmp_path)
     assert EarlyExitWrapper.from_pretrained(tmp_path).backbone.config._attn_implementation == "eager"
+
+
+def test_texts_are_not_written_as_onnx(tmp_path):
+
+    with pytest.raises(ExportError, match="BertForSequenceClassification reads texts"):
+        export_onnx(wrap("bert"), tmp_path / "model.onnx")

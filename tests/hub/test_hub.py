@@ -1,0 +1,250 @@
+"""Publishing and loading over HTTP: the real client against a Hub on the loopback interface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from engine_fakes import images, wrap
+from hub_server import Hub, environment, running
+from safetensors.torch import save
+
+import erde_hub.networks  # noqa: F401 - registers resnet*_cifar
+from erde_hub import EarlyExitWrapper
+from erde_hub.errors import CheckpointError, ConfigError
+from erde_hub.heads_only import check_backbone_weights
+from erde_hub.hub import publish_checkpoint
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running() as hub:
+        yield hub
+
+
+def run(hub: Hub, home: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with that Hub; huggingface_hub reads its variables once, when it is imported."""
+    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[1], RECIPES))
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, **environment(hub, str(home), **variables)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def checked(hub: Hub, home: Path, script: str, **variables: str) -> str:
+    done = run(hub, home, script, **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+PUSH = """
+from engine_fakes import wrap
+from erde_hub import EarlyExitWrapper
+from huggingface_hub.errors import HfHubHTTPError
+model = wrap("resnet", id2label=list("abcde"))
+try:
+    model.push_to_hub("org/exits", token="hf_wrong")
+except HfHubHTTPError as error:
+    print(error.response.status_code, end=" ")
+try:
+    EarlyExitWrapper.from_pretrained("org/missing")
+except OSError as error:
+    print("org/missing" in str(error), end=" ")
+model.push_to_hub("org/exits", private=True, token="hf_loopback")
+print("done")
+"""
+LOAD = """
+import torch
+from engine_fakes import images
+from erde_hub import EarlyExitWrapper
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+model = EarlyExitWrapper.from_pretrained("org/exits", token="hf_loopback", threshold=0.3)
+auto = AutoModelForImageClassification.from_pretrained("org/exits", token="hf_loopback")
+AutoImageProcessor.from_pretrained("org/exits", token="hf_loopback")
+assert not model.training and model.threshold == 0.3 and model.config.id2label[4] == "e"
+with torch.no_grad():
+    print(hash(tuple(auto(images("resnet", 3), threshold=0).logits.flatten().tolist())))
+"""
+
+
+def test_upload_private_and_load_with_a_bad_line(hub, tmp_path):
+    """A refused token, a dropped connection on the way up and down, a private repository; then without the Hub."""
+    hub.drop = {r"POST /preupload/": 1, r"GET /resolve/[^/]+/model\.safetensors": 1}
+    assert checked(hub, tmp_path / "writer", PUSH) == "401 True done"
+    assert list(hub.repositories) == ["org/exits"]
+    repository = hub.repositories["org/exits"]
+    assert repository.private
+    files = repository.commits[repository.refs["main"]]
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert card.startswith("---")
+    assert "early-exit" in card
+    assert json.loads(files["config.json"])["model_type"] == "early_exit"
+
+    answers = checked(hub, tmp_path / "reader", LOAD, PYTHONHASHSEED="0")
+    assert all(left == 0 for left in hub.drop.values())
+    with torch.no_grad():
+        here = wrap("resnet", id2label=list("abcde"))(images("resnet", 3), threshold=0).logits
+    assert answers == str(hash(tuple(here.flatten().tolist())))
+    asked = len(hub.requests)
+    assert checked(hub, tmp_path / "reader", LOAD, PYTHONHASHSEED="0", HF_HUB_OFFLINE="1") == answers
+    assert len(hub.requests) == asked
+
+
+PUSH_FOLDER = """
+import runpy, sys
+sys.argv = ["push.py", "--model", {folder!r}, "--repo_id", "org/run", "--revision", "second", "--private"]
+runpy.run_path({recipe!r}, run_name="__main__")
+from erde_hub import EarlyExitWrapper
+print(EarlyExitWrapper.from_pretrained("org/run", revision="second").num_exits)
+"""
+
+
+def test_a_run_is_published_with_its_card(hub, tmp_path):
+    folder = tmp_path / "run"
+    wrap("resnet").save_pretrained(folder)
+    results = RECIPES / "results" / "digits.json"
+    shutil.copy(results, folder / "results.json")
+    shutil.copy(RECIPES.parent / "model_cards" / "digits" / "frontier.png", folder)
+    (folder / "optimizer.bin").write_bytes(b"no part of the model")
+    script = PUSH_FOLDER.format(folder=str(folder), recipe=str(RECIPES / "push.py"))
+    assert checked(hub, tmp_path / "home", script, HF_TOKEN="hf_loopback") == "4"
+    repository = hub.repositories["org/run"]
+    assert repository.private
+    files = repository.commits[repository.refs["second"]]
+    assert {"config.json", "model.safetensors", "README.md", "results.json", "frontier.png"} <= set(files)
+    assert "optimizer.bin" not in files
+    assert set(repository.commits[repository.refs["main"]]) == {".gitattributes"}
+    card = files["README.md"].decode()
+    assert 'from_pretrained("org/run")' in card
+    assert "library_name: erde_hub" in card
+
+
+def test_what_is_not_published(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        publish_checkpoint(tmp_path, "org/name")
+    with pytest.raises(ConfigError, match="no repository name"):
+        publish_checkpoint(tmp_path, "not a name")
+    model = wrap("resnet")
+    model.save_pretrained(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        publish_checkpoint(tmp_path, "org/name")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        publish_checkpoint(tmp_path, "org/name")
+
+
+# Heads alone
+
+
+def published(hub: Hub) -> tuple[torch.nn.Module, str]:
+    torch.manual_seed(7)
+    backbone = timm.create_model("resnet10_cifar", num_classes=5, width=8)
+    data = save({k: v.contiguous() for k, v in backbone.state_dict().items()})
+    hub.publish("org/backbone", {"model.safetensors": data})
+    return backbone, hashlib.sha256(data).hexdigest()
+
+
+HEADS = """
+import json, torch
+from pathlib import Path
+import timm
+from engine_fakes import images, spread
+from safetensors.torch import load_file
+from erde_hub import EarlyExitWrapper
+folder = Path({folder!r})
+torch.manual_seed(7)
+backbone = timm.create_model("resnet10_cifar", num_classes=5, width=8)
+model = spread(EarlyExitWrapper(backbone, exits=["layer1", "layer2"], backbone_kwargs={{"width": 8}})).eval()
+model.save_pretrained(folder / "heads", heads_only=True, backbone_weights={{"repo_id": "org/backbone"}})
+keys = load_file(folder / "heads" / "model.safetensors").keys()
+assert keys and all(key.startswith("heads.") for key in keys), keys
+again = EarlyExitWrapper.from_pretrained(folder / "heads", threshold=0.5)
+assert again.threshold == 0.5
+with torch.no_grad():
+    x = images("resnet", 4)
+    assert torch.equal(again(x, threshold=1.2).logits, model(x, threshold=1.2).logits)
+again.save_pretrained(folder / "whole")
+assert EarlyExitWrapper.from_pretrained(folder / "whole").config.backbone_weights is None
+model.backbone.fc.weight.data.add_(1)  # a classifier of its own goes with the heads
+model.save_pretrained(folder / "classifier", heads_only=True, backbone_weights={{"repo_id": "org/backbone"}})
+again = EarlyExitWrapper.from_pretrained(folder / "classifier")
+assert torch.equal(again.backbone.fc.weight, model.backbone.fc.weight)
+config = json.loads((folder / "heads" / "config.json").read_text())
+config["backbone_weights"]["sha256"] = "0" * 64  # as if other weights had been published since
+(folder / "whole" / "config.json").write_text(json.dumps(config))
+try:
+    EarlyExitWrapper.from_pretrained(folder / "whole")
+except Exception as error:
+    print(type(error).__name__, "has the hash" in str(error), end=" ")
+model.backbone.layer1[0].conv1.weight.data.add_(1)
+try:
+    model.save_pretrained(folder / "trained", heads_only=True, backbone_weights={{"repo_id": "org/backbone"}})
+except Exception as error:
+    print(type(error).__name__, "layer1.0.conv1.weight" in str(error), (folder / "trained").exists())
+"""
+
+
+def test_heads_alone_with_the_published_backbone(hub, tmp_path):
+    _, digest = published(hub)
+    assert (
+        checked(hub, tmp_path, HEADS.format(folder=str(tmp_path))) == "CheckpointError True CheckpointError True False"
+    )
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    assert config["backbone_weights"] == {
+        "repo_id": "org/backbone",
+        "revision": "main",
+        "filename": "model.safetensors",
+        "sha256": digest,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ("org/name", "must be a dict"),
+        ({"repo": "org/name"}, r"has no 'repo'; did you mean 'repo_id'"),
+        ({"repo_id": "org/name", "timm_tag": "resnet50.a1_in1k"}, "either repo_id or timm_tag"),
+        ({"revision": "main"}, "either repo_id or timm_tag"),
+        ({"repo_id": "../../etc"}, r"no 'org/name'"),
+        ({"repo_id": "org/name", "filename": "model.bin"}, r"must be a \.safetensors file"),
+        ({"repo_id": "org/name", "filename": "../a.safetensors"}, r"must be a \.safetensors file"),
+        ({"repo_id": "org/name", "revision": "../main"}, "no branch, tag or commit"),
+        ({"repo_id": "org/name", "sha256": "abc"}, "64 hexadecimal digits"),
+        ({"repo_id": 3}, "must be text, got 3"),
+        ({"timm_tag": "resnet50.of_nobody"}, "has no weights 'resnet50.of_nobody'"),
+        ({"timm_tag": "hf-hub:org/name"}, "has no weights"),
+    ],
+)
+def test_places_of_weights_that_are_refused(values, words):
+    with pytest.raises(ConfigError, match=words):
+        check_backbone_weights(values)
+
+
+def test_heads_alone_need_a_published_backbone(tmp_path):
+    model = wrap("resnet")
+    with pytest.raises(CheckpointError, match="does not say which published weights"):
+        model.save_pretrained(tmp_path / "a", heads_only=True)
+    with pytest.raises(ConfigError, match="pass heads_only=True"):
+        model.save_pretrained(tmp_path / "a", backbone_weights={"repo_id": "org/name"})
+    with pytest.raises(CheckpointError, match="could not be had"):
+        model.save_pretrained(tmp_path / "a", heads_only=True, backbone_weights={"repo_id": "org/name"})
+    assert isinstance(model, EarlyExitWrapper)
+    assert check_backbone_weights({"timm_tag": "resnet50.a1_in1k"})["filename"] == "model.safetensors"

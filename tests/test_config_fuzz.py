@@ -1,0 +1,124 @@
+"""A stored config is data from a stranger: whatever it says, loading works or ends with an error of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from engine_fakes import CLASSES, wrap
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from erde_hub import EarlyExitWrapper
+from erde_hub.errors import CheckpointError, ConfigError, ErdeError
+
+_NUMBERS = st.one_of(
+    st.integers(-3, 5), st.sampled_from([0, -1, 2**31, 10**12, 10**30]), st.floats(allow_nan=True, allow_infinity=True)
+)
+_TEXT = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(
+        ["resnet18", "hf-hub:org/name", "local-dir:/tmp", "../x", "os.system", "layer1@9", "layer1", "entropy"]
+    ),
+)
+_LEAVES = st.one_of(st.none(), st.booleans(), _NUMBERS, _TEXT)
+_VALUES = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(_TEXT, inner, max_size=3)),
+    max_leaves=4,
+)
+
+
+@pytest.fixture(scope="module", params=["resnet", "bert"])
+def checkpoint(request, tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "resnet":
+        backbone = timm.create_model("resnet8_cifar", num_classes=CLASSES, width=4)
+        model = EarlyExitWrapper(backbone, exits=["layer1", "layer2"], backbone_kwargs={"width": 4})
+    else:
+        sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+        config = transformers.BertConfig(**sizes, vocab_size=30, max_position_embeddings=16, num_labels=CLASSES)
+        model = EarlyExitWrapper(transformers.BertForSequenceClassification(config), exits=["bert.encoder.layer.0"])
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(50)
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+    transformers.utils.logging.set_verbosity(level)
+
+
+def _places(config: dict) -> list[tuple[str, ...]]:
+    inner = [(key, name) for key in ("backbone_kwargs", "preprocessing") for name in config.get(key) or {}]
+    first = [("exit_features", "0", name) for name in (config.get("exit_features") or [{}])[0]]
+    return [
+        *((key,) for key in config),
+        *inner,
+        *first,
+        ("backbone_weights",),
+        ("auto_map",),
+        ("head_kwargs", "hidden"),
+    ]
+
+
+def _changed(config: dict, place: tuple[str, ...], value: object) -> dict:
+    changed = json.loads(json.dumps(config))
+    target = changed
+    for name in place[:-1]:
+        if isinstance(target, list):
+            target = target[int(name)]
+        else:
+            if not isinstance(target.get(name), (dict, list)):
+                target[name] = {}
+            target = target[name]
+    target[place[-1]] = value
+    return changed
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_one_field_says_something_else(checkpoint, data):
+    config = json.loads((checkpoint / "config.json").read_text())
+    place = data.draw(st.sampled_from(_places(config)))
+    value = data.draw(_VALUES)
+    folder = checkpoint.with_name(checkpoint.name + "-changed")
+    folder.mkdir(exist_ok=True)
+    shutil.copy(checkpoint / "model.safetensors", folder)
+    (folder / "config.json").write_text(json.dumps(_changed(config, place, value)))
+    before = set(sys.modules)
+    with contextlib.suppress(ErdeError):
+        EarlyExitWrapper.from_pretrained(folder)
+    assert not [name for name in set(sys.modules) - before if "transformers_modules" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"backbone_kwargs": {"width": 20_000}}, "describes a network of"),
+        ({"backbone_kwargs": {"width": 10**9}}, "is absurd"),
+        ({"architecture": "hf-hub:org/name"}, "registered timm name"),
+        ({"architecture": "/etc/passwd"}, "registered timm name"),
+        ({"backbone_kwargs": {"width": 4, "checkpoint_path": "/x"}}, "must not hold 'checkpoint_path'"),
+        ({"num_labels": 10**9}, "num_labels|id2label|absurd"),
+        ({"attn_implementation": "org/kernel"}, "attn_implementation"),
+    ],
+)
+def test_what_would_be_costly_or_dangerous(changes, words, tmp_path):
+    wrap("resnet").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises((ConfigError, CheckpointError), match=words):
+        EarlyExitWrapper.from_pretrained(tmp_path)
