@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from erde_hub.losses import SampleWeight, get_addition, get_loss, list_additions, list_losses
+
+RESULTS = Path(__file__).parent / "results"
 
 Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
 Links = Callable[[str], str]
@@ -38,6 +43,80 @@ def additions_table(table: Table, links: Links) -> str:
             (f"`{name}`", flag, entry.summary, arguments(entry.cls), links(entry.reference), entry.cls.state or "-")
         )
     return table(("key", "flag", "what it does", "arguments, with defaults", "source", "state"), rows)
+
+
+def comparison_table(table: Table) -> str:
+    """One row per method that was compared on plain digits."""
+    columns = {
+        "first exit %": "first_exit",
+        "at half the cost %": "half_cost",
+        "last exit %": "last_exit",
+        "NLL of the last exit": "nll_last_exit",
+    }
+    rows = []
+    for row in _results("comparison")["summary"]:
+        shown = [_percent(row, key) for key in ("first_exit", "half_cost", "last_exit")]
+        rows.append((f"`{row['method']}`", _seeds(row), *shown, f"{row['nll_last_exit']:.3f}"))
+    return table(("method", "seeds", *columns), rows)
+
+
+def groups_table(table: Table) -> str:
+    """One row per method that was compared on coloured digits, and one for the teachers."""
+    results = _results("groups")
+    rows = []
+    teachers = [teacher["groups"][-1] for teacher in results["teachers"]]
+    worst = sum(teacher["worst_group"] for teacher in teachers) / len(teachers)
+    mean = sum(teacher["mean_of_groups"] for teacher in teachers) / len(teachers)
+    rows.append(("(teacher)", str(len(teachers)), "-", f"{100 * worst:.1f}", f"{100 * mean:.1f}"))
+    for row in results["summary"]:
+        keys = ("worst_group_first_exit", "worst_group_last_exit", "mean_of_groups_last_exit")
+        rows.append((f"`{row['method']}`", _seeds(row), *(_percent(row, key) for key in keys)))
+    header = ("method", "seeds", "worst group, first exit %", "worst group, last exit %", "mean of groups, last exit %")
+    return table(header, rows)
+
+
+def egad_table(table: Table) -> str:
+    """One row per variant of EGAD, and one for the teachers."""
+    results = _results("egad")
+    teachers = results["teachers"]
+    nll, accuracy = (sum(t[key] for t in teachers) / len(teachers) for key in ("nll", "accuracy"))
+    rows = [("(teacher)", str(len(teachers)), f"{nll:.4f}", f"{100 * accuracy:.2f}")]
+    for row in results["summary"]:
+        spread = "" if row["nll_std"] is None else f" ±{row['nll_std']:.4f}"
+        rows.append((f"`{row['variant']}`", _seeds(row), f"{row['nll']:.4f}{spread}", f"{100 * row['accuracy']:.2f}"))
+    return table(("student", "seeds", "nats per character", "right %"), rows)
+
+
+def speed_table(table: Table) -> str:
+    """One row per loss: time of a call, and its share of a training step."""
+    results = _results("losses")
+    students = results["students"]
+    header = ["loss"]
+    for student in students:
+        header += [f"ms, width {student['width']}", f"width {student['width']}, of a step %"]
+    rows = []
+    for index, first in enumerate(students[0]["losses"]):
+        cells = [f"`{first['loss']}`"]
+        for student in students:
+            row = student["losses"][index]
+            cells += [f"{1e3 * row['seconds']:.2f}", f"{100 * row['share']:.2f}"]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"benchmark_{name}.json").read_text(encoding="utf-8"))
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    return str(len(row["seeds"]))
+
+
+def _percent(row: Mapping[str, Any], key: str) -> str:
+    if key not in row:
+        return "-"
+    spread = "" if row[f"{key}_std"] is None else f" ±{100 * row[f'{key}_std']:.1f}"
+    return f"{100 * row[key]:.1f}{spread}"
 
 
 def formula(cls: type) -> str:

@@ -25,8 +25,13 @@ from _cli import base_config, clean_errors, parse_arguments, parse_scalar
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError, ResultsError, nearest
-from erde_hub.evaluation import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds
-from erde_hub.evaluation.groups import group_metrics
+from erde_hub.evaluation import (
+    accuracy_at_cost,
+    fine_thresholds,
+    group_metrics,
+    per_exit_metrics,
+    sweep_thresholds,
+)
 from erde_hub.losses import ExitLoss
 from erde_hub.training import DistillationArguments, Distiller, create_accelerator, recipe
 from erde_hub.training.data import ImageData
@@ -131,10 +136,8 @@ def main() -> None:
             teacher_args.teacher_architecture, data, exits, places=teacher_args.teacher_exit_points,
             kwargs=teacher_args.teacher_kwargs, pretrained=teacher_args.teacher_pretrained, seed=seed,
         )  # fmt: skip
-        Distiller(
-            teacher, teacher_data, teacher_training_arguments(own, teacher_args.teacher_training), "ce",
-            accelerator=accelerator,
-        ).train()  # fmt: skip
+        teacher_args_of_seed = teacher_training_arguments(own, teacher_args.teacher_training)
+        _train(Distiller(teacher, teacher_data, teacher_args_of_seed, "ce", accelerator=accelerator))
         run = recipe.Run(accelerator, data, own, {})
         if not _find(results["teachers"], None, seed):
             results["teachers"].append({"seed": seed, **_measure(run, teacher, grouped, comparison.split)})
@@ -142,14 +145,22 @@ def main() -> None:
             student = recipe.build_student(student_args, exits, data, own)
             started = time.perf_counter()
             loss = build_method(method)
-            Distiller(student, data, own, loss, teacher if loss.reads_teacher else None, accelerator).train()
+            _train(Distiller(student, data, own, loss, teacher if loss.reads_teacher else None, accelerator))
             row = {"method": method, "seed": seed, **_measure(run, student, grouped, comparison.split)}
             results["runs"].append(row | {"seconds": round(time.perf_counter() - started, 1)})
+            results["summary"] = summarize(results["runs"])
             _write(comparison.output, results)
             accelerator.print(f"seed {seed}, {method}: {_short(row)}")
     results["summary"] = summarize(results["runs"])
     _write(comparison.output, results)
     accelerator.print(f"\n{format_summary(results['summary'])}")
+
+
+def _train(distiller: Distiller) -> None:
+    """Trains to the end; a signal ends everything, and what was finished before is in the file."""
+    result = distiller.train()
+    if result.status == "interrupted":
+        raise recipe.Interrupted("stopped; the same command goes on with the student that it was at")
 
 
 def _data(data_args: DataArguments, comparison: Comparison, seed: int) -> tuple[GroupedImages | ImageData, ImageData]:

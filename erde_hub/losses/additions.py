@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ class Addition(nn.Module):
     needs_index: ClassVar[bool] = False
     #: Reads the features of exits.
     needs_features: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets a subclass name the nearest argument where it is built with one that it does not take."""
+        super().__init_subclass__(**kwargs)
+        check_init(cls)
+
+    @refuse_unknown
+    def __init__(self) -> None:
+        super().__init__()
 
     def check(self, loss: ExitLoss) -> None:
         """Refuses a loss that this cannot join.

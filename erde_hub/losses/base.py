@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError, InputTypeError
 
 from ._checks import check_choice, check_exit_logits, check_features, check_index, check_labels, check_same_classes
@@ -69,6 +70,12 @@ class ExitLoss(nn.Module):
     #: ... twice.
     twice_differentiable: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets a subclass name the nearest argument where it is built with one that it does not take."""
+        super().__init_subclass__(**kwargs)
+        check_init(cls)
+
+    @refuse_unknown
     def __init__(
         self,
         *,

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from loss_fakes import call, create_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from erde_hub.losses import EGADLoss, FeatureKDLoss, ReadoutWeight, create_loss
+from erde_hub.losses import EGADLoss, FeatureKDLoss, ReadoutWeight, list_losses
 
 SAMPLES, CLASSES, EXITS = 8, 4, 3
 LOSSES = [
@@ -27,7 +28,9 @@ LOSSES = [
     ("ea_kd", {"normalize_weights": True}),
     ("dkd", {}),
     ("self", {}),
-    ("egad", {"feature_weight": 0.0}),
+    ("dedier", {"readout_source": "head"}),
+    ("feature_kd", {}),
+    ("egad", {}),
     ("egad", {"feature_weight": 0.0, "entropy_normalizer": "batch_max", "temperature_direction": "decreasing"}),
 ]
 
@@ -61,7 +64,8 @@ def run(rows, wrap):
         student = wrap(Student().double())
         loss = create_loss(name, **arguments)
         loss.set_epoch(1, 3)
-        result = loss(student(inputs[rows]), teacher[:, rows].unbind(0), labels[rows])
+        index = torch.arange(SAMPLES)[rows]
+        result = call(loss, student(inputs[rows]), teacher[:, rows].unbind(0), labels[rows], index)
         result.loss.backward()
         terms = torch.stack([result.loss.detach(), *result.terms.values()])
         results.append((terms, [parameter.grad for parameter in student.parameters()]))
@@ -139,6 +143,7 @@ def worker(rank, folder):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(worker, args=(tmp_path,), nprocs=2)
+    assert {name for name, _ in LOSSES} == set(list_losses())
     together = torch.load(tmp_path / "results.pt")
     alone = run(slice(None), lambda module: module)
     assert len(together["results"]) == len(LOSSES)

@@ -1,0 +1,58 @@
+"""The benchmark of losses, and the page that lists them."""
+
+import json
+import sys
+
+import _benchmark_losses
+import _methods_page
+import benchmark
+import make_tables
+import pytest
+
+from erde_hub.errors import ConfigError
+from erde_hub.losses import get_loss, list_additions, list_losses
+
+TINY = ["--widths", "4", "--batch_size", "4", "--rounds", "2", "--repeats", "1"]
+
+
+def test_every_loss_is_timed_beside_a_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "losses", *TINY, "--output", str(tmp_path / "b.json")])
+    benchmark.main()
+    results = json.loads((tmp_path / "b.json").read_text())
+    (student,) = results["students"]
+    assert [row["loss"] for row in student["losses"]] == list_losses()
+    assert student["exits"] > 1
+    for row in student["losses"]:
+        assert 0 < row["seconds"] < student["step_seconds"] * 20
+        assert row["share"] > 0
+    assert "egad" in capsys.readouterr().out
+
+
+def test_shares_are_medians_of_rounds(monkeypatch):
+    times = iter([4.0, 1.0, 2.0, 1.0])  # step, loss; step, loss
+    monkeypatch.setattr(_benchmark_losses, "timed", lambda _: next(times))
+    settings = _benchmark_losses.LossBenchmark(batch_size=4, losses=["ce"], rounds=2, repeats=1)
+    measured = _benchmark_losses.measure(settings, 4)
+    assert measured["step_seconds"] == 3.0
+    assert measured["losses"] == [{"loss": "ce", "seconds": 1.0, "share": (0.25 + 0.5) / 2}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--losses", "kdd"], "unknown loss 'kdd'; did you mean 'kd'"), (["--rounds", "0"], "rounds must be at least 1")],
+)
+def test_what_it_refuses(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "losses", *flags])
+    with pytest.raises(ConfigError, match=message):
+        benchmark.main()
+
+
+def test_the_page_lists_every_loss_with_its_formula():
+    (path,) = [page for page in make_tables.PAGES if page.name == "methods.md"]
+    page = path.read_text(encoding="utf-8")
+    for name in list_losses():
+        assert f"| `{name}` | `L = " in page
+        assert _methods_page.formula(get_loss(name).cls) in page
+    for name in list_additions():
+        assert f"| `{name}` | `--" in page
+    assert "a weight per training sample" in page

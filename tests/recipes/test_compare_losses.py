@@ -1,0 +1,84 @@
+"""The comparison of losses: methods as text, results that are added to, groups of coloured digits."""
+
+import json
+import sys
+
+import compare_losses
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from erde_hub.errors import ConfigError, ResultsError
+
+FAST = [
+    "--teacher_kwargs", "width=4", "--student_kwargs", "width=4", "--epochs", "2", "--max_steps", "3", "--cpu_threads",
+    "1", "--no_progress_bar", "--mixed_precision", "no", "--exits", "layer1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_process():
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def call(monkeypatch, *flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *FAST, *map(str, flags)])
+    compare_losses.main()
+
+
+def test_a_method_is_a_loss_and_what_joins_it():
+    loss = compare_losses.build_method("erde+ea_kd+dedier:temperature=3,entropy_temperature=2,readout_sticky=true")
+    assert loss.temperature == 3
+    assert loss.added()["ea_kd"]["entropy_temperature"] == 2
+    assert loss.added()["dedier"]["readout_sticky"] is True
+    for text, message in (
+        ("erdee", "unknown loss 'erdee'; did you mean 'erde'"),
+        ("kd:temprature=3", "'temprature=3' in method .* is not ARGUMENT=VALUE; did you mean"),
+        ("kd:entropy_weight=1", "loss 'kd' has no argument 'entropy_weight'"),
+        ("ce+ea_kd", "CELoss has none"),
+        ("kd+egad", "unknown addition 'egad'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare_losses.build_method(text)
+
+
+def test_coloured_digits_have_groups_and_a_file_is_added_to(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    flags = ["--dataset", "coloured_digits", "--seeds", "3", "--output", output, "--methods"]
+    call(monkeypatch, *flags, "kd")
+    first = json.loads(output.read_text())
+    call(monkeypatch, *flags, "kd", "erde+dedier")
+    results = json.loads(output.read_text())
+    assert results["runs"][0] == first["runs"][0], "what was there is not trained again"
+    assert [(run["method"], run["seed"]) for run in results["runs"]] == [("kd", 3), ("erde+dedier", 3)]
+    for run in results["runs"]:
+        assert [group["exit"] for group in run["groups"]] == ["layer1", "classifier"]
+        for group in run["groups"]:
+            assert len(group["groups"]) == 4
+            assert group["worst_group"] == min(group["groups"].values())
+    assert [row["method"] for row in results["summary"]] == ["kd", "erde+dedier"]
+    row = results["summary"][0]
+    assert row["worst_group_last_exit"] == results["runs"][0]["groups"][-1]["worst_group"]
+    assert row["last_exit_std"] is None
+    assert "worst group last exit" in capsys.readouterr().out
+    assert str(tmp_path) not in output.read_text()
+    with pytest.raises(ResultsError, match=r"holds results of other settings .lr differs."):
+        call(monkeypatch, *flags, "kd", "--lr", "0.01")
+
+
+def test_summary_by_hand():
+    runs = [
+        {"method": "kd", "seed": seed, "seconds": 1.0, "accuracy_at_cost": {"0.5": half, "0.75": 0.5},
+         "per_exit": [{"accuracy": 0.4, "nll": 2.0}, {"accuracy": last, "nll": 1.0}]}
+        for seed, half, last in ((0, 0.5, 0.6), (1, None, 0.8))
+    ]  # fmt: skip
+    (row,) = compare_losses.summarize(runs)
+    assert row["last_exit"] == pytest.approx(0.7)
+    assert row["last_exit_std"] == pytest.approx(0.1414, abs=1e-4)
+    assert "half_cost" not in row, "one seed does not reach that cost"
+    assert "worst_group_last_exit" not in row
+    assert "70.0 ±14.1" in compare_losses.format_summary([row])
