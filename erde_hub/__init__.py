@@ -19,6 +19,7 @@ try:
     from .config import EarlyExitConfig
     from .modeling import EarlyExitWrapper
     from .outputs import EarlyExitOutput
+    from .streaming import route_batches
     from .truncation import TruncatedConfig, TruncatedModel
 except ModuleNotFoundError as error:
     if error.name not in _NEEDED:
@@ -40,6 +41,7 @@ __all__ = [
     "TruncatedModel",
     "list_exit_points",
     "networks",
+    "route_batches",
 ]
 
 

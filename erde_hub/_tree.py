@@ -71,6 +71,9 @@ def shrink(tree: Any, rows: Tensor, batch: int, batched: Sequence[int] = ()) -> 
     def select(tensor: Tensor) -> Tensor:
         if not isinstance(tree, Tensor) and next(positions) not in batched:
             return tensor
+        if not isinstance(tree, Tensor) and batch and tensor.shape[0] > batch and tensor.shape[0] % batch == 0:
+            # several rows per sample, one sample after the other, as tnt's pixels of each patch
+            return tensor.unflatten(0, (batch, -1)).index_select(0, rows).flatten(0, 1)
         if tensor.shape[0] != batch:
             raise ShapeError(f"a stage returned a tensor of shape {tuple(tensor.shape)} for {batch} live samples")
         return select_rows(tensor, rows)

@@ -8,11 +8,15 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .errors import ConfigError, ExitPointError, nearest
+from .attention import ATTENTION
+from .calibration import get_calibrator
+from .errors import ConfigError, ErdeError, ExitPointError, nearest
 from .heads import FeatureSpec, get_head
+from .heads_only import check_backbone_weights
 from .policies import create_policy, plain_threshold
 from .preprocessing import check_preprocessing
 from .token_level import check_nobody_leaves
@@ -80,9 +84,13 @@ class EarlyExitConfig(PreTrainedConfig):
         threshold: One number, or one per early exit; None takes the policy's default.
         threshold_profile: How the threshold was chosen, a :class:`~erde_hub.calibration.ThresholdChoice` as a dict;
             dropped where the threshold is another one.
+        calibrator: Key of the calibrators table; None for raw logits.
+        calibrator_kwargs: Arguments of the calibrator.
         exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1.
         input_size: Shape of one input without the batch, (C, H, W) for images.
         preprocessing: ``{"mean", "std", "interpolation", "crop_pct", "size"}`` of the images the model was trained on.
+        backbone_weights: Where the backbone's weights are published, in a checkpoint of the heads alone; see
+            :func:`~erde_hub.heads_only.check_backbone_weights`.
         erde_hub_version: Version that wrote the file.
 
     Raises:
@@ -106,9 +114,12 @@ class EarlyExitConfig(PreTrainedConfig):
     policy_kwargs: dict[str, Any] | None = None
     threshold: float | int | list[float] | tuple[float, ...] | None = None
     threshold_profile: dict[str, Any] | None = None
+    calibrator: str | None = None
+    calibrator_kwargs: dict[str, Any] | None = None
     exit_weights: list[float] | tuple[float, ...] | None = None
     input_size: list[int] | tuple[int, ...] | None = None
     preprocessing: dict[str, Any] | None = None
+    backbone_weights: dict[str, Any] | None = None
     erde_hub_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -121,7 +132,7 @@ class EarlyExitConfig(PreTrainedConfig):
             writer = self.erde_hub_version or "an unknown version"
             logger.warning(f"ignoring the unknown config key {key!r}{hint}; the file was written by erde_hub {writer}")
             kwargs.pop(key)
-        for name in ("backbone_kwargs", "head_kwargs", "policy_kwargs"):
+        for name in ("backbone_kwargs", "head_kwargs", "policy_kwargs", "calibrator_kwargs"):
             value = getattr(self, name) or {}
             if not isinstance(value, dict):
                 raise ConfigError(f"{name} must be a dict of arguments, got {value!r}")
@@ -184,9 +195,13 @@ class EarlyExitConfig(PreTrainedConfig):
                 FeatureSpec.from_dict(values)
         if self.input_size is not None:
             self.input_size = list(check_input_size(self.input_size))
+        if self.backbone_weights is not None:
+            self.backbone_weights = dict(check_backbone_weights(self.backbone_weights))
         if self.preprocessing is not None:
             self.preprocessing = check_preprocessing(self.preprocessing)
         get_head(self.head)
+        if self.calibrator is not None:
+            get_calibrator(self.calibrator)
         if self.exit_weights is not None:
             self.exit_weights = check_exit_weights(self.exit_weights, len(self.exits) + 1)
         policy = create_policy(self.policy, **(self.policy_kwargs or {}))
@@ -215,9 +230,39 @@ class EarlyExitConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads a stored config; unknown keys in it warn, unknown keyword arguments are handed back by transformers."""
-        with _file_being_read():
-            return super().from_dict(config_dict, **kwargs)
+        """Reads a stored config; unknown keys in it warn, unknown keyword arguments are handed back by transformers.
+
+        Raises:
+            ConfigError: A value that is not allowed, of any field, transformers' own included.
+        """
+        _check_stored(config_dict)
+        try:
+            with _file_being_read():
+                return super().from_dict(config_dict, **kwargs)
+        except ErdeError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, StrictDataclassError) as error:
+            raise ConfigError(f"the stored config is not one of erde_hub, or was edited: {error}") from error
+
+
+#: More classes than any data set has; transformers makes a name for each.
+_MAX_CLASSES = 1_000_000
+
+
+def _check_stored(values: Any) -> None:
+    """Refuses what transformers would act on before the fields are checked."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"a stored config must be a mapping, got {type(values).__name__}")
+    number = values.get("num_labels")
+    if number is not None and (
+        isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= _MAX_CLASSES
+    ):
+        raise ConfigError(f"num_labels={number!r} is no number of classes, 1 to {_MAX_CLASSES}")
+    for key, value in values.items():
+        if key.endswith(("attn_implementation", "experts_implementation")) and value not in (None, *ATTENTION):
+            raise ConfigError(f"{key}={value!r} is not allowed in a stored config: one of {', '.join(ATTENTION)}")
+        if key in ("auto_map", "quantization_config", "custom_pipelines") and value is not None:
+            raise ConfigError(f"a stored config must not hold {key!r}: loading runs no code from it")
 
 
 #: What a person sets: the fields of this class and those of transformers that say something about a classifier.

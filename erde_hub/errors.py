@@ -21,6 +21,10 @@ class UnknownNameError(ConfigError):
     """A name is not in its table; the message lists what is and the nearest spelling."""
 
 
+class UnknownArgumentError(ConfigError, TypeError):
+    """A keyword that a class or a function does not take; the message lists those that it takes and the nearest."""
+
+
 class ExitPointError(ErdeError, ValueError):
     """An exit is named wrongly, out of order, twice, or lies where no exit can be."""
 
@@ -104,3 +108,17 @@ def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UnknownNam
         close = difflib.get_close_matches(str(value), names, n=8, cutoff=0.3)
         shown = f"{len(names)} names, among them {', '.join(close or names[:8])}"
     return UnknownNameError(f"unknown {kind} {value!r}{hint} (available: {shown})")
+
+
+def unknown_argument(owner: str, name: str, allowed: Iterable[str], hint: str | None = None) -> UnknownArgumentError:
+    """Builds the error for a keyword that is not taken.
+
+    Args:
+        owner: Who does not take it.
+        name: The keyword.
+        allowed: Those that are taken.
+        hint: As :func:`nearest` returns it, which is asked if None.
+    """
+    names = list(allowed)
+    hint = nearest(name, names) if hint is None else hint
+    return UnknownArgumentError(f"{owner} has no argument {name!r}{hint} (it takes: {', '.join(names) or 'none'})")

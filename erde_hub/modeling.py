@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from . import __version__
+from . import __version__, fitted
 from .attach import choose_exits, class_names, count_classes, inspect_backbone
 from .backbones import BackboneAdapter, get_adapter
 from .backbones.base import parse_exit, tap_module
+from .calibration import Calibrator, create_calibrator
 from .compilation import CompiledSteps, no_stages
 from .config import EarlyExitConfig, check_input_size
 from .cost import trace
@@ -25,7 +26,7 @@ from .exit_table import ExitTable, count_exits
 from .heads import FeatureSpec, create_head
 from .inputs import ModelInputs, check_class_labels, check_pixel_values, check_text_inputs, explain_failure
 from .outputs import EarlyExitOutput
-from .policies import create_policy, plain_threshold
+from .policies import ExitPolicy, create_policy, plain_threshold
 from .pretrained import EarlyExitPreTrainedModel
 from .recomputation import is_recomputing, without_recomputation
 from .routing import Drive, ExitTap, Route, RunAll, StagedDrive
@@ -78,6 +79,9 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         >>> out.logits.shape, out.exit_index.shape
         (torch.Size([8, 10]), torch.Size([8]))
     """
+
+    #: Why the exits sit where they do, in words; None where they were named, and for a loaded checkpoint.
+    exits_reason: str | None = None
 
     def __init__(
         self,
@@ -135,6 +139,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         )
         adapter.check_rebuild(model, config)
         super().__init__(config)
+        self.exits_reason = reason if isinstance(exits, (int, str)) else None
         self._assemble(adapter, model, adopted=True)
 
     def _build(self, config: EarlyExitConfig, backbone: nn.Module | None) -> None:
@@ -170,9 +175,14 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {})) for spec in specs
         )
         self.policy = create_policy(config.policy, **(config.policy_kwargs or {}))
+        self.calibrator: Calibrator | None = None
+        if config.calibrator is not None:
+            self.calibrator = create_calibrator(config.calibrator, **(config.calibrator_kwargs or {}))
+            self.calibrator.check_exits(config.num_exits)
         self._backbone_frozen = False
         self._costs: dict[tuple[int, ...], ExitTable] = {}
         self._steps = StepCache()
+        self._exits = names
         self._taps: list[ExitTap] = []
         self._followers: list[Any] = []
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
@@ -182,10 +192,15 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 tap_module(backbone, parse_exit(name)[0]).register_forward_hook(tap)
             self._followers = adapter.follow(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
+        if on_meta and not adopted:
+            self._check_is_as_large_as_its_file()
         weight = next((p for p in backbone.parameters() if p.is_floating_point()), None)
         if adopted and weight is not None and not on_meta:
             self.heads.to(weight.device, weight.dtype)
             self.policy.to(weight.device)
+            if self.calibrator is not None:
+                self.calibrator.to(weight.device)
+        fitted.watch_features(self)
         # Constructors, or the user, have set every weight that is not on meta. post_init() would set again whatever it
         # does not know to be set, trained weights and batch-norm statistics included.
         for module in [*(() if on_meta else self.modules()), *(backbone.modules() if adopted else ())]:
@@ -194,6 +209,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self.supports_gradient_checkpointing = adapter.set_gradient_checkpointing(backbone, False)
         if recomputes:
             adapter.set_gradient_checkpointing(backbone, True)
+        self._find_shared_weights()
         self.post_init()
         # The backbone keeps its modes, layer by layer: somebody may have put some of them in eval mode.
         self.training = backbone.training
@@ -228,6 +244,31 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         if self.config.task == "causal_lm":
             check_nobody_leaves(self.policy, thresholds)
         return thresholds
+
+    def set_calibrator(self, calibrator: Calibrator | None) -> None:
+        """Stores a fitted calibrator with the model, or takes it off; routed logits are calibrated from then on.
+
+        A stored threshold speaks of the probabilities before: choose it anew on calibrated records.
+
+        Raises:
+            InputTypeError: Not a calibrator of the table.
+            ShapeError: Fitted for another number of exits.
+        """
+        fitted.set_calibrator(self, calibrator)
+
+    def set_policy(self, policy: ExitPolicy, threshold: float | Sequence[float] | None = None) -> None:
+        """Replaces the policy, by a fitted one for example, and its threshold.
+
+        Args:
+            policy: Of the table.
+            threshold: One number, or one per early exit; None takes the policy's default.
+
+        Raises:
+            InputTypeError: Not a policy.
+            UnknownNameError: A class that is not in the table, which no checkpoint could name.
+            ThresholdError: A threshold that the policy does not take.
+        """
+        fitted.set_policy(self, policy, threshold)
 
     def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
         """Returns what each exit costs, in MACs per sample and parameters, heads included.
@@ -407,14 +448,20 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             )
         visitor = RunAll(self.heads, deferred, self._token_mask(inputs))  # type: ignore[arg-type]
         drive = self._drive(checkpointed=self.training and torch.is_grad_enabled())
-        final = drive(visitor, inputs.args, inputs.kwargs)
-        exit_logits = visitor.finish(self._adapter.logits(final), self.exit_names[:-1])
+        calibration = None if self.training else self._calibration()
+        with calibration.watching() if calibration else contextlib.nullcontext():
+            final = drive(visitor, inputs.args, inputs.kwargs)
+            exit_logits = visitor.finish(self._adapter.logits(final), self.exit_names[:-1])
+        logits = exit_logits[-1]
+        if calibration:
+            for index, own in enumerate(exit_logits):
+                logits = calibration(index, own)
         loss = None
         if labels is not None:
             weights = self.config.exit_weights or [1.0] * len(exit_logits)
             losses = [w * self._cross_entropy(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
             loss = torch.stack(losses).sum()
-        return EarlyExitOutput(loss=loss, logits=exit_logits[-1], exit_logits=exit_logits)
+        return EarlyExitOutput(loss=loss, logits=logits, exit_logits=exit_logits)
 
     def _route(self, inputs: ModelInputs, thresholds: Sequence[float]) -> EarlyExitOutput:
         batch, device = len(inputs.main), inputs.main.device
@@ -428,19 +475,31 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             return EarlyExitOutput(
                 logits=logits, exit_index=torch.full((batch,), len(self.heads), dtype=torch.int64, device="meta")
             )
-        if all(self.policy.never_leaves(t) for t in thresholds):
+        policy, calibration = self.policy, self._calibration()
+        if calibration is None and all(map(policy.never_leaves, thresholds)):
             logits = self._adapter.logits(self.backbone(*inputs.args, **inputs.kwargs))
             index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=device)
             return EarlyExitOutput(logits=logits, exit_index=index)
         mask = self._token_mask(inputs)
-        visitor = Route(self._steps.heads(self.heads), self.policy, thresholds, batch, device, mask)
+        visitor = Route(self._steps.heads(self.heads), policy, thresholds, batch, device, mask, calibration)
+        drive = self._drive(checkpointed=False)
         recomputes = self._taps and torch.is_grad_enabled()  # it would run a hook's shrinking again
-        with without_recomputation(self.backbone) if recomputes else contextlib.nullcontext():
-            final = self._drive(checkpointed=False)(visitor, inputs.args, inputs.kwargs)
+        if calibration is None and not recomputes:  # one image can take less than a millisecond: as little as possible
+            final = drive(visitor, inputs.args, inputs.kwargs)
+        else:
+            with contextlib.ExitStack() as stack:
+                if recomputes:
+                    stack.enter_context(without_recomputation(self.backbone))
+                if calibration is not None:
+                    stack.enter_context(calibration.watching())
+                final = drive(visitor, inputs.args, inputs.kwargs)
         if final is not None:
             final = self._adapter.logits(final)
         logits, index = visitor.finish(final, self.exit_names[:-1])
         return EarlyExitOutput(logits=logits, exit_index=index)
+
+    def _calibration(self) -> fitted.LiveCalibration | None:
+        return None if self.calibrator is None else fitted.LiveCalibration(self.calibrator)
 
     def _token_mask(self, inputs: ModelInputs) -> Tensor | None:
         """The tokens that heads pool, where they pool a padded sequence."""
@@ -455,11 +514,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         if self._taps:
             return self._adapter.drive(self.backbone, self._taps, self._followers)
         backbone = getattr(self.backbone, "_orig_mod", self.backbone)  # what torch.compile wraps
-        exits = list(self.config.exits or [])
         if checkpointed:
-            steps = self._adapter.steps(backbone, exits, checkpointed)
+            steps = self._adapter.steps(backbone, self._exits, checkpointed)
         else:
-            steps = self._steps.get(self._adapter, backbone, exits)
+            steps = self._steps.get(self._adapter, backbone, self._exits)
         if steps is None:
             raise ExitPointError(
                 f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"

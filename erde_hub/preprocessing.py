@@ -10,9 +10,11 @@ from .errors import ConfigError, nearest
 
 #: Names that timm uses, to Pillow's numbers.
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+#: How images are resized, as timm names it.
+INTERPOLATIONS = tuple(_RESAMPLE)
 _KEYS = ("mean", "std", "size", "interpolation", "crop_pct")
 #: As timm names them: resize the shorter side and cut out the centre, or resize both sides without keeping their ratio.
-_CROP_MODES = ("center", "squash")
+CROP_MODES = ("center", "squash")
 
 
 def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
@@ -32,8 +34,8 @@ def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
         if key not in (*_KEYS, "crop_mode"):
             raise ConfigError(f"preprocessing has no {key!r}{nearest(str(key), _KEYS)} (it has: {', '.join(_KEYS)})")
     crop_mode = values.get("crop_mode", "center")
-    if crop_mode not in _CROP_MODES:
-        raise ConfigError(f"crop_mode must be one of {', '.join(_CROP_MODES)}, got {crop_mode!r}")
+    if crop_mode not in CROP_MODES:
+        raise ConfigError(f"crop_mode must be one of {', '.join(CROP_MODES)}, got {crop_mode!r}")
     missing = [key for key in _KEYS if key not in values]
     if missing:
         raise ConfigError(f"preprocessing lacks {', '.join(missing)}")

@@ -11,6 +11,7 @@ wrapped models inside wrapped models do not see each other's, and outside a wrap
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Sequence
 from ctypes import c_float
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ._tree import shrink, tensors
 from .errors import ExitNotReachedError, ShapeError
+from .fitted import LiveCalibration
 from .heads import ExitHead
 from .policies import ExitPolicy
 
@@ -187,6 +189,7 @@ def judge(
     feature: Tensor,
     mask: Tensor | None,
     history: list[Tensor],
+    calibrate: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs an exit on the live samples: its logits (N, K), and the policy's scores (N,).
 
@@ -196,8 +199,11 @@ def judge(
         feature: What the head reads.
         mask: (N, L), which tokens of a padded sequence count.
         history: Log-probabilities of the exits before; this one's are added where the policy reads them.
+        calibrate: Takes the head's logits to those that count.
     """
     logits = run_head(head, feature, mask)
+    if calibrate is not None:
+        logits = calibrate(logits)
     log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
     if policy.uses_history:
         history.append(log_probs)
@@ -277,6 +283,7 @@ class Route:
         batch: Number of samples.
         device: Where the indices live.
         mask: (N, L), which tokens of a padded sequence count; for heads that pool them.
+        calibration: Of the logits, before the policy reads them.
     """
 
     def __init__(
@@ -287,7 +294,10 @@ class Route:
         batch: int,
         device: torch.device,
         mask: Tensor | None = None,
+        calibration: LiveCalibration | None = None,
     ) -> None:
+        self.calibration = calibration
+        self.needs_every_exit = policy.uses_history or (calibration is not None and calibration.calibrator.uses_history)
         self.heads = heads
         self.mask = mask
         self.policy = policy
@@ -314,7 +324,7 @@ class Route:
         check_due(exit_index, self.next_exit)
         self.next_exit += 1
         threshold = self.thresholds[exit_index]
-        if self.policy.never_leaves(threshold) and not self.policy.uses_history:
+        if self.policy.never_leaves(threshold) and not self.needs_every_exit:
             return output
         head = self.heads[exit_index]
         feature = read_feature(output, head.spec.leaf)
@@ -322,7 +332,8 @@ class Route:
             raise ExitNotReachedError(
                 f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are alive"
             )
-        logits, scores = judge(head, self.policy, feature, self.mask, self.history)
+        calibrate = None if self.calibration is None else functools.partial(self.calibration, exit_index)
+        logits, scores = judge(head, self.policy, feature, self.mask, self.history, calibrate)
         if self.count == 1:  # decided in Python, with the threshold as a tensor would round it: fewer operators
             leaving = int(self.policy.compare(scores.item(), c_float(threshold).value))
         else:
@@ -343,6 +354,8 @@ class Route:
         if self.mask is not None:
             self.mask = self.mask.index_select(0, stay)
         self.history = [h.index_select(0, stay) for h in self.history]
+        if self.calibration is not None:
+            self.calibration.keep(stay)
         output = shrink(output, stay, self.count, head.spec.batched)
         self.count -= leaving
         return output
@@ -356,6 +369,8 @@ class Route:
                     f"the backbone returned {final.shape[0]} rows for {self.count} live samples: something behind the"
                     " last exit reads the whole batch"
                 )
+            if self.calibration is not None:
+                final = self.calibration(len(self.heads), final)
             self._leave(self.live, final, len(self.heads))
         if len(self.logits) == 1:
             return self.logits[0], torch.full((self.batch,), self.exits[0], dtype=torch.int64, device=self.device)

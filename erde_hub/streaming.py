@@ -8,6 +8,8 @@ waited too long, a stage runs on what there is.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,22 +139,29 @@ class _Group:
         tickets: (N, 2) int64 on the CPU: batch of the stream, row in it.
         tree: What the next stage gets.
         history: Log-probabilities of the exits before, for policies that read them.
+        state: What a calibrator keeps of the exits before.
         batched: Positions of the batch-first tensors of ``tree``.
     """
 
     tickets: Tensor
     tree: Any
     history: list[Tensor]
+    state: list[Tensor]
     batched: Sequence[int] = ()
 
     def split(self, rows: int) -> tuple[_Group, _Group]:
         """Returns the first rows and the others."""
         parts = [(0, rows), (rows, len(self.tickets))]
         first, second = (
-            _Group(self.tickets[i:j], cut_rows(self.tree, i, j, self.batched), [h[i:j] for h in self.history],
-                   self.batched)
+            _Group(
+                self.tickets[i:j],
+                cut_rows(self.tree, i, j, self.batched),
+                [h[i:j] for h in self.history],
+                [s[i:j] for s in self.state],
+                self.batched,
+            )
             for i, j in parts
-        )  # fmt: skip
+        )
         return first, second
 
 
@@ -183,8 +192,9 @@ class _Queue:
             return taken[0]
         batched = taken[0].batched
         histories = [torch.cat(parts) for parts in zip(*(group.history for group in taken), strict=True)]
+        states = [torch.cat(parts) for parts in zip(*(group.state for group in taken), strict=True)]
         tree = join_rows([group.tree for group in taken], batched)
-        return _Group(torch.cat([group.tickets for group in taken]), tree, histories, batched)
+        return _Group(torch.cat([group.tickets for group in taken]), tree, histories, states, batched)
 
     def holds(self, index: int) -> bool:
         """Tells whether a sample of that batch of the stream waits here."""
@@ -221,7 +231,7 @@ class _Stream:
         self.pending[index] = _Pending(len(images))
         if len(images):
             tickets = torch.stack([torch.full((len(images),), index), torch.arange(len(images))], 1)
-            self.queues[0].put(_Group(tickets, images, []))
+            self.queues[0].put(_Group(tickets, images, [], []))
         while self.queues[0].count >= self.batch_size:
             self.run(0)
 
@@ -266,12 +276,14 @@ class _Stream:
             visitor.entered, visitor.next_exit = True, stage
         elif stage > 0:
             inputs = self.like
-        final = drive(visitor, (inputs,), {})
-        if final is not None:
-            logits = self.model._adapter.logits(final)
-            check_all_reached(visitor.next_exit, self.model.exit_names[:-1])
-            visitor.check_rows(len(logits), "the classifier")
-            self.answer(visitor.group.tickets, logits, len(self.thresholds))
+        with visitor.calibration.watching() if visitor.calibration else contextlib.nullcontext():
+            final = drive(visitor, (inputs,), {})
+            if final is not None:
+                logits = self.model._adapter.logits(final)
+                check_all_reached(visitor.next_exit, self.model.exit_names[:-1])
+                visitor.check_rows(len(logits), "the classifier")
+                logits = visitor.calibrate(len(self.thresholds), logits)
+                self.answer(visitor.group.tickets, logits, len(self.thresholds))
 
     def answer(self, tickets: Tensor, logits: Tensor, exit_index: int) -> None:
         """Notes what samples of any batches were answered at an exit."""
@@ -295,6 +307,11 @@ class _StreamPass:
         self.group = group
         self.entered = entry < 0
         self.next_exit = 0
+        self.calibration = stream.model._calibration()
+        reads_all = stream.model.policy.uses_history
+        if self.calibration is not None:
+            reads_all = reads_all or self.calibration.calibrator.uses_history
+        self.needs_every_exit = reads_all
 
     def visit(self, exit_index: int, output: Any) -> Any | None:
         check_due(exit_index, self.next_exit)
@@ -303,30 +320,40 @@ class _StreamPass:
             self.entered = exit_index == self.entry
             return self.group.tree if self.entered else output
         model, threshold = self.stream.model, self.stream.thresholds[exit_index]
-        if model.policy.never_leaves(threshold) and not model.policy.uses_history:
+        if model.policy.never_leaves(threshold) and not self.needs_every_exit:
             return output
         head: Any = model.heads[exit_index]
         feature = read_feature(output, head.spec.leaf)
         self.check_rows(len(feature), f"exit {exit_index}")
         history = list(self.group.history)
-        logits, scores = judge(head, model.policy, feature, None, history)
+        calibrate = functools.partial(self.calibrate, exit_index) if self.calibration else None
+        logits, scores = judge(head, model.policy, feature, None, history, calibrate)
+        state = self.calibration.state if self.calibration else []
         leaves = model.policy.compare(scores, threshold)
         gone, stay = leaves.nonzero().squeeze(1), leaves.logical_not().nonzero().squeeze(1)
         batched, tickets = head.spec.batched, self.group.tickets
         if len(gone):
             self.stream.answer(tickets[gone.cpu()], logits.index_select(0, gone), exit_index)
             output = shrink(output, stay, len(tickets), batched) if len(stay) else output
-            history, tickets = [h.index_select(0, stay) for h in history], tickets[stay.cpu()]
+            history, state = ([t.index_select(0, stay) for t in kept] for kept in (history, state))
+            tickets = tickets[stay.cpu()]
         elif len(stay) >= self.stream.batch_size:
-            self.group = _Group(tickets, output, history, batched)
+            self.group = _Group(tickets, output, history, state, batched)
             return output
         queue = self.stream.queues[exit_index + 1]
         if len(stay):
-            queue.put(_Group(tickets, output, history, batched))
+            queue.put(_Group(tickets, output, history, state, batched))
         if queue.count < self.stream.batch_size:
             return None
         self.group = queue.take(self.stream.batch_size)
         return self.group.tree
+
+    def calibrate(self, exit_index: int, logits: Tensor) -> Tensor:
+        """Calibrates the logits of the samples that are there now, if the model does that."""
+        if self.calibration is None:
+            return logits
+        self.calibration.state = list(self.group.state)
+        return self.calibration(exit_index, logits)
 
     def check_rows(self, rows: int, where: str) -> None:
         """Raises :class:`~erde_hub.errors.ExitNotReachedError` where rows and samples differ in number."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,17 @@ from .outputs import EarlyExitOutput
 from .pretrained import EarlyExitPreTrainedModel
 from .routing import Drive, ExitTap, HookDrive, StagedDrive, read_feature, run_head
 from .stages import StepCache
+from .token_level import check_token_labels, token_cross_entropy
 
 if TYPE_CHECKING:
     from .modeling import EarlyExitWrapper
 
+M = TypeVar("M", bound=nn.Module)
+
 #: Fields of a routed model's config that say nothing about a network without decisions, or are set anew.
 _ROUTING_FIELDS = (
     "model_type", "architectures", "transformers_version", "exits", "exit_features", "policy", "policy_kwargs",
-    "threshold", "exit_weights",
+    "threshold", "threshold_profile", "calibrator", "calibrator_kwargs", "exit_weights",
 )  # fmt: skip
 
 
@@ -111,7 +114,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
                 _replace(module, name, RemovedModule(name))
             for values in config.exit_features or ():
                 spec = FeatureSpec.from_dict(values)
-                head = create_head(config.head, spec, config.num_labels, **(config.head_kwargs or {}))
+                head = create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {}))
         self._assemble(adapter, module, head, adopted=backbone is not None)
 
     def _assemble(self, adapter: BackboneAdapter, backbone: nn.Module, head: ExitHead | None, adopted: bool) -> None:
@@ -165,9 +168,13 @@ class TruncatedModel(EarlyExitPreTrainedModel):
         inputs = self._inputs(pixel_values, kwargs)
         if labels is not None:
             on_cpu = inputs.main.device.type == "cpu"
-            labels = check_class_labels(labels, len(inputs.main), self.config.num_labels, values=on_cpu)
+            if self.config.task == "causal_lm":
+                labels = check_token_labels(labels, inputs.main.shape[:2], self.config.num_outputs, values=on_cpu)
+            else:
+                labels = check_class_labels(labels, len(inputs.main), self.config.num_labels, values=on_cpu)
         logits = self._logits(inputs)
-        output = EarlyExitOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+        cross_entropy = token_cross_entropy if self.config.task == "causal_lm" else F.cross_entropy
+        output = EarlyExitOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
@@ -258,7 +265,7 @@ def truncate(model: EarlyExitWrapper, exit: int | str) -> TruncatedModel:
         }
     )
     backbone = _copy_without(getattr(model.backbone, "_orig_mod", model.backbone), removed)
-    static = TruncatedModel(config, backbone, copy.deepcopy(head))
+    static = TruncatedModel(config, backbone, _without_own_hooks(copy.deepcopy(head)) if early else None)
     static.training = model.training
     return static
 
@@ -371,10 +378,13 @@ def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
 def _copy_without(backbone: nn.Module, removed: Sequence[str]) -> nn.Module:
     """Copies a backbone without copying what is removed, and without the taps of the model it comes from."""
     memo: dict[int, Any] = {id(backbone.get_submodule(name)): RemovedModule(name) for name in removed}
-    clone = copy.deepcopy(backbone, memo)
-    for module in clone.modules():
+    return _without_own_hooks(copy.deepcopy(backbone, memo))
+
+
+def _without_own_hooks(module_: M) -> M:
+    for module in module_.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(f"{__package__}.")]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-    return clone
+    return module_

@@ -17,6 +17,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from erde_hub import EarlyExitWrapper
 from erde_hub._tree import shrink
@@ -66,9 +67,16 @@ class Subject:
     weights: str
 
     def images(self, batch: int, channels_last: bool = False) -> Tensor:
-        """The same random batch for everybody."""
+        """The same random batch for everybody: coarse patterns of differing strength.
+
+        White noise would be the same to a network from image to image, and so would be the scores of its exits.
+        """
         generator = torch.Generator().manual_seed(batch)
-        x = torch.randn((batch, *(self.model.config.input_size or ())), generator=generator)
+        channels, *size = self.model.config.input_size or ()
+        coarse = torch.randn((batch, channels, 6, 6), generator=generator)
+        strength = 0.3 + 1.4 * torch.rand((batch, 1, 1, 1), generator=generator)
+        noise = 0.2 * torch.randn((batch, channels, *size), generator=generator)
+        x = strength * functional.interpolate(coarse, tuple(size), mode="bilinear") + noise
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def steps(self) -> list[StageStep] | None:
@@ -83,18 +91,22 @@ def load_subject(name: str, exits: int) -> Subject:
     if timm.is_model(name) and not Path(name).exists():
         torch.manual_seed(0)
         model = EarlyExitWrapper(timm.create_model(name), exits=exits)
-        _settle(model)
-        subject = Subject(name, model.eval(), "random")
+        subject = Subject(name, model, "random")
+        _settle(model, subject.images(8))
+        model.eval()
     else:
         subject = Subject(Path(name).name, recipe.load_model(name), "checkpoint")
     if subject.model.main_input_name != "pixel_values":
         raise ConfigError(f"{name} reads texts; the inference benchmark runs image models")
-    subject.model.policy = create_policy("entropy")  # its scores are continuous, so every share can be set
+    if subject.model.config.task != "classification":
+        raise ConfigError(f"{name} is for {subject.model.config.task!r}; the inference benchmark routes classifiers")
+    subject.model.set_calibrator(None)
+    subject.model.set_policy(create_policy("entropy"))  # its scores are continuous, so every share can be set
     return subject
 
 
 @torch.no_grad()
-def _settle(model: EarlyExitWrapper) -> None:
+def _settle(model: EarlyExitWrapper, images: Tensor) -> None:
     """Gives a fresh network activations of ordinary size and exits that differ in how sure they are.
 
     Without statistics of any data, deep networks shrink their activations into denormal numbers, which take a processor
@@ -104,8 +116,7 @@ def _settle(model: EarlyExitWrapper) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # the mean over what it sees
-    x = torch.randn((8, *(model.config.input_size or ())), generator=torch.Generator().manual_seed(0))
-    model.train()(x)
+    model.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     for head in model.heads:
@@ -141,7 +152,7 @@ def plan_for(model: EarlyExitWrapper, x: Tensor, counts: Sequence[int]) -> Plan:
             stays += [None] * (len(counts) - e - 1)
             break
         low, high = scores[order[count - 1]].item(), scores[order[count]].item()
-        if high - low < 1e-5:
+        if high - low < 1e-6 * max(abs(low), 1):
             raise PlanError(f"exit {e} scores two images {low:.6f} and {high:.6f}: no threshold lies between")
         thresholds.append((low + high) / 2)
         taken[live[order[:count]]] = e

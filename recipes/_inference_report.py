@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from erde_hub.errors import MissingDependencyError, ResultsError
 from erde_hub.evaluation.plots import _STYLE
 
 Results = Mapping[str, Any]
+#: Header and rows to Markdown.
+Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 #: Name of a target, its bound.
 BOUNDS = {
@@ -200,6 +202,67 @@ def _stream_line(stream: Mapping[str, Any]) -> str:
     )
 
 
+# README.md
+
+_NOT_YET = "Not measured yet."
+
+
+def saving_table(table: Table, results: Results | None) -> str:
+    """How much time is saved, beside the same stages called by hand, in per cent of the bare backbone's."""
+    if results is None:
+        return _NOT_YET
+    header = (
+        "network",
+        "one image, out at exit 0",
+        "32 images, a quarter out at each exit",
+        "32 images, 31 out at exit 0",
+    )
+    rows = []
+    for name, entry in results["networks"].items():
+        cells = [_saving(entry, batch, key) for batch, key in ((1, "exit 0"), (32, "even"), (32, "one_hard"))]
+        rows.append((f"`{name}`", *cells))
+    where = (
+        f"{results['cpu']}, one thread, torch {results['torch']}; time saved, in brackets by the stages called by hand"
+    )
+    words = "Time saved by routing against time saved by the same stages called by hand"
+    picture = f"![{words}](recipes/results/benchmark_inference.png)"
+    return f"{picture}\n\n{table(header, rows)}\n\n{where}."
+
+
+def _saving(entry: Mapping[str, Any], batch: int, key: str) -> str:
+    for setting in entry["settings"]:
+        seconds = setting["seconds"]
+        plain = setting["threads"] == 1 and not setting["channels_last"]
+        if plain and setting["batch"] == batch and f"{key} by hand" in seconds:
+            bare = seconds["bare"]["median"]
+            real, ideal = (1 - seconds[name]["median"] / bare for name in (key, f"{key} by hand"))
+            return f"{100 * real:.0f} % ({100 * ideal:.0f} %)"
+    return "-"
+
+
+def bounds_table(table: Table, results: Results | None) -> str:
+    """What was aimed at and what was reached, misses included."""
+    if results is None:
+        return _NOT_YET
+    rows = [(row[0], row[1], *row[2:]) for row in target_rows(results)]
+    return table(("time or memory, divided by", "at most", *results["networks"]), rows)
+
+
+def stream_table(table: Table, results: Results | None) -> str:
+    """Images per second of a stream."""
+    if results is None:
+        return _NOT_YET
+    rows = []
+    for name, entry in results["networks"].items():
+        for stream in entry.get("stream") or []:
+            if "images_per_second" in stream:
+                speed = stream["images_per_second"]
+                ratio = speed["stream"] / speed["plain"]
+                batch = str(stream["batch"])
+                rows.append((f"`{name}`", batch, f"{speed['plain']:.1f}", f"{speed['stream']:.1f}", f"{ratio:.2f}"))
+    return table(("network", "batch", "`model(x)`, images/s", "`route_batches`, images/s", "times"), rows)
+
+
 # The picture
 
 #: Okabe and Ito's palette; shapes differ as well.
@@ -246,7 +309,7 @@ def draw_saving(results: Results, path: str) -> None:
     if not points:
         raise ResultsError("nothing to draw: no setting with one thread has the stages called by hand beside it")
     with mpl_style.context(["default", _STYLE]):
-        figure = Figure(figsize=(6.4, 5.2), dpi=200, layout="constrained")
+        figure = Figure(figsize=(6.4, 6.2), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.plot([-10, 100], [-10, 100], color="#777777", linewidth=1.5, zorder=1)
@@ -278,7 +341,7 @@ def draw_saving(results: Results, path: str) -> None:
         axes.set_aspect("equal", adjustable="box")
         axes.set_xlabel("time saved by the same stages called by hand (%)")
         axes.set_ylabel("time saved by routing (%)")
-        axes.text(47, 52, "nothing lost", rotation=45, rotation_mode="anchor", color="#555555", fontsize=10.5)
-        axes.legend(loc="lower right")
+        axes.text(78, 82, "nothing lost", rotation=45, rotation_mode="anchor", color="#555555", fontsize=10.5)
+        figure.legend(loc="outside lower center", ncols=3)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})

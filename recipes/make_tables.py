@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _calibration_page
+import _inference_report
 import _methods_page
+import _support_page
 import timm
 from PIL import Image, PngImagePlugin
 
@@ -32,8 +36,9 @@ from erde_hub.policies import get_policy, list_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "recipes" / "methods.md")
+PAGES = (README, *(ROOT / "recipes" / f"{name}.md" for name in ("calibration", "methods", "support_matrix")))
 RESULTS = ROOT / "recipes" / "results"
+INFERENCE = RESULTS / "benchmark_inference.json"
 CONFIGS = ROOT / "recipes" / "configs"
 CARDS = ROOT / "model_cards"
 NETWORKS = ("resnet8_cifar", "resnet10_cifar", "resnet18_cifar", "resnet50_cifar")
@@ -67,6 +72,12 @@ def main() -> None:
             stale.append(picture.relative_to(ROOT).as_posix())
             if not check:
                 draw_picture(picture, path, results)
+    inference, picture = INFERENCE, INFERENCE.with_suffix(".png")
+    if inference.is_file() and not picture_is_current(picture, inference):
+        stale.append(picture.relative_to(ROOT).as_posix())
+        if not check:
+            _inference_report.draw_saving(inference_results() or {}, str(picture))
+            _make_small(picture, inference)
     if stale and check:
         print(f"not current: {', '.join(stale)}; run `python recipes/make_tables.py`", file=sys.stderr)
         raise SystemExit(1)
@@ -138,9 +149,15 @@ def configs_table() -> str:
 
 
 def run_results() -> list[tuple[Path, dict[str, Any]]]:
-    """Returns the files of all published runs and what is in them; benchmarks have a form of their own."""
-    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("benchmark_")]
+    """Returns the files of all published runs and what is in them; benchmarks and the matrix have their own forms."""
+    others = ("benchmark_", "support_", "policies_", "threshold_")
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith(others)]
     return [(path, load_results(path)) for path in paths]
+
+
+def inference_results() -> dict[str, Any] | None:
+    """Returns what `benchmark.py inference` found, None before it was run."""
+    return json.loads(INFERENCE.read_text(encoding="utf-8")) if INFERENCE.is_file() else None
 
 
 def picture_is_current(picture: Path, source: Path) -> bool:
@@ -152,8 +169,13 @@ def picture_is_current(picture: Path, source: Path) -> bool:
 
 
 def draw_picture(picture: Path, source: Path, results: dict[str, Any]) -> None:
-    """Draws the picture of a run, in few colours so that it stays small, with the hash of what it shows."""
+    """Draws the picture of a run."""
     plot_frontier(results, picture)
+    _make_small(picture, source)
+
+
+def _make_small(picture: Path, source: Path) -> None:
+    """Leaves few colours, so that a picture stays small, and the hash of what it shows."""
     notes = PngImagePlugin.PngInfo()
     notes.add_text("Source", _hash(source))
     with Image.open(picture) as drawn:
@@ -170,14 +192,23 @@ def _links(reference: str) -> str:
 
 
 _TABLES: dict[str, Callable[[], str]] = {
+    **_calibration_page.tables(table, registry_table),
+    **_support_page.tables(table),
     "losses": lambda: registry_table(list_losses(), get_loss),
     "methods": lambda: _methods_page.losses_table(table, _links),
     "additions": lambda: _methods_page.additions_table(table, _links),
+    "comparison": lambda: _methods_page.comparison_table(table),
+    "groups": lambda: _methods_page.groups_table(table),
+    "egad": lambda: _methods_page.egad_table(table),
+    "speed": lambda: _methods_page.speed_table(table),
     "policies": lambda: registry_table(list_policies(), get_policy),
     "heads": lambda: registry_table(list_heads(), get_head),
     "networks": networks_table,
     "configs": configs_table,
     "results": results_table,
+    "saving": lambda: _inference_report.saving_table(table, inference_results()),
+    "bounds": lambda: _inference_report.bounds_table(table, inference_results()),
+    "stream": lambda: _inference_report.stream_table(table, inference_results()),
 }
 
 

@@ -394,3 +394,35 @@ def test_a_path_that_is_not_there_is_no_repository(name, tmp_path, monkeypatch):
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         EarlyExitWrapper.from_pretrained(tmp_path)
+
+
+# Checkpoints of earlier versions
+
+
+def test_a_checkpoint_of_format_version_1_loads():
+    folder = Path(__file__).parent / "checkpoints" / "version_1"
+    assert json.loads((folder / "config.json").read_text())["format_version"] == 1
+    loaded = EarlyExitWrapper.from_pretrained(folder)
+    assert loaded.exit_names == ["layer1", "layer2", "classifier"]
+    assert loaded.threshold == [0.9, 1.05]
+    scale = torch.tensor([0.2, 1, 2, 4]).view(-1, 1, 1, 1)
+    x = torch.linspace(-2, 2, 4 * 3 * 32 * 32).reshape(4, 3, 32, 32).sin() * scale
+    stored = json.loads((folder / "exit_logits.json").read_text())
+    with torch.no_grad():
+        for ours, theirs in zip(loaded(x, output_all_exits=True).exit_logits, stored, strict=True):
+            torch.testing.assert_close(ours, torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_shared_are_saved_once(tmp_path):
+    class Twice(Plain):
+        def __init__(self):
+            super().__init__()
+            self.trunk["c"] = self.trunk["b"]
+
+    backbone = Twice()
+    model = EarlyExitWrapper(backbone, exits=["trunk.a"], input_size=(3, 16, 16))
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "model.safetensors").keys()
+    assert sum("trunk.b.conv.weight" in key or "trunk.c.conv.weight" in key for key in keys) == 1
+    again = EarlyExitWrapper.from_pretrained(tmp_path, backbone=Twice())
+    assert torch.equal(again.backbone.trunk["c"].conv.weight, backbone.trunk["b"].conv.weight)

@@ -20,11 +20,12 @@ from engine_fakes import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from policy_fakes import make_policy
 from torch import nn
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ExitNotReachedError, ShapeError, ThresholdError
-from erde_hub.policies import create_policy, list_policies
+from erde_hub.policies import list_policies
 from erde_hub.routing import Route
 
 SCORED = ["entropy", "confidence", "margin", "patience"]
@@ -36,7 +37,7 @@ def model_of(name: str) -> EarlyExitWrapper:
 
 
 def with_policy(model: EarlyExitWrapper, policy: str) -> EarlyExitWrapper:
-    model.policy = create_policy(policy)
+    model.policy = make_policy(policy, 4, CLASSES)
     return model
 
 
@@ -241,6 +242,22 @@ def test_nan_never_leaves_early_and_the_answer_says_so():
     assert out.exit_index[[2, 4]].tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("name", ["resnet", "vit", "swin", "plain"])
+@pytest.mark.parametrize("policy", list_policies())
+def test_nan_in_an_image_is_never_a_silent_exit(name, policy):
+    """Under every policy, in a batch and alone, one bad pixel goes to the last exit, and its answer is NaN."""
+    policies = {"patience": 1.0, "entropy": float("inf")}
+    model = with_policy(model_of(name), policy)
+    threshold = policies.get(policy, 0.0 if model.policy.leaves_above else 1e9)
+    x = images(name, 4).clone()
+    x[1, 2, 7, 9] = float("nan")
+    for batch, row in ((x, 1), (x[1:2], 0)):
+        with torch.no_grad():
+            out = model(batch, threshold=threshold)
+        assert int(out.exit_index[row]) == 3
+        assert out.logits.isnan().any(1).nonzero().flatten().tolist() == [row]
+
+
 def test_labels_give_the_loss_of_the_routed_logits():
     model, x = model_of("resnet"), images("resnet", 6)
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
@@ -344,6 +361,24 @@ def test_the_reference_routes_as_the_definitions_say():
     for policy, threshold in (("entropy", 0.5), ("confidence", 0.9), ("margin", 0.5)):
         assert route_reference(policy, logits, [threshold] * 2)[1].tolist() == [0, 2]
     assert route_reference("patience", logits, [1, 1])[1].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("policy", ["entropy", "confidence"])
+@pytest.mark.parametrize("threshold", [0.9, 0.1, 1 / 3, 1e-46, 1e39, float("inf")])
+@pytest.mark.parametrize("beside", [-1, 0, 1])
+def test_one_sample_is_decided_as_in_a_batch(policy, threshold, beside, monkeypatch):
+    """A score in float32 against a threshold in Python's float64, at the threshold and one step to either side."""
+    score = torch.tensor([threshold], dtype=torch.float64).float()
+    if beside:
+        score = score.nextafter(torch.full((1,), beside * float("inf")))
+    model = with_policy(model_of("plain"), policy)
+    monkeypatch.setattr(type(model.policy), "score_last", lambda self, log_probs: score.expand(len(log_probs)))
+    x = images("plain", 2)
+    with torch.no_grad():
+        if model.policy.never_leaves(threshold):
+            threshold = [threshold, 0.0, 0.0]
+        several = model(x, threshold=threshold).exit_index.tolist()
+        assert several == [int(model(x[i : i + 1], threshold=threshold).exit_index) for i in range(2)]
 
 
 def test_nothing_is_copied_where_nobody_leaves():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from erde_hub import __version__
+from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.errors import CheckpointWriteError, ConfigError, ExportError, InputTypeError, ShapeError
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import get_policy, list_policies
@@ -45,6 +46,9 @@ def export_onnx(
     outputs ``logits`` (batch, K) float32 and ``exit_index`` (batch,) int64. Each sample gets the logits of its own
     first exit; layers behind the exit that the last sample of a batch took are not run. A sample with NaN or infinity
     in its input never leaves early and gets NaN logits. The metadata hold a :class:`~erde_hub.export.FileInfo`.
+
+    Height and width are those of ``config.input_size``. An empty batch is answered by :class:`EarlyExitSession`;
+    onnxruntime by itself cannot broadcast one.
 
     The file is checked, then renamed into place: an export that is interrupted leaves what was there before.
 
@@ -79,6 +83,7 @@ def export_onnx(
     if isinstance(opset, bool) or not isinstance(opset, int) or not OLDEST_OPSET <= opset <= newest:
         raise ConfigError(f"opset must be {OLDEST_OPSET} to {newest}, got {opset!r}")
     _check_exportable(model)
+    _check_calibrator(model)
     target = Path(path)
     if target.is_dir() or not target.name:
         raise ConfigError(f"{str(path)!r} is a folder: give the name of the file, such as model.onnx")
@@ -163,11 +168,25 @@ def check_onnx(
 
 
 def _check_exportable(model: EarlyExitWrapper) -> None:
+    if model.main_input_name != "pixel_values":
+        raise ExportError(
+            f"{type(model.backbone).__name__} reads texts, whose length and masks the file does not hold yet: image models"
+            " can be written"
+        )
     if not model.policy.exportable:
         possible = [name for name in list_policies() if get_policy(name).cls.exportable]
         raise ExportError(
             f"policy {model.config.policy!r} cannot be written into an ONNX file (those that can:"
             f" {', '.join(possible)}): wrap the model with one of them"
+        )
+
+
+def _check_calibrator(model: EarlyExitWrapper) -> None:
+    if model.calibrator is not None and not model.calibrator.affine:
+        possible = [name for name in list_calibrators() if get_calibrator(name).cls.affine]
+        raise ExportError(
+            f"calibrator {model.config.calibrator!r} cannot be written into an ONNX file (those that can:"
+            f" {', '.join(possible)}): fit one of them, or take it off with model.set_calibrator(None)"
         )
 
 

@@ -119,8 +119,8 @@ class EarlyExitSession:
         size = tuple(self.info.input_size)
         if batch.shape[1:] != size:
             raise ShapeError(
-                f"floats must have shape (N, {', '.join(map(str, size))}), got {batch.shape}; images of other sizes can"
-                " be given as uint8 (N, H, W, C)"
+                f"floats must have shape (N, {', '.join(map(str, size))}), got {batch.shape}: the file was exported for"
+                " this size; images of other sizes can be given as uint8 (N, H, W, C)"
             )
         return np.ascontiguousarray(batch, dtype=np.float32)
 
@@ -203,7 +203,7 @@ def _resize_and_crop(
     height, width = size
     before = image.shape[:2]
     target = tuple(int(side / preprocessing["crop_pct"]) for side in size)
-    if height == width:
+    if height == width and preprocessing.get("crop_mode") != "squash":
         short, edge = min(before), target[0]
         target = tuple(edge if side == short else int(edge * side / short) for side in before)
     if target != before:

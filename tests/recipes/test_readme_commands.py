@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -67,6 +68,16 @@ def run(folder: Path, command: str, **env: str) -> str:
     return done.stdout
 
 
+#: Runs a command line and says how much memory the largest process below it has needed; a small parent, since a
+#: process begins with the memory of the one that started it.
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.run(["bash", "-euo", "pipefail", "-c", sys.argv[1]]).returncode
+print(f"peak of a process: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss} KiB")
+sys.exit(code)
+"""
+
+
 def block_with(part: str) -> str:
     """Returns the one shell block that holds these words."""
     (found,) = [block for block in BASH if part in block]
@@ -82,7 +93,9 @@ def test_every_block_is_covered_here():
 
 
 def test_make_demo_leaves_everything_the_readme_promises(folder):
-    printed = run(folder, block_with("make demo"))
+    (folder / "peak.py").write_text(PEAK)
+    printed = run(folder, f"python peak.py {shlex.quote(block_with('make demo'))}")
+    assert int(re.search(r"^peak of a process: (\d+) KiB$", printed, re.MULTILINE)[1]) < 2 * 1024**2
     left = folder / "runs" / "digits-1"
     for name in ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json",
                  "sweep.csv", "frontier.png"):  # fmt: skip
@@ -91,6 +104,7 @@ def test_make_demo_leaves_everything_the_readme_promises(folder):
     results = json.loads((left / "results.json").read_text())
     assert results["per_exit"][-1]["accuracy"] >= 0.95
     assert results["threshold_choice"]["split"] == "validation"
+    assert results["training"]["seconds"] < results["training"]["run_seconds"]
     assert 'EarlyExitWrapper.from_pretrained("runs/digits-1")' in printed
     assert str(folder) not in (left / "results.json").read_text()
 

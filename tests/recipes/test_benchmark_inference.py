@@ -1,0 +1,154 @@
+"""The inference benchmark: plans that the engine follows, ratios within rounds, targets, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import _inference_benchmark as inference
+import benchmark
+import pytest
+import torch
+from _inference_benchmark import shares_of, summary, take_turns
+from _inference_contestants import by_hand, load_subject, plan_for, routed
+from _inference_report import draw_saving, saving_points, tables, target_rows, targets
+from PIL import Image
+
+from erde_hub.errors import ConfigError, ResultsError
+
+SMALL = ["--model", "test_resnet", "--exits", "2", "--cpu_threads", "1", "--rounds", "2", "--min_rounds", "1",
+         "--seconds", "0.1", "--compiled", "none"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One run of the command as a user would type it, without the parts that take their time."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = ["--batch_size", "1", "8", "--output", str(folder / "new" / "b.json"), "--picture", str(folder / "b.png")]
+    argv = sys.argv
+    sys.argv = ["benchmark.py", *SMALL, *flags, "--onnx", "false", "--memory", "false"]
+    try:
+        benchmark.main()
+    finally:
+        sys.argv = argv
+    return folder, json.loads((folder / "new" / "b.json").read_text())
+
+
+def test_flags_alone_measure_inference_and_write_what_they_found(measured):
+    folder, results = measured
+    (network,) = results["networks"].values()
+    assert network["weights"] == "random"
+    assert network["driven_by"] == "stages"
+    assert [(s["batch"], s["channels_last"]) for s in network["settings"]] == [(1, 0), (8, 0), (1, 1), (8, 1)]
+    single, several = network["settings"][:2]
+    assert {"bare", "never", "never by hand", "exit 0", "exit 0 by hand", "static 1"} <= set(single["seconds"])
+    assert several["shares"] == {"even": [0.25, 0.25, 0.5], "one_hard": [0.875, 0.0, 0.125]}
+    assert {"even / even by hand", "one_hard / one_hard by hand"} <= set(several["ratios"])
+    assert network["stream"][0]["images_per_second"]["stream"] > 0
+    assert str(folder) not in json.dumps(results)
+    with Image.open(folder / "b.png") as picture:
+        assert picture.size == (1280, 1240)
+
+
+def test_the_table_says_everything(measured):
+    text = tables(measured[1])
+    for words in ("test_resnet (random weights", "layer1 (", "of even by hand", "Targets", "bound", "images/s"):
+        assert words in text
+
+
+@pytest.mark.parametrize("counts", [[2, 2], [7, 0], [0, 3], [8, 0], [0, 0]])
+def test_the_engine_follows_a_plan_and_the_stages_by_hand_do_the_same_work(counts):
+    subject = load_subject("test_resnet", 2)
+    x = subject.images(8)
+    plan = plan_for(subject.model, x, counts)
+    assert torch.bincount(plan.taken, minlength=3)[:2].tolist() == counts
+    rows = []
+    handle = subject.model.backbone.fc.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+    with torch.no_grad():
+        out = routed(subject, x, plan.thresholds)()
+        last = by_hand(subject, x, plan.stays, [n > 0 for n in counts])()
+    handle.remove()
+    reached = 8 - sum(counts)
+    assert rows == [reached] * 2 * (reached > 0)
+    if reached:
+        torch.testing.assert_close(out[plan.taken == 2], last)
+
+
+def test_shares():
+    assert shares_of(32, 3) == {"even": [8, 8, 8], "one_hard": [31, 0, 0]}
+
+
+def test_contestants_take_turns_and_ratios_are_within_a_round():
+    order = []
+    times = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, 1, 60.0)
+    assert "".join(order[4:]) == "abbaab", "each begins a round in turn"
+    assert [len(values) for values in times.values()] == [3, 3]
+    slow = summary({"even": [1.1, 2.2, 3.3], "even by hand": [1.0, 2.0, 3.0], "bare": [2.0, 4.0, 6.0]})
+    assert slow["ratios"]["even / even by hand"]["median"] == pytest.approx(1.1)
+    assert slow["seconds"]["even"]["median"] == 2.2
+
+
+def made_up(even: float, memory: float) -> dict:
+    def spread(value):
+        return {"median": value, "q1": value, "q3": value}
+
+    setting = {
+        "batch": 32, "threads": 1, "channels_last": False, "shares": {"even": [0.25] * 4}, "rounds": 3,
+        "seconds": {"bare": spread(2.0), "even": spread(even), "even by hand": spread(1.0)},
+        "ratios": {"even / even by hand": spread(even), "even / earlyon even": spread(0.5),
+                   "even / earlyon one by one": spread(0.96)},
+    }  # fmt: skip
+    entry = {
+        "weights": "random", "input_size": [3, 8, 8], "exits": ["a", "b", "classifier"], "macs": [1, 2, 4],
+        "earlyon": None, "settings": [setting], "memory": {"batch": 32, "mib": {"bare": 10.0, "routed": memory}},
+    }  # fmt: skip
+    return {"cpu": "made up", "cores": 1, "torch": "0", "networks": {"net": entry}}
+
+
+def test_targets_are_met_or_missed_by_their_bounds():
+    found = {target.name: (target.value, target.met) for target in targets(made_up(1.08, 10.6))}
+    assert found["batch 32, a quarter leaving at each exit / ideal"] == (1.08, True)
+    assert found["peak memory of a routed batch / bare backbone"] == (pytest.approx(1.06), False)
+    assert found["batch 32, a quarter at each exit / earlyon's batched call"] == (0.5, True)
+    assert found["batch 32, a quarter at each exit / earlyon one by one"] == (0.96, False)
+    assert not any("31 leaving" in name for name in found)
+    rows = {row[0]: row[1:] for row in target_rows(made_up(1.0812, 10.0))}
+    assert rows["batch 32, a quarter leaving at each exit / ideal"] == ("1.08", "1.081 (missed)")
+    points = saving_points(made_up(1.2, 10.0))["net"]
+    assert points == [(pytest.approx(0.5), pytest.approx(0.4), 32)]
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path):
+    results = made_up(1.0, 10.0)
+    results["networks"]["net"]["settings"][0]["threads"] = 2
+    with pytest.raises(ResultsError, match="nothing to draw"):
+        draw_saving(results, str(tmp_path / "x.png"))
+
+
+def test_memory_is_measured_apart(capsys):
+    if not inference.Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is measured on Linux only")
+    inference.benchmark_inference([*SMALL, "--batch_size", "8", "--only_memory"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["batch"] == 8
+    assert set(found["mib"]) == {"bare", "routed"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["inferenc"], "'inference'"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["inference", "--rounds", "0"], "rounds"),
+        (["inference", "--seconds", "0"], "seconds above 0"),
+    ],
+)
+def test_bad_input_is_refused(argv, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv])
+    with pytest.raises(ConfigError, match=says):
+        benchmark.main()
