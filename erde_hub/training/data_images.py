@@ -40,6 +40,16 @@ _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 HASHED_ROWS = 64
 
 
+class RowName:
+    """A row's name, looked up when a message needs it and not for every image."""
+
+    def __init__(self, images: EncodedImages, row: int) -> None:
+        self.images, self.row = images, row
+
+    def __str__(self) -> str:
+        return self.images.name(self.row)
+
+
 class EncodedImages:
     """The image column of one source split, as stored: encoded bytes in Arrow, or paths to files.
 
@@ -76,15 +86,21 @@ class EncodedImages:
                 yield row, stored_bytes(cell, self.where(row))
                 row += 1
 
-    def where(self, row: int) -> str:
+    def where(self, row: int) -> RowName:
         """Names a row for a message."""
-        return f"row {row} of split {self._split!r} of {self._dataset!r}"
+        return RowName(self, int(row))
+
+    def name(self, row: int) -> str:
+        """Returns the row's number, split and data set, and the file's name where the data came as files."""
+        path = (self._storage()[row].as_py() or {}).get("path")
+        file = f" ({'/'.join(Path(path).parts[-2:])})" if path else ""
+        return f"row {row} of split {self._split!r} of {self._dataset!r}{file}"
 
     def _storage(self) -> Any:
         return self._table.data.column(self._column)
 
 
-def stored_bytes(cell: Mapping[str, Any] | None, where: str) -> bytes:
+def stored_bytes(cell: Mapping[str, Any] | None, where: object) -> bytes:
     """Returns the encoded bytes of a cell of an undecoded image column, from the cell or from the file it names."""
     content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
     if content:
@@ -98,7 +114,7 @@ def stored_bytes(cell: Mapping[str, Any] | None, where: str) -> bytes:
         raise DataError(f"the image file {Path(path).name!r} of {where} cannot be read: {error}") from error
 
 
-def decode(content: bytes, where: str) -> Image.Image:
+def decode(content: bytes, where: object) -> Image.Image:
     """Decodes an image of any mode to 8-bit RGB, upright.
 
     Raises:
@@ -129,7 +145,7 @@ def common_size(images: Mapping[str, EncodedImages]) -> tuple[int, int] | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def header_size(content: bytes, where: str) -> tuple[int, int]:
+def header_size(content: bytes, where: object) -> tuple[int, int]:
     """Returns (H, W) without decoding the pixels.
 
     Raises:
@@ -142,7 +158,7 @@ def header_size(content: bytes, where: str) -> tuple[int, int]:
         raise _unreadable(error, where) from error
 
 
-def _unreadable(error: Exception, where: str) -> DataError:
+def _unreadable(error: Exception, where: object) -> DataError:
     """Says what is wrong with an image; Pillow names the buffer in memory, which tells nobody anything."""
     text = " ".join(_ADDRESS.sub("", str(error)).split())
     reason = f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from erde_hub.errors import ConfigError, RunExistsError
 
 from .checkpointing import newest_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +58,26 @@ def open_run_folder(
 
     Raises:
         RunExistsError: The folder holds a run, and neither ``resume`` nor ``overwrite`` is set.
-        ConfigError: There is nothing to resume, both are set, or the path is not a folder.
+        ConfigError: There is nothing to resume, both are set, or the path is not a folder, or one of other files; or
+            another process trains there.
     """
+    folder = _find_run_folder(output_dir, config, resume, overwrite, Path(root))
+    _hold(folder)
+    if overwrite:
+        for part in reversed(_parts(folder)):
+            clear_run(part)
+    return folder
+
+
+def _find_run_folder(output_dir: str | Path | None, config: str, resume: bool, overwrite: bool, root: Path) -> Path:
     if resume and overwrite:
         raise ConfigError("resume and overwrite_output_dir contradict each other: choose one")
     if output_dir is None:
         if not resume:
-            return _next_run_folder(Path(root), config)
+            return _next_run_folder(root, config)
         newest = newest_run(root, config)
         if newest is None:
-            raise ConfigError(f"nothing to resume: no folder {Path(root) / config}-<n>; start without --resume")
+            raise ConfigError(f"nothing to resume: no folder {root / config}-<n>; start without --resume")
         return newest
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -68,11 +85,54 @@ def open_run_folder(
     if resume and not any(has_begun(part) for part in _parts(folder)):
         raise ConfigError(f"nothing to resume in output_dir {str(output_dir)!r}; start without --resume")
     check_run_folder(folder, resume=resume, overwrite=overwrite)
-    if overwrite:
-        for part in reversed(_parts(folder)):
-            clear_run(part)
+    others = [p.name for p in folder.iterdir() if p.is_dir() and not _is_ours(p)] if folder.is_dir() else []
+    if others and not any(has_begun(part) for part in _parts(folder)):
+        raise ConfigError(
+            f"output_dir {str(output_dir)!r} is no folder of a run, it holds {min(others)!r}: choose a new or empty one"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.name.startswith(".") or folder.name in (CHECKPOINTS, *COMPANIONS)
+
+
+#: Folders that this process trains in, with the open files that say so to others.
+_held: dict[Path, int] = {}
+
+
+def _hold(folder: Path, patience: float = 8.0) -> None:
+    """Keeps other processes out of a run's folder until this one ends, however it ends.
+
+    Args:
+        folder: The folder itself is locked, so that nothing is left in it.
+        patience: Seconds to wait: what a killed run has left behind, such as its workers, ends in that time.
+
+    Raises:
+        ConfigError: Another process trains there.
+    """
+    key = folder.resolve()
+    if fcntl is None or key in _held:
+        return
+    handle = os.open(key, os.O_RDONLY)
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                os.close(handle)
+                raise ConfigError(
+                    f"another process trains in {str(folder)!r}: wait for it, stop it, or choose another --output_dir"
+                ) from error
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return
+        else:
+            _held[key] = handle
+            return
 
 
 def check_run_folder(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -29,7 +29,7 @@ def decoded(monkeypatch):
     """The places that are decoded, as messages name them."""
     seen = []
     image = EncodedImages.image
-    monkeypatch.setattr(EncodedImages, "image", lambda self, row: seen.append(self.where(row)) or image(self, row))
+    monkeypatch.setattr(EncodedImages, "image", lambda self, row: seen.append(str(self.where(row))) or image(self, row))
     return seen
 
 

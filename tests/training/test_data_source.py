@@ -190,7 +190,7 @@ def test_a_file_that_disappeared(tmp_path, load):
             Image.new("RGB", (120, 100), (i, 0, 0)).save(folder / f"{i}.png")
     load(tmp_path / "pets")
     (tmp_path / "pets" / "train" / "dog" / "3.png").write_text("")
-    with pytest.raises(DataError, match="of split 'train' of 'pets'"):
+    with pytest.raises(DataError, match=r"of split 'train' of 'pets' \(dog/3\.png\)"):
         load(tmp_path / "pets")
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from erde_hub.errors import ConfigError, RunExistsError
-from erde_hub.training import open_run_folder
+from erde_hub.training import open_run_folder, run_folder
 from erde_hub.training.run_folder import holds_run, newest_run
 
 
@@ -81,3 +84,32 @@ def test_folders_that_are_no_runs(tmp_path):
     assert not holds_run(tmp_path / "docs")
     open_run_folder(tmp_path / "docs", "digits", overwrite=True)
     assert (tmp_path / "docs" / "README.md").exists()
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path):
+    (tmp_path / "images" / "cats").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="no folder of a run, it holds 'cats'"):
+            open_run_folder(tmp_path / "images", "digits", overwrite=overwrite)
+    assert [p.name for p in (tmp_path / "images").iterdir()] == ["cats"]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder._hold, "__defaults__", (0.5,))
+    code = (
+        "import sys, erde_hub.training.run_folder as r; r.open_run_folder(sys.argv[1], 'digits');"
+        " print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another process trains in"):
+            open_run_folder(tmp_path, "digits")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert open_run_folder(tmp_path, "digits") == tmp_path
+    assert open_run_folder(tmp_path, "digits") == tmp_path, "the same process may go on"
+    assert not list(tmp_path.iterdir())
