@@ -104,6 +104,10 @@ class AVCSClassifier:
         alpha: Error rate.
         seed: Of the draws. The sets are random; the same seed gives the same sets for the same logits.
 
+    Attributes:
+        fitted_coverage: Smallest coverage of an exit on the records of the fit; below 1 - alpha where no thresholds
+            reach that.
+
     References:
         Jazbec et al., Early-exit neural networks with nested prediction sets, 2024, arXiv 2311.05931, and its released
         code. Deviations: thresholds are tuned on held-out records only, where the code tunes on all test samples; the
@@ -114,6 +118,7 @@ class AVCSClassifier:
         self.relu_threshold = [float(value) for value in relu_threshold]
         self.alpha = _alpha(alpha)
         self.seed = seed
+        self.fitted_coverage: float | None = None
 
     @classmethod
     def fit(
@@ -127,6 +132,9 @@ class AVCSClassifier:
     ) -> AVCSClassifier:
         """Raises the thresholds, exit by exit, while the coverage at every exit stays above 1 - alpha.
 
+        Where the first thresholds do not reach it, 0 is taken for all exits, which gives the widest sets there are;
+        with logits of a small scale these may still fall short, and ``fitted_coverage`` of the result says so.
+
         Args:
             records: Held-out.
             alpha: Error rate.
@@ -139,7 +147,11 @@ class AVCSClassifier:
             sets = cls(thresholds, alpha, seed).sets(records.logits)
             return min(set_metrics(sets, records.labels).coverage)
 
-        return cls(search_relu_thresholds(coverage, records.num_exits, alpha, start, step), alpha, seed)
+        first = start if coverage([start] * records.num_exits) > 1 - alpha else 0.0
+        thresholds = search_relu_thresholds(coverage, records.num_exits, alpha, first, step)
+        found = cls(thresholds, alpha, seed)
+        found.fitted_coverage = coverage(thresholds)
+        return found
 
     def sets(self, logits: Tensor, draws: Tensor | None = None) -> Tensor:
         """Returns nested sets.

@@ -46,22 +46,33 @@ def guarantee_table(table: Table) -> str:
 def comparison_table(table: Table, name: str) -> str:
     """Area under the curve of every policy, and what it gains on entropy."""
     results = _load(f"policies_{name}")
-    header = ("policy", "area %", "gain on entropy, points", "95 % interval", "EEFP", "at 50 % cost", "at 75 % cost")
+    header = (
+        "policy",
+        "area %",
+        "gain on entropy, points",
+        "gain on margin, points",
+        "EEFP",
+        "at 50 % cost",
+        "at 75 %",
+    )
     rows = []
     for row in results["policies"]:
-        low, high = row["difference_interval"]
-        first = row["policy"] == "entropy"
         rows.append(
             (
                 row["policy"],
                 f"{100 * row['area']:.2f}",
-                "-" if first else f"{100 * row['difference']:+.2f}",
-                "-" if first else f"{100 * low:+.2f} to {100 * high:+.2f}",
+                _gain(row["difference"], row["difference_interval"]),
+                _gain(row["to_margin"], row["to_margin_interval"]),
                 "-" if row["eefp"] is None else f"{row['eefp']:.3f}",
                 *("-" if value is None else percent(value) for value in row["accuracy_at"][1:]),
             )
         )
     return table(header, rows)
+
+
+def _gain(value: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{100 * value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})" if low != high else "-"
 
 
 def sets_table(table: Table, name: str) -> str:

@@ -119,7 +119,8 @@ def variants(
 
 def prediction_sets(validation: ExitRecords, test: ExitRecords, args: ComparisonArguments) -> dict[str, Tensor]:
     """Sets of every exit on test images, tuned on validation images."""
-    found = {"AVCS": AVCSClassifier.fit(validation, args.alpha, seed=args.seed).sets(test.logits)}
+    nested = AVCSClassifier.fit(validation, args.alpha, seed=args.seed)
+    found = {"AVCS": nested.sets(test.logits)}
     for method in ("aps", "raps"):
         conformal = ConformalClassifier.fit(validation, args.alpha, method, seed=args.seed)  # type: ignore[arg-type]
         found[method.upper()] = conformal.sets(test.logits)
@@ -143,6 +144,7 @@ def compare(
     options: dict[str, Any] = {"low": args.low, "high": args.high, "resamples": args.resamples, "seed": args.seed}
     area = curve_area(records, policy, **options)
     difference = area_difference(records, policy, test, "entropy", **options)
+    margin = area_difference(records, policy, test, "margin", **options)
     rows = sweep_thresholds(records, fine_thresholds(records, policy), policy)
     targets = should_exit(records.logits.argmax(-1) == records.labels)
     scores = exit_scores(records, policy) * (1 if policy.leaves_above else -1)
@@ -154,6 +156,8 @@ def compare(
         "interval": list(area.interval),
         "difference": difference.area,
         "difference_interval": list(difference.interval),
+        "to_margin": margin.area,
+        "to_margin_interval": list(margin.interval),
         "eefp": ranking,
         "accuracy_at": [accuracy_at_cost(rows, share * full) for share in COST_SHARES],
     }

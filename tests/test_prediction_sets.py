@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -161,6 +162,11 @@ def test_nested_sets_cover_at_all_exits_at_once():
     avcs = AVCSClassifier.fit(records, 0.1)
     sets = avcs.sets(fresh.logits)
     assert torch.equal(sets, avcs.sets(fresh.logits)), "the same seed, the same sets"
+    assert avcs.fitted_coverage > 0.9
+    assert avcs.fitted_coverage == min(set_metrics(avcs.sets(records.logits), records.labels).coverage)
+    faint = AVCSClassifier.fit(dataclasses.replace(records, logits=records.logits / 20), 0.1)
+    assert faint.relu_threshold == [0, 0, 0]
+    assert faint.fitted_coverage < 0.9, "and says that it falls short"
     found = set_metrics(sets, fresh.labels)
     assert found.consistency == pytest.approx([1, 1, 1])
     assert found.size == sorted(found.size, reverse=True)

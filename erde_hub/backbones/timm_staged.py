@@ -62,7 +62,7 @@ def _twins(module: Any) -> Iterator[Step]:
 
     def as_map(state: Any) -> Any:
         x, size = state
-        return x.reshape(len(x), *size, -1).permute(0, 3, 1, 2).contiguous()
+        return x.reshape(x.shape[0], *size, -1).permute(0, 3, 1, 2).contiguous()
 
     stages = zip(module.patch_embeds, module.pos_drops, module.blocks, module.pos_block, strict=True)
     for i, (embedding, drop, blocks, position) in enumerate(stages):
@@ -91,7 +91,7 @@ def _encoded(module: Any) -> Iterator[Step]:
     def head(state: Any) -> Any:
         tokens, _, size = state
         norm = getattr(encoder, "norm", None)  # one of the two families has it behind its blocks
-        x = (tokens if norm is None else norm(tokens)).reshape(len(tokens), *size, -1)
+        x = (tokens if norm is None else norm(tokens)).reshape(tokens.shape[0], *size, -1)
         projector = getattr(encoder, "aligner", None) or getattr(encoder, "merger", None)
         if projector is not None:
             x = projector(x)

@@ -59,7 +59,7 @@ def _pvt_v2(module: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
 
 def _as_map(state: Any) -> Tensor:
     tokens, height, width = state
-    return tokens.reshape(len(tokens), height, width, -1).permute(0, 3, 1, 2).contiguous()
+    return tokens.reshape(tokens.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous()
 
 
 _PARTS: dict[str, Callable[[Any], Iterator[tuple[str, Callable[[Any], Any]]]]] = {

@@ -170,7 +170,7 @@ def check_onnx(
 def _check_exportable(model: EarlyExitWrapper) -> None:
     if model.main_input_name != "pixel_values":
         raise ExportError(
-            f"{type(model.backbone).__name__} reads texts, whose length and masks the file does not hold yet: image models"
+            f"{type(model.backbone).__name__} reads texts, whose length and masks the file does not hold: image models"
             " can be written"
         )
     if not model.policy.exportable:

@@ -77,7 +77,7 @@ class EGADLoss(ExitLoss):
         min_temperature: Temperature where the teacher is sure (or unsure, see ``temperature_direction``); positive.
         max_temperature: At the other end; equal to ``min_temperature`` switches the dependence off.
         temperature_direction: "increasing" softens uncertain tokens, "decreasing" certain ones, by 1 - h for h.
-        curriculum: Weigh tokens by c; False weighs all alike.
+        curriculum: Weigh tokens by c; otherwise all weigh alike.
         entropy_normalizer: What H is divided by: "log_v", or "batch_max", the largest entropy of a valid token.
         hard_tokens: "threshold" as above; "soft" weighs every token's feature term by h, divided by the sum of h.
         hard_quantile: Share of tokens that are not hard, in [0, 1); linear interpolation over the valid tokens.

@@ -102,7 +102,7 @@ def test_saturated_logits_are_finite_and_never_minus_zero():
     found = exit_metrics(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
     assert found["nll"] == 5e3
     perfect = exit_metrics(torch.tensor([[1e4, 0.0]]), torch.tensor([0]))
-    assert perfect == {"accuracy": 1.0, "nll": 0.0, "brier": 0.0, "ece": 0.0}
+    assert perfect == {"accuracy": 1.0, "nll": 0.0, "brier": 0.0, "ece": 0.0, "aurc": 0.0}
     assert math.copysign(1, perfect["nll"]) == 1
 
 
