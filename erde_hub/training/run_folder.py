@@ -34,6 +34,9 @@ _REST = (
     "split.json",
     "sweep.csv",
     "frontier.png",
+    "reliability.png",
+    "scores.png",
+    "shares.png",
     "README.md",
     "records.safetensors",
 )

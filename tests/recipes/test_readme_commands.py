@@ -89,7 +89,7 @@ def test_every_block_is_covered_here():
     covered = ["make demo", "make test", "pip install", "--dataset path", "train_teacher.py", "--num_processes 2"]
     assert len(BASH) == len(covered)
     assert all(block_with(part) for part in covered)
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
 
 
 def test_make_demo_leaves_everything_the_readme_promises(folder):
@@ -136,7 +136,10 @@ def test_the_two_halves_and_evaluate(folder):
     assert [row["accuracy"] for row in check["per_exit"]] == [row["accuracy"] for row in student["per_exit"]]
     assert sorted(p.name for p in (folder / "runs" / "check").iterdir()) == [
         "frontier.png",
+        "reliability.png",
         "results.json",
+        "scores.png",
+        "shares.png",
         "sweep.csv",
     ]
 
