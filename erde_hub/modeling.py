@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from . import __version__, fitted
@@ -24,14 +22,14 @@ from .cost import trace
 from .errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
 from .exit_table import ExitTable, count_exits
 from .heads import FeatureSpec, create_head
-from .inputs import ModelInputs, check_class_labels, check_pixel_values, check_text_inputs, explain_failure
+from .inputs import ModelInputs, explain_failure
 from .outputs import EarlyExitOutput
 from .policies import ExitPolicy, create_policy, plain_threshold
 from .pretrained import EarlyExitPreTrainedModel
 from .recomputation import is_recomputing, without_recomputation
 from .routing import Drive, ExitTap, Route, RunAll, StagedDrive
 from .stages import StepCache
-from .token_level import check_nobody_leaves, check_token_labels, token_cross_entropy
+from .token_level import check_nobody_leaves
 from .truncation import TruncatedModel, truncate
 
 logger = logging.get_logger(__name__)
@@ -201,10 +199,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             if self.calibrator is not None:
                 self.calibrator.to(weight.device)
         fitted.watch_features(self)
-        # Constructors, or the user, have set every weight that is not on meta. post_init() would set again whatever it
-        # does not know to be set, trained weights and batch-norm statistics included.
-        for module in [*(() if on_meta else self.modules()), *(backbone.modules() if adopted else ())]:
-            module._is_hf_initialized = True
+        self._keep_weights(on_meta, adopted)
         recomputes = self.is_activation_checkpointing
         self.supports_gradient_checkpointing = adapter.set_gradient_checkpointing(backbone, False)
         if recomputes:
@@ -336,12 +331,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         """Whether the backbone recomputes activations in the backward pass."""
         return is_recomputing(self.backbone)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Sets what a checkpoint did not hold while it is loaded: buffers, weights of changed shapes if allowed."""
-        super()._init_weights(module)
-        self._adapter.init_non_persistent_buffers(module)
-
     # The forward pass
 
     def forward(
@@ -390,12 +379,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         }
         inputs = self._inputs(pixel_values, texts, kwargs)
         if labels is not None:
-            # On an accelerator the range would wait for the device; there the loss kernel itself asserts.
-            if self.config.task == "causal_lm":
-                shape = inputs.main.shape[:2]
-                labels = check_token_labels(labels, shape, self.config.num_outputs, values=_on_cpu(labels))
-            else:
-                labels = check_class_labels(labels, len(inputs.main), self.config.num_labels, values=_on_cpu(labels))
+            labels = self._labels(labels, inputs)
         try:
             if self.training or output_all_exits:
                 if threshold is not None:
@@ -418,26 +402,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             output.loss = self._cross_entropy(output.logits, labels)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
-
-    def _inputs(self, pixel_values: Any, texts: dict[str, Any], more: dict[str, Any]) -> ModelInputs:
-        name = type(self.backbone).__name__
-        if self.main_input_name == "input_ids":
-            if pixel_values is not None:
-                raise InputTypeError(f"{name} reads texts: call model(input_ids=..., attention_mask=...)")
-            accepted = inspect.signature(type(self.backbone).forward).parameters
-            if "use_cache" in accepted:
-                if more.get("use_cache"):
-                    raise InputTypeError(f"use_cache=True: {name} with exits keeps no keys and values between calls")
-                more = {**more, "use_cache": False}
-            return check_text_inputs({**texts, **more}, accepted, name)
-        inputs = check_pixel_values(pixel_values, self.config.input_size or ())
-        kwargs = {**{key: value for key, value in texts.items() if value is not None}, **more}
-        if kwargs and not self._taps:
-            raise InputTypeError(f"{name} takes pixel_values only, got {sorted(kwargs)[0]!r} as well")
-        return ModelInputs((inputs,), kwargs, inputs)
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return (token_cross_entropy if self.config.task == "causal_lm" else F.cross_entropy)(logits, labels)
 
     def _run_all(self, inputs: ModelInputs, labels: Tensor | None) -> EarlyExitOutput:
         deferred = bool(self._taps) and torch.is_grad_enabled()
@@ -523,10 +487,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"
             )
         return StagedDrive(steps)
-
-
-def _on_cpu(labels: Any) -> bool:
-    return isinstance(labels, Tensor) and labels.device.type == "cpu"
 
 
 def _hooks_would_be_skipped(backbone: nn.Module, names: Sequence[str]) -> bool:

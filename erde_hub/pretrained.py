@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BitImageProcessor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -22,9 +24,12 @@ from . import __version__
 from ._files import replacing_all
 from .backbones import BackboneAdapter, get_adapter
 from .config import EarlyExitConfig
-from .errors import CheckpointError, ConfigError, ErdeError
+from .errors import CheckpointError, ConfigError, ErdeError, InputTypeError
 from .heads_only import FILENAME, check_backbone_weights, fetch, own_tensors, published_weights, read_backbone
+from .inputs import ModelInputs, check_class_labels, check_pixel_values, check_text_inputs
 from .preprocessing import build_image_processor, check_preprocessing
+from .routing import ExitTap
+from .token_level import check_token_labels, token_cross_entropy
 
 #: Arguments of ``save_pretrained`` that say how to upload and not what to save.
 _HUB_ARGUMENTS = (
@@ -56,6 +61,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     #: The model without its exits.
     backbone: nn.Module
     _adapter: BackboneAdapter
+    _taps: list[ExitTap]
 
     def set_preprocessing(
         self,
@@ -197,6 +203,51 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         """As transformers', which looks at shared embeddings only, with all that is shared."""
         tied: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
         return {**tied, **(self._tied_weights_keys or {})} if all_submodels else tied
+
+    # What every forward pass begins and ends with
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Sets what a checkpoint did not hold while it is loaded: buffers, weights of changed shapes if allowed."""
+        super()._init_weights(module)
+        self._adapter.init_non_persistent_buffers(module)
+
+    def _keep_weights(self, on_meta: bool, adopted: bool) -> None:
+        """Marks what constructors, or the user, have set: every weight that is not on meta.
+
+        ``post_init()`` would set again whatever it does not know to be set, trained weights and batch-norm statistics
+        included.
+        """
+        for module in [*(() if on_meta else self.modules()), *(self.backbone.modules() if adopted else ())]:
+            module._is_hf_initialized = True
+
+    def _inputs(self, pixel_values: Any, texts: dict[str, Any], more: dict[str, Any]) -> ModelInputs:
+        """Checks what a call was given; ``texts`` holds the usual names, None where absent, ``more`` all others."""
+        name = type(self.backbone).__name__
+        if self.main_input_name == "input_ids":
+            if pixel_values is not None:
+                raise InputTypeError(f"{name} reads texts: call model(input_ids=..., attention_mask=...)")
+            accepted = inspect.signature(type(self.backbone).forward).parameters
+            if "use_cache" in accepted:
+                if more.get("use_cache"):
+                    raise InputTypeError(f"use_cache=True: {name} with exits keeps no keys and values between calls")
+                more = {**more, "use_cache": False}
+            return check_text_inputs({**texts, **more}, accepted, name)
+        inputs = check_pixel_values(pixel_values, self.config.input_size or ())
+        kwargs = {**{key: value for key, value in texts.items() if value is not None}, **more}
+        if kwargs and self.config.exits and not self._taps:
+            raise InputTypeError(f"{name} takes pixel_values only, got {sorted(kwargs)[0]!r} as well")
+        return ModelInputs((inputs,), kwargs, inputs)
+
+    def _labels(self, labels: Any, inputs: ModelInputs) -> Tensor:
+        """Checks labels; on an accelerator their range would wait for the device, there the loss kernel asserts."""
+        values = isinstance(labels, Tensor) and labels.device.type == "cpu"
+        if self.config.task == "causal_lm":
+            return check_token_labels(labels, inputs.main.shape[:2], self.config.num_outputs, values=values)
+        return check_class_labels(labels, len(inputs.main), self.config.num_labels, values=values)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (token_cross_entropy if self.config.task == "causal_lm" else F.cross_entropy)(logits, labels)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:

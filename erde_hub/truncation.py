@@ -12,13 +12,11 @@ names and ``pipeline``.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .backbones import BackboneAdapter, get_adapter
 from .backbones.base import parse_exit, tap_module
@@ -26,12 +24,11 @@ from .config import EarlyExitConfig
 from .cost import weightless_copy
 from .errors import ConfigError, ExitNotReachedError, ExitPointError, InputTypeError, nearest
 from .heads import ExitHead, FeatureSpec, create_head
-from .inputs import TEXT_INPUTS, ModelInputs, check_class_labels, check_pixel_values, check_text_inputs
+from .inputs import TEXT_INPUTS, ModelInputs
 from .outputs import EarlyExitOutput
 from .pretrained import EarlyExitPreTrainedModel
 from .routing import Drive, ExitTap, HookDrive, StagedDrive, read_feature, run_head
 from .stages import StepCache
-from .token_level import check_token_labels, token_cross_entropy
 
 if TYPE_CHECKING:
     from .modeling import EarlyExitWrapper
@@ -130,19 +127,13 @@ class TruncatedModel(EarlyExitPreTrainedModel):
             self._taps = [ExitTap(0, call or 0)]
             tap_module(backbone, module).register_forward_hook(self._taps[0])
         on_meta = any(p.device.type == "meta" for p in self.parameters())
-        for module_ in [*(() if on_meta else self.modules()), *(backbone.modules() if adopted else ())]:
-            module_._is_hf_initialized = True  # as in EarlyExitWrapper: trained weights stay as they are
+        self._keep_weights(on_meta, adopted)
         self.post_init()
 
     @property
     def exit_name(self) -> str:
         """Name of the exit that answers, ``"classifier"`` for the backbone's own."""
         return self.config.exits[0] if self.config.exits else "classifier"
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        self._adapter.init_non_persistent_buffers(module)
 
     def forward(
         self,
@@ -165,30 +156,14 @@ class TruncatedModel(EarlyExitPreTrainedModel):
             InputTypeError: Inputs or labels of the wrong type.
             LabelError: Labels outside the classes.
         """
-        inputs = self._inputs(pixel_values, kwargs)
+        inputs = self._inputs(pixel_values, {name: kwargs.pop(name, None) for name in TEXT_INPUTS}, kwargs)
         if labels is not None:
-            on_cpu = inputs.main.device.type == "cpu"
-            if self.config.task == "causal_lm":
-                labels = check_token_labels(labels, inputs.main.shape[:2], self.config.num_outputs, values=on_cpu)
-            else:
-                labels = check_class_labels(labels, len(inputs.main), self.config.num_labels, values=on_cpu)
+            labels = self._labels(labels, inputs)
         logits = self._logits(inputs)
-        cross_entropy = token_cross_entropy if self.config.task == "causal_lm" else F.cross_entropy
-        output = EarlyExitOutput(loss=None if labels is None else cross_entropy(logits, labels), logits=logits)
+        loss = None if labels is None else self._cross_entropy(logits, labels)
+        output = EarlyExitOutput(loss=loss, logits=logits)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
-
-    def _inputs(self, pixel_values: Any, kwargs: dict[str, Any]) -> ModelInputs:
-        name = type(self.backbone).__name__
-        if self.main_input_name == "input_ids":
-            if pixel_values is not None:
-                raise InputTypeError(f"{name} reads texts: call model(input_ids=..., attention_mask=...)")
-            accepted = inspect.signature(type(self.backbone).forward).parameters
-            return check_text_inputs({**dict.fromkeys(TEXT_INPUTS), **kwargs}, accepted, name)
-        inputs = check_pixel_values(pixel_values, self.config.input_size or ())
-        if kwargs and self.head is not None and not self._taps:
-            raise InputTypeError(f"{name} takes pixel_values only, got {sorted(kwargs)[0]!r} as well")
-        return ModelInputs((inputs,), kwargs, inputs)
 
     def _logits(self, inputs: ModelInputs) -> Tensor:
         if self.head is None:
