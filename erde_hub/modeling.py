@@ -14,7 +14,7 @@ from transformers.utils import logging
 from . import __version__, fitted
 from .attach import choose_exits, class_names, count_classes, inspect_backbone
 from .backbones import BackboneAdapter, get_adapter
-from .backbones.base import parse_exit, tap_module
+from .backbones.base import parse_exit, tap_exits
 from .calibration import Calibrator, create_calibrator
 from .compilation import CompiledSteps, no_stages
 from .config import EarlyExitConfig, check_input_size
@@ -185,9 +185,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._followers: list[Any] = []
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
         if _hooks_would_be_skipped(backbone, names) or adapter.steps(backbone, names, checkpointed=False) is None:
-            self._taps = [ExitTap(i, parse_exit(name)[1] or 0) for i, name in enumerate(names)]
-            for tap, name in zip(self._taps, names, strict=True):
-                tap_module(backbone, parse_exit(name)[0]).register_forward_hook(tap)
+            self._taps = tap_exits(backbone, names)
             self._followers = adapter.follow(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
         if on_meta and not adopted:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ._tree import shrink
 from .backbones import BackboneAdapter, ExitPoint, ExitPoints
-from .backbones.base import parse_exit, tap_module
+from .backbones.base import tap_exits
 from .cost import example_batch, weightless_copy
 from .errors import ExitPointError
 from .heads import FeatureSpec
 from .recomputation import without_recomputation
-from .routing import ExitTap, HookDrive
+from .routing import HookDrive
 
 #: What backbones raise when tensors of the whole batch meet tensors of the samples left.
 _FAILURES = (RuntimeError, IndexError, ValueError, AssertionError, TypeError)
@@ -119,13 +119,6 @@ def _works(adapter: BackboneAdapter, module: nn.Module, points: ExitPoints, inpu
     return True
 
 
-def _tap(module: nn.Module, exits: Sequence[str]) -> list[ExitTap]:
-    taps = [ExitTap(i, parse_exit(name)[1] or 0) for i, name in enumerate(exits)]
-    for tap, name in zip(taps, exits, strict=True):
-        tap_module(module, parse_exit(name)[0]).register_forward_hook(tap)
-    return taps
-
-
 @torch.no_grad()
 def _run_copy(
     adapter: BackboneAdapter,
@@ -136,7 +129,7 @@ def _run_copy(
     batch: int,
 ) -> int:
     clone, device = weightless_copy(module)
-    taps = _tap(clone, exits)
+    taps = tap_exits(clone, exits)
     drive = HookDrive(clone, taps, adapter.follow(clone, exits))
     with device:
         output = drive(_DropLast(batch, specs, device), example_batch(inputs, batch, device), {})
@@ -156,7 +149,7 @@ def _run_texts(
     device = next(iter(module.parameters())).device
     kwargs = _padded_texts(module.config.get_text_config(), batch, min(int(inputs[0].shape[1]), 6), device)  # type: ignore[union-attr,operator]
     modes = [(m, m.training) for m in module.modules()]
-    taps = _tap(module, exits)
+    taps = tap_exits(module, exits)
     followers = adapter.follow(module, exits)
     try:
         module.eval()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import BackboneAdapter, get_adapter
-from .backbones.base import parse_exit, tap_module
+from .backbones.base import tap_exits
 from .config import EarlyExitConfig
 from .cost import weightless_copy
 from .errors import ConfigError, ExitNotReachedError, ExitPointError, InputTypeError, nearest
@@ -123,9 +123,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
         names = list(self.config.exits or ())
         self._taps: list[ExitTap] = []
         if names and adapter.steps(backbone, names, checkpointed=False) is None:
-            module, call = parse_exit(names[0])
-            self._taps = [ExitTap(0, call or 0)]
-            tap_module(backbone, module).register_forward_hook(self._taps[0])
+            self._taps = tap_exits(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.parameters())
         self._keep_weights(on_meta, adopted)
         self.post_init()

@@ -314,6 +314,14 @@ def first_leaf(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor, 
     )
 
 
+def tap_exits(module: nn.Module, exits: Sequence[str]) -> list[ExitTap]:
+    """Puts a tap behind every exit and returns the taps, in the order of ``exits``."""
+    taps = [ExitTap(i, parse_exit(name)[1] or 0) for i, name in enumerate(exits)]
+    for tap, name in zip(taps, exits, strict=True):
+        tap_module(module, parse_exit(name)[0]).register_forward_hook(tap)
+    return taps
+
+
 def tap_module(module: nn.Module, name: str) -> nn.Module:
     """Returns the module whose output is that of ``name`` and which activation checkpointing still calls.
 

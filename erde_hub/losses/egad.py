@@ -18,6 +18,7 @@ from ._tokens import TokenLosses, token_entropy
 from .additions import Addition
 from .base import ExitLoss
 from .batch import LossResult
+from .feature import build_projections, paired_widths, projection_of
 
 DIRECTIONS = ("increasing", "decreasing")
 NORMALIZERS = ("log_v", "batch_max")
@@ -171,13 +172,7 @@ class EGADLoss(ExitLoss):
                 without early exits has one.
             teacher_widths: Width of those that each of them learns from.
         """
-        self.projections = nn.ModuleDict(
-            {
-                str(exit_): nn.Linear(student, teacher, bias=False)
-                for exit_, (student, teacher) in enumerate(zip(student_widths, teacher_widths, strict=True))
-                if student is not None and teacher is not None
-            }
-        )
+        self.projections = build_projections(paired_widths(student_widths, teacher_widths))
 
     def set_progress(self, progress: float) -> None:
         """Tells the loss which share of the training is done, for the curriculum; 0 at the start, 1 at the end.
@@ -290,12 +285,7 @@ class EGADLoss(ExitLoss):
         self, exit_: int, student: Tensor, teacher: Tensor, hardness: Tensor, valid: Tensor
     ) -> Tensor:
         """Mean square over hard tokens and dimensions; only hard tokens are projected."""
-        if str(exit_) not in self.projections:
-            raise ConfigError(
-                f"the feature term has no projection for exit {exit_}: call build([student width], [teacher width])"
-                " once before training, or set feature_weight=0"
-            )
-        layer: Any = self.projections[str(exit_)]
+        layer = projection_of(self.projections, exit_, ", or set feature_weight=0")
         widths = (student.shape[-1], teacher.shape[-1])
         if widths != (layer.in_features, layer.out_features):
             raise ShapeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,35 @@ from .batch import ExitBatch, Term
 from .kd import KDLoss
 
 PROJECTIONS = ("linear", "none")
+
+
+def build_projections(pairs: Mapping[int, tuple[int, int]]) -> nn.ModuleDict:
+    """Makes one linear map without bias per exit, from the student's width to the teacher's."""
+    return nn.ModuleDict({str(exit_): nn.Linear(*widths, bias=False) for exit_, widths in pairs.items()})
+
+
+def projection_of(projections: nn.ModuleDict, exit_: int, otherwise: str = "") -> Any:
+    """Returns the projection of an exit; one that was not built raises :class:`ConfigError`.
+
+    ``otherwise`` is what else the message may advise.
+    """
+    if str(exit_) not in projections:
+        raise ConfigError(
+            f"the feature term has no projection for exit {exit_}: call build(student_widths, teacher_widths) once"
+            f" before training{otherwise}"
+        )
+    return projections[str(exit_)]
+
+
+def paired_widths(
+    student_widths: Sequence[int | None], teacher_widths: Sequence[int | None]
+) -> dict[int, tuple[int, int]]:
+    """Returns the widths of both sides at every exit where both have a feature."""
+    return {
+        exit_: (student, teacher)
+        for exit_, (student, teacher) in enumerate(zip(student_widths, teacher_widths, strict=True))
+        if student is not None and teacher is not None
+    }
 
 
 class FeatureTerm(ExtraTerm):
@@ -67,11 +96,7 @@ class FeatureTerm(ExtraTerm):
         Raises:
             ConfigError: No exit has a feature on both sides, or widths differ and there is to be no projection.
         """
-        pairs = {
-            exit_: (student, teacher)
-            for exit_, (student, teacher) in enumerate(zip(student_widths, teacher_widths, strict=True))
-            if student is not None and teacher is not None
-        }
+        pairs = paired_widths(student_widths, teacher_widths)
         if not pairs:
             raise ConfigError(
                 "'feature' compares what early exits of student and teacher read, and no pair of exits has features on"
@@ -85,9 +110,7 @@ class FeatureTerm(ExtraTerm):
                     f" {teacher}: use projection='linear'"
                 )
         if self.projection == "linear":
-            self.projections = nn.ModuleDict(
-                {str(exit_): nn.Linear(*widths, bias=False) for exit_, widths in pairs.items()}
-            )
+            self.projections = build_projections(pairs)
 
     def distillation_terms(self) -> tuple[str, ...]:
         """Returns ``feature``."""
@@ -116,12 +139,7 @@ class FeatureTerm(ExtraTerm):
     def _mean_square(self, exit_: int, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = _same_positions(functional.upcast(student), functional.upcast(teacher), self.feature_size)
         if self.projection == "linear":
-            if str(exit_) not in self.projections:
-                raise ConfigError(
-                    f"the feature term has no projection for exit {exit_}: call"
-                    " build(student_widths, teacher_widths) once before training"
-                )
-            layer: Any = self.projections[str(exit_)]
+            layer = projection_of(self.projections, exit_)
             widths = (student.shape[-1], teacher.shape[-1])
             if widths != (layer.in_features, layer.out_features):
                 raise ShapeError(
