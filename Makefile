@@ -12,9 +12,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.train
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/distill.py
 
-# Nothing in the tests needs the network: what would reach for it fails at once instead of waiting.
+# Nothing in the tests needs the network: what would reach for it fails at once instead of waiting. One process per core,
+# at most four; a file's tests stay together, since some share what they have trained.
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

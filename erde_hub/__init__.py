@@ -6,6 +6,8 @@ Without torch and transformers (``pip install --no-deps erde-hub``) this still i
 
 from typing import Any
 
+from .allocator import keep_freed_memory
+
 __version__ = "0.1.0"
 
 _NEEDED = ("torch", "torchvision", "timm", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
@@ -39,6 +41,7 @@ __all__ = [
     "EarlyExitWrapper",
     "TruncatedConfig",
     "TruncatedModel",
+    "keep_freed_memory",
     "list_exit_points",
     "networks",
     "route_batches",

@@ -1,7 +1,8 @@
 """One kind of table for heads, losses, policies and everything else that has a name.
 
 A folder's ``__init__`` lists its members explicitly, so that a built-in name works without importing anything first,
-and users add their own with the folder's ``register_*``.
+and users add their own with the folder's ``register_*``. The folder's ``create_*``, ``get_*`` and ``list_*`` are the
+methods of its table.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Registry(Generic[T]):
         self._entries[name] = Entry(name, cls, summary, reference)
 
     def get(self, name: str) -> Entry[T]:
-        """Returns the entry of that name; a miss lists what exists and the nearest spelling."""
+        """Returns class, summary and reference of that name; a miss lists what exists and the nearest spelling."""
         if not isinstance(name, str) or name not in self._entries:
             raise unknown_name(self.kind, name, self._entries)
         return self._entries[name]
@@ -84,7 +85,7 @@ class Registry(Generic[T]):
         return list(self._entries.values())
 
     def create(self, name: str, *args: Any, **kwargs: Any) -> T:
-        """Builds a member; a keyword it does not take raises :class:`ConfigError` with the nearest one that it does."""
+        """Builds a member by name; an unknown name or keyword raises :class:`ConfigError` with the nearest one."""
         cls = self.get(name).cls
         parameters = inspect.signature(cls).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -11,7 +11,8 @@ from .backbones import BackboneAdapter, ExitPoint, ExitPoints, find_adapter
 from .backbones.base import example_inputs, find_exit_points, resolve_exits, spread_exits
 from .config import check_input_size
 from .cost import Trace, trace
-from .errors import ExitPointError, InputTypeError, LabelError
+from .errors import ConfigError, ExitPointError, InputTypeError, LabelError
+from .regression import REGRESSION
 from .shrinking import check_shrinks, feasible_points
 
 
@@ -106,12 +107,26 @@ def inspect_backbone(
     return adapter, facts, tensors
 
 
-def count_classes(model: nn.Module, adapter: BackboneAdapter, traced: Trace) -> int:
-    """Number of classes that the backbone answers with.
+def check_problem_type(given: str | None, declared: str | None) -> str | None:
+    """Returns what the model answers with: as given, or as the backbone's own config says.
 
     Raises:
-        InputTypeError: The output is not (N, K) with at least two classes.
+        ConfigError: The two contradict each other.
     """
+    if given is not None and declared is not None and given != declared:
+        raise ConfigError(
+            f"problem_type={given!r}, but the model's own config says {declared!r}: leave it out, or wrap another model"
+        )
+    return declared if given is None else given
+
+
+def count_classes(model: nn.Module, adapter: BackboneAdapter, traced: Trace, problem_type: str | None = None) -> int:
+    """Number of classes, or of targets of a regression, that the backbone answers with.
+
+    Raises:
+        InputTypeError: The output is not (N, K) with at least two classes, or (N, D).
+    """
+    regression = problem_type == REGRESSION
     logits = adapter.logits(traced.output)
     if adapter.task(model) == "causal_lm":
         return int(logits.shape[-1])
@@ -121,10 +136,12 @@ def count_classes(model: nn.Module, adapter: BackboneAdapter, traced: Trace) -> 
             f"{type(model).__name__} was created with num_classes=0 and has no classifier: give it one"
             f"{', e.g. model.reset_classifier(10)' if hasattr(model, 'reset_classifier') else ''}"
         )
-    if logits.ndim != 2 or logits.shape[0] != traced.batch or logits.shape[1] < 2:
+    if logits.ndim != 2 or logits.shape[0] != traced.batch or logits.shape[1] < (1 if regression else 2):
+        wanted = "a regression returns (N, D), one column per target" if regression else (
+            "a classifier returns (N, K) with at least 2 classes (for real numbers: problem_type='regression')"
+        )  # fmt: skip
         raise InputTypeError(
-            f"{type(model).__name__} returns shape {tuple(logits.shape)} for {traced.batch} inputs; a classifier"
-            " returns (N, K) with at least 2 classes"
+            f"{type(model).__name__} returns shape {tuple(logits.shape)} for {traced.batch} inputs; {wanted}"
         )
     if declared is not None and declared != logits.shape[1]:
         raise InputTypeError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -14,17 +13,20 @@ from transformers.utils import logging
 
 from .attention import ATTENTION
 from .calibration import get_calibrator
-from .errors import ConfigError, ErdeError, ExitPointError, nearest
+from .errors import ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
 from .heads import FeatureSpec, get_head
 from .heads_only import check_backbone_weights
-from .policies import create_policy, plain_threshold
+from .losses.exit_weights import check_exit_weights, weights_per_exit
+from .policies import plain_threshold, policy_for
 from .preprocessing import check_preprocessing
+from .regression import REGRESSION, refuse_regression
 from .token_level import check_nobody_leaves
 
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 TASKS = ("classification", "causal_lm")
+PROBLEM_TYPES = (None, "single_label_classification", REGRESSION)
 
 #: Keys that transformers itself passes or stores and that are not fields of a config.
 _TRANSFORMERS_KEYS = frozenset(
@@ -48,6 +50,9 @@ _TRANSFORMERS_KEYS = frozenset(
         "quantization_config",
     }
 )
+
+#: Reads a config's field past transformers' renaming of fields, which takes a visible part of a call with one image.
+read_field = object.__getattribute__
 
 _reading_file: contextvars.ContextVar[bool] = contextvars.ContextVar("erde_hub_reading_config", default=False)
 
@@ -74,19 +79,21 @@ class EarlyExitConfig(PreTrainedConfig):
         architecture: Registered timm name; for ``"torch"`` the class name, for the reader.
         backbone_kwargs: Creation arguments of the backbone other than the number of classes.
         task: ``classification``, or ``causal_lm``: logits for every token, never routed.
+        problem_type: ``regression`` for real numbers, ``num_labels`` of them, in place of classes.
         exits: Names of the modules behind which an early exit sits, shallow to deep.
         exit_features: What each early exit reads: ``{"width", "format", "size"}``. Written when a living model is
             wrapped; optional for families whose ``feature_info`` says it.
         head: Key of the heads table.
         head_kwargs: Arguments of the head.
-        policy: Key of the policies table.
+        policy: Key of the policies table; None is ``entropy``, and ``never`` for a regression.
         policy_kwargs: Arguments of the policy.
         threshold: One number, or one per early exit; None takes the policy's default.
         threshold_profile: How the threshold was chosen, a :class:`~erde_hub.calibration.ThresholdChoice` as a dict;
             dropped where the threshold is another one.
         calibrator: Key of the calibrators table; None for raw logits.
         calibrator_kwargs: Arguments of the calibrator.
-        exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1.
+        exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1. A preset's name
+            (:func:`erde_hub.losses.exit_weights_preset`) is stored as its numbers.
         input_size: Shape of one input without the batch, (C, H, W) for images.
         preprocessing: ``{"mean", "std", "interpolation", "crop_pct", "size"}`` of the images the model was trained on.
         backbone_weights: Where the backbone's weights are published, in a checkpoint of the heads alone; see
@@ -110,13 +117,13 @@ class EarlyExitConfig(PreTrainedConfig):
     exit_features: list[dict[str, Any]] | None = None
     head: str = "fc"
     head_kwargs: dict[str, Any] | None = None
-    policy: str = "entropy"
+    policy: str | None = None
     policy_kwargs: dict[str, Any] | None = None
     threshold: float | int | list[float] | tuple[float, ...] | None = None
     threshold_profile: dict[str, Any] | None = None
     calibrator: str | None = None
     calibrator_kwargs: dict[str, Any] | None = None
-    exit_weights: list[float] | tuple[float, ...] | None = None
+    exit_weights: str | list[float] | tuple[float, ...] | None = None
     input_size: list[int] | tuple[int, ...] | None = None
     preprocessing: dict[str, Any] | None = None
     backbone_weights: dict[str, Any] | None = None
@@ -137,6 +144,8 @@ class EarlyExitConfig(PreTrainedConfig):
             if not isinstance(value, dict):
                 raise ConfigError(f"{name} must be a dict of arguments, got {value!r}")
             setattr(self, name, dict(value))
+        if self.policy is None:
+            self.policy = "never" if self.problem_type == REGRESSION else "entropy"
         self.exits = list(self.exits) if isinstance(self.exits, (list, tuple)) else self.exits
         if self.exits is not None and not reading:  # transformers leaves the id2label of two classes out of its files
             self._check_labels(kwargs.get("num_labels"))
@@ -147,11 +156,12 @@ class EarlyExitConfig(PreTrainedConfig):
 
     def _check_labels(self, num_labels: Any) -> None:
         """Refuses what transformers replaces: two classes where nothing is said, 10 where 3 are named."""
+        least = 1 if self.problem_type == REGRESSION else 2
         if self.id2label is None and num_labels is None:
             raise ConfigError("the config does not say how many classes there are: set num_labels or id2label")
         if self.id2label is None:
-            if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 2:
-                raise ConfigError(f"num_labels must be an integer of at least 2, got {num_labels!r}")
+            if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < least:
+                raise ConfigError(f"num_labels must be an integer of at least {least}, got {num_labels!r}")
         elif num_labels is not None and num_labels != len(self.id2label):
             raise ConfigError(f"num_labels={num_labels} contradicts id2label, which names {len(self.id2label)} classes")
         elif getattr(self, "label2id", None) is None:
@@ -177,15 +187,20 @@ class EarlyExitConfig(PreTrainedConfig):
             raise ExitPointError(f"exits must be a list of module names, got {self.exits!r}")
         if self.task not in TASKS:
             raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
-        if self.problem_type not in (None, "single_label_classification"):
+        if self.problem_type not in PROBLEM_TYPES:
             raise ConfigError(
-                f"problem_type={self.problem_type!r} is not supported: this version gives each sample one label"
+                f"problem_type={self.problem_type!r} is not supported: each sample gets one label of several, or, with"
+                " 'regression', real numbers"
             )
+        regression = self.problem_type == REGRESSION
+        if regression and self.task != "classification":
+            raise ConfigError(f"problem_type='regression' does not go with task={self.task!r}: tokens are classes")
         twice = {name for name in self.exits if self.exits.count(name) > 1}
         if twice:
             raise ExitPointError(f"exits names {sorted(twice)[0]!r} twice: {self.exits}")
-        if sorted(self.id2label or {}) != list(range(max(self.num_labels or 0, 2))):
-            raise ConfigError(f"id2label must name the classes 0 to n - 1 of at least two, got {self.id2label}")
+        if sorted(self.id2label or {}) != list(range(max(self.num_labels or 0, 1 if regression else 2))):
+            what = "targets 0 to n - 1" if regression else "classes 0 to n - 1 of at least two"
+            raise ConfigError(f"id2label must name the {what}, got {self.id2label}")
         if "num_classes" in (self.backbone_kwargs or {}):
             raise ConfigError("backbone_kwargs must not hold 'num_classes': the number of classes is num_labels")
         if self.exit_features is not None:
@@ -201,10 +216,14 @@ class EarlyExitConfig(PreTrainedConfig):
             self.preprocessing = check_preprocessing(self.preprocessing)
         get_head(self.head)
         if self.calibrator is not None:
+            refuse_regression(self.problem_type, f"calibrator {self.calibrator!r}", "take it off, calibrator=None")
             get_calibrator(self.calibrator)
         if self.exit_weights is not None:
-            self.exit_weights = check_exit_weights(self.exit_weights, len(self.exits) + 1)
-        policy = create_policy(self.policy, **(self.policy_kwargs or {}))
+            try:
+                self.exit_weights = weights_per_exit(check_exit_weights(self.exit_weights), self.num_exits)
+            except InputTypeError as error:  # whatever is wrong with a config is a ValueError
+                raise ConfigError(str(error)) from error
+        policy = policy_for(self.problem_type, str(self.policy), **(self.policy_kwargs or {}))
         default = 0.0 if self.task == "causal_lm" else policy.default_threshold
         self.threshold = default if self.threshold is None else plain_threshold(self.threshold)
         thresholds = policy.check_threshold(self.threshold, len(self.exits))
@@ -215,7 +234,7 @@ class EarlyExitConfig(PreTrainedConfig):
 
     @property
     def num_outputs(self) -> int:
-        """Number of logits of an exit: classes, or tokens of a language model."""
+        """Number of logits of an exit: classes, targets of a regression, or tokens of a language model."""
         if self.task == "classification":
             return int(self.num_labels)
         size = (self.backbone_kwargs or {}).get("vocab_size")
@@ -268,20 +287,6 @@ def _check_stored(values: Any) -> None:
 #: What a person sets: the fields of this class and those of transformers that say something about a classifier.
 _FIELDS = sorted([*EarlyExitConfig.__annotations__, "num_labels", "id2label", "label2id", "problem_type", "dtype"])
 _FIELDS.remove("model_type")
-
-
-def check_exit_weights(weights: list[float] | tuple[float, ...], num_exits: int) -> list[float]:
-    """Returns the weights as floats, one per exit, classifier last; raises :class:`ConfigError` otherwise."""
-    if not isinstance(weights, (list, tuple)) or any(
-        isinstance(w, bool) or not isinstance(w, (int, float)) for w in weights
-    ):
-        raise ConfigError(f"exit_weights must be a list of {num_exits} numbers, got {weights!r}")
-    values = [float(w) for w in weights]
-    if len(values) != num_exits:
-        raise ConfigError(f"got {len(values)} exit_weights for {num_exits} exits (the last is the classifier's)")
-    if any(not math.isfinite(w) or w < 0 for w in values) or not any(values):
-        raise ConfigError(f"exit_weights must be finite, at least 0 and not all 0, got {values}")
-    return values
 
 
 def check_input_size(size: Any) -> tuple[int, ...]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .calibration import Calibrator, calibrator_name
-from .errors import ConfigError, InputTypeError
-from .policies import ExitPolicy, get_policy, policy_name
+from .errors import ConfigError, InputTypeError, ShapeError
+from .policies import ExitPolicy, IntervalWidthPolicy, check_answers, policy_name
+from .regression import refuse_regression
 
 if TYPE_CHECKING:
     from .modeling import EarlyExitWrapper
@@ -48,14 +50,9 @@ class LiveCalibration:
         self.features: dict[int, Tensor] = {}
         self.state: list[Tensor] = []
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Collects features while the backbone runs."""
-        token = _captured.set(self.features)
-        try:
-            yield
-        finally:
-            _captured.reset(token)
+        return _collecting(self.features)
 
     def __call__(self, exit_index: int, logits: Tensor) -> Tensor:
         """Calibrates the logits of the samples that are still there."""
@@ -64,6 +61,33 @@ class LiveCalibration:
     def keep(self, rows: Tensor) -> None:
         """Goes on with some of the samples."""
         self.state = [values.index_select(0, rows) for values in self.state]
+
+
+@contextlib.contextmanager
+def _collecting(features: dict[int, Tensor]) -> Iterator[None]:
+    token = _captured.set(features)
+    try:
+        yield
+    finally:
+        _captured.reset(token)
+
+
+def watching(policy: ExitPolicy, calibration: LiveCalibration | None) -> AbstractContextManager[None] | None:
+    """Returns what collects features during a routed pass, None where nobody reads them."""
+    if calibration is not None:
+        return calibration.watching()
+    return _collecting({}) if policy.uses_features else None
+
+
+def read_evidence(policy: ExitPolicy, exit_index: int) -> Tensor:
+    """Returns what a policy that reads features makes of those that an exit has just read."""
+    features = _captured.get()
+    if features is None or exit_index not in features:
+        raise ConfigError(
+            f"{type(policy).__name__} saw nothing of what exit {exit_index} reads: give it to the model with"
+            " model.set_policy(...)"
+        )
+    return policy.evidence(exit_index, features.pop(exit_index))
 
 
 def last_linears(model: Any) -> dict[str, nn.Linear]:
@@ -84,11 +108,11 @@ def last_linears(model: Any) -> dict[str, nn.Linear]:
 
 
 def watch_features(model: EarlyExitWrapper) -> None:
-    """Puts hooks on the last linear layers where the calibrator reads features, and takes earlier ones off."""
+    """Puts hooks on the last linear layers where calibrator or policy read features, and takes earlier ones off."""
     for module in model.modules():
         for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, FeatureTap)]:
             del module._forward_pre_hooks[key]
-    if model.calibrator is not None and model.calibrator.uses_features:
+    if model.policy.uses_features or (model.calibrator is not None and model.calibrator.uses_features):
         for index, layer in enumerate(last_linears(model).values()):
             layer.register_forward_pre_hook(FeatureTap(index))
 
@@ -106,6 +130,7 @@ def set_calibrator(model: EarlyExitWrapper, calibrator: Calibrator | None) -> No
             )
         if model.config.task != "classification":
             raise ConfigError(f"calibrators are for classification, this model's task is {model.config.task!r}")
+        refuse_regression(model.config.problem_type, type(calibrator).__name__)
         calibrator.check_exits(model.num_exits)
         model.config.calibrator, model.config.calibrator_kwargs = name, calibrator.settings()
         model.calibrator = calibrator.to(model.device).eval()
@@ -117,11 +142,30 @@ def set_policy(model: EarlyExitWrapper, policy: ExitPolicy, threshold: Any = Non
     """See :meth:`EarlyExitWrapper.set_policy`."""
     if not isinstance(policy, ExitPolicy):
         raise InputTypeError(f"a policy is needed, got {type(policy).__name__}: create_policy(name) makes one")
+    check_policy(model, policy)
     name = policy_name(policy)
-    get_policy(name)
     value = policy.default_threshold if threshold is None else threshold
     policy.check_threshold(value, len(model.heads))
     model.policy = policy.to(model.device)
     model.policy.train(model.training)
     model.config.policy, model.config.policy_kwargs = name, policy.settings()
+    watch_features(model)
     model.threshold = value
+
+
+def check_policy(model: EarlyExitWrapper, policy: ExitPolicy) -> None:
+    """Checks that a policy is one for the model's answers, classes or real numbers, and for its exits.
+
+    Raises:
+        UnknownNameError: A class that is not in the table, which no checkpoint could name.
+        ConfigError: A policy for the other kind of answers.
+        ShapeError: Fitted for other exits.
+    """
+    check_answers(model.config.problem_type, policy)
+    if isinstance(policy, IntervalWidthPolicy):
+        sizes = [layer.in_features for layer in last_linears(model).values()]
+        if (policy.feature_sizes, policy.num_targets) != (sizes, model.config.num_labels):
+            raise ShapeError(
+                f"{type(policy).__name__} was fitted for features {policy.feature_sizes} and {policy.num_targets}"
+                f" targets, the exits have {sizes} and {model.config.num_labels}: fit it on records of this model"
+            )

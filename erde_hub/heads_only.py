@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ._quiet import quiet_loading
 from .errors import CheckpointError, ConfigError, nearest
 
 _KEYS = ("repo_id", "timm_tag", "revision", "sha256", "filename")
@@ -126,7 +127,7 @@ def fetch(weights: Mapping[str, str], hub: Mapping[str, Any]) -> tuple[Path, str
 
 
 def read_backbone(backbone_cls: type[nn.Module] | None, config: Any, path: Path) -> dict[str, Tensor]:
-    """Reads a verified file as tensors by the names that the backbone gives them.
+    """Reads a verified file as tensors by the names that the backbone gives them; what it does not hold is left out.
 
     Args:
         backbone_cls: Class of a transformers backbone, whose stored names may be older than its own; None for others.
@@ -139,10 +140,18 @@ def read_backbone(backbone_cls: type[nn.Module] | None, config: Any, path: Path)
     try:
         if backbone_cls is None:
             return load_file(path)
-        loaded: Any = backbone_cls.from_pretrained(  # type: ignore[attr-defined]
-            path.parent, config=config, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True
-        )
-        return dict(loaded.state_dict())
+        with quiet_loading(), torch.random.fork_rng(devices=[]):  # what the file does not hold is drawn at random
+            loaded, info = backbone_cls.from_pretrained(  # type: ignore[attr-defined]
+                path.parent,
+                config=config,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        others = (entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+        drawn = {*info["missing_keys"], *others}
+        return {name: tensor for name, tensor in loaded.state_dict().items() if name not in drawn}
     except SafetensorError as error:
         raise CheckpointError(f"{path.name} is no safetensors file, or was cut short: {error}") from error
 
@@ -150,24 +159,31 @@ def read_backbone(backbone_cls: type[nn.Module] | None, config: Any, path: Path)
 def own_tensors(
     state: Mapping[str, Tensor], published: Mapping[str, Tensor], classifier: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Returns what a heads-only checkpoint has to hold: heads, and the backbone's classifier where it is another.
+    """Returns what a heads-only checkpoint has to hold: heads, what the published file lacks, a classifier of its own.
 
     Raises:
-        CheckpointError: Other weights of the backbone differ from the published ones too.
+        CheckpointError: Other weights of the backbone differ from the published ones too, or none of them is there.
     """
     own: dict[str, Tensor] = {}
     changed: list[str] = []
+    found = False
     for name, tensor in state.items():
         inner = name.removeprefix("backbone.")
         there = published.get(inner) if name != inner else None
         if there is not None and there.shape == tensor.shape and torch.equal(there.to(tensor), tensor):
+            found = True
             continue
         own[name] = tensor
-        if name != inner and not inner.startswith(classifier):
+        if there is not None and not inner.startswith(classifier):
             changed.append(inner)
     if changed:
         raise CheckpointError(
             f"heads_only: {len(changed)} tensors of the backbone are not those published, first {changed[0]!r}: they"
             " were trained (freeze_backbone() keeps them) or come from elsewhere; save without heads_only"
+        )
+    if not found:
+        raise CheckpointError(
+            f"heads_only: the published file holds none of the backbone's tensors (its first is"
+            f" {next(iter(published), None)!r}): backbone_weights names another model"
         )
     return own

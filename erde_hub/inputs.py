@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from .errors import InputTypeError, LabelError, ShapeError
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
-@dataclass(frozen=True)
-class ModelInputs:
+class ModelInputs(NamedTuple):
     """What a backbone is called with.
 
     Attributes:
@@ -111,17 +109,19 @@ def check_pixel_values(pixel_values: Any, input_size: Sequence[int]) -> Tensor:
     """
     if not isinstance(pixel_values, Tensor):
         raise InputTypeError(f"pixel_values must be a tensor (N, C, H, W), got {type(pixel_values).__name__}")
-    if input_size and pixel_values.ndim != len(input_size) + 1:
+    shape = pixel_values.shape
+    if input_size and len(shape) != len(input_size) + 1:
         raise ShapeError(
             f"pixel_values must have {len(input_size) + 1} axes, (N, {', '.join(map(str, input_size))}), got shape"
-            f" {tuple(pixel_values.shape)}"
+            f" {tuple(shape)}"
         )
-    if len(input_size) == 3 and pixel_values.shape[1] != input_size[0]:
-        raise ShapeError(f"pixel_values must have {input_size[0]} channels, got shape {tuple(pixel_values.shape)}")
-    if len(input_size) == 3 and not pixel_values.is_floating_point():
-        raise InputTypeError(
-            f"pixel_values must be floats, got {pixel_values.dtype}: preprocess images with model.image_processor()"
-        )
+    if len(input_size) == 3:
+        if shape[1] != input_size[0]:
+            raise ShapeError(f"pixel_values must have {input_size[0]} channels, got shape {tuple(shape)}")
+        if not pixel_values.is_floating_point():
+            raise InputTypeError(
+                f"pixel_values must be floats, got {pixel_values.dtype}: preprocess images with model.image_processor()"
+            )
     return pixel_values
 
 

@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from . import __version__, fitted
-from .attach import choose_exits, class_names, count_classes, inspect_backbone
+from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone
 from .backbones import BackboneAdapter, get_adapter
 from .backbones.base import parse_exit, tap_exits
 from .calibration import Calibrator, create_calibrator
 from .compilation import CompiledSteps, no_stages
-from .config import EarlyExitConfig, check_input_size
+from .config import EarlyExitConfig, check_input_size, read_field
 from .cost import trace
 from .errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
 from .exit_table import ExitTable, count_exits
 from .heads import FeatureSpec, create_head
 from .inputs import ModelInputs, explain_failure
+from .losses.exit_weights import weights_per_exit
 from .outputs import EarlyExitOutput
-from .policies import ExitPolicy, create_policy, plain_threshold
+from .policies import ExitPolicy, check_answers, plain_threshold, policy_for
 from .pretrained import EarlyExitPreTrainedModel
 from .recomputation import is_recomputing, without_recomputation
+from .regression import REGRESSION
 from .routing import Drive, ExitTap, Route, RunAll, StagedDrive
 from .stages import StepCache
 from .token_level import check_nobody_leaves
@@ -51,7 +53,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         exits: Module names, shallow to deep (:func:`list_exit_points` lists the usual ones); an int n for n places
             evenly spaced in MACs; ``"auto"`` for a good choice, which is logged with its reason.
         head: Key of the heads table.
-        policy: Key of the policies table.
+        policy: Key of the policies table; None is ``entropy``, and ``never`` for a regression.
         threshold: One number, or one per early exit; None takes the policy's default.
         input_size: Shape of one input without the batch; for texts the number of tokens that costs are counted at.
             Known for models of timm and transformers.
@@ -60,8 +62,12 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             model, so wrapping rebuilds it from the config and compares. Not for transformers models, which know theirs.
         head_kwargs: Arguments of the head.
         policy_kwargs: Arguments of the policy.
-        exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1.
+        exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last, or a preset's name
+            (:func:`erde_hub.losses.exit_weights_preset`); None is all 1.
         id2label: Class names, as a list or as ``{0: "cat", ...}``; a transformers model brings its own.
+        problem_type: ``"regression"`` for a backbone that answers with D real numbers, (N, D): ``loss`` is the mean
+            squared error, and the policies are ``never`` and ``set_size``. None is a classifier, or what the config of
+            a transformers model says.
         backbone: With a config: the living backbone, for configs that cannot rebuild it.
 
     Raises:
@@ -87,15 +93,16 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         exits: Sequence[str] | int | str = "auto",
         *,
         head: str = "fc",
-        policy: str = "entropy",
+        policy: str | None = None,
         threshold: float | Sequence[float] | None = None,
         input_size: Sequence[int] | None = None,
         example_inputs: Sequence[Tensor] | Tensor | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
         head_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
-        exit_weights: Sequence[float] | None = None,
+        exit_weights: str | Sequence[float] | None = None,
         id2label: Sequence[str] | dict[int, str] | None = None,
+        problem_type: str | None = None,
         backbone: nn.Module | None = None,
         **unknown: Any,
     ) -> None:
@@ -112,7 +119,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             raise ConfigError("backbone= goes with a config; hand the module in as the first argument instead")
         adapter, facts, inputs = inspect_backbone(model, input_size, example_inputs)
         traced = trace(model, inputs)
-        num_labels = count_classes(model, adapter, traced)
+        problem_type = check_problem_type(problem_type, facts.get("problem_type"))
+        num_labels = count_classes(model, adapter, traced, problem_type)
         points, reason = choose_exits(adapter, model, exits, traced, inputs)
         if isinstance(exits, (int, str)):
             logger.info(f"exits={exits!r}: {reason}")
@@ -122,6 +130,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             architecture=facts["architecture"],
             backbone_kwargs=adapter.creation_arguments(model, backbone_kwargs),
             task=adapter.task(model),
+            problem_type=problem_type,
             exits=names,
             exit_features=[p.spec.to_dict() for p in points],
             head=head,
@@ -129,7 +138,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             policy=policy,
             policy_kwargs=policy_kwargs,
             threshold=threshold if threshold is None else plain_threshold(threshold),
-            exit_weights=list(exit_weights) if exit_weights is not None else None,
+            exit_weights=exit_weights if exit_weights is None or isinstance(exit_weights, str) else list(exit_weights),
             input_size=facts["input_size"],
             preprocessing=facts["preprocessing"],
             erde_hub_version=__version__,
@@ -172,7 +181,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self.heads = nn.ModuleList(
             create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {})) for spec in specs
         )
-        self.policy = create_policy(config.policy, **(config.policy_kwargs or {}))
+        self.policy = policy_for(config.problem_type, str(config.policy), **(config.policy_kwargs or {}))
+        self._regression = config.problem_type == REGRESSION
         self.calibrator: Calibrator | None = None
         if config.calibrator is not None:
             self.calibrator = create_calibrator(config.calibrator, **(config.calibrator_kwargs or {}))
@@ -180,6 +190,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._backbone_frozen = False
         self._costs: dict[tuple[int, ...], ExitTable] = {}
         self._steps = StepCache()
+        self._checked: tuple[tuple[Any, ...], list[type], list[float]] | None = None  # thresholds of the last call
         self._exits = names
         self._taps: list[ExitTap] = []
         self._followers: list[Any] = []
@@ -196,6 +207,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             self.policy.to(weight.device)
             if self.calibrator is not None:
                 self.calibrator.to(weight.device)
+        if self._regression:
+            fitted.check_policy(self, self.policy)
         fitted.watch_features(self)
         self._keep_weights(on_meta, adopted)
         recomputes = self.is_activation_checkpointing
@@ -233,9 +246,18 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self.config.threshold_profile = None  # how an earlier one was chosen
 
     def _thresholds(self, threshold: float | Sequence[float]) -> list[float]:
-        thresholds = self.policy.check_threshold(threshold, len(self.heads))
+        policy: Any = self._modules["policy"]
+        key = (policy, *threshold) if isinstance(threshold, list) else (policy, threshold)
+        kept, types = self._checked, [*map(type, key)]
+        if kept is not None and kept[1] == types and kept[0] == key:  # a call may take less than a millisecond
+            return kept[2]
+        if self._regression:  # model.policy may have been set by hand
+            check_answers(REGRESSION, policy)
+        thresholds = policy.check_threshold(threshold, len(self.heads))
         if self.config.task == "causal_lm":
-            check_nobody_leaves(self.policy, thresholds)
+            check_nobody_leaves(policy, thresholds)
+        if set(types[1:]) <= {int, float}:
+            self._checked = (key, types, thresholds)
         return thresholds
 
     def set_calibrator(self, calibrator: Calibrator | None) -> None:
@@ -350,7 +372,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
         Args:
             pixel_values: (N, C, H, W) float, preprocessed; for image models.
-            labels: (N,) int64 class indices, for language models (N, L) token ids; with them ``loss`` is set.
+            labels: (N,) int64 class indices, for language models (N, L) token ids, for a regression (N, D) floats; with
+                them ``loss`` is set.
             threshold: For this call only: one number, or one per early exit.
             output_all_exits: No routing: every exit, in eval mode too.
             return_dict: False returns a tuple of what is set.
@@ -397,9 +420,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 raise
             raise typed from error
         if labels is not None and output.loss is None and output.logits is not None:
-            output.loss = self._cross_entropy(output.logits, labels)
-        use_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if use_dict else output.to_tuple()
+            output.loss = self._loss_of(output.logits, labels)
+        if return_dict is None:
+            return_dict = read_field(self.config, "return_dict")
+        return output if return_dict else output.to_tuple()
 
     def _run_all(self, inputs: ModelInputs, labels: Tensor | None) -> EarlyExitOutput:
         deferred = bool(self._taps) and torch.is_grad_enabled()
@@ -420,44 +444,46 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 logits = calibration(index, own)
         loss = None
         if labels is not None:
-            weights = self.config.exit_weights or [1.0] * len(exit_logits)
-            losses = [w * self._cross_entropy(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
+            weights = weights_per_exit(self.config.exit_weights or "uniform", len(exit_logits))
+            losses = [w * self._loss_of(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
             loss = torch.stack(losses).sum()
         return EarlyExitOutput(loss=loss, logits=logits, exit_logits=exit_logits)
 
     def _route(self, inputs: ModelInputs, thresholds: Sequence[float]) -> EarlyExitOutput:
-        batch, device = len(inputs.main), inputs.main.device
+        main = inputs.main
+        batch, device = main.shape[0], main.device
         if batch == 0:
             empty = torch.zeros(0, dtype=torch.int64, device=device)
             return EarlyExitOutput(
                 logits=torch.zeros((0, self.config.num_labels), dtype=self.dtype, device=device), exit_index=empty
             )
-        if inputs.main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: all stay
+        if main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: all stay
             logits = self._run_all(inputs, None).logits
             return EarlyExitOutput(
                 logits=logits, exit_index=torch.full((batch,), len(self.heads), dtype=torch.int64, device="meta")
             )
-        policy, calibration = self.policy, self._calibration()
+        policy, calibration = self._modules["policy"], self._calibration()  # faster than as an attribute
         if calibration is None and all(map(policy.never_leaves, thresholds)):
             logits = self._adapter.logits(self.backbone(*inputs.args, **inputs.kwargs))
             index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=device)
             return EarlyExitOutput(logits=logits, exit_index=index)
         mask = self._token_mask(inputs)
-        visitor = Route(self._steps.heads(self.heads), policy, thresholds, batch, device, mask, calibration)
+        visitor = Route(self._steps.heads(self._modules["heads"]), policy, thresholds, batch, device, mask, calibration)
         drive = self._drive(checkpointed=False)
         recomputes = self._taps and torch.is_grad_enabled()  # it would run a hook's shrinking again
-        if calibration is None and not recomputes:  # one image can take less than a millisecond: as little as possible
+        watching = fitted.watching(policy, calibration)
+        if watching is None and not recomputes:  # one image can take less than a millisecond: as little as possible
             final = drive(visitor, inputs.args, inputs.kwargs)
         else:
             with contextlib.ExitStack() as stack:
                 if recomputes:
                     stack.enter_context(without_recomputation(self.backbone))
-                if calibration is not None:
-                    stack.enter_context(calibration.watching())
+                if watching is not None:
+                    stack.enter_context(watching)
                 final = drive(visitor, inputs.args, inputs.kwargs)
         if final is not None:
             final = self._adapter.logits(final)
-        logits, index = visitor.finish(final, self.exit_names[:-1])
+        logits, index = visitor.finish(final, self._exits)
         return EarlyExitOutput(logits=logits, exit_index=index)
 
     def _calibration(self) -> fitted.LiveCalibration | None:
@@ -475,7 +501,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     def _drive(self, checkpointed: bool) -> Drive:
         if self._taps:
             return self._adapter.drive(self.backbone, self._taps, self._followers)
-        backbone = getattr(self.backbone, "_orig_mod", self.backbone)  # what torch.compile wraps
+        backbone: Any = self._modules["backbone"]
+        backbone = backbone._modules.get("_orig_mod", backbone)  # what torch.compile wraps
         if checkpointed:
             steps = self._adapter.steps(backbone, self._exits, checkpointed)
         else:

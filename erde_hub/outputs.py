@@ -16,7 +16,7 @@ class EarlyExitOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, with ``labels`` only. All exits run: the sum over exits of ``exit_weights`` x cross-entropy.
-            Routed: the cross-entropy of the routed logits.
+            Routed: the cross-entropy of the routed logits. Of a regression: the mean squared error in its place.
         logits: (N, K). Routed: of the exit that each sample took. All exits run: of the last exit.
         exit_index: (N,) int64, routed only: 0 is the first exit, ``num_exits - 1`` the backbone's own classifier.
         exit_logits: ``num_exits`` tensors (N, K), shallow to deep, where all exits were run.

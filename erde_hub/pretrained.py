@@ -23,11 +23,12 @@ from transformers.utils import CONFIG_NAME, cached_file
 from . import __version__
 from ._files import replacing_all
 from .backbones import BackboneAdapter, get_adapter
-from .config import EarlyExitConfig
+from .config import EarlyExitConfig, read_field
 from .errors import CheckpointError, ConfigError, ErdeError, InputTypeError
 from .heads_only import FILENAME, check_backbone_weights, fetch, own_tensors, published_weights, read_backbone
 from .inputs import ModelInputs, check_class_labels, check_pixel_values, check_text_inputs
 from .preprocessing import build_image_processor, check_preprocessing
+from .regression import REGRESSION, check_targets, mean_squared_error
 from .routing import ExitTap
 from .token_level import check_token_labels, token_cross_entropy
 
@@ -223,8 +224,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
 
     def _inputs(self, pixel_values: Any, texts: dict[str, Any], more: dict[str, Any]) -> ModelInputs:
         """Checks what a call was given; ``texts`` holds the usual names, None where absent, ``more`` all others."""
-        name = type(self.backbone).__name__
         if self.main_input_name == "input_ids":
+            name = type(self.backbone).__name__
             if pixel_values is not None:
                 raise InputTypeError(f"{name} reads texts: call model(input_ids=..., attention_mask=...)")
             accepted = inspect.signature(type(self.backbone).forward).parameters
@@ -233,9 +234,11 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                     raise InputTypeError(f"use_cache=True: {name} with exits keeps no keys and values between calls")
                 more = {**more, "use_cache": False}
             return check_text_inputs({**texts, **more}, accepted, name)
-        inputs = check_pixel_values(pixel_values, self.config.input_size or ())
-        kwargs = {**{key: value for key, value in texts.items() if value is not None}, **more}
+        inputs = check_pixel_values(pixel_values, read_field(self.config, "input_size") or ())
+        kwargs = {key: value for key, value in texts.items() if value is not None}
+        kwargs.update(more)
         if kwargs and self.config.exits and not self._taps:
+            name = type(self.backbone).__name__
             raise InputTypeError(f"{name} takes pixel_values only, got {sorted(kwargs)[0]!r} as well")
         return ModelInputs((inputs,), kwargs, inputs)
 
@@ -244,9 +247,14 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         values = isinstance(labels, Tensor) and labels.device.type == "cpu"
         if self.config.task == "causal_lm":
             return check_token_labels(labels, inputs.main.shape[:2], self.config.num_outputs, values=values)
+        if self.config.problem_type == REGRESSION:
+            return check_targets(labels, len(inputs.main), self.config.num_labels, values=values)
         return check_class_labels(labels, len(inputs.main), self.config.num_labels, values=values)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of one exit, over tokens for language models; of a regression the mean squared error."""
+        if self.config.problem_type == REGRESSION:
+            return mean_squared_error(logits, labels)
         return (token_cross_entropy if self.config.task == "causal_lm" else F.cross_entropy)(logits, labels)
 
     @classmethod

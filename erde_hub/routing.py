@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ._tree import shrink, tensors
 from .errors import ExitNotReachedError, ShapeError
-from .fitted import LiveCalibration
+from .fitted import LiveCalibration, read_evidence
 from .heads import ExitHead
 from .policies import ExitPolicy
 
@@ -190,7 +190,8 @@ def judge(
     mask: Tensor | None,
     history: list[Tensor],
     calibrate: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    one: bool = False,
+) -> tuple[Tensor, Any]:
     """Runs an exit on the live samples: its logits (N, K), and the policy's scores (N,).
 
     Args:
@@ -198,17 +199,20 @@ def judge(
         policy: Scores.
         feature: What the head reads.
         mask: (N, L), which tokens of a padded sequence count.
-        history: Log-probabilities of the exits before; this one's are added where the policy reads them.
+        history: Log-probabilities, or other evidence, of the exits before; this one's are added where the policy reads
+            them.
         calibrate: Takes the head's logits to those that count.
+        one: There is one sample; its score is returned as a float.
     """
     logits = run_head(head, feature, mask)
     if calibrate is not None:
         logits = calibrate(logits)
     log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
     if policy.uses_history:
-        history.append(log_probs)
-        return logits, policy.score(torch.stack(history))
-    return logits, policy.score_last(log_probs)
+        history.append(read_evidence(policy, len(history)) if policy.uses_features else log_probs)
+        scores = policy.score(torch.stack(history))
+        return logits, scores.item() if one else scores
+    return logits, policy.score_one(log_probs) if one else policy.score_last(log_probs)
 
 
 class RunAll:
@@ -333,9 +337,10 @@ class Route:
                 f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are alive"
             )
         calibrate = None if self.calibration is None else functools.partial(self.calibration, exit_index)
-        logits, scores = judge(head, self.policy, feature, self.mask, self.history, calibrate)
-        if self.count == 1:  # decided in Python, with the threshold as a tensor would round it: fewer operators
-            leaving = int(self.policy.compare(scores.item(), c_float(threshold).value))
+        one = self.count == 1
+        logits, scores = judge(head, self.policy, feature, self.mask, self.history, calibrate, one)
+        if one:  # decided in Python, with the threshold as a tensor would round it: fewer operators
+            leaving = int(self.policy.compare(scores, c_float(threshold).value))
         else:
             leaves = self.policy.compare(scores, threshold)
             gone = leaves.nonzero()

@@ -33,7 +33,7 @@ class _Kept:
         """Tells whether nothing was replaced, added or taken away since: a handful of comparisons by identity."""
         if self.backbone is not backbone or self.exits != exits:
             return False
-        return all(list(modules.values()) == kept for modules, kept in self.holders)
+        return all([*modules.values()] == kept for modules, kept in self.holders)
 
 
 def _with_lists(module: nn.Module) -> Iterator[nn.Module]:
@@ -74,5 +74,5 @@ class StepCache:
         return steps
 
     def heads(self, heads: Any) -> Any:
-        """Returns what is run in place of the heads; here themselves."""
-        return heads
+        """Returns what is run in place of the heads; here themselves, in a list, which is read faster."""
+        return [*heads._modules.values()]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._tree import cut_rows, join_rows, shrink
 from .errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError
+from .fitted import watching
 from .inputs import check_pixel_values
 from .modeling import EarlyExitWrapper
 from .routing import StagedDrive, check_all_reached, check_due, judge, read_feature
@@ -276,7 +277,7 @@ class _Stream:
             visitor.entered, visitor.next_exit = True, stage
         elif stage > 0:
             inputs = self.like
-        with visitor.calibration.watching() if visitor.calibration else contextlib.nullcontext():
+        with watching(self.model.policy, visitor.calibration) or contextlib.nullcontext():
             final = drive(visitor, (inputs,), {})
             if final is not None:
                 logits = self.model._adapter.logits(final)

@@ -144,7 +144,8 @@ class TruncatedModel(EarlyExitPreTrainedModel):
 
         Args:
             pixel_values: (N, C, H, W) float, preprocessed; for image models.
-            labels: (N,) int64 class indices; with them ``loss`` is the cross-entropy.
+            labels: (N,) int64 class indices, for a regression (N, D) floats; with them ``loss`` is the cross-entropy,
+                or the mean squared error.
             return_dict: False returns a tuple of what is set.
             **kwargs: ``input_ids`` and the like of text models; otherwise passed on to the backbone's own forward,
                 where it is not staged.
@@ -158,7 +159,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
         if labels is not None:
             labels = self._labels(labels, inputs)
         logits = self._logits(inputs)
-        loss = None if labels is None else self._cross_entropy(logits, labels)
+        loss = None if labels is None else self._loss_of(logits, labels)
         output = EarlyExitOutput(loss=loss, logits=logits)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()

@@ -122,7 +122,9 @@ def loss_call(
 ) -> Callable[[], None]:
     """Returns a call of a loss, forward and backward to logits and features, with all the state that it has in use."""
     loss = create_loss(name)
-    if loss.task != "classification":  # tokens: one hidden state each
+    if loss.task == "regression":
+        labels = F.one_hot(labels, shapes[0][1]).float()
+    elif loss.task != "classification":  # tokens: one hidden state each
         features = [f if f is None else f.flatten(1, -2).mean(1) for f in features]
     prepare(loss, features, len(labels))
     student = [torch.randn(shape, requires_grad=True) for shape in shapes]

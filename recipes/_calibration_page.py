@@ -18,29 +18,100 @@ def tables(table: Table, registry_table: Callable[..., str]) -> dict[str, Callab
     """Returns the tables by name."""
     return {
         "calibrators": lambda: registry_table(list_calibrators(), get_calibrator),
-        "guarantee": lambda: guarantee_table(table),
+        "guarantee": lambda: guarantee_table(table, 0),
+        "guarantee_cifar10": lambda: guarantee_table(table, 1),
+        "guarantee_greedy": lambda: greedy_table(table),
+        "records_speed": lambda: functions_table(table),
+        "laplace_speed": lambda: laplace_table(table),
         "policies_cifar10": lambda: comparison_table(table, "cifar10_resnet18_resnet10-small"),
         "sets_cifar10": lambda: sets_table(table, "cifar10_resnet18_resnet10-small"),
         "policies_digits": lambda: comparison_table(table, "digits"),
     }
 
 
-def guarantee_table(table: Table) -> str:
+def guarantee_table(table: Table, population: int) -> str:
     """Who keeps the bound in a simulation, and at what saving."""
     results = _load("threshold_guarantee")
-    header = ("calibration samples", "method", "bound broken %", "worst loss %", "saving %", "where greedy keeps it %")
+    name = _populations(results)[population]
+    header = (
+        "samples",
+        "method",
+        "bound broken %",
+        "mean loss %",
+        "worst loss %",
+        "saving %",
+        "where greedy keeps it %",
+    )
+    shown = [row for row in results["rows"] if row["population"] == name and row["bound"] == results["bound"]]
+    defaults = {(row["samples"], row["as"]) for row in shown if "as" in row}
     rows = [
         (
             f"{row['samples']:,}",
-            row["method"],
-            f"{100 * row['broken']:.0f}",
+            f"**{row['method']}**" if (row["samples"], row["method"]) in defaults else row["method"],
+            percent(row["broken"]),
+            f"{100 * row['mean_loss']:.2f}",
             percent(row["worst"]),
             percent(row["saving"]),
             "-" if row["saving_where_greedy_keeps"] is None else percent(row["saving_where_greedy_keeps"]),
         )
-        for row in results["rows"]
+        for row in shown
+        if "as" not in row
     ]
     return table(header, rows)
+
+
+def greedy_table(table: Table) -> str:
+    """The settings in which greedy search breaks a bound no more often than a guarantee would allow."""
+    results = _load("threshold_guarantee")
+    settings: dict[tuple[str, float, int], dict[str, Any]] = {}
+    for row in results["rows"]:
+        settings.setdefault((row["population"], row["bound"], row["samples"]), {})[row["method"]] = row
+    header = (
+        "drawn from",
+        "bound %",
+        "samples",
+        "greedy: broken %",
+        "saving %",
+        "guarantee, per exit: broken %",
+        "saving %",
+    )
+    rows = []
+    for (population, bound, samples), methods in settings.items():
+        greedy, ours = methods["greedy (earlyon)"], methods["guarantee, per exit"]
+        if greedy["broken"] <= 1 - results["confidence"] + 1e-9:
+            numbers = (percent(row[key]) for row in (greedy, ours) for key in ("broken", "saving"))
+            rows.append((population, f"{100 * bound:g}", f"{samples:,}", *numbers))
+    return table(header, rows)
+
+
+def functions_table(table: Table) -> str:
+    """What each function of records takes."""
+    results = _load("benchmark_calibration")
+    rows = [(f"`{row['function']}`", f"{row['seconds']:.2f}") for row in results["functions"]]
+    return table(("function", "seconds"), rows)
+
+
+def laplace_table(table: Table) -> str:
+    """What the Laplace approximation adds to a forward pass."""
+    results = _load("benchmark_calibration")
+    header = ("network", "classes", "batch", "draws", "forward, ms", "Laplace at all exits, ms", "share %")
+    rows = [
+        (
+            f"`{row['network']}`, {row['exits']} exits",
+            str(row["classes"]),
+            str(row["batch_size"]),
+            str(row["draws"]),
+            f"{1000 * row['forward_seconds']:.0f}",
+            f"{1000 * row['calibrator_seconds']:.1f}",
+            percent(row["share"]),
+        )
+        for row in results["laplace"]
+    ]
+    return table(header, rows)
+
+
+def _populations(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["population"] for row in results["rows"]))
 
 
 def comparison_table(table: Table, name: str) -> str:

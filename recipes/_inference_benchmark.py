@@ -45,7 +45,7 @@ from _inference_contestants import (
 from _inference_report import draw_saving, tables
 from _memory import forget_peak, process_memory
 
-from erde_hub import __version__
+from erde_hub import __version__, keep_freed_memory
 from erde_hub.errors import ConfigError
 from erde_hub.streaming import route_batches
 
@@ -89,7 +89,10 @@ class InferenceBenchmark:
             "help": "networks to run after compile_stages() as well, or none (minutes each; needs a C++ compiler)"
         },
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; replaced if it exists"})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSON file for the numbers; networks that it holds from such a machine are kept"},
+    )
     picture: str | None = field(default=None, metadata={"help": "picture of realised against ideal saving"})
     only_memory: bool = field(default=False, metadata={"help": "print the peak memory of the first model, no more"})
 
@@ -113,17 +116,33 @@ def benchmark_inference(argv: list[str]) -> None:
     if args.only_memory:
         print(json.dumps(_peak_memory(load_subject(args.model[0], args.exits), args)))
         return
-    results: dict[str, Any] = {**_environment(), "rounds": args.rounds, "seconds": args.seconds, "networks": {}}
+    environment = {**_environment(), "freed_memory_kept": keep_freed_memory()}
+    results: dict[str, Any] = {**environment, "networks": _networks_in(args.output, environment)}
     for name in args.model:
         torch.set_num_threads(_threads(args.cpu_threads[0]))
         subject = load_subject(name, args.exits)
         results["networks"][subject.name] = _measure(subject, name, args)
+        results["networks"] = dict(sorted(results["networks"].items(), key=lambda item: _place(item[0])))
         if args.output is not None:  # after every network, so that hours are not lost
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(tables(results))
     if args.picture is not None:
         draw_saving(results, args.picture)
+
+
+def _networks_in(path: str | None, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file holds that was measured with the same versions on the same kind of machine; those are kept."""
+    if path is None or not Path(path).is_file():
+        return {}
+    stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    networks = stored.pop("networks", None)
+    return networks if stored == environment and isinstance(networks, dict) else {}
+
+
+def _place(name: str) -> int:
+    """Where a network stands in the file: the default ones first, as they are listed."""
+    return NETWORKS.index(name) if name in NETWORKS else len(NETWORKS)
 
 
 def _environment() -> dict[str, Any]:
@@ -155,6 +174,8 @@ def _measure(subject: Subject, name: str, args: InferenceBenchmark) -> dict[str,
         "macs": table.cumulative_macs,
         "driven_by": "hooks" if subject.model._taps else "stages",
         "earlyon": reason,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
         "settings": [],
     }
     first = args.cpu_threads[0]
@@ -267,28 +288,47 @@ def _race(
     }
 
 
+#: A turn lasts at least so many seconds: a server calls one model again and again, and finds its code in the caches.
+TURN = 0.03
+
+
 def take_turns(
     runs: Mapping[str, Contestant], rounds: int, min_rounds: int, seconds: float, label: str = ""
 ) -> dict[str, list[float]]:
-    """Runs every contestant once per round, beginning with another each time; returns seconds by name."""
+    """Runs every contestant in turn, round by round, beginning with another each time.
+
+    A turn is one call that is not counted, where calls are short, and as many as fill ``TURN``, whose mean counts.
+
+    Returns:
+        Seconds per call by name, one value for each round.
+    """
     names = list(runs)
-    for run in runs.values():  # what is allocated, chosen or compiled on first use is no part of it
-        start = time.perf_counter()
-        run()
-        if time.perf_counter() - start < 1:
-            run()
+    calls: dict[str, int] = {}
+    for name, run in runs.items():  # what is allocated, chosen or compiled on first use is no part of it
+        once = _seconds(run, 1)
+        if once < 1:
+            once = _seconds(run, 1)
+        calls[name] = max(1, round(TURN / once))
     times: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     for i in range(rounds):
         if i >= min_rounds and time.perf_counter() - began > seconds:
             break
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - start)
+            if calls[name] > 1:
+                runs[name]()
+            times[name].append(_seconds(runs[name], calls[name]))
     if label:
         print(f"{label}: {len(times[names[0]])} rounds in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return times
+
+
+def _seconds(run: Contestant, calls: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
 
 
 #: Whose time is divided by whose.

@@ -248,6 +248,22 @@ def bounds_table(table: Table, results: Results | None) -> str:
     return table(("time or memory, divided by", "at most", *results["networks"]), rows)
 
 
+def compiled_table(table: Table, results: Results | None) -> str:
+    """What ``compile_stages()`` makes of the times, and what compiling takes."""
+    if results is None:
+        return _NOT_YET
+    header = ("network", "batch, never leaving", "a quarter out at each exit", "one image, out at 0", "graphs", "s")
+    rows = []
+    for name, entry in results["networks"].items():
+        compiled = entry.get("compiled") or {}
+        if "ratios" not in compiled:
+            continue
+        times = [compiled["ratios"].get(f"compiled {key} / {key}") for key in ("never", "even", "exit 0")]
+        cells = ["-" if ratio is None else f"{ratio['median']:.2f}" for ratio in times]
+        rows.append((f"`{name}`", *cells, str(compiled["graphs"]), f"{compiled['compile_seconds']:.0f}"))
+    return table(header, rows) if rows else _NOT_YET
+
+
 def stream_table(table: Table, results: Results | None) -> str:
     """Images per second of a stream."""
     if results is None:

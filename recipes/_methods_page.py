@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ Links = Callable[[str], str]
 
 _FORMULA = re.compile(r"^    (L = .*?)(?=\n\s*\n)", re.DOTALL | re.MULTILINE)
 
-#: Arguments that every loss takes, explained above the table.
-COMMON = ("exit_weights", "teacher_exits", "label_smoothing", "reduction")
+#: Arguments that are explained above the table.
+COMMON = ("exit_weights", "teacher_exits", "label_smoothing")
 
 
 def losses_table(table: Table, links: Links) -> str:
@@ -45,19 +46,17 @@ def additions_table(table: Table, links: Links) -> str:
     return table(("key", "flag", "what it does", "arguments, with defaults", "source", "state"), rows)
 
 
-def comparison_table(table: Table) -> str:
-    """One row per method that was compared on plain digits."""
-    columns = {
-        "first exit %": "first_exit",
-        "at half the cost %": "half_cost",
-        "last exit %": "last_exit",
-        "NLL of the last exit": "nll_last_exit",
-    }
-    rows = []
-    for row in _results("comparison")["summary"]:
+def comparison_table(table: Table, name: str = "comparison") -> str:
+    """One row per method that was compared on images without groups, and one for the teachers."""
+    results = _results(name)
+    teachers = [teacher["per_exit"][-1] for teacher in results["teachers"]]
+    accuracy, nll = (statistics.fmean(teacher[key] for teacher in teachers) for key in ("accuracy", "nll"))
+    rows = [("(teacher)", str(len(teachers)), "-", "-", f"{100 * accuracy:.1f}", f"{nll:.3f}")]
+    for row in results["summary"]:
         shown = [_percent(row, key) for key in ("first_exit", "half_cost", "last_exit")]
         rows.append((f"`{row['method']}`", _seeds(row), *shown, f"{row['nll_last_exit']:.3f}"))
-    return table(("method", "seeds", *columns), rows)
+    header = ("method", "seeds", "first exit %", "at half the cost %", "last exit %", "NLL of the last exit")
+    return table(header, rows)
 
 
 def groups_table(table: Table) -> str:
@@ -65,8 +64,7 @@ def groups_table(table: Table) -> str:
     results = _results("groups")
     rows = []
     teachers = [teacher["groups"][-1] for teacher in results["teachers"]]
-    worst = sum(teacher["worst_group"] for teacher in teachers) / len(teachers)
-    mean = sum(teacher["mean_of_groups"] for teacher in teachers) / len(teachers)
+    worst, mean = (statistics.fmean(teacher[key] for teacher in teachers) for key in ("worst_group", "mean_of_groups"))
     rows.append(("(teacher)", str(len(teachers)), "-", f"{100 * worst:.1f}", f"{100 * mean:.1f}"))
     for row in results["summary"]:
         keys = ("worst_group_first_exit", "worst_group_last_exit", "mean_of_groups_last_exit")
@@ -76,15 +74,21 @@ def groups_table(table: Table) -> str:
 
 
 def egad_table(table: Table) -> str:
-    """One row per variant of EGAD, and one for the teachers."""
+    """One row per variant of EGAD, and one for the teachers; differences are taken seed by seed, under one teacher."""
     results = _results("egad")
     teachers = results["teachers"]
-    nll, accuracy = (sum(t[key] for t in teachers) / len(teachers) for key in ("nll", "accuracy"))
-    rows = [("(teacher)", str(len(teachers)), f"{nll:.4f}", f"{100 * accuracy:.2f}")]
+    nll, accuracy = (statistics.fmean(teacher[key] for teacher in teachers) for key in ("nll", "accuracy"))
+    rows = [("(teacher)", str(len(teachers)), f"{nll:.4f}", "-", "-", f"{100 * accuracy:.2f}")]
+    by_seed = {(run["variant"], run["seed"]): run["nll"] for run in results["runs"]}
     for row in results["summary"]:
-        spread = "" if row["nll_std"] is None else f" ±{row['nll_std']:.4f}"
-        rows.append((f"`{row['variant']}`", _seeds(row), f"{row['nll']:.4f}{spread}", f"{100 * row['accuracy']:.2f}"))
-    return table(("student", "seeds", "nats per character", "right %"), rows)
+        name, cells = row["variant"], []
+        for other in ("uniform_kd", "egad"):
+            seeds = [seed for seed in row["seeds"] if (other, seed) in by_seed and name != other]
+            gaps = [by_seed[name, seed] - by_seed[other, seed] for seed in seeds]
+            spread = f" ±{statistics.stdev(gaps):.4f}" if len(gaps) > 1 else ""
+            cells.append(f"{statistics.fmean(gaps):+.4f}{spread}" if gaps else "-")
+        rows.append((f"`{name}`", _seeds(row), f"{row['nll']:.4f}", *cells, f"{100 * row['accuracy']:.2f}"))
+    return table(("student", "seeds", "nats per character", "minus `uniform_kd`", "minus `egad`", "right %"), rows)
 
 
 def speed_table(table: Table) -> str:

@@ -4,11 +4,14 @@
     python recipes/benchmark.py inference --output recipes/results/benchmark_inference.json
     python recipes/benchmark.py training
     python recipes/benchmark.py training --dataset FOLDER_OR_HUB_NAME --output recipes/results/benchmark_training.json
+    python recipes/benchmark.py int8 --model runs/digits-1 --dataset digits
 
 `inference`, which flags without a command mean too: a model that routes, beside its bare backbone, its stages called by
 hand, earlyon and onnxruntime. `training`: one step of the Distiller against a loop written by hand for the same
 networks, loss, precision and batch; time, memory, and the share of the input pipeline. `losses`: what each loss costs
-beside a step of its student. `COMMAND --help` lists the flags of each.
+beside a step of its student. `int8`: accuracy and time of a checkpoint in onnxruntime, in float and in 8 bits.
+`calibration`: what each function of records takes, and the Laplace approximation beside a forward pass.
+`allocator`: what `keep_freed_memory()` saves a plain network. `COMMAND --help` lists the flags of each.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from typing import Any, Literal
 
 import timm
 import torch
+from _benchmark_allocator import benchmark_allocator
+from _benchmark_calibration import benchmark_calibration
+from _benchmark_int8 import benchmark_int8
 from _benchmark_losses import benchmark_losses
 from _cli import clean_errors, parse_arguments
 from _inference_benchmark import benchmark_inference
@@ -324,6 +330,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inference": benchmark_inference,
     "training": benchmark_training,
     "losses": benchmark_losses,
+    "calibration": benchmark_calibration,
+    "int8": benchmark_int8,
+    "allocator": benchmark_allocator,
 }
 
 

@@ -24,14 +24,20 @@ import torch
 from _cli import clean_errors, parse_arguments
 
 from erde_hub._files import write_text
-from erde_hub.calibration import ThresholdChoice, choose_threshold, get_calibrator, list_calibrators
+from erde_hub.calibration import (
+    ThresholdChoice,
+    check_calibration_data,
+    choose_threshold,
+    get_calibrator,
+    list_calibrators,
+)
 from erde_hub.calibration._checks import read_method, read_target
 from erde_hub.errors import ConfigError
-from erde_hub.evaluation import ExitRecords, build_results, calibrate_records, load_results
+from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
 from erde_hub.training import DistillationArguments, create_accelerator, recipe, run_on_main
-from erde_hub.training.recipe_arguments import DataArguments
+from erde_hub.training.recipe_arguments import TrainedDataArguments
 
 
 @dataclass
@@ -86,6 +92,9 @@ class CalibrationArguments:
     split: Literal["validation", "test"] = field(
         default="validation", metadata={"help": "images to choose on; numbers of the same images prove nothing"}
     )
+    allow_missing_classes: bool = field(
+        default=False, metadata={"help": "go on where a class has no image among those that are fitted on"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "print the report and write nothing"})
     batch_size: int = field(default=256, metadata={"help": "images per forward pass and process"})
     num_workers: int = field(default=0, metadata={"help": "processes that load large images"})
@@ -94,7 +103,8 @@ class CalibrationArguments:
 
 def main() -> None:
     """Loads, measures, chooses, writes."""
-    wanted, data_args, _ = parse_arguments({"what is wanted": CalibrationArguments, "data": DataArguments}, __doc__)
+    sections = {"what is wanted": CalibrationArguments, "data": TrainedDataArguments}
+    wanted, data_args, _ = parse_arguments(sections, __doc__)
     args = DistillationArguments(
         batch_size=wanted.batch_size, num_workers=wanted.num_workers, cpu_threads=wanted.cpu_threads
     )
@@ -116,22 +126,29 @@ def main() -> None:
     target, _ = read_target({key[4:]: value for key, value in options.items() if key.startswith("max_")})
     read_method(options["method"], options.get("confidence"), target)
     data = recipe.load_data_of(
-        wanted.model, data_args, model.config.preprocessing, wanted.split, accelerator.is_main_process
+        wanted.model,
+        data_args,
+        recipe.preprocessing_of(model, wanted.model),
+        wanted.split,
+        accelerator.is_main_process,
     )
     recipe.check_measurable(model, data)
     accelerator.print(recipe.describe_data(data))
     run = recipe.Run(accelerator, data, args, asdict(wanted) | asdict(data_args))
     laplace = wanted.calibrator in list_calibrators() and get_calibrator(wanted.calibrator).cls.uses_features
     records = recipe.collect(run, model, wanted.split, args.batch_size, features=laplace or None)
+    check_calibration_data(
+        records, recipe.rows_trained_on(wanted.model, records), allow_missing_classes=wanted.allow_missing_classes
+    )
     records = fit_parts(wanted, model, records)
-    choice = choose_threshold(records, model.policy, **options)
+    choice = choose_threshold(records, model.policy, **options, allow_missing_classes=wanted.allow_missing_classes)
     accelerator.print(f"\n{choice}\n")
     if wanted.dry_run:
         return
     choice.store(model)
     folder = Path(wanted.model).expanduser()
     test = recipe.collect(run, model, "test", args.batch_size) if (folder / "results.json").is_file() else None
-    run_on_main(accelerator, lambda: write(folder, model, choice, test))
+    run_on_main(accelerator, lambda: write(folder, model, choice, test, records))
     accelerator.print(f"written into {folder}")
 
 
@@ -139,7 +156,7 @@ def fit_parts(wanted: CalibrationArguments, model: EarlyExitWrapper, records: Ex
     """Fits calibrator and policy as wanted, and returns the records that are left for the threshold, calibrated."""
     fits_calibrator = wanted.calibrator not in ("keep", "none")
     learned = wanted.policy != "keep" and issubclass(get_policy(wanted.policy).cls, LearnedPolicy)
-    rest = records
+    rest, checks = records, {"allow_missing_classes": wanted.allow_missing_classes}
     if fits_calibrator or learned:
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
         cut = int(wanted.fit_share * len(records))
@@ -147,12 +164,12 @@ def fit_parts(wanted: CalibrationArguments, model: EarlyExitWrapper, records: Ex
     if wanted.calibrator == "none":
         model.set_calibrator(None)
     elif fits_calibrator:
-        model.set_calibrator(get_calibrator(wanted.calibrator).cls.fit(fitting))
+        model.set_calibrator(get_calibrator(wanted.calibrator).cls.fit(fitting, **checks))
     if model.calibrator is not None:
         rest = calibrate_records(rest, model.calibrator)
         fitting = calibrate_records(fitting, model.calibrator) if learned else records
     if learned:
-        model.set_policy(get_policy(wanted.policy).cls.fit(fitting))  # type: ignore[attr-defined]
+        model.set_policy(get_policy(wanted.policy).cls.fit(fitting, **checks))  # type: ignore[attr-defined]
     elif wanted.policy != "keep":
         model.set_policy(create_policy(wanted.policy))
     return rest
@@ -179,8 +196,19 @@ def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
     return options
 
 
-def write(folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: Any) -> None:
-    """Rewrites the checkpoint and, where the run left a report, the report; weights only where parts were fitted."""
+def write(
+    folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: ExitRecords | None, chosen_on: ExitRecords
+) -> None:
+    """Rewrites the checkpoint and, where the run left a report, the report; weights only where parts were fitted.
+
+    Args:
+        folder: Of the checkpoint.
+        model: With its new threshold.
+        choice: Of the threshold.
+        test: What the report is about; None where there is none.
+        chosen_on: Records of the choice, as the model sees them; prediction sets of the report are fitted on them
+            unless they are test images.
+    """
     if model.calibrator is not None or list(model.policy.buffers()):
         model.save_pretrained(folder)
     else:
@@ -188,9 +216,13 @@ def write(folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: 
     if test is None:
         return
     results = load_results(folder / "results.json")
-    measured = build_results(test, model, results["dataset"], results["args"])
-    for key in ("per_exit", "sweep", "fine_sweep", "operating_point"):
+    held_out = chosen_on if chosen_on.info.get("split") != "test" else None
+    measured = build_results(test, model, results["dataset"], results["args"], held_out=held_out)
+    matched = [row for row in results.get("matched_cost", []) if row["of"] != "student"]
+    for key in ("per_exit", "sweep", "fine_sweep", "operating_point", "metrics", "matched_cost"):
         results[key] = measured[key]
+    rows = [*results["fine_sweep"], *results["sweep"]]
+    results["matched_cost"] += [row | {"accuracy": accuracy_at_cost(rows, row["macs"])} for row in matched]
     for key in ("threshold", "policy", "policy_kwargs", "calibrator"):
         results["student"][key] = measured["student"][key]
     results["threshold_choice"] = {"rule": choice.rule, **choice.to_dict()}

@@ -11,18 +11,16 @@ from digits whose colour says nothing. A file that is there already is added to:
 from __future__ import annotations
 
 import dataclasses
-import json
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from _cli import base_config, clean_errors, parse_arguments, parse_scalar
+from _results import means_and_deviations, open_results, write_results
 
-from erde_hub import EarlyExitWrapper, __version__
+from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError, ResultsError, nearest
 from erde_hub.evaluation import (
@@ -32,14 +30,16 @@ from erde_hub.evaluation import (
     per_exit_metrics,
     sweep_thresholds,
 )
+from erde_hub.evaluation.report import published_arguments
 from erde_hub.losses import ExitLoss
 from erde_hub.training import DistillationArguments, Distiller, create_accelerator, recipe
-from erde_hub.training.data import ImageData
+from erde_hub.training.data_base import LabelledData
 from erde_hub.training.data_coloured import GroupedImages, coloured_digits
 from erde_hub.training.recipe_arguments import (
     DataArguments,
     ExitArguments,
     StudentArguments,
+    StudentNetworkArguments,
     TeacherArguments,
     build_loss,
     loss_arguments_class,
@@ -96,14 +96,14 @@ def main() -> None:
     sections = {
         "comparison": Comparison,
         "data (also coloured_digits)": DataArguments,
-        "student": StudentArguments,
+        "student": StudentNetworkArguments,
         "teacher": TeacherArguments,
         "exits": ExitArguments,
         "training of teacher and students": DistillationArguments,
     }
     base = base_config()
     comparison, data_args, student_args, teacher_args, exits, args, config = parse_arguments(
-        sections, __doc__, default_config=base, ignored=[loss_arguments_class()]
+        sections, __doc__, default_config=base, ignored=[StudentArguments, loss_arguments_class()]
     )
     for method in comparison.methods:
         build_method(method)
@@ -120,14 +120,23 @@ def main() -> None:
         "max_train_samples": data_args.max_train_samples,
         **{key: value for key, value in args.public_dict().items() if key not in ("seed", "checkpoint_steps")},
     }
-    results = _open(comparison.output, settings)
+    pretrained = [teacher_args.teacher_pretrained, student_args.student_pretrained]
+    settings |= {"pretrained": pretrained} if any(pretrained) else {}
+    settings |= {name: value for part in (exits, teacher_args, data_args) for name, value in _unusual(part).items()}
+    preprocessing = recipe.existing_preprocessing(None, teacher_args, student_args)
+    results = open_results(comparison.output, published_arguments(settings))
     for seed in comparison.seeds:
         missing = [m for m in comparison.methods if not _find(results["runs"], m, seed)]
         if not missing:
             continue
         own = dataclasses.replace(args, seed=seed)
-        grouped, teacher_data = _data(data_args, comparison, seed)
+        grouped, teacher_data = _data(data_args, comparison, seed, preprocessing)
         data = grouped.data if isinstance(grouped, GroupedImages) else grouped
+        if results.get("dataset", {}).get("name", data.name) != data.name:
+            raise ResultsError(
+                f"{comparison.output} holds results of {results['dataset']['name']}, and this is {data.name}: give the"
+                " same data, or another --output"
+            )
         results["dataset"] = {
             "name": data.name,
             "samples": {s: len(getattr(data, s)) for s in ("train", comparison.split)},
@@ -137,6 +146,10 @@ def main() -> None:
             kwargs=teacher_args.teacher_kwargs, pretrained=teacher_args.teacher_pretrained, seed=seed,
         )  # fmt: skip
         teacher_args_of_seed = teacher_training_arguments(own, teacher_args.teacher_training)
+        with torch.random.fork_rng(devices=[]):  # what does not go together is found before the teacher takes its time
+            student = recipe.build_student(student_args, exits, data, own)
+            for loss in map(build_method, missing):
+                recipe.check_trainable(accelerator, student, teacher if loss.reads_teacher else None, data, loss, own)
         _train(Distiller(teacher, teacher_data, teacher_args_of_seed, "ce", accelerator=accelerator))
         run = recipe.Run(accelerator, data, own, {})
         if not _find(results["teachers"], None, seed):
@@ -149,11 +162,20 @@ def main() -> None:
             row = {"method": method, "seed": seed, **_measure(run, student, grouped, comparison.split)}
             results["runs"].append(row | {"seconds": round(time.perf_counter() - started, 1)})
             results["summary"] = summarize(results["runs"])
-            _write(comparison.output, results)
+            write_results(comparison.output, results)
             accelerator.print(f"seed {seed}, {method}: {_short(row)}")
     results["summary"] = summarize(results["runs"])
-    _write(comparison.output, results)
+    write_results(comparison.output, results)
     accelerator.print(f"\n{format_summary(results['summary'])}")
+
+
+def _unusual(arguments: Any) -> dict[str, Any]:
+    """Returns what of a section decides about results, where it is not the default."""
+    names = (
+        "exits", "head", "head_kwargs", "teacher_exit_points", "teacher_exit_weights", "image_size", "max_eval_samples",
+    )  # fmt: skip
+    usual = vars(type(arguments)())
+    return {name: value for name, value in vars(arguments).items() if name in names and value != usual[name]}
 
 
 def _train(distiller: Distiller) -> None:
@@ -163,17 +185,19 @@ def _train(distiller: Distiller) -> None:
         raise recipe.Interrupted("stopped; the same command goes on with the student that it was at")
 
 
-def _data(data_args: DataArguments, comparison: Comparison, seed: int) -> tuple[GroupedImages | ImageData, ImageData]:
+def _data(
+    data_args: DataArguments, comparison: Comparison, seed: int, preprocessing: Mapping[str, Any] | None
+) -> tuple[GroupedImages | LabelledData, LabelledData]:
     """Returns what students learn from, with groups where there are some, and what the teacher learns from."""
     if data_args.dataset != COLOURED:
-        data = recipe.load_data(data_args, progress=False)
+        data = recipe.load_data(data_args, preprocessing, progress=False)
         return data, data
     grouped = coloured_digits(comparison.correlation, seed)
     return grouped, coloured_digits(comparison.teacher_correlation, seed).data
 
 
 def _measure(
-    run: recipe.Run, model: EarlyExitWrapper, grouped: GroupedImages | ImageData, split: str
+    run: recipe.Run, model: EarlyExitWrapper, grouped: GroupedImages | LabelledData, split: str
 ) -> dict[str, Any]:
     """Measures a model: every exit, accuracy at matched cost, groups."""
     records = recipe.collect(run, model, split)
@@ -206,12 +230,7 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             series["worst_group_first_exit"] = [run["groups"][0]["worst_group"] for run in own]
             series["worst_group_last_exit"] = [run["groups"][-1]["worst_group"] for run in own]
             series["mean_of_groups_last_exit"] = [run["groups"][-1]["mean_of_groups"] for run in own]
-        row: dict[str, Any] = {"method": method, "seeds": [run["seed"] for run in own]}
-        for name, values in series.items():
-            if None not in values:
-                row[name] = statistics.fmean(values)
-                row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append(row)
+        rows.append({"method": method, "seeds": [run["seed"] for run in own], **means_and_deviations(series)})
     return rows
 
 
@@ -241,28 +260,6 @@ def _percents(values: Iterable[float]) -> str:
 
 def _find(rows: Sequence[Mapping[str, Any]], method: str | None, seed: int) -> bool:
     return any(row.get("method") == method and row["seed"] == seed for row in rows)
-
-
-def _open(output: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the results that a file holds, if it was written with the same settings, or empty ones."""
-    fresh = {"erde_hub": __version__, "torch": torch.__version__, "settings": settings, "teachers": [], "runs": []}
-    if output is None or not Path(output).is_file():
-        return fresh
-    stored = json.loads(Path(output).read_text(encoding="utf-8"))
-    before, now = stored.get("settings"), json.loads(json.dumps(settings))
-    if before != now:
-        different = next((key for key in now if (before or {}).get(key) != now[key]), "settings")
-        raise ResultsError(
-            f"{Path(output).name} holds results of other settings ({different} differs): give the same ones, or another"
-            " --output"
-        )
-    return stored
-
-
-def _write(output: str | None, results: dict[str, Any]) -> None:
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ file that is there already is added to: what it holds is not trained again.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -23,16 +22,16 @@ from typing import Any
 
 import torch
 from _cli import clean_errors, parse_arguments
+from _results import means_and_deviations, open_results, write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from erde_hub import __version__
 from erde_hub.backbones.base import format_table
-from erde_hub.errors import ConfigError, DataError, ResultsError, unknown_name
+from erde_hub.errors import ConfigError, DataError, unknown_name
 from erde_hub.losses import EGADLoss
-from erde_hub.training.recipe_arguments import loss_arguments_class
+from erde_hub.training.recipe_arguments import loss_arguments_class, plain_weights
 
 SPLITS = ("train", "validation", "test")
 
@@ -75,9 +74,19 @@ class EGADRecipe:
         for name in self.variants:
             if name not in VARIANTS:
                 raise unknown_name("variant", name, VARIANTS)
-        for name in ("context", "batch_size", "teacher_layers", "teacher_steps", "student_layers", "student_steps"):
+        for name in (
+            "context",
+            "batch_size",
+            "teacher_layers",
+            "teacher_steps",
+            "student_layers",
+            "student_steps",
+            "cpu_threads",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be above 0, got {self.lr:g}")
         for name in ("teacher_width", "student_width"):
             if getattr(self, name) < 24 or getattr(self, name) % 24:
                 raise ConfigError(f"{name} must be a multiple of 24, got {getattr(self, name)}")
@@ -179,6 +188,12 @@ def train(
     model.eval()
 
 
+def variant_loss(name: str, chosen: Mapping[str, Any]) -> EGADLoss | None:
+    """Returns the loss of a variant with the arguments that were chosen; None where there is no teacher."""
+    overrides = VARIANTS[name]
+    return None if overrides is None else EGADLoss(**{**chosen, **overrides})
+
+
 def cross_entropy_step(model: nn.Module) -> Callable[[Tensor, float], Tensor]:
     """Next-character cross-entropy, for the teacher and for a student without one."""
 
@@ -223,11 +238,13 @@ def main() -> None:
     sections = {"recipe": EGADRecipe, "loss": loss_arguments_class("egad")}
     args, loss_args, _ = parse_arguments(sections, __doc__)
     torch.set_num_threads(args.cpu_threads)
-    chosen = {key: value for key, value in dataclasses.asdict(loss_args).items() if value is not None}
+    chosen = {key: plain_weights(value) for key, value in vars(loss_args).items() if value is not None}
+    for name in args.variants:  # what is wrong with the arguments is found before time is spent
+        variant_loss(name, chosen)
     text = read_text(args.data, args.context)
     left_out = ("data", "variants", "seeds", "cpu_threads", "progress_bar", "output")
     settings = {key: value for key, value in dataclasses.asdict(args).items() if key not in left_out}
-    results = _open(args.output, settings | {"loss": chosen, "data": Path(args.data).name})
+    results = open_results(args.output, settings | {"loss": chosen, "data": Path(args.data).name})
     test = text.pieces("test", args.context)
     for seed in args.seeds:
         done = {run["variant"] for run in results["runs"] if run["seed"] == seed}
@@ -248,9 +265,8 @@ def main() -> None:
             started = time.perf_counter()
             student = build_model(args.student_layers, args.student_width, words, args.context, seed)
             parameters, step = list(student.parameters()), cross_entropy_step(student)
-            overrides = VARIANTS[name]
-            if overrides is not None:
-                loss = EGADLoss(**chosen | overrides)
+            loss = variant_loss(name, chosen)
+            if loss is not None:
                 loss.build([args.student_width], [args.teacher_width])
                 parameters += loss.parameters()
                 step = egad_step(student, teacher, loss)
@@ -260,10 +276,10 @@ def main() -> None:
             row = {"variant": name, "seed": seed, **_describe(student), **evaluate(student, test)}
             results["runs"].append(row | {"seconds": round(time.perf_counter() - started, 1)})
             results["summary"] = summarize(results["runs"])
-            _write(args.output, results)
+            write_results(args.output, results)
             print(f"seed {seed}, {name}: {row['nll']:.4f} nats per character, {100 * row['accuracy']:.2f} % right")
     results["summary"] = summarize(results["runs"])
-    _write(args.output, results)
+    write_results(args.output, results)
     print(f"\n{format_summary(results)}")
 
 
@@ -272,12 +288,8 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(run["variant"] for run in runs):
         own = [run for run in runs if run["variant"] == name]
-        row: dict[str, Any] = {"variant": name, "seeds": [run["seed"] for run in own]}
-        for key in ("nll", "accuracy", "seconds"):
-            values = [run[key] for run in own]
-            row[key] = statistics.fmean(values)
-            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append(row)
+        series = {key: [run[key] for run in own] for key in ("nll", "accuracy", "seconds")}
+        rows.append({"variant": name, "seeds": [run["seed"] for run in own], **means_and_deviations(series)})
     return rows
 
 
@@ -295,23 +307,6 @@ def format_summary(results: Mapping[str, Any]) -> str:
 
 def _describe(model: nn.Module) -> dict[str, int]:
     return {"params": sum(p.numel() for p in model.parameters())}
-
-
-def _open(output: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the results that a file holds, if it was written with the same settings, or empty ones."""
-    fresh = {"erde_hub": __version__, "torch": torch.__version__, "settings": settings, "teachers": [], "runs": []}
-    if output is None or not Path(output).is_file():
-        return fresh
-    stored = json.loads(Path(output).read_text(encoding="utf-8"))
-    if stored.get("settings") != json.loads(json.dumps(settings)):
-        raise ResultsError(f"{Path(output).name} holds results of other settings: give the same, or another --output")
-    return stored
-
-
-def _write(output: str | None, results: dict[str, Any]) -> None:
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Leaves results.json, sweep.csv and pictures, and changes nothing in the checkpoint. --compare reads two files of
 --save_records instead and tells whether the stored threshold still holds on the second. Where the model was
-trained on the same data, the images that its run held out are used.
+trained on the same data, the images that its run held out are used; without --dataset these are the data.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from erde_hub.evaluation import (
     compare_records,
 )
 from erde_hub.evaluation.diagnostics import plot_reliability, plot_scores, plot_shares
+from erde_hub.evaluation.report import SET_ALPHA
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import get_policy
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
-from erde_hub.training.recipe_arguments import DataArguments
+from erde_hub.training.recipe_arguments import TrainedDataArguments
 
 
 @dataclass
@@ -54,6 +55,13 @@ class EvaluationArguments:
     save_records: bool = field(
         default=False, metadata={"help": "also write records.safetensors: the logits of every exit for every image"}
     )
+    set_alpha: float = field(
+        default=SET_ALPHA,
+        metadata={
+            "help": "error rate of the prediction sets whose coverage and size are reported; they are fitted on"
+            " validation images, so there are none with --split validation; 0: none"
+        },
+    )
     compare: list[str] | None = field(
         default=None,
         metadata={
@@ -70,7 +78,7 @@ class EvaluationArguments:
 
 
 @dataclass
-class EvaluationDataArguments(DataArguments):
+class EvaluationDataArguments(TrainedDataArguments):
     """Which data, and which part of them; images are read as they come, since no training can be lost."""
 
     check_images: Literal["all", "headers", "none"] = field(
@@ -91,6 +99,8 @@ def main() -> None:
     accelerator = create_accelerator(args)
     recipe.configure_logging(accelerator.is_main_process)
 
+    if not 0 <= evaluation.set_alpha < 1:
+        raise ConfigError(f"--set_alpha must be at least 0 and below 1, got {evaluation.set_alpha}")
     overrides: dict[str, Any] = {}
     if evaluation.policy is not None:
         overrides = {"policy": evaluation.policy, "threshold": get_policy(evaluation.policy).cls.default_threshold}
@@ -99,7 +109,11 @@ def main() -> None:
         accelerator.print(compare(evaluation.compare, model))
         return
     data = recipe.load_data_of(
-        evaluation.model, data_args, model.config.preprocessing, evaluation.split, accelerator.is_main_process
+        evaluation.model,
+        data_args,
+        recipe.preprocessing_of(model, evaluation.model),
+        evaluation.split,
+        accelerator.is_main_process,
     )
     recipe.check_measurable(model, data)
 
@@ -109,12 +123,24 @@ def main() -> None:
         accelerator,
         lambda: open_run_folder(evaluation.output_dir, name, overwrite=evaluation.overwrite_output_dir),
     )
-    accelerator.print(recipe.describe_data(data))
+    trained_on = "" if data_args.dataset is not None else f" (what {evaluation.model} was trained on)"
+    accelerator.print(recipe.describe_data(data) + trained_on)
     settings = asdict(evaluation) | asdict(data_args)
-    records = recipe.collect(recipe.Run(accelerator, data, args, settings), model, evaluation.split, args.batch_size)
+    run = recipe.Run(accelerator, data, args, settings)
+    records = recipe.collect(run, model, evaluation.split, args.batch_size)
+    with_sets = evaluation.set_alpha > 0 and evaluation.split != "validation"
+    held_out = recipe.collect(run, model, "validation", args.batch_size) if with_sets else None
 
     def write() -> dict[str, Any]:
-        results = build_results(records, model, data, settings, thresholds=evaluation.thresholds)
+        results = build_results(
+            records,
+            model,
+            data,
+            settings,
+            held_out=held_out,
+            set_alpha=evaluation.set_alpha,
+            thresholds=evaluation.thresholds,
+        )
         recipe.write_report(results, folder, card=False)
         draw_diagnostics(records, model, folder)
         if evaluation.save_records:

@@ -21,8 +21,12 @@ from typing import Any
 import _calibration_page
 import _inference_report
 import _methods_page
+import _pretrained_page
+import _rotation_page
 import _support_page
 import timm
+from _benchmark_allocator import allocator_table
+from _benchmark_int8 import int8_table
 from PIL import Image, PngImagePlugin
 
 from erde_hub import list_exit_points
@@ -36,7 +40,8 @@ from erde_hub.policies import get_policy, list_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "recipes" / f"{name}.md" for name in ("calibration", "methods", "support_matrix")))
+PAGE_NAMES = ("calibration", "methods", "pretrained", "support_matrix")
+PAGES = (README, *(ROOT / "recipes" / f"{name}.md" for name in PAGE_NAMES))
 RESULTS = ROOT / "recipes" / "results"
 INFERENCE = RESULTS / "benchmark_inference.json"
 CONFIGS = ROOT / "recipes" / "configs"
@@ -149,15 +154,18 @@ def configs_table() -> str:
 
 
 def run_results() -> list[tuple[Path, dict[str, Any]]]:
-    """Returns the files of all published runs and what is in them; benchmarks and the matrix have their own forms."""
-    others = ("benchmark_", "support_", "policies_", "threshold_")
-    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith(others)]
+    """Returns the files of all published runs, which are named after a configuration, and what is in them."""
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if (CONFIGS / f"{path.stem}.yaml").is_file()]
     return [(path, load_results(path)) for path in paths]
 
 
 def inference_results() -> dict[str, Any] | None:
     """Returns what `benchmark.py inference` found, None before it was run."""
-    return json.loads(INFERENCE.read_text(encoding="utf-8")) if INFERENCE.is_file() else None
+    return _stored(INFERENCE)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def picture_is_current(picture: Path, source: Path) -> bool:
@@ -193,11 +201,14 @@ def _links(reference: str) -> str:
 
 _TABLES: dict[str, Callable[[], str]] = {
     **_calibration_page.tables(table, registry_table),
+    **_rotation_page.tables(table, registry_table),
+    **_pretrained_page.tables(table),
     **_support_page.tables(table),
     "losses": lambda: registry_table(list_losses(), get_loss),
     "methods": lambda: _methods_page.losses_table(table, _links),
     "additions": lambda: _methods_page.additions_table(table, _links),
     "comparison": lambda: _methods_page.comparison_table(table),
+    "comparison_cifar10": lambda: _methods_page.comparison_table(table, "comparison_cifar10"),
     "groups": lambda: _methods_page.groups_table(table),
     "egad": lambda: _methods_page.egad_table(table),
     "speed": lambda: _methods_page.speed_table(table),
@@ -208,7 +219,10 @@ _TABLES: dict[str, Callable[[], str]] = {
     "results": results_table,
     "saving": lambda: _inference_report.saving_table(table, inference_results()),
     "bounds": lambda: _inference_report.bounds_table(table, inference_results()),
+    "compiled": lambda: _inference_report.compiled_table(table, inference_results()),
     "stream": lambda: _inference_report.stream_table(table, inference_results()),
+    "allocator": lambda: allocator_table(table, _stored(RESULTS / "benchmark_allocator.json")),
+    "int8": lambda: int8_table(table, _stored(RESULTS / "benchmark_int8.json")),
 }
 
 

@@ -1,17 +1,20 @@
-"""Simulates calibration sets from a known population: who keeps a bound of one point, and at what saving?
+"""Simulates calibration sets from known populations: who keeps a bound on the loss of accuracy, and at what saving?
 
     python recipes/simulate_guarantee.py --output recipes/results/threshold_guarantee.json
+    python recipes/simulate_guarantee.py --records runs/test/records.safetensors --output guarantee.json
 
-Exits are made up, so that the true loss of every threshold is known. Each method chooses thresholds from many small
-calibration sets; counted are the sets after which the true loss exceeds the bound, and the true saving. The greedy
+Calibration sets are drawn, with replacement, from made-up exits and from the records of real ones, so that the loss of
+every threshold over the whole population is known. Each method chooses thresholds from many calibration sets; counted
+are the sets after which the loss over the population exceeds the bound, and the saving over the population. The greedy
 search is that of earlyon 0.3.0 as its documentation describes it, on its grid.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from _early import refuse_unknown_flags
@@ -26,7 +29,7 @@ from tqdm.auto import tqdm
 
 from erde_hub import __version__
 from erde_hub._files import write_text
-from erde_hub.calibration import choose_threshold
+from erde_hub.calibration import ThresholdChoice, choose_threshold
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
@@ -35,6 +38,7 @@ from erde_hub.policies.offline import exit_indices, score_exits
 #: Confidence thresholds of earlyon 0.3.0, careful to bold.
 EARLYON_GRID = (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 COSTS = (0.3, 0.65, 1.0)
+MADE_UP, GREEDY = "made-up exits", "greedy (earlyon)"
 
 
 @dataclass
@@ -42,14 +46,22 @@ class SimulationArguments:
     """What is simulated."""
 
     output: str = field(metadata={"help": "JSON file of the results"})
+    records: list[str] = field(
+        default_factory=list,
+        metadata={"help": "files of evaluate.py --save_records to draw from as well; best of the test split"},
+    )
     sizes: list[int] = field(
         default_factory=lambda: [500, 1000, 2500, 10000], metadata={"help": "numbers of calibration samples"}
     )
-    draws: int = field(default=200, metadata={"help": "calibration sets of each size"})
-    bound: float = field(default=0.01, metadata={"help": "loss of accuracy that is allowed, as a fraction"})
+    draws: int = field(default=500, metadata={"help": "calibration sets of each size"})
+    bound: float = field(default=0.01, metadata={"help": "loss of accuracy that is allowed, for every method"})
+    other_bounds: list[float] = field(
+        default_factory=lambda: [0.07, 0.02, 0.15],
+        metadata={"help": "further ones, at which greedy search and what --confidence takes, per exit, are compared"},
+    )
     confidence: float = field(default=0.9, metadata={"help": "confidence of the methods that promise one"})
-    population: int = field(default=60000, metadata={"help": "samples that calibration sets are drawn from"})
-    spread: float = field(default=1.0, metadata={"help": "factor of the logits: 1.5 is calibrated, 1 too unsure"})
+    population: int = field(default=60000, metadata={"help": "made-up samples that calibration sets are drawn from"})
+    spread: float = field(default=1.0, metadata={"help": "factor of made-up logits: 1.5 is calibrated, 1 too unsure"})
 
 
 def make_logits(
@@ -100,70 +112,141 @@ def earlyon_thresholds(
     return best
 
 
-def main() -> None:
-    """Draws, chooses, counts, writes."""
-    args, _ = parse_arguments({"what is simulated": SimulationArguments}, __doc__)
-    policy = create_policy("confidence")
+class Population:
+    """Samples that calibration sets are drawn from, all together: what a threshold does to them is the truth.
+
+    Args:
+        name: For the report.
+        records: Of all of them.
+    """
+
+    def __init__(self, name: str, records: ExitRecords) -> None:
+        self.name, self.records, self.policy = name, records, create_policy("confidence")
+        self.scores = score_exits(records.logits, self.policy)
+        self.losses, _ = exit_losses(records.logits, records.labels, "accuracy_drop")
+        self.costs = torch.tensor(records.cumulative_macs, dtype=torch.float64) / records.cumulative_macs[-1]
+
+    def draw(self, samples: int, seed: int) -> Tensor:
+        """Rows of a calibration set."""
+        return torch.randint(len(self.records), (samples,), generator=torch.Generator().manual_seed(seed))
+
+    def truth(self, threshold: float | list[float]) -> tuple[float, float]:
+        """Loss and saving of a threshold, or one per early exit."""
+        values = threshold if isinstance(threshold, list) else [threshold] * len(self.scores)
+        index = exit_indices(self.scores, self.policy, values)
+        return float(self.losses.gather(0, index[None]).mean()), 1 - float(self.costs[index].mean())
+
+    def greedy(self, records: ExitRecords, rows: Tensor, bound: float) -> list[float]:
+        """What earlyon would choose."""
+        return earlyon_thresholds(self.scores[:, rows], self.losses[:, rows], self.costs, bound)
+
+    def choose(self, records: ExitRecords, bound: float, **options: Any) -> ThresholdChoice:
+        """What we choose."""
+        return choose_threshold(records, self.policy, max_accuracy_drop=bound, allow_missing_classes=True, **options)
+
+
+def made_up(args: SimulationArguments) -> Population:
+    """Exits whose answers are drawn."""
     logits, labels = make_logits(args.population, spread=args.spread)
-    scores, costs = score_exits(logits, policy), torch.tensor(COSTS, dtype=torch.float64)
-    losses, _ = exit_losses(logits, labels, "accuracy_drop")
+    names = [str(k) for k in range(logits.shape[2])]
+    macs = [int(1000 * cost) for cost in COSTS]
+    records = ExitRecords(logits, labels, torch.arange(len(labels)), ["a", "b", "classifier"], macs, names)
+    return Population(MADE_UP, records)
 
-    def truth(thresholds: Any) -> tuple[float, float]:
-        values = list(thresholds) if isinstance(thresholds, list) else [thresholds] * 2
-        index = exit_indices(scores, policy, values)
-        return float(losses.gather(0, index[None]).mean()), 1 - float(costs[index].mean())
 
-    def choose(**options: Any) -> Callable[[ExitRecords, Tensor], Any]:
-        def run(records: ExitRecords, rows: Tensor) -> Any:
-            return choose_threshold(records, policy, max_accuracy_drop=args.bound, **options).threshold
+def recorded(path: str) -> Population:
+    """Exits of a trained network."""
+    records = ExitRecords.load(path)
+    return Population(f"{records.info.get('dataset', 'records')}, {len(records):,} images", records)
 
-        return run
 
-    methods: dict[str, Callable[[ExitRecords, Tensor], Any]] = {
-        "greedy (earlyon)": lambda records, rows: earlyon_thresholds(
-            scores[:, rows], losses[:, rows], costs, args.bound
-        ),
-        "search, shared": choose(),
-        "search, per exit": choose(per_exit=True),
-        "crc, shared": choose(method="crc"),
-        "guarantee, shared": choose(confidence=args.confidence),
-        "guarantee, per exit": choose(confidence=args.confidence, per_exit=True),
-    }
-    rows = []
-    for size in args.sizes:
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-        for seed in tqdm(range(args.draws), desc=f"{size} samples", unit="draw"):
-            drawn = torch.randint(args.population, (size,), generator=torch.Generator().manual_seed(seed))
-            records = ExitRecords(
-                logits[:, drawn], labels[drawn], drawn, ["a", "b", "classifier"], [int(1000 * c) for c in COSTS],
-                [str(k) for k in range(10)],
-            )  # fmt: skip
-            for name, method in methods.items():
-                found[name].append(truth(method(records, drawn)))
-        kept = torch.tensor([loss <= args.bound for loss, _ in found["greedy (earlyon)"]])
-        for name, values in found.items():
-            table = torch.tensor(values, dtype=torch.float64)
-            rows.append(
-                {
-                    "samples": size,
-                    "method": name,
-                    "broken": float((table[:, 0] > args.bound).double().mean()),
-                    "worst": float(table[:, 0].max()),
-                    "saving": float(table[:, 1].mean()),
-                    "saving_where_greedy_keeps": float(table[kept, 1].mean()) if kept.any() else None,
-                }
-            )
-            print(rows[-1])
-    results = {
+def methods_of(population: Population, args: SimulationArguments, bound: float) -> dict[str, Callable[..., Any]]:
+    """Returns the methods that are tried at a bound: all of them at ``args.bound``, at others what users get."""
+
+    def ours(**options: Any) -> Callable[..., Any]:
+        return lambda records, rows: population.choose(records, bound, **options).threshold
+
+    methods: dict[str, Callable[..., Any]] = {GREEDY: lambda records, rows: population.greedy(records, rows, bound)}
+    if bound != args.bound:
+        methods["guarantee, per exit"] = ours(confidence=args.confidence, per_exit=True)
+        return methods
+    for kind, per_exit in (("shared", False), ("per exit", True)):
+        methods[f"search, {kind}"] = ours(per_exit=per_exit)
+        methods[f"crc, {kind}"] = ours(method="crc", per_exit=per_exit)
+        for method in ("ltt", "exact", "ucb"):
+            methods[f"{method}, {kind}"] = ours(method=method, confidence=args.confidence, per_exit=per_exit)
+    return methods
+
+
+def simulate(population: Population, args: SimulationArguments, bound: float, size: int) -> Iterator[dict[str, Any]]:
+    """Draws calibration sets of a size, and yields what became of each method."""
+    methods = methods_of(population, args, bound)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    named = {}
+    for seed in tqdm(range(args.draws), desc=f"{population.name}, {bound:g}, {size} samples", unit="draw"):
+        rows = population.draw(size, seed)
+        records = population.records.select(rows)
+        for name, method in methods.items():
+            found[name].append(population.truth(method(records, rows)))
+    if bound == args.bound:
+        for kind, per_exit in (("shared", False), ("per exit", True)):
+            default = population.choose(records, bound, confidence=args.confidence, per_exit=per_exit).method
+            named[f"{default}, {kind}"] = f"guarantee, {kind}"
+    kept = torch.tensor([loss <= bound for loss, _ in found[GREEDY]])
+    for name, values in found.items():
+        table = torch.tensor(values, dtype=torch.float64)
+        row = {
+            "population": population.name,
+            "bound": bound,
+            "samples": size,
+            "method": name,
+            "broken": float((table[:, 0] > bound).double().mean()),
+            "mean_loss": float(table[:, 0].mean()),
+            "mean_loss_error": float(table[:, 0].std()) / args.draws**0.5,
+            "worst": float(table[:, 0].max()),
+            "saving": float(table[:, 1].mean()),
+            "saving_where_greedy_keeps": float(table[kept, 1].mean()) if kept.any() else None,
+        }
+        yield row
+        if name in named:
+            yield row | {"method": named[name], "as": name}
+
+
+def rows_before(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that a simulation with the same settings has left, of which none is simulated again."""
+    if not path.is_file():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    same = all(before.get(key) == value for key, value in settings.items() if key != "rows")
+    return before["rows"] if same else []
+
+
+def main() -> None:
+    """Draws, chooses, counts, writes; a simulation that was cut off goes on with what is missing."""
+    args, _ = parse_arguments({"what is simulated": SimulationArguments}, __doc__)
+    populations = [made_up(args), *(recorded(path) for path in args.records)]
+    results: dict[str, Any] = {
         "erde_hub": __version__,
         "bound": args.bound,
         "confidence": args.confidence,
         "draws": args.draws,
         "population": args.population,
         "spread": args.spread,
-        "rows": rows,
+        "rows": [],
     }
-    write_text(args.output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    results["rows"] = rows_before(Path(args.output), results)
+    done = {(row["population"], row["bound"], row["samples"]) for row in results["rows"]}
+    for bound in (args.bound, *args.other_bounds):
+        for population in populations:
+            for size in args.sizes:
+                if (population.name, bound, size) not in done:
+                    results["rows"] += list(simulate(population, args, bound, size))
+                    write_text(args.output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    for row in results["rows"]:
+        print(
+            f"{row['population']:24} {row['bound']:<6g} {row['samples']:>6,} {row['method']:20}"
+            f" broken {row['broken']:6.1%}  saving {row['saving']:6.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before anything imports torch, for the tests and what they start: see recipes/_early.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Several test processes share the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import logging
 import random
@@ -19,11 +23,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from erde_hub import keep_freed_memory
+
 # The same examples on every run and machine: a failure is then a change of the code, not of the luck.
 settings.register_profile(
     "erde_hub", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("erde_hub")
+keep_freed_memory()
 
 
 @pytest.fixture(autouse=True)

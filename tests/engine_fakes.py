@@ -137,6 +137,16 @@ def wrap(name: str, **kwargs: Any) -> EarlyExitWrapper:
     return spread(model).eval()
 
 
+def resnet8(
+    classes: int, width: int = 4, side: int = 32, exits: Sequence[str] = ("layer1", "layer2"), **kwargs: Any
+) -> EarlyExitWrapper:
+    """The smallest residual network of the library with exits, untrained, weights drawn from torch's generator."""
+    backbone = timm.create_model("resnet8_cifar", num_classes=classes, width=width)
+    return EarlyExitWrapper(
+        backbone, exits=list(exits), input_size=(3, side, side), backbone_kwargs={"width": width}, **kwargs
+    )
+
+
 def spread(model: EarlyExitWrapper) -> EarlyExitWrapper:
     """Gives heads and classifier answers that range from sure to unsure."""
     generator = torch.Generator().manual_seed(3)

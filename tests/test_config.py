@@ -42,6 +42,10 @@ def test_defaults():
     assert not hasattr(made, "backbone"), "would break from_pretrained(path, backbone=module)"
 
 
+def test_a_preset_of_exit_weights_is_stored_as_numbers():
+    assert config(exits=["layer1", "layer2"], exit_weights="branchynet").exit_weights == [1.0, 1.0, 0.3]
+
+
 def test_every_field_survives_json(tmp_path):
     made = config(
         backbone_kwargs={"output_stride": 16}, exits=("layer1", "layer2"), head="mlp", head_kwargs={"hidden": 7},
@@ -134,12 +138,13 @@ def test_a_stored_config_of_version_1_keeps_loading():
         ({"policy_kwargs": {"k": 1}}, ConfigError, "policy 'entropy' has no argument 'k'"),
         ({"head": "fcc"}, UnknownNameError, "unknown head 'fcc'; did you mean 'fc'"),
         ({"head": 3}, UnknownNameError, "unknown head 3"),
-        ({"exit_weights": [1, 1]}, ConfigError, "got 2 exit_weights for 3 exits"),
-        ({"exit_weights": [1, 1, -1]}, ConfigError, r"got \[1\.0, 1\.0, -1\.0\]"),
-        ({"exit_weights": [0, 0, 0]}, ConfigError, "not all 0"),
-        ({"exit_weights": [1, float("inf"), 1]}, ConfigError, "finite"),
-        ({"exit_weights": [1, "2", 1]}, ConfigError, "'2'"),
-        ({"exit_weights": 1.0}, ConfigError, "list of 3 numbers, got 1.0"),
+        ({"exit_weights": [1, 1]}, ConfigError, r"exit_weights has 2 entries, \[1\.0, 1\.0\], for 3 exits"),
+        ({"exit_weights": [1, 1, -1]}, ConfigError, r"exit_weights\[2\] must be finite and at least 0, got -1"),
+        ({"exit_weights": [0, 0, 0]}, ConfigError, r"\[0, 0, 0\] leave nothing to train"),
+        ({"exit_weights": [1, float("inf"), 1]}, ConfigError, r"exit_weights\[1\] must be finite .* got inf"),
+        ({"exit_weights": [1, "2", 1]}, ConfigError, r"exit_weights\[1\] must be a number, got '2'"),
+        ({"exit_weights": 1.0}, ConfigError, "one number per exit or a preset .* got 1.0"),
+        ({"exit_weights": "linaer"}, UnknownNameError, "'linaer'; did you mean 'linear'"),
         ({"input_size": [3, 32.5, 32]}, ConfigError, r"got \[3, 32\.5, 32\]"),
         ({"input_size": [3, -1, 32]}, ConfigError, "positive integers"),
         ({"input_size": 32}, ConfigError, "got 32"),

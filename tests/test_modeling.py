@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from erde_hub.errors import (
     ThresholdError,
     UnknownNameError,
 )
+from erde_hub.policies import create_policy
 
 KWARGS = FAMILIES["resnet"].kwargs
 
@@ -216,6 +218,20 @@ def test_a_threshold_for_one_call_is_not_stored():
             model(x, threshold=bad)
 
 
+def test_a_threshold_that_was_good_is_remembered_as_it_was():
+    model, x = resnet(threshold=0.0).eval(), images("resnet", 2)
+    values = [1.0, 100.0]
+    model(x, threshold=values)
+    values[1] = math.nan
+    for bad in (values, [True, 100.0], [1.0]):
+        with pytest.raises(ThresholdError):
+            model(x, threshold=bad)
+    assert model(x, threshold=[0, 100.5]).exit_index.tolist() == [1, 1]
+    model.set_policy(create_policy("patience"))
+    with pytest.raises(ThresholdError):
+        model(x, threshold=[0, 100.5])
+
+
 def test_the_policys_own_default_threshold():
     assert resnet(policy="confidence").threshold == 0.9
     assert resnet(policy="patience").threshold == 1.0
@@ -320,7 +336,7 @@ def test_unknown_arguments_name_the_nearest():
         resnet(policy="entropie")
     with pytest.raises(ConfigError, match="policy 'entropy' has no argument 'patience'"):
         resnet(policy_kwargs={"patience": 3})
-    with pytest.raises(ConfigError, match="got 2 exit_weights for 3 exits"):
+    with pytest.raises(ConfigError, match=r"exit_weights has 2 entries, .* for 3 exits"):
         resnet(exit_weights=[1, 1])
     with pytest.raises(ConfigError, match="goes with a config"):
         resnet(backbone=nn.Identity())

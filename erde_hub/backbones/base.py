@@ -103,6 +103,10 @@ class BackboneAdapter:
         """Returns what the config stores as ``backbone_kwargs``: as given, or as the module tells."""
         return dict(given or {})
 
+    def notable_arguments(self, config: EarlyExitConfig) -> dict[str, Any]:
+        """Returns what of ``backbone_kwargs`` is worth telling people: what differs from the network's defaults."""
+        return dict(config.backbone_kwargs or {})
+
     def build(self, config: EarlyExitConfig) -> nn.Module:
         """Builds the backbone from a config alone; runs nothing."""
         raise NotImplementedError

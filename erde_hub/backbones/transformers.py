@@ -19,6 +19,7 @@ from erde_hub.attention import ATTENTION
 from erde_hub.cost import StageCall, Trace
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
+from erde_hub.regression import REGRESSION
 from erde_hub.routing import ExitTap, HookDrive, StageStep
 
 from .base import BackboneAdapter, first_leaf, parse_exit
@@ -91,10 +92,10 @@ class TransformersAdapter(BackboneAdapter):
         if getattr(config, "quantization_config", None) is not None:
             raise InputTypeError(f"this {name} is quantised: wrap the float model, and quantise what you deploy")
         causal = self.task(module) == "causal_lm"
-        if not causal and config.problem_type not in (None, "single_label_classification"):
+        if not causal and config.problem_type not in (None, "single_label_classification", REGRESSION):
             raise InputTypeError(
                 f"{name} has problem_type={config.problem_type!r}: exits give each sample one label of several, so wrap"
-                " a model with problem_type='single_label_classification'"
+                " a model with problem_type='single_label_classification', or real numbers, 'regression'"
             )
         if self.is_text(module):
             last = self._family(module).pooling(config, "")[0] == "last"
@@ -112,7 +113,13 @@ class TransformersAdapter(BackboneAdapter):
             side = getattr(config, "image_size", None) or (preprocessing or {}).get("size") or 224
             size = [int(getattr(config, "num_channels", 3)), *([side, side] if isinstance(side, int) else side)]
         labels = None if causal else _labels(config)
-        return {"architecture": name, "input_size": size, "preprocessing": preprocessing, "id2label": labels}
+        return {
+            "architecture": name,
+            "input_size": size,
+            "preprocessing": preprocessing,
+            "id2label": labels,
+            "problem_type": REGRESSION if config.problem_type == REGRESSION and not causal else None,
+        }
 
     def creation_arguments(self, module: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
         """The backbone's own config, without what the early-exit config holds.
@@ -133,6 +140,13 @@ class TransformersAdapter(BackboneAdapter):
         self._check_arguments(values, type(module))
         return values
 
+    def notable_arguments(self, config: EarlyExitConfig) -> dict[str, Any]:
+        """Leaves out what the class of the network's config has by default."""
+        cls: Any = getattr(transformers, str(config.architecture), None)
+        defaults = {} if cls is None else cls.config_class().to_dict()
+        given = (config.backbone_kwargs or {}).items()
+        return {key: value for key, value in given if key not in defaults or defaults[key] != value}
+
     def build(self, config: EarlyExitConfig) -> nn.Module:
         """Builds a class that transformers itself registers, from the stored config; no remote code, nothing fetched.
 
@@ -149,7 +163,7 @@ class TransformersAdapter(BackboneAdapter):
         try:
             own = cls.config_class(**values)
             if config.task == "classification":
-                own.num_labels = config.num_labels
+                own.num_labels, own.problem_type = config.num_labels, config.problem_type
                 own.id2label, own.label2id = dict(config.id2label), dict(config.label2id)
             return cls._from_config(own, **({"attn_implementation": attention} if attention else {}))
         except (*_UNFIT, StrictDataclassError) as error:

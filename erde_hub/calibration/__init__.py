@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from erde_hub._registry import Registry
+from erde_hub.held_out import check_calibration_data
 
-from erde_hub._registry import Entry, Registry
-
-from ._checks import check_calibration_data
 from .base import Calibrator
 from .choice import ThresholdChoice, attainable_confidence, samples_without_loss
 from .laplace import LaplaceCalibrator
@@ -33,25 +31,13 @@ __all__ = [
 
 _CALIBRATORS: Registry[Calibrator] = Registry("calibrator")
 register_calibrator = _CALIBRATORS.register
+create_calibrator = _CALIBRATORS.create
+get_calibrator = _CALIBRATORS.get
+list_calibrators = _CALIBRATORS.names
 
 register_calibrator("temperature", TemperatureCalibrator, "one temperature per exit", "arXiv 1706.04599")
 register_calibrator("mie", MIECalibrator, "cost-weighted ensemble of the exits so far", "arXiv 2302.06359")
 register_calibrator("laplace", LaplaceCalibrator, "last-layer Laplace, also as an ensemble", "arXiv 2302.06359")
-
-
-def create_calibrator(name: str, **kwargs: Any) -> Calibrator:
-    """Builds a calibrator by name, unfitted; an unknown name or argument raises :class:`ConfigError`."""
-    return _CALIBRATORS.create(name, **kwargs)
-
-
-def get_calibrator(name: str) -> Entry[Calibrator]:
-    """Returns the table entry of that name: class, summary, reference."""
-    return _CALIBRATORS.get(name)
-
-
-def list_calibrators() -> list[str]:
-    """Returns the names of all calibrators."""
-    return _CALIBRATORS.names()
 
 
 def calibrator_name(calibrator: Calibrator) -> str | None:

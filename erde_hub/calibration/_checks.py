@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, unknown_name
+from erde_hub.errors import ConfigError, RecordsError, ThresholdError, unknown_name
+from erde_hub.held_out import check_calibration_data
 from erde_hub.policies import ExitPolicy
 
-from .choice import METHODS, MIN_SAMPLES
+from .choice import METHODS
 
 if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
@@ -99,36 +100,3 @@ def check_records(
     if not policy.uses_threshold:
         raise ThresholdError(f"{type(policy).__name__} has no threshold to choose: take entropy, confidence or margin")
     check_calibration_data(records, training_index, allow_missing_classes)
-
-
-def check_calibration_data(
-    records: ExitRecords, training_index: Any | None = None, allow_missing_classes: bool = False
-) -> None:
-    """Refuses records that nothing should be fitted on.
-
-    Raises:
-        DataError: They overlap training data, are fewer than ``MIN_SAMPLES``, or lack a class.
-    """
-    if records.info.get("split") == "train":
-        raise DataError(
-            "these records are of the training split, on which exits look better than they are: collect them on"
-            " validation images"
-        )
-    if training_index is not None:
-        seen = torch.isin(records.index, torch.as_tensor(training_index, dtype=torch.int64))
-        if seen.any():
-            first = int(records.index[seen][0])
-            raise DataError(
-                f"{int(seen.sum())} of {records.num_samples} samples were trained on (the first has index {first}):"
-                " leave them out with records.select(...)"
-            )
-    if records.num_samples < MIN_SAMPLES:
-        raise DataError(f"{records.num_samples} samples are too few to calibrate on: at least {MIN_SAMPLES} are needed")
-    counts = torch.bincount(records.labels, minlength=records.num_classes)
-    missing = (counts == 0).nonzero().flatten().tolist()
-    if missing and not allow_missing_classes:
-        raise DataError(
-            f"the class {records.class_names[missing[0]]!r} has no sample"
-            f"{f' ({len(missing)} of {records.num_classes} have none)' if len(missing) > 1 else ''}: collect more, or"
-            " pass allow_missing_classes=True"
-        )

@@ -151,35 +151,6 @@ def grid_tables(ranks: Tensor, losses: Tensor, costs: Tensor, grids: Sequence[Te
     return totals[0] / samples, totals[1] / samples
 
 
-def pareto_path(
-    ranks: Tensor, losses: Tensor, costs: Tensor, wanted: int, highest_loss: float
-) -> list[tuple[float, ...]]:
-    """Returns per-exit levels that no other combination beats in both loss and cost, by rising loss, nobody first.
-
-    Args:
-        ranks: (E - 1, N).
-        losses: (E, N).
-        costs: (E,).
-        wanted: Number of points, at most.
-        highest_loss: Mean loss up to which points are of interest.
-    """
-    early = ranks.shape[0]
-    never = (math.inf,) * early
-    if early > _EXHAUSTIVE:
-        levels, loss, cost = _pruned_front(ranks, losses, costs, never)
-    else:
-        count = max(3, min(60, int(_CELLS ** (1 / early))))
-        grids = [_levels(ranks[e], count, []) for e in range(early)]
-        loss, cost = (table.flatten() for table in grid_tables(ranks, losses, costs, grids))
-        front = _front(loss, cost)
-        index = torch.unravel_index(front, [len(grid) for grid in grids])
-        levels = torch.stack([grid[i] for grid, i in zip(grids, index, strict=True)], 1)
-        loss, cost = loss[front], cost[front]
-    levels = levels[loss <= highest_loss]
-    picks = torch.linspace(0, len(levels) - 1, min(wanted, len(levels))).round().long()
-    return [never, *(tuple(row.tolist()) for row in levels[picks])]
-
-
 def _front(loss: Tensor, cost: Tensor) -> Tensor:
     """Indices of the points that no other one beats in both, by rising loss."""
     order = torch.argsort(cost, stable=True)

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from erde_hub.errors import ConfigError, nearest
-
-#: Fewest calibration samples; below, no number means anything.
-MIN_SAMPLES = 20
+from erde_hub.fingerprint import check_fingerprint
 
 #: What a target bounds, in words, by its name.
 TARGETS = {
@@ -126,9 +124,12 @@ class ThresholdChoice:
         """Sets a model's threshold and keeps this report in its config as ``threshold_profile``.
 
         Raises:
+            RecordsError: The records that it was chosen on are of other weights.
             ConfigError: The model has another policy.
             ThresholdError: It has another number of exits.
         """
+        if self.fingerprint:
+            check_fingerprint(self.fingerprint, model, "the threshold was chosen on records")
         if model.config.policy != self.policy:
             raise ConfigError(
                 f"the threshold was chosen for the policy {self.policy!r}, the model has {model.config.policy!r}:"

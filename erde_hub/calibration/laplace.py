@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, InputTypeError, RecordsError
+from erde_hub.held_out import check_calibration_data
 
-from ._checks import check_calibration_data
 from .base import Calibrator, log_of
 from .mie import ensemble_step, ensemble_weights
 from .temperature import TEMPERATURES, check_temperatures, nlpd

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._checks import check_calibration_data
+from erde_hub.held_out import check_calibration_data
+
 from .base import Calibrator, log_of
 from .temperature import TEMPERATURES, check_temperatures, nlpd
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from erde_hub.fingerprint import model_fingerprint
+
 from .calibrated import calibrate_records
+from .collecting import collect_exit_records
 from .curve import CurveArea, area_difference, curve_area
 from .drift import Drift, check_records_of, compare_records
 from .groups import group_accuracies, group_metrics
 from .metrics import calibration_error, exit_metrics
 from .plots import plot_frontier
 from .ranking import aurc, auroc, eefp
-from .records import ExitRecords, collect_exit_records, model_fingerprint
-from .report import (
-    build_results,
-    describe_data,
-    describe_model,
-    load_results,
-    save_results,
-    validate_results,
-)
+from .records import ExitRecords
+from .report import build_results, describe_data, describe_model
+from .results_file import load_results, save_results, validate_results
 from .sweep import (
     accuracy_at_cost,
     exit_scores,
@@ -29,6 +26,7 @@ from .sweep import (
     sweep_thresholds,
     write_sweep_csv,
 )
+from .widths import regression_per_exit, sweep_widths
 
 __all__ = [
     "CurveArea",
@@ -58,10 +56,12 @@ __all__ = [
     "pareto_front",
     "per_exit_metrics",
     "plot_frontier",
+    "regression_per_exit",
     "route_records",
     "save_results",
     "step_thresholds",
     "sweep_thresholds",
+    "sweep_widths",
     "validate_results",
     "write_sweep_csv",
 ]

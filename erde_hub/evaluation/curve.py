@@ -106,6 +106,7 @@ def area_difference(
 
 def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | None) -> tuple[Tensor, Tensor, float]:
     """Right answers (T, N) and costs (T, N) at every threshold, and the cost that shares refer to."""
+    records.require_classes("the area under a curve of accuracy")
     policy = create_policy(policy) if isinstance(policy, str) else policy
     scores, early = exit_scores(records, policy), records.num_exits - 1
     right = (records.logits.argmax(-1) == records.labels).float()

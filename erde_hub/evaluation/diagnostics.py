@@ -25,7 +25,9 @@ from .sweep import exit_scores, fine_thresholds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#555555"
+_BLUE, _ORANGE, _GREY, _PALE = "#0072B2", "#E69F00", "#555555", "#B3D4E8"
+#: Samples in a bin of a reliability diagram below which its bar is pale: its height says little.
+_FEW = 10
 #: Fills of exits, shallow to deep: light to dark, so that a grey copy keeps their order.
 _SHADES = ("#F0E442", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#3B2A6B")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
@@ -47,8 +49,8 @@ _STYLE = {
 def plot_reliability(records: ExitRecords, path: str | os.PathLike[str], bins: int = 10) -> None:
     """Draws accuracy against confidence for each exit, with the share of samples in each bin below.
 
-    On the diagonal an exit is as sure as it is right; below it is too sure. The number is the calibration error with 15
-    bins, as in tables.
+    On the diagonal an exit is as sure as it is right; below it is too sure. Bars of fewer than ten samples are pale.
+    The number is the calibration error with 15 bins, as in tables.
 
     Args:
         records: Of test data; calibrated if the model is.
@@ -59,6 +61,7 @@ def plot_reliability(records: ExitRecords, path: str | os.PathLike[str], bins: i
         MissingDependencyError: matplotlib is not installed.
         CheckpointWriteError: The file cannot be written.
     """
+    records.require_classes("plot_reliability")
 
     def draw(figure: Figure) -> None:
         right = records.logits.argmax(-1) == records.labels
@@ -76,7 +79,8 @@ def plot_reliability(records: ExitRecords, path: str | os.PathLike[str], bins: i
             top.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1.5)
             filled = count > 0
             heights = torch.where(filled, hits / count.clamp_min(1), 0.0)
-            top.bar(middle, heights.tolist(), width=0.9 / bins, color=_BLUE, edgecolor="white", linewidth=0.8)
+            colors = [_BLUE if n >= _FEW else _PALE for n in count.tolist()]
+            top.bar(middle, heights.tolist(), width=0.9 / bins, color=colors, edgecolor="white", linewidth=0.8)
             error = calibration_error(confidence[e], right[e], ECE_BINS)
             top.set_title(f"{name}\nECE {error:.3f}")
             low.bar(middle, (100 * count / count.sum()).tolist(), width=0.9 / bins, color=_GREY)
@@ -116,6 +120,7 @@ def plot_scores(
     policy = create_policy(policy) if isinstance(policy, str) else policy
     early = records.num_exits - 1
     thresholds = policy.check_threshold(list(threshold) if isinstance(threshold, Sequence) else threshold, early)
+    records.require_classes("plot_scores")
     scores = exit_scores(records, policy)
     index = exit_indices(scores, policy, thresholds)
 

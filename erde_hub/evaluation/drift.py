@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from erde_hub.calibration.thresholds import exit_losses, supported_bound
+from erde_hub.calibration._certify import supported_bound
+from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.errors import RecordsError
+from erde_hub.fingerprint import check_fingerprint
 from erde_hub.policies import ExitPolicy, create_policy
 from erde_hub.policies.offline import exit_indices
 
-from .records import ExitRecords, model_fingerprint
+from .records import ExitRecords
 from .sweep import exit_scores
 
 
@@ -98,6 +100,7 @@ def compare_records(
         RecordsError: The records are of different models.
         ThresholdError: A threshold that the policy does not take.
     """
+    before.require_classes("compare_records")
     check_same_model(before, now)
     policy = create_policy(policy) if isinstance(policy, str) else policy
     thresholds = policy.check_threshold(threshold, before.num_exits - 1)
@@ -144,12 +147,8 @@ def check_same_model(before: ExitRecords, now: ExitRecords) -> None:
 
 def check_records_of(records: ExitRecords, model: nn.Module) -> None:
     """Raises :class:`RecordsError` where records were not collected with a model's weights; unknown ones pass."""
-    fingerprint = model_fingerprint(model)
-    if records.fingerprint and records.fingerprint != fingerprint:
-        raise RecordsError(
-            f"these records were not collected with this model ({records.fingerprint[:8]} and {fingerprint[:8]}): its"
-            " weights differ; collect them anew"
-        )
+    if records.fingerprint:
+        check_fingerprint(records.fingerprint, model, "these are records")
 
 
 def _two(values: list[float]) -> tuple[float, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from erde_hub.policies import get_policy, list_policies
+
 
 def percent(fraction: float) -> str:
     """A fraction as a percentage with one decimal, without the sign: 0.9234 is ``"92.3"``."""
@@ -18,13 +20,18 @@ def mmacs(macs: float) -> str:
     return f"{millions:.2f}" if millions >= 1 else f"{millions:.3g}"
 
 
-def threshold_label(threshold: float | str | list[float | str]) -> str:
-    """A threshold, or one per early exit, in a few digits: ``"0.2"``, ``"0.2 / 0.4"``, ``"inf"``."""
+def threshold_label(threshold: float | str | list[float | str], policy: str | None = None) -> str:
+    """A threshold, or one per early exit, in a few digits: ``"0.2"``, ``"0.2 / 0.4"``, ``"inf"``.
+
+    Where the policy's key is given, infinity is ``"never"`` or ``"always"``, whichever it means to that policy.
+    """
     if isinstance(threshold, list):
-        return " / ".join(threshold_label(value) for value in threshold)
+        return " / ".join(threshold_label(value, policy) for value in threshold)
     value = float(threshold)
     if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
+        if policy not in list_policies():
+            return "inf" if value > 0 else "-inf"
+        return "never" if get_policy(policy).cls.leaves_above == (value > 0) else "always"
     return f"{value:.3g}"
 
 

@@ -56,6 +56,7 @@ def group_metrics(records: ExitRecords, groups: Tensor, group_names: Sequence[st
     Raises:
         InputTypeError, ShapeError: Groups that do not fit the records.
     """
+    records.require_classes("group_metrics")
     right = records.logits.argmax(-1) == records.labels
     table = group_accuracies(right, groups, len(group_names))
     rows = []

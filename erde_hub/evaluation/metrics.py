@@ -7,7 +7,7 @@ for confidences of exactly 1, in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class SampleMetrics:
         nll: Negative log-probability of the label, in nats.
         brier: Squared distance of the probabilities to the label's one-hot vector, summed over classes.
         confidence: Largest probability.
+        covered: The label is in the prediction set; None without sets.
+        set_size: Number of classes in the prediction set; None without sets.
 
     Shape:
         All (N,), or (E, N) after :meth:`stack`.
@@ -44,6 +46,8 @@ class SampleMetrics:
     nll: Tensor
     brier: Tensor
     confidence: Tensor
+    covered: Tensor | None = None
+    set_size: Tensor | None = None
 
     @classmethod
     def stack(cls, parts: Sequence[SampleMetrics]) -> SampleMetrics:
@@ -70,7 +74,10 @@ class SampleMetrics:
         return cls(**joined)
 
     def summary(self, bins: int = ECE_BINS) -> dict[str, float]:
-        """Summarises samples (N,): accuracy, top5 (above five classes), nll, brier, ece, aurc; fractions or nats."""
+        """Summarises samples (N,): accuracy, top5 (above five classes), nll, brier, ece, aurc; fractions or nats.
+
+        With prediction sets also coverage, a fraction, and set_size, the mean number of classes.
+        """
         values = {"accuracy": self.correct.double().mean().item()}
         if self.top5 is not None:
             values["top5"] = self.top5.double().mean().item()
@@ -78,7 +85,30 @@ class SampleMetrics:
         values["brier"] = self.brier.mean().item()
         values["ece"] = calibration_error(self.confidence, self.correct, bins)
         values["aurc"] = aurc(self.confidence, self.correct)
+        if self.covered is not None and self.set_size is not None:
+            values["coverage"] = self.covered.double().mean().item()
+            values["set_size"] = self.set_size.double().mean().item()
         return values
+
+    def with_sets(self, sets: Tensor, labels: Tensor) -> SampleMetrics:
+        """Adds whether prediction sets hold the label, and how large they are.
+
+        Shape:
+            sets: (E, N, K) bool, for metrics that are (E, N). labels: (N,).
+
+        Raises:
+            ShapeError: The sets are not one per exit and sample.
+            InputTypeError: They are not booleans.
+        """
+        if sets.ndim != 3 or sets.shape[:2] != self.correct.shape or 0 in sets.shape:
+            raise ShapeError(
+                f"sets must be (exits, samples, classes) with {tuple(self.correct.shape)} exits and samples, got"
+                f" {tuple(sets.shape)}"
+            )
+        if sets.dtype != torch.bool:
+            raise InputTypeError(f"sets must be bool, True for each class that is in, got {sets.dtype}")
+        held = sets.gather(2, labels.long()[None, :, None].expand(len(sets), -1, 1))[..., 0]
+        return replace(self, covered=held, set_size=sets.sum(-1))
 
 
 def sample_metrics(logits: Tensor, labels: Tensor) -> SampleMetrics:

@@ -13,7 +13,7 @@ from erde_hub._files import replacing
 from erde_hub.errors import MissingDependencyError
 
 from .formatting import mmacs, percent, threshold_label
-from .report import validate_results
+from .results_file import validate_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,8 @@ _STYLE = {
 def plot_frontier(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Draws accuracy against mean cost: the threshold sweep, each exit alone, the teacher and the full student.
 
-    The fine sweep is the line, the round thresholds are dots on it, a few of them labelled. Squares are what each exit
+    The fine sweep is the line, the round thresholds are dots on it, a few of them labelled. A ring marks the operating
+    point of the threshold that is stored in the checkpoint. Squares are what each exit
     gives when every sample leaves there. A separately trained network without exits is drawn where ``results`` hold a
     ``static_student``. The same results give the same bytes with the same matplotlib.
 
@@ -103,6 +104,18 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
             label="student trained without exits",
             **white,
         )
+    point = results.get("operating_point")
+    if point is not None and len(per_exit) > 1:
+        axes.plot(
+            *_points([point], "mean_macs"),
+            "o",
+            markersize=15,
+            markerfacecolor="none",
+            markeredgecolor="black",
+            markeredgewidth=2.2,
+            zorder=6,
+            label=f"stored threshold, θ={threshold_label(point['threshold'], policy)}",
+        )
     far = teacher is not None and teacher["macs"] > _TEACHER_ON_AXIS * final["macs"]
     if teacher is not None and not far:
         axes.plot(*_points([teacher], "macs"), "*", color=_RED, markersize=15, label="teacher", **white)
@@ -121,7 +134,7 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
     axes.set_ylim(low, max(min(high, 103), room))
     level = 100 * teacher["accuracy"] if teacher is not None and far else None
     others = [row for row in (static, None if far else teacher) if row is not None]
-    labels = _Labels(figure, axes, line, level, [*per_exit, *steps, *others])
+    labels = _Labels(figure, axes, line, level, [*per_exit, *steps, *others, *([] if point is None else [point])])
     labels.legend()
     if teacher is not None and level is not None:
         ratio = teacher["macs"] / max(final["macs"], 1)
@@ -131,7 +144,8 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
     for row in per_exit[:-1]:
         labels.beside(row["macs"], row["accuracy"], row["exit"], _ORANGE_TEXT, _BELOW)
     for row in steps:
-        labels.beside(row["mean_macs"], row["accuracy"], f"θ={threshold_label(row['threshold'])}", _BLUE, _ABOVE)
+        text = f"θ={threshold_label(row['threshold'], policy)}"
+        labels.beside(row["mean_macs"], row["accuracy"], text, _BLUE, _ABOVE)
 
 
 def _points(rows: Sequence[Mapping[str, Any]], cost: str) -> tuple[list[float], list[float]]:

@@ -44,12 +44,18 @@ def auroc(scores: Tensor, positive: Tensor) -> float | None:
     """
     _check(scores, positive)
     positive = positive.bool()
-    ones, zeros = int(positive.sum()), int((~positive).sum())
-    if not ones or not zeros:
-        return None
     _, group, sizes = scores.double().unique(return_inverse=True, return_counts=True)
-    rank = (sizes.cumsum(0) - (sizes - 1) / 2).double()  # of the middle of each group of equal scores, from 1
-    return (float(rank[group][positive].sum()) - ones * (ones + 1) / 2) / (ones * zeros)
+    ones = torch.bincount(group[positive], minlength=len(sizes))
+    return _auroc_of_groups(ones, sizes - ones)
+
+
+def _auroc_of_groups(ones: Tensor, zeros: Tensor) -> float | None:
+    """AUROC from how many positive and negative samples share each score, by rising score."""
+    pairs = int(ones.sum()) * int(zeros.sum())
+    if not pairs:
+        return None
+    below = (zeros.cumsum(0) - zeros).double()
+    return float((ones * (below + zeros / 2)).sum()) / pairs
 
 
 def eefp(confidence: Tensor, correct: Tensor) -> list[float | None]:
@@ -66,6 +72,41 @@ def eefp(confidence: Tensor, correct: Tensor) -> list[float | None]:
     """
     labels = should_exit(correct)
     return [auroc(score, label) for score, label in zip(confidence, labels, strict=False)]
+
+
+class Decisions:
+    """Every early exit's confidence for "may leave here", of which a routed run takes those that it reaches.
+
+    Sorted once, so that many thresholds cost one pass each.
+
+    Args:
+        confidence: Largest probability of each exit.
+        correct: Whether each exit is right.
+
+    Shape:
+        confidence, correct: (E, N).
+    """
+
+    def __init__(self, confidence: Tensor, correct: Tensor) -> None:
+        self.targets = should_exit(correct)
+        values, self.groups = confidence[:-1].unique(return_inverse=True)
+        self.count = len(values)
+
+    def eefp(self, exit_index: Tensor) -> float | None:
+        """Early-exit failure prediction of a routed run: the AUROC over all decisions that it takes.
+
+        A sample that leaves at exit e took e + 1 of them, one at each exit on the way. Pooled over the exits, because
+        one threshold has to serve them all; None where every decision should be to leave, or none.
+
+        Shape:
+            exit_index: (N,), the exit that each sample takes.
+        """
+        exits = torch.arange(len(self.targets))
+        reached = exits[:, None] <= exit_index
+        groups, targets = self.groups[reached], self.targets[reached]
+        total = torch.bincount(groups, minlength=self.count)
+        ones = torch.bincount(groups[targets.bool()], minlength=self.count)
+        return _auroc_of_groups(ones, total - ones)
 
 
 def mean_of_defined(values: list[float | None]) -> float | None:

@@ -1,7 +1,6 @@
-"""``results.json``: what a run was and what came out, assembled, checked, written and read in one place.
+"""What a run was and what came out, assembled from records for ``results.json``.
 
-Tables, pictures and model cards are rendered from this file alone. It goes into repositories and onto the Hub, so it
-holds no absolute path, user or host: local data and checkpoints appear by name, data with a fingerprint.
+Tables, pictures and model cards are rendered from that file alone.
 """
 
 from __future__ import annotations
@@ -9,9 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
-import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -23,25 +20,24 @@ import numpy as np
 import torch
 
 from erde_hub import __version__
-from erde_hub._files import write_text
-from erde_hub.errors import ResultsError, nearest
+from erde_hub.backbones import get_adapter
+from erde_hub.errors import RecordsError, ResultsError
+from erde_hub.prediction_sets import ConformalClassifier
 
 from .calibrated import calibrate_records
+from .drift import check_same_model
 from .metrics import ECE_BINS
 from .records import ExitRecords
+from .results_file import PLACE, validate_results
 from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds
 
+#: Error rate of the prediction sets whose coverage and size a report gives.
+SET_ALPHA = 0.1
 #: Shares of the full cost at which methods are compared.
 COST_SHARES = (0.25, 0.5, 0.75)
 
 _PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets")
 _SECRET = re.compile(r"(?:^|_)(?:token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
-# An absolute path of either kind, a home folder or a file URL, at the start or behind a separator; not a web address.
-_END = r"[^\s\"',;|<>]"
-_PLACE = re.compile(
-    rf"(?:^|(?<=[\s=:,;\"'(\[{{|<>]))"
-    rf"(?:file:/+{_END}*|/[^/\s\"',;|<>]{_END}*|[A-Za-z]:[\\/]{_END}*|\\\\{_END}+|~[\w.-]*/{_END}*)"
-)
 
 
 def build_results(
@@ -50,6 +46,8 @@ def build_results(
     data: Any,
     args: Any,
     *,
+    held_out: ExitRecords | None = None,
+    set_alpha: float = SET_ALPHA,
     teacher: Any = None,
     teacher_records: ExitRecords | None = None,
     teacher_exits: Sequence[int] | None = None,
@@ -68,6 +66,9 @@ def build_results(
         data: An ``ImageData``, or what :func:`describe_data` returned for it.
         args: The run's arguments: a mapping, a dataclass, a ``DistillationArguments`` or an ``argparse.Namespace``.
             Absolute paths are reduced to their last part and secrets left out.
+        held_out: The student's exits on other images, of the validation split: conformal prediction sets (APS) are
+            fitted on them; coverage and set size on ``records`` are reported, per exit and routed. None reports none.
+        set_alpha: Error rate of these sets at each exit.
         teacher: The teacher or its description; None where there is none.
         teacher_records: The teacher's exits on the same split.
         teacher_exits: For each exit of the student, the teacher exit that it learned from.
@@ -84,17 +85,17 @@ def build_results(
     Raises:
         ResultsError: A part is missing or holds what JSON cannot.
         ThresholdError: A threshold is out of the policy's range.
+        RecordsError: ``held_out`` is of another model, or of the split that is reported.
     """
-    calibrator = getattr(student, "calibrator", None)
-    if calibrator is not None and not isinstance(calibrator, str) and "calibrator" not in records.info:
-        records = calibrate_records(records, calibrator)  # what the model answers with, and routes by
+    records = _calibrated(records, student)  # what the model answers with, and routes by
+    sets, set_facts = _prediction_sets(records, None if held_out is None else _calibrated(held_out, student), set_alpha)
     policy = getattr(student, "policy", None)
     described = _describe(student, records)
     if policy is None or isinstance(policy, str):
         policy = described["policy"]
-    per_exit = per_exit_metrics(records)
-    sweep = sweep_thresholds(records, thresholds, policy)
-    fine_sweep = sweep_thresholds(records, fine_thresholds(records, policy, fine), policy) if fine else []
+    per_exit = per_exit_metrics(records, sets=sets)
+    sweep = sweep_thresholds(records, thresholds, policy, sets=sets)
+    fine_sweep = sweep_thresholds(records, fine_thresholds(records, policy, fine), policy, sets=sets) if fine else []
     described.pop("per_exit", None)  # has a place of its own
     student_part = {**described, "macs": per_exit[-1]["macs"], "accuracy": per_exit[-1]["accuracy"]}
     if teacher_exits is not None:
@@ -119,6 +120,7 @@ def build_results(
             "ece_bins": ECE_BINS,
             "ece_binning": "right-closed",
             "nll": "nats",
+            **set_facts,
         },
         "per_exit": per_exit,
         "sweep": sweep,
@@ -126,10 +128,35 @@ def build_results(
         "matched_cost": _matched_cost([*fine_sweep, *sweep], student_part["macs"], teacher_part),
     }
     if described.get("threshold") is not None:
-        results["operating_point"] = sweep_thresholds(records, [described["threshold"]], policy)[0]
+        results["operating_point"] = sweep_thresholds(records, [described["threshold"]], policy, sets=sets)[0]
     if static_student is not None:
         results["static_student"] = _describe(static_student, static_records)
     return validate_results(_portable(results))
+
+
+def _calibrated(records: ExitRecords, student: Any) -> ExitRecords:
+    calibrator = getattr(student, "calibrator", None)
+    if calibrator is None or isinstance(calibrator, str) or "calibrator" in records.info:
+        return records
+    return calibrate_records(records, calibrator)
+
+
+def _prediction_sets(
+    records: ExitRecords, held_out: ExitRecords | None, alpha: float
+) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """Fits sets on held-out records, and returns those of the reported ones with what a report says about the fit."""
+    if held_out is None:
+        return None, {}
+    check_same_model(held_out, records)
+    split = held_out.info.get("split", "validation")
+    if split == records.info.get("split", "test"):
+        raise RecordsError(
+            f"prediction sets cannot be fitted on the split that is reported, {split!r}: give records of validation"
+            " images as held_out, or None"
+        )
+    fitted = ConformalClassifier.fit(held_out, alpha)
+    facts = {"method": "split conformal, APS", "alpha": alpha, "split": split, "samples": held_out.num_samples}
+    return fitted.sets(records.logits), {"sets": facts}
 
 
 def describe_model(model: Any, records: ExitRecords | None = None) -> dict[str, Any]:
@@ -143,7 +170,7 @@ def describe_model(model: Any, records: ExitRecords | None = None) -> dict[str, 
     described: dict[str, Any] = {
         "architecture": config.architecture,
         "library": config.library,
-        "backbone_kwargs": dict(config.backbone_kwargs or {}),
+        "backbone_kwargs": get_adapter(config.library).notable_arguments(config),
         "exits": list(config.exits or []),
         "head": config.head,
         "head_kwargs": dict(config.head_kwargs or {}),
@@ -165,7 +192,8 @@ def describe_data(data: Any) -> dict[str, Any]:
     """Describes a data set for a report: name, fingerprint, classes, sizes of the splits and how they were made.
 
     Args:
-        data: An ``ImageData``; a mapping is taken as a description already. A local folder appears by its name.
+        data: As the training code loads them; a mapping is taken as a description already. A local folder appears by
+            its name.
     """
     if isinstance(data, Mapping):
         return {**data, "name": _data_name(str(data.get("name", "")))}
@@ -174,6 +202,7 @@ def describe_data(data: Any) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "num_classes": data.num_classes,
         "class_names": list(data.class_names),
+        "kind": getattr(data, "kind", "image"),
         "input_size": list(data.input_size),
         "split": data.split_info,
     }
@@ -182,79 +211,6 @@ def describe_data(data: Any) -> dict[str, Any]:
         if samples is not None:
             described[name] = samples
     return described
-
-
-def validate_results(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks the contents of a ``results.json`` and returns them.
-
-    Raises:
-        ResultsError: A part is missing, has the wrong type or an impossible value, is not JSON, or holds an absolute
-            path; the message names the place, such as ``sweep[3].accuracy``.
-    """
-    if not isinstance(results, Mapping):
-        raise ResultsError(f"results must be a mapping, got {type(results).__name__}")
-    for key, kind in _REQUIRED.items():
-        if key not in results:
-            raise ResultsError(f"results have no {key!r}{nearest(key, results)} (they hold: {', '.join(results)})")
-        _expect(key, results[key], kind)
-    exits = len(results["per_exit"])
-    for key in ("per_exit", "sweep"):
-        if not results[key]:
-            raise ResultsError(f"{key} is empty")
-    for i, row in enumerate(results["per_exit"]):
-        _check_row(f"per_exit[{i}]", row, {"exit": str, "accuracy": _FRACTION, "macs": int})
-    for key in ("sweep", "fine_sweep"):
-        _expect(key, results.get(key, []), list)
-        for i, row in enumerate(results.get(key, [])):
-            _check_sweep_row(f"{key}[{i}]", row, exits)
-    if results.get("operating_point") is not None:
-        _check_sweep_row("operating_point", results["operating_point"], exits)
-    _check_row("student", results["student"], {"architecture": str, "exits": list, "macs": int, "accuracy": _FRACTION})
-    for key in ("teacher", "static_student"):
-        if results.get(key) is not None:
-            _expect(key, results[key], Mapping)
-            _check_row(key, results[key], {"architecture": str, "macs": int, "accuracy": _FRACTION})
-    _check_row("dataset", results["dataset"], {"name": str, "num_classes": int})
-    for key in ("loss", "training"):
-        if results.get(key) is not None:
-            _expect(key, results[key], Mapping)
-    _check_values("", results)
-    return dict(results)
-
-
-def save_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Checks and writes ``results.json``, one row of a table per line; an earlier file survives a failure.
-
-    Raises:
-        ResultsError: See :func:`validate_results`.
-        CheckpointWriteError: The file cannot be written.
-    """
-    write_text(path, _dumps(validate_results(results)) + "\n")
-
-
-def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads and checks a ``results.json``.
-
-    Raises:
-        ResultsError: There is no such file, it is not JSON, or see :func:`validate_results`.
-    """
-    try:
-        return validate_results(json.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise ResultsError(f"there is no {os.fspath(path)!r}: a finished run leaves it in its output folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{Path(path).name} is not JSON: {error}") from error
-
-
-_FRACTION = "a fraction in [0, 1]"
-_REQUIRED: dict[str, Any] = {
-    "erde_hub": str,
-    "args": Mapping,
-    "student": Mapping,
-    "dataset": Mapping,
-    "per_exit": list,
-    "sweep": list,
-}
 
 
 def _describe(model: Any, records: ExitRecords | None) -> dict[str, Any]:
@@ -358,82 +314,8 @@ def _without_places(text: str) -> str:
     whole = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
     if whole and "\n" not in text:  # also with blanks in it
         return _last_part(text)
-    return _PLACE.sub(lambda match: _last_part(match.group()), text)
+    return PLACE.sub(lambda match: _last_part(match.group()), text)
 
 
 def _last_part(place: str) -> str:
     return re.split(r"[\\/]+", place.rstrip("\\/"))[-1] or "root"
-
-
-def _expect(where: str, value: Any, kind: Any) -> None:
-    if kind is _FRACTION:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-    elif kind is int:
-        good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    elif kind is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-    else:
-        good = isinstance(value, kind)
-    if not good:
-        wanted = {int: "an integer of at least 0", float: "a number of at least 0", Mapping: "a mapping"}
-        names = kind if isinstance(kind, str) else wanted.get(kind, f"a {getattr(kind, '__name__', kind)}")
-        raise ResultsError(f"{where} must be {names}, got {value!r:.80}")
-
-
-def _check_row(where: str, row: Any, kinds: Mapping[str, Any]) -> None:
-    _expect(where, row, Mapping)
-    for key, kind in kinds.items():
-        if key not in row:
-            raise ResultsError(f"{where} has no {key!r}{nearest(key, row)} (it holds: {', '.join(row)})")
-        _expect(f"{where}.{key}", row[key], kind)
-
-
-def _check_sweep_row(where: str, row: Any, exits: int) -> None:
-    _check_row(where, row, {"threshold": object, "accuracy": _FRACTION, "mean_macs": float, "exit_share": list})
-    shares = row["exit_share"]
-    for share in shares:
-        _expect(f"{where}.exit_share", share, _FRACTION)
-    if len(shares) != exits or abs(sum(shares) - 1) > 1e-6:
-        raise ResultsError(f"{where}.exit_share must be {exits} fractions that sum to 1, got {shares}")
-    threshold = row["threshold"]
-    for value in threshold if isinstance(threshold, list) else [threshold]:
-        if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in ("inf", "-inf")):
-            raise ResultsError(f"{where}.threshold must be a number, 'inf' or a list of these, got {threshold!r}")
-
-
-def _check_values(where: str, value: Any) -> None:
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            if not isinstance(key, str):
-                raise ResultsError(f"{where or 'results'} has the key {key!r}, which is no string")
-            _check_values(f"{where}.{key}" if where else key, entry)
-    elif isinstance(value, list):
-        for i, entry in enumerate(value):
-            _check_values(f"{where}[{i}]", entry)
-    elif isinstance(value, str):
-        if ".class_names[" not in where and _PLACE.search(value):
-            raise ResultsError(f"{where} holds a place on the machine, {value!r}: give a name instead")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ResultsError(f"{where} is {value}, which JSON cannot hold: write 'inf', or leave it out")
-    elif value is not None and not isinstance(value, (bool, int)):
-        raise ResultsError(f"{where} holds a {type(value).__name__}, which JSON cannot")
-
-
-def _dumps(results: Mapping[str, Any]) -> str:
-    """Indents mappings to the second level and puts each row of a table on its own line."""
-    lines = []
-    for key, value in results.items():
-        if isinstance(value, Mapping) and value:
-            inner = [f"    {json.dumps(k)}: {_compact(v)}" for k, v in value.items()]
-            text = "{\n" + ",\n".join(inner) + "\n  }"
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            text = "[\n" + ",\n".join(f"    {_compact(row)}" for row in value) + "\n  ]"
-        else:
-            text = _compact(value)
-        lines.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}"
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False)

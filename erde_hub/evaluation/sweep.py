@@ -20,15 +20,19 @@ from erde_hub.policies import (
     EntropyPolicy,
     ExitPolicy,
     MarginPolicy,
+    NeverPolicy,
     PatiencePolicy,
     create_policy,
 )
 from erde_hub.policies.base import plain_threshold
-from erde_hub.policies.offline import exit_indices, score_exits
+from erde_hub.policies.offline import exit_indices, features_of, score_exits, score_features
 
 from .metrics import ECE_BINS, SampleMetrics, sample_metrics
-from .ranking import eefp
+from .ranking import Decisions, eefp
 from .records import ExitRecords
+
+#: Quantiles that stand in for round thresholds in the default sweep of a learned policy.
+_STEPS = 11
 
 
 def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
@@ -36,8 +40,16 @@ def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
 
     Shape:
         Returns (E - 1, N).
+
+    Raises:
+        ConfigError: Records of classes and a policy for real numbers, or the other way round.
     """
-    return score_exits(records.logits, _policy(policy))
+    policy = _policy(policy)
+    if policy.uses_features:
+        return score_features(features_of(records, type(policy).__name__), policy)
+    if not isinstance(policy, NeverPolicy):
+        records.require_classes(type(policy).__name__)
+    return score_exits(records.logits, policy)
 
 
 def route_records(
@@ -68,32 +80,42 @@ def sweep_thresholds(
     thresholds: Iterable[float | Sequence[float]] | None = None,
     policy: str | ExitPolicy = "entropy",
     bins: int = ECE_BINS,
+    sets: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates a policy at each threshold; scores and per-sample metrics are computed once for all of them.
 
     Args:
         records: Logits of every exit.
-        thresholds: Each one number for all early exits, or one per early exit. None takes :func:`step_thresholds`;
-            pass :func:`fine_thresholds` for a smooth curve.
+        thresholds: Each one number for all early exits, or one per early exit. None takes :func:`step_thresholds`, or
+            about a dozen quantiles where a policy has no round ones; pass :func:`fine_thresholds` for a smooth curve.
         policy: A key of the policies table, or a policy.
         bins: Number of right-closed bins of the calibration error.
+        sets: Prediction sets of every exit, such as ``ConformalClassifier.fit(held_out).sets(records.logits)``; a
+            sample's set is that of the exit that it takes.
+
+    Shape:
+        sets: (E, N, K) bool.
 
     Returns:
         One row per threshold, in the order given: ``threshold`` (infinity is the string ``"inf"``, which JSON can hold
         and ``float`` reads), ``accuracy``, ``mean_macs`` (per sample; heads on the way count, also where nobody can
         leave), ``exit_share`` (fractions, shallow to deep), ``top5`` (above five classes), ``nll``, ``brier``, ``ece``,
-        ``aurc``.
+        ``aurc``, ``eefp`` (over the decisions that samples come to, see
+        :meth:`~erde_hub.evaluation.ranking.Decisions.eefp`; None where it is not defined) and, with sets, ``coverage``
+        and ``set_size``.
 
     Raises:
+        ShapeError: The sets are not of these records.
         ThresholdError: NaN, outside the policy's range, or of the wrong length.
         ConfigError: There are no thresholds.
         InputTypeError: ``thresholds`` is a single number.
         UnknownNameError: There is no policy of that name.
     """
+    records.require_classes("sweep_thresholds")
     policy = _policy(policy)
     early = records.num_exits - 1
     if thresholds is None:
-        thresholds = step_thresholds(policy, early) or fine_thresholds(records, policy)
+        thresholds = step_thresholds(policy, early, records.num_classes) or fine_thresholds(records, policy, _STEPS)
     if isinstance(thresholds, (int, float, str)):
         raise InputTypeError(f"thresholds must be a sequence with one entry per row, got {thresholds!r}: write [...]")
     wanted = [plain_threshold(threshold) for threshold in thresholds]
@@ -101,7 +123,8 @@ def sweep_thresholds(
         raise ConfigError("there are no thresholds to sweep: give at least one, or None for the default steps")
     checked = [policy.check_threshold(threshold, early) for threshold in wanted]
     scores = exit_scores(records, policy)
-    samples = SampleMetrics.stack([sample_metrics(logits, records.labels) for logits in records.logits])
+    samples = _samples(records, sets)
+    decisions = Decisions(samples.confidence, samples.correct)
     rows = []
     for threshold, per_exit in zip(wanted, checked, strict=True):
         index = exit_indices(scores, policy, per_exit)
@@ -115,18 +138,27 @@ def sweep_thresholds(
                 "mean_macs": cost / records.num_samples,
                 "exit_share": (counts.double() / records.num_samples).tolist(),
                 **metrics,
+                "eefp": decisions.eefp(index),
             }
         )
     return rows
 
 
-def per_exit_metrics(records: ExitRecords, bins: int = ECE_BINS) -> list[dict[str, Any]]:
+def per_exit_metrics(records: ExitRecords, bins: int = ECE_BINS, sets: Tensor | None = None) -> list[dict[str, Any]]:
     """Evaluates each exit as if every sample left there: rows with exit, accuracy, macs and metrics.
 
-    These are top5 (above five classes), nll, brier, ece, aurc and, for early exits, eefp, which is None where all
-    samples should leave, or none; see :func:`~erde_hub.evaluation.ranking.eefp`.
+    These are top5 (above five classes), nll, brier, ece, aurc, with prediction sets coverage and set_size, and, for
+    early exits, eefp, which is None where all samples should leave, or none; see
+    :func:`~erde_hub.evaluation.ranking.eefp`.
+
+    Shape:
+        sets: (E, N, K) bool.
+
+    Raises:
+        ShapeError: The sets are not of these records.
     """
-    samples = SampleMetrics.stack([sample_metrics(logits, records.labels) for logits in records.logits])
+    records.require_classes("per_exit_metrics")
+    samples = _samples(records, sets)
     failures = [*eefp(samples.confidence, samples.correct), None]
     rows = []
     for e, (name, macs) in enumerate(zip(records.exit_names, records.cumulative_macs, strict=True)):
@@ -136,19 +168,33 @@ def per_exit_metrics(records: ExitRecords, bins: int = ECE_BINS) -> list[dict[st
     return rows
 
 
-def step_thresholds(policy: str | ExitPolicy, num_early_exits: int) -> list[float]:
+def _samples(records: ExitRecords, sets: Tensor | None) -> SampleMetrics:
+    samples = SampleMetrics.stack([sample_metrics(logits, records.labels) for logits in records.logits])
+    return samples if sets is None else samples.with_sets(sets, records.labels)
+
+
+def step_thresholds(policy: str | ExitPolicy, num_early_exits: int, num_classes: int | None = None) -> list[float]:
     """Returns the round thresholds of a default sweep; empty for a learned policy, whose scores have no fixed range.
 
     Entropy: 0 to 2 in steps of 0.2. Confidence and margin: 0 to 1 in steps of 0.1, and infinity, where nobody leaves.
     Patience: 1 to the number of early exits. Policies without a threshold: 0 once.
+
+    Args:
+        policy: A key of the policies table, or a policy.
+        num_early_exits: Number of exits before the last.
+        num_classes: Leaves out steps at which everybody leaves as at another one: beyond the first above log K for the
+            entropy of K classes, and below 1/K for the confidence. None leaves all in.
     """
     policy = _policy(policy)
     if not policy.uses_threshold:
         return [0.0]
     if isinstance(policy, EntropyPolicy):
-        return [step / 5 for step in range(11)]
+        highest = math.inf if num_classes is None else math.log(num_classes)
+        steps = [step / 5 for step in range(11)]
+        return [step for step, before in zip(steps, [0.0, *steps], strict=False) if before <= highest]
     if isinstance(policy, (ConfidencePolicy, MarginPolicy)):
-        return [*(step / 10 for step in range(11)), math.inf]
+        floor = 1 / num_classes if num_classes is not None and isinstance(policy, ConfidencePolicy) else 0.0
+        return [step / 10 for step in range(11) if step == 0 or step / 10 > floor] + [math.inf]
     if isinstance(policy, PatiencePolicy):
         return [float(step) for step in range(1, max(num_early_exits, 1) + 1)]
     return []
@@ -170,6 +216,8 @@ def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", 
         return step_thresholds(policy, 0) or [policy.default_threshold]
     scores = exit_scores(records, policy).flatten()
     scores = scores[scores.isfinite()].double().sort().values
+    if not len(scores):  # intervals that are all empty: nobody leaves, whatever the threshold
+        return [policy.never_threshold]
     picks = torch.linspace(0, len(scores) - 1, n, dtype=torch.float64).round().long()
     lowest, highest = scores[0].item(), scores[-1].item()
     integers = bool((scores == scores.round()).all())

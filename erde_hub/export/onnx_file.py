@@ -18,6 +18,7 @@ from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.errors import CheckpointWriteError, ConfigError, ExportError, InputTypeError, ShapeError
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import get_policy, list_policies
+from erde_hub.regression import REGRESSION
 
 from ._requirements import require
 from .metadata import FileInfo
@@ -173,6 +174,11 @@ def _check_exportable(model: EarlyExitWrapper) -> None:
             f"{type(model.backbone).__name__} reads texts, whose length and masks the file does not hold: image models"
             " can be written"
         )
+    if model.config.problem_type == REGRESSION:
+        raise ExportError(
+            "a regression has no class probabilities, which the policies of an ONNX file (entropy and its like) read:"
+            " export the static network of an exit, torch.onnx.export(model.truncate(exit), ...)"
+        )
     if not model.policy.exportable:
         possible = [name for name in list_policies() if get_policy(name).cls.exportable]
         raise ExportError(
@@ -198,7 +204,7 @@ def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | Non
     config = model.config
     info = FileInfo(
         erde_hub_version=__version__,
-        policy=config.policy,
+        policy=str(config.policy),
         threshold=model._thresholds(model.threshold),
         threshold_range=list(model.policy.threshold_range),
         exit_names=model.exit_names,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from erde_hub._registry import Entry, Registry
+from erde_hub._registry import Registry
 
 from .base import ExitHead, FeatureSpec
 from .fc import FCHead
@@ -25,6 +25,8 @@ __all__ = [
 
 _HEADS: Registry[ExitHead] = Registry("head")
 register_head = _HEADS.register
+get_head = _HEADS.get
+list_heads = _HEADS.names
 
 register_head("fc", FCHead, "batch norm, ReLU, 2x2 average pooling, dropout, linear", "arXiv 2510.04856")
 register_head("linear", LinearHead, "global pooling, linear")
@@ -34,13 +36,3 @@ register_head("mlp", MLPHead, "global pooling, layer norm, hidden layer, linear"
 def create_head(name: str, spec: FeatureSpec, num_labels: int, **kwargs: Any) -> ExitHead:
     """Builds a head by name; an unknown name or argument raises :class:`erde_hub.errors.ConfigError`."""
     return _HEADS.create(name, spec, num_labels, **kwargs)
-
-
-def get_head(name: str) -> Entry[ExitHead]:
-    """Returns the table entry of that name: class, summary, reference."""
-    return _HEADS.get(name)
-
-
-def list_heads() -> list[str]:
-    """Returns the names of all heads."""
-    return _HEADS.names()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError, ShapeError
 
-from .base import ExitHead, FeatureSpec, ToNCHW, check_dropout, run_layers, vector_pool
+from .base import ExitHead, FeatureSpec, TokenPool, ToNCHW, check_dropout, run_layers, vector_pool
 
 
 class FCHead(ExitHead):
@@ -21,23 +21,31 @@ class FCHead(ExitHead):
     Args:
         spec: What the exit reads.
         num_labels: Number of classes.
-        pool: ``"adaptive"`` or ``"kernel"``.
+        pool: ``"adaptive"`` or ``"kernel"``; for tokens ``"mean"`` averages all of them (those that are no padding)
+            where the backbone itself may read a class token, which says little in early layers of encoders that were
+            trained without it.
         dropout: Probability of zeroing an input of the linear layer in training.
 
     Raises:
-        ConfigError: An unknown ``pool``, a dropout outside [0, 1), or ``pool="kernel"`` without a known spatial size.
+        ConfigError: An unknown ``pool``, a dropout outside [0, 1), ``pool="kernel"`` without a known spatial size, or
+            ``pool="mean"`` for features that are no tokens.
 
     References:
         ERDE, arXiv 2510.04856. Deviation: adaptive pooling by default.
     """
 
-    POOLS: ClassVar[tuple[str, ...]] = ("adaptive", "kernel")
+    POOLS: ClassVar[tuple[str, ...]] = ("adaptive", "kernel", "mean")
 
     def __init__(self, spec: FeatureSpec, num_labels: int, *, pool: str = "adaptive", dropout: float = 0.5) -> None:
         super().__init__(spec, num_labels)
         if pool not in self.POOLS:
             raise ConfigError(f"pool must be one of {', '.join(self.POOLS)}, got {pool!r}")
         self.pool = pool
+        if pool == "mean" and (spec.format != "NLC" or spec.pool == "none"):
+            raise ConfigError(
+                f"pool='mean' averages the tokens of a sample, and this exit ({spec.format}, pool"
+                f" {spec.pool!r}) has none to average: leave it out"
+            )
         layers: list[nn.Module]
         if spec.format in ("NCHW", "NHWC"):
             inputs = 4 * spec.width
@@ -56,7 +64,7 @@ class FCHead(ExitHead):
         else:
             inputs = spec.width
             norm = nn.LayerNorm(inputs) if spec.format == "NLC" else nn.BatchNorm1d(inputs)
-            layers = [vector_pool(spec), norm, nn.ReLU()]
+            layers = [TokenPool("avg", spec.prefix_tokens) if pool == "mean" else vector_pool(spec), norm, nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Dropout(check_dropout(dropout)))
         self.fc = nn.Linear(inputs, num_labels)
 

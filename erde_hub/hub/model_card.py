@@ -14,10 +14,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from erde_hub.errors import ConfigError, MissingDependencyError
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
-from erde_hub.evaluation.report import validate_results
+from erde_hub.evaluation.results_file import validate_results
 
 #: Accuracy that a cheap operating point may lose against the full network, as a fraction.
 TOLERANCE = 0.01
+
+#: Numbers of a row that say how far its probabilities can be trusted; reports of earlier versions lack some.
+_TRUST = ("top5", "nll", "brier", "ece", "aurc", "eefp", "coverage", "set_size")
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
@@ -81,7 +84,8 @@ def render_model_card(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= _FILTERS
+    policy = results["student"].get("policy")
+    environment.filters |= {**_FILTERS, "threshold": lambda threshold: threshold_label(threshold, policy)}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(_context(results, repo_id, license))
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
@@ -107,12 +111,17 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
         "teacher": teacher,
         "networks": [(name, part) for name, part in names.items() if part is not None],
         "dataset": results["dataset"],
-        "split_lines": _split_lines(results["dataset"]),
+        "split_lines": _split_lines(results["dataset"], _kind(results)),
+        "kind": _kind(results),
+        "task": _task(results),
+        "size_words": _size_words(results),
         "metrics": {"split": "test", "samples": None, "ece_bins": "", "ece_binning": "", **results.get("metrics", {})},
-        "per_exit": [{"ece": None, "nll": None, "aurc": None, "eefp": None, **row} for row in per_exit],
+        "per_exit": [{**dict.fromkeys(_TRUST), **row} for row in per_exit],
+        "top5": "top5" in per_exit[-1],
+        "sets": results.get("metrics", {}).get("sets"),
         "exits": len(per_exit),
         "final": per_exit[-1],
-        "sweep": [{"ece": None, "nll": None, **row} for row in results["sweep"]],
+        "sweep": [{**dict.fromkeys(_TRUST), **row} for row in results["sweep"]],
         "point": results.get("operating_point"),
         "choice": results.get("threshold_choice"),
         "cheap": cheap,
@@ -129,30 +138,32 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
 
 def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | None) -> ModelCardData:
     student, data_name = results["student"], _plain(results["dataset"]["name"])
+    task = _task(results)
     on_hub = _HUB_DATA.fullmatch(data_name) is not None
     evaluations = [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=task,
+            task_name=task.capitalize().replace("-", " "),
             dataset_type=data_name,
             dataset_name=data_name,
             dataset_split=_plain(results.get("metrics", {}).get("split", "test")),
             metric_type="accuracy",
             metric_value=round(row["accuracy"], 6),
-            metric_name=f"Accuracy, threshold {threshold_label(row['threshold'])}, {mmacs(row['mean_macs'])} MMACs",
+            metric_name=f"Accuracy, threshold {threshold_label(row['threshold'], student.get('policy'))},"
+            f" {mmacs(row['mean_macs'])} MMACs",
             metric_args={"threshold": row["threshold"], "mean_macs": round(row["mean_macs"])},
         )
         for row in results["sweep"]
     ]
     loss = results.get("loss") or {}
-    tags = ["erde_hub", "early-exit", "image-classification", "dynamic-neural-networks"]
+    tags = ["erde_hub", "early-exit", task, "dynamic-neural-networks"]
     if results.get("teacher") is not None and loss.get("name") != "ce":
         tags.append("knowledge-distillation")
     if "name" in loss:
         tags.append(_plain(loss["name"]))
     return ModelCardData(
         library_name="erde_hub",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         license=license,
         base_model=_plain(base) if isinstance(base := student.get("base_model"), str) else base,
         datasets=[data_name] if on_hub else None,
@@ -161,6 +172,25 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
         model_name=repo_id.split("/")[-1] if repo_id else _plain(student["architecture"]),
         eval_results=evaluations,
     )
+
+
+def _kind(results: Mapping[str, Any]) -> str:
+    """What one sample is called."""
+    return "text" if results["dataset"].get("kind") == "text" else "image"
+
+
+def _task(results: Mapping[str, Any]) -> str:
+    """As the Hub and pipelines call it."""
+    return f"{_kind(results)}-classification"
+
+
+def _size_words(results: Mapping[str, Any]) -> str:
+    size = results["dataset"].get("input_size")
+    if not size:
+        return ""
+    if _kind(results) == "text":
+        return f", texts of up to {size[0]} tokens"
+    return f", images of {' x '.join(map(str, size[1:]))} pixels"
 
 
 def _title(results: Mapping[str, Any], repo_id: str | None) -> str:
@@ -187,8 +217,8 @@ def _cheapest(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return min(rows, key=lambda row: row["mean_macs"], default=None)
 
 
-def _split_lines(dataset: Mapping[str, Any]) -> list[str]:
-    """One line per part of the data: how many images, from where, by which rule."""
+def _split_lines(dataset: Mapping[str, Any], kind: str) -> list[str]:
+    """One line per part of the data: how many samples, from where, by which rule."""
     split = dataset.get("split")
     sizes = {name: {"rows": dataset[name]} for name in ("train", "validation", "test") if dataset.get(name) is not None}
     lines = []
@@ -197,7 +227,7 @@ def _split_lines(dataset: Mapping[str, Any]) -> list[str]:
             lines.append(f"{_text(name)}: {_value(how)}")
             continue
         facts = dict(how)
-        words = [f"{_number(facts.pop('rows'))} images"] if isinstance(facts.get("rows"), int) else []
+        words = [f"{_number(facts.pop('rows'))} {kind}s"] if isinstance(facts.get("rows"), int) else []
         words += [f"{_text(key)} {_value(value)}" for key, value in facts.items() if not isinstance(value, Mapping)]
         lines.append(f"{_text(name)}: {', '.join(words)}")
     return lines
@@ -229,9 +259,13 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
     )
     if results.get("teacher") is not None and results.get("static_student") is None:
         lines.append("No network of the same size trained without exits was run for comparison.")
+    kind = _kind(results)
+    if kind == "text":
+        lines.append("Cost is counted for texts of the greatest length. Shorter ones cost less, at every exit alike.")
     lines.append(
-        f"Tested on images of {_text(results['dataset']['name'])} only. The model answers every image with one of its"
-        f" {classes} classes; other kinds of images, corruptions and unknown classes were not tested."
+        f"Tested on {kind}s of {_text(results['dataset']['name'])} only. The model answers every {kind} with one of its"
+        f" {classes} classes; other kinds of {kind}s{', corruptions' * (kind == 'image')} and unknown classes were not"
+        " tested."
     )
     return lines
 
@@ -308,9 +342,9 @@ _FILTERS = {
     "number": _number,
     "percent": percent,
     "percent_or_dash": lambda fraction: "-" if fraction is None else percent(fraction),
+    "size_or_dash": lambda size: "-" if size is None else f"{size:.2f}",
     "percent_whole": lambda fraction: f"{100 * fraction:.0f}",
     "text": _text,
-    "threshold": threshold_label,
     "tick": _tick,
     "value": _value,
 }

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from erde_hub.config import EarlyExitConfig
 from erde_hub.errors import CheckpointError, ConfigError
-from erde_hub.evaluation.report import load_results
+from erde_hub.evaluation.results_file import load_results
 
 from .model_card import render_model_card
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from erde_hub._registry import Entry, Registry
+from erde_hub._registry import Registry
 
 from .additions import Addition, ExtraTerm, SampleWeight
 from .base import ExitLoss
@@ -18,6 +16,7 @@ from .erde import ERDELoss, erde_loss
 from .exit_weights import exit_weights_preset, list_exit_weights_presets
 from .feature import FeatureKDLoss, FeatureTerm, feature_kd_loss
 from .kd import KDLoss, kd_loss
+from .mse import MSELoss, mse_loss
 from .self_distillation import SelfDistillationLoss, SelfDistillationTerm, self_distillation_loss
 from .teacher_exits import map_teacher_exits
 
@@ -37,6 +36,7 @@ __all__ = [
     "FeatureTerm",
     "KDLoss",
     "LossResult",
+    "MSELoss",
     "ReadoutWeight",
     "SampleWeight",
     "SelfDistillationLoss",
@@ -59,6 +59,7 @@ __all__ = [
     "list_exit_weights_presets",
     "list_losses",
     "map_teacher_exits",
+    "mse_loss",
     "next_token_labels",
     "readout_weights",
     "register_addition",
@@ -68,6 +69,9 @@ __all__ = [
 
 _LOSSES: Registry[ExitLoss] = Registry("loss")
 register_loss = _LOSSES.register
+create_loss = _LOSSES.create
+get_loss = _LOSSES.get
+list_losses = _LOSSES.names
 
 register_loss("ce", CELoss, "cross-entropy at every exit, without a teacher", "arXiv 1709.01686")
 register_loss("kd", KDLoss, "Hinton's distillation on all samples at every exit", "arXiv 1503.02531")
@@ -92,9 +96,12 @@ register_loss(
     "token by token for causal language models, led by the teacher's entropy (experimental; recipes/egad.py)",
     "arXiv 2605.01732",
 )
+register_loss("mse", MSELoss, "squared error at every exit of a regression, without a teacher", "arXiv 2311.05931")
 
 _ADDITIONS: Registry[Addition] = Registry("addition")
 register_addition = _ADDITIONS.register
+create_addition = _ADDITIONS.create
+get_addition = _ADDITIONS.get
 
 register_addition("ea_kd", EntropyWeight, "weighs samples by the entropies of teacher and student", "arXiv 2311.13621")
 register_addition(
@@ -102,31 +109,6 @@ register_addition(
 )
 register_addition("feature", FeatureTerm, "distance between features of student and teacher", "arXiv 1412.6550")
 register_addition("self", SelfDistillationTerm, "earlier exits learn from the student's last one", "arXiv 1905.08094")
-
-
-def create_loss(name: str, **kwargs: Any) -> ExitLoss:
-    """Builds a loss by name; an unknown name or argument raises :class:`erde_hub.errors.ConfigError`."""
-    return _LOSSES.create(name, **kwargs)
-
-
-def get_loss(name: str) -> Entry[ExitLoss]:
-    """Returns the table entry of that name: class, summary, reference."""
-    return _LOSSES.get(name)
-
-
-def list_losses() -> list[str]:
-    """Returns the names of all losses."""
-    return _LOSSES.names()
-
-
-def create_addition(name: str, **kwargs: Any) -> Addition:
-    """Builds what can join a loss, by name; an unknown name or argument raises :class:`erde_hub.errors.ConfigError`."""
-    return _ADDITIONS.create(name, **kwargs)
-
-
-def get_addition(name: str) -> Entry[Addition]:
-    """Returns the table entry of that name: class, summary, reference."""
-    return _ADDITIONS.get(name)
 
 
 def list_additions(kind: type[Addition] = Addition) -> list[str]:

@@ -59,19 +59,36 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
-def check_some_weight(loss: str, weights: dict[str, float]) -> None:
-    """Raises :class:`ConfigError` where all weights of a loss are 0."""
-    if not any(weights.values()):
+def check_weights(loss: str, **weights: object) -> tuple[float, ...]:
+    """Returns the factors of a loss's terms, in the order given: finite, at least 0, and one of them above 0.
+
+    Raises:
+        InputTypeError: Not a number.
+        ConfigError: Out of range, or all of them 0.
+    """
+    values = tuple(check_number(name, value, zero=True) for name, value in weights.items())
+    if not any(values):
         raise ConfigError(f"{loss} has nothing to train: {', '.join(weights)} are all 0; give at least one above 0")
+    return values
 
 
-def check_exit_logits(name: str, exit_logits: object) -> Sequence[Tensor]:
+def check_smoothing(label_smoothing: object) -> float:
+    """Returns the share of each target that is spread over the classes, if it is in [0, 1)."""
+    return check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
+
+
+def check_exit_logits(name: str, exit_logits: object, least: int = 2) -> Sequence[Tensor]:
     """Returns the logits of all exits if they are a sequence of floating (N, K) tensors that agree in shape and device.
+
+    Args:
+        name: Of the argument.
+        exit_logits: What was given.
+        least: Fewest columns: two classes, or one target of a regression.
 
     Raises:
         InputTypeError: Not a sequence of floating-point tensors, or on several devices.
-        ShapeError: No exit, an exit that is not (N, K), that differs from the first, without samples, or with one
-            class.
+        ShapeError: No exit, an exit that is not (N, K), that differs from the first, without samples, or with too few
+            columns.
     """
     if isinstance(exit_logits, Tensor):
         hint = f"{name}.unbind(0)" if exit_logits.ndim == 3 else f"[{name}]"
@@ -92,9 +109,10 @@ def check_exit_logits(name: str, exit_logits: object) -> Sequence[Tensor]:
             raise InputTypeError(f"{where} must be a tensor, got {type(logits).__name__}")
         if not logits.is_floating_point():
             raise InputTypeError(f"{where} must hold floating-point logits, got {logits.dtype}")
-        if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
+        if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < least:
+            columns = "two classes" if least == 2 else "one target"
             raise ShapeError(
-                f"{where} must be (N, K) with at least one sample and two classes, got shape {tuple(logits.shape)}"
+                f"{where} must be (N, K) with at least one sample and {columns}, got shape {tuple(logits.shape)}"
             )
         if logits.shape != first.shape:
             raise ShapeError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError
+from erde_hub.regression import refuse_regression
 
 if TYPE_CHECKING:
     from .base import ExitLoss
@@ -52,6 +53,7 @@ class Addition(nn.Module):
         Raises:
             ConfigError: The message says why.
         """
+        refuse_regression(loss.task, repr(self.name))
         if any(other.name == self.name for other in loss.additions()):
             raise ConfigError(f"{type(loss).__name__} has {self.name!r} already: twice would count it twice")
         if self.needs_teacher and not loss.reads_teacher:

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from erde_hub._registry import check_init, refuse_unknown
-from erde_hub.errors import ConfigError, InputTypeError
+from erde_hub.errors import InputTypeError
+from erde_hub.regression import REGRESSION
 
 from ._checks import check_choice, check_exit_logits, check_features, check_index, check_labels, check_same_classes
 from .additions import Addition, ExtraTerm, SampleWeight
 from .batch import ExitBatch, LossResult, Term
-from .exit_weights import check_epoch, check_exit_weights, exit_weights_preset
+from .exit_weights import check_epoch, check_exit_weights, weights_per_exit
 from .teacher_exits import check_teacher_exits, map_teacher_exits
 
 #: What the sum over samples is divided by: the batch, the samples under the term's mask, nothing.
@@ -57,7 +58,7 @@ class ExitLoss(nn.Module):
         student_logits: E tensors (N, K), shallow to deep. teacher_logits: any number of tensors (N, K). labels: (N,).
     """
 
-    #: What it trains: recipes for images take "classification" only.
+    #: What it trains: "classification", "regression", or "causal_lm"; recipes for images take the first only.
     task: ClassVar[str] = "classification"
     #: Calls need teacher logits (False: they are ignored, and may be None).
     needs_teacher: ClassVar[bool] = True
@@ -198,14 +199,7 @@ class ExitLoss(nn.Module):
         Raises:
             ConfigError: The weights given are not one per exit.
         """
-        if isinstance(self.exit_weights, str):
-            return exit_weights_preset(self.exit_weights, num_exits, *(self._epoch or ()))
-        if len(self.exit_weights) != num_exits:
-            raise ConfigError(
-                f"exit_weights has {len(self.exit_weights)} entries, {list(self.exit_weights)}, but the student has"
-                f" {num_exits} exits: give one weight per exit, the final one included"
-            )
-        return list(self.exit_weights)
+        return weights_per_exit(self.exit_weights, num_exits, *(self._epoch or ()))
 
     def teacher_exit_map(self, num_student: int, num_teacher: int) -> list[int]:
         """Returns which teacher exit each student exit learns from (:func:`~erde_hub.losses.map_teacher_exits`)."""
@@ -224,6 +218,12 @@ class ExitLoss(nn.Module):
         """Shows the arguments, and what joined."""
         values = [f"{name}={value!r}" for name, value in self.settings().items()]
         return ", ".join([*values, *(f"+{name}({settings!r})" for name, settings in self.added().items())])
+
+    def _contain(self, addition: Addition) -> None:
+        """Makes an addition a part of this loss, whose constructor takes the addition's arguments as its own."""
+        for name, value in addition.settings().items():
+            setattr(self, name, value)
+        self._attach(addition)
 
     def _attach(self, *additions: Addition) -> None:
         for addition in additions:
@@ -255,7 +255,7 @@ class ExitLoss(nn.Module):
         student_features: Sequence[Tensor | None] | None,
         teacher_features: Sequence[Tensor | None] | None,
     ) -> ExitBatch:
-        student = check_exit_logits("student_logits", student_logits)
+        student = check_exit_logits("student_logits", student_logits, least=1 if self.task == REGRESSION else 2)
         labels = self._check_labels(labels, student[0])
         double = any(logits.dtype == torch.float64 for logits in student)
         dtype = torch.float64 if double else torch.float32

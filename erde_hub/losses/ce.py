@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from . import functional
-from ._checks import check_number
+from ._checks import check_smoothing
 from .base import ExitLoss
 from .batch import ExitBatch, Term
 
@@ -51,7 +51,7 @@ class CELoss(ExitLoss):
 
     def __init__(self, label_smoothing: float = 0.0, exit_weights: str | Sequence[float] = "uniform") -> None:
         super().__init__(exit_weights=exit_weights)
-        self.label_smoothing = check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
+        self.label_smoothing = check_smoothing(label_smoothing)
 
     def terms(self, batch: ExitBatch) -> list[Term]:
         """Returns the term ``ce``."""

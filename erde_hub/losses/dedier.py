@@ -172,7 +172,7 @@ class ReadoutWeight(SampleWeight):
         """Ends a round: gives every sample its new weight. All processes call it, each with its own samples.
 
         Args:
-            index: Stable numbers; no sample twice.
+            index: Stable numbers. A sample that several processes hold, as padding, counts once.
             logits: What the read-out answered.
             labels: Class indices.
 
@@ -184,7 +184,7 @@ class ReadoutWeight(SampleWeight):
 
         Raises:
             ConfigError: :meth:`allocate` was not called.
-            InputTypeError, ShapeError, LabelError: Tensors that do not fit each other or the table.
+            InputTypeError, ShapeError, LabelError: Tensors that do not fit each other or the table; no sample at all.
         """
         if not len(self.table):
             raise ConfigError("the table of weights has no rows: call allocate(largest index + 1) once before training")
@@ -199,8 +199,10 @@ class ReadoutWeight(SampleWeight):
         if self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(gathered)
         is_wrong, seen = gathered[1] > 0, gathered[2] > 0
+        if not seen.any():
+            raise ShapeError("a round needs answers for at least one sample, and no process has any")
         before = self.table if self.readout_sticky else torch.ones_like(self.table)
-        self.table = torch.where(is_wrong, gathered[0], before)
+        self.table = torch.where(is_wrong, gathered[0] / gathered[1].clamp_min(1.0), before)
         mean = self.table[seen].mean()
         if self.readout_normalize:
             self.scale = 1 / mean
@@ -305,22 +307,12 @@ class DEDIERLoss(KDLoss):
         teacher_exits: Sequence[int] | None = None,
     ) -> None:
         super().__init__(temperature, kl_weight, ce_weight, label_smoothing, exit_weights, teacher_exits)
-        settings = {
-            "readout_alpha": readout_alpha,
-            "readout_beta": readout_beta,
-            "readout_source": readout_source,
-            "readout_exit": readout_exit,
-            "readout_every": readout_every,
-            "readout_epochs": readout_epochs,
-            "readout_lr": readout_lr,
-            "readout_sticky": readout_sticky,
-            "readout_normalize": readout_normalize,
-            "readout_weighs_ce": readout_weighs_ce,
-        }
-        weight = ReadoutWeight(**settings)  # type: ignore[arg-type]
-        for name, value in weight.settings().items():
-            setattr(self, name, value)
-        self._attach(weight)
+        self._contain(
+            ReadoutWeight(
+                readout_alpha, readout_beta, readout_source, readout_exit, readout_every, readout_epochs, readout_lr,
+                readout_sticky, readout_normalize, readout_weighs_ce,
+            )
+        )  # fmt: skip
 
     @property
     def readout(self) -> ReadoutWeight:

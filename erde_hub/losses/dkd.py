@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from ._checks import check_number, check_some_weight, check_whole
+from ._checks import check_number, check_smoothing, check_weights, check_whole
 from .base import ExitLoss
 from .batch import ExitBatch, Term
 
@@ -79,13 +79,11 @@ class DKDLoss(ExitLoss):
     ) -> None:
         super().__init__(exit_weights=exit_weights, teacher_exits=teacher_exits)
         self.temperature = check_number("temperature", temperature, zero=False)
-        self.target_weight = check_number("target_weight", target_weight, zero=True)
-        self.nontarget_weight = check_number("nontarget_weight", nontarget_weight, zero=True)
-        self.ce_weight = check_number("ce_weight", ce_weight, zero=True)
+        self.target_weight, self.nontarget_weight, self.ce_weight = check_weights(
+            type(self).__name__, target_weight=target_weight, nontarget_weight=nontarget_weight, ce_weight=ce_weight
+        )
         self.warmup_epochs = check_whole("warmup_epochs", warmup_epochs, 0)
-        self.label_smoothing = check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
-        weights = {"target_weight": target_weight, "nontarget_weight": nontarget_weight, "ce_weight": ce_weight}
-        check_some_weight("DKDLoss", weights)
+        self.label_smoothing = check_smoothing(label_smoothing)
 
     def distillation_terms(self) -> tuple[str, ...]:
         """Returns ``target`` and ``nontarget``, where they have a weight."""

@@ -148,10 +148,7 @@ class EAKDLoss(KDLoss):
         teacher_exits: Sequence[int] | None = None,
     ) -> None:
         super().__init__(temperature, kl_weight, ce_weight, label_smoothing, exit_weights, teacher_exits)
-        weight = EntropyWeight(entropy_temperature, entropy_bound, entropy_weighting, normalize_weights)
-        self.entropy_temperature, self.entropy_bound = weight.entropy_temperature, weight.entropy_bound
-        self.entropy_weighting, self.normalize_weights = weight.entropy_weighting, weight.normalize_weights
-        self._attach(weight)
+        self._contain(EntropyWeight(entropy_temperature, entropy_bound, entropy_weighting, normalize_weights))
 
 
 def ea_kd_loss(

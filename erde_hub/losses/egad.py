@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from erde_hub.errors import ConfigError, InputTypeError, LabelError, ShapeError
+from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
-from ._checks import check_choice, check_features, check_flag, check_number, check_some_weight, check_whole
+from ._checks import check_choice, check_features, check_flag, check_number, check_weights, check_whole
+from ._token_inputs import IGNORE, check_tokens, check_vocabulary, flat_features, flat_logits, valid_labels
 from ._tokens import TokenLosses, token_entropy
 from .additions import Addition
 from .base import ExitLoss
@@ -24,9 +25,6 @@ DIRECTIONS = ("increasing", "decreasing")
 NORMALIZERS = ("log_v", "batch_max")
 HARD = ("threshold", "soft")
 DIVERGENCES = ("forward", "reverse")
-
-#: Label of a position that is not learnt, as in transformers.
-IGNORE = -100
 
 
 def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -41,10 +39,17 @@ def next_token_labels(input_ids: Tensor, attention_mask: Tensor | None = None) -
     Shape:
         both: (B, L). Returns (B, L).
 
+    Raises:
+        InputTypeError, ShapeError: Not tokens (B, L), or a mask of another shape.
+
     Example:
         >>> next_token_labels(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]])).tolist()
         [[6, 7, -100, -100]]
     """
+    check_tokens("input_ids", input_ids)
+    if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        masked = "" if attention_mask is None else f" and an attention_mask {tuple(attention_mask.shape)}"
+        raise ShapeError(f"input_ids must be (B, L), the mask likewise, got {tuple(input_ids.shape)}{masked}")
     labels = torch.full_like(input_ids, IGNORE)
     labels[:, :-1] = input_ids[:, 1:]
     if attention_mask is not None:
@@ -68,6 +73,9 @@ class EGADLoss(ExitLoss):
     from the teacher is detached. A model without early exits hands in one tensor of logits; labels belong to the same
     positions as the logits (:func:`next_token_labels` shifts them).
 
+    A loop calls :meth:`build` once, before the optimizer takes the loss's parameters in, and :meth:`set_progress` at
+    every step. Without progress the curriculum rests: c is 1.
+
     Logits are read in chunks and their gradient is computed in closed form, so that beside both logits and the gradient
     a call needs a few chunks of memory and some numbers per token. It can be differentiated once.
 
@@ -78,7 +86,7 @@ class EGADLoss(ExitLoss):
         min_temperature: Temperature where the teacher is sure (or unsure, see ``temperature_direction``); positive.
         max_temperature: At the other end; equal to ``min_temperature`` switches the dependence off.
         temperature_direction: "increasing" softens uncertain tokens, "decreasing" certain ones, by 1 - h for h.
-        curriculum: Weigh tokens by c; otherwise all weigh alike.
+        curriculum: Weigh tokens by c; otherwise, and as long as no progress was set, all weigh alike.
         entropy_normalizer: What H is divided by: "log_v", or "batch_max", the largest entropy of a valid token.
         hard_tokens: "threshold" as above; "soft" weighs every token's feature term by h, divided by the sum of h.
         hard_quantile: Share of tokens that are not hard, in [0, 1); linear interpolation over the valid tokens.
@@ -148,14 +156,12 @@ class EGADLoss(ExitLoss):
         self.entropy_normalizer = check_choice("entropy_normalizer", entropy_normalizer, NORMALIZERS)
         self.hard_tokens = check_choice("hard_tokens", hard_tokens, HARD)
         self.hard_quantile = check_number("hard_quantile", hard_quantile, zero=True, below=1.0)
-        self.feature_weight = check_number("feature_weight", feature_weight, zero=True)
-        self.kl_weight = check_number("kl_weight", kl_weight, zero=True)
-        self.ce_weight = check_number("ce_weight", ce_weight, zero=True)
+        self.feature_weight, self.kl_weight, self.ce_weight = check_weights(
+            type(self).__name__, feature_weight=feature_weight, kl_weight=kl_weight, ce_weight=ce_weight
+        )
         self.divergence = check_choice("divergence", divergence, DIVERGENCES)
         self.vocab_size = None if vocab_size is None else check_whole("vocab_size", vocab_size, 2)
         self.chunk_size = None if chunk_size is None else check_whole("chunk_size", chunk_size, 1)
-        weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "feature_weight": feature_weight}
-        check_some_weight("EGADLoss", weights)
         self.projections = nn.ModuleDict()
         self._progress: float | None = None
 
@@ -171,8 +177,17 @@ class EGADLoss(ExitLoss):
             student_widths: Width of the hidden states of each student exit; None where none are handed in. A model
                 without early exits has one.
             teacher_widths: Width of those that each of them learns from.
+
+        Raises:
+            InputTypeError, ConfigError: Not widths, or not one per student exit; no exit has features on both sides.
         """
-        self.projections = build_projections(paired_widths(student_widths, teacher_widths))
+        pairs = paired_widths(student_widths, teacher_widths)
+        if not pairs:
+            raise ConfigError(
+                f"no exit has features on both sides (widths {list(student_widths)} and {list(teacher_widths)}): give"
+                " the widths of both networks' hidden states, or set feature_weight=0"
+            )
+        self.projections = build_projections(pairs)
 
     def set_progress(self, progress: float) -> None:
         """Tells the loss which share of the training is done, for the curriculum; 0 at the start, 1 at the end.
@@ -208,7 +223,7 @@ class EGADLoss(ExitLoss):
             labels: The word that follows each position; -100 where nothing is learnt.
             mask: True where something is learnt, beside the labels; prompts, say, are False.
             index: Not used.
-            student_features: Hidden states of the student's last layer (or per exit).
+            student_features: Hidden states of the student's last layer, or of whichever is to be compared (per exit).
             teacher_features: Those of the teacher.
 
         Raises:
@@ -217,12 +232,16 @@ class EGADLoss(ExitLoss):
         """
         if teacher_logits is None:
             raise InputTypeError("EGADLoss learns from a teacher, got teacher_logits=None; pass its logits")
-        student = _exits("student_logits", student_logits)
-        teacher = _exits("teacher_logits", teacher_logits)
-        vocab_size = self._check_vocabulary(student, teacher)
-        if labels.numel() != len(student[0]):
-            raise ShapeError(f"labels {tuple(labels.shape)} do not belong to {len(student[0])} positions of the logits")
-        labels = self._valid_labels(labels, mask, vocab_size)
+        if self.reads_features and (student_features is None or teacher_features is None):
+            raise InputTypeError(
+                "EGADLoss compares hidden states of hard tokens: pass student_features= and teacher_features=, the last"
+                " hidden states of both networks, or build it with feature_weight=0"
+            )
+        student = flat_logits("student_logits", student_logits)
+        teacher = flat_logits("teacher_logits", teacher_logits)
+        vocab_size = check_vocabulary(student[0], teacher[0], self.vocab_size)
+        first = student_logits if isinstance(student_logits, Tensor) else student_logits[0]
+        labels = valid_labels(labels, mask, first, vocab_size)
         with torch.no_grad():
             pairs = self.teacher_exit_map(len(student), len(teacher))
         dtype = torch.float64 if any(logits.dtype == torch.float64 for logits in student) else torch.float32
@@ -339,44 +358,6 @@ class EGADLoss(ExitLoss):
             exit_terms={name: value.detach() for name, value in exit_terms.items()},
         )
 
-    def _check_vocabulary(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> int:
-        if len(student[0]) != len(teacher[0]):
-            raise ShapeError(
-                f"student_logits hold {len(student[0])} positions and teacher_logits {len(teacher[0])}: both must see"
-                " the same tokens"
-            )
-        own, target = student[0].shape[-1], teacher[0].shape[-1]
-        if self.vocab_size is None:
-            if own != target:
-                raise ShapeError(
-                    f"the student has {own} words and the teacher {target}: EGAD compares them word by word, so both"
-                    " need one tokenizer; where only the padding of the embeddings differs, set vocab_size to the"
-                    " tokenizer's length"
-                )
-            return own
-        if self.vocab_size > min(own, target):
-            raise ShapeError(f"vocab_size is {self.vocab_size}, but the logits have {own} and {target} columns")
-        return self.vocab_size
-
-    def _valid_labels(self, labels: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
-        """Returns labels (N,), -100 where nothing is learnt."""
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise InputTypeError(f"labels must be tokens (int64), got {labels.dtype}")
-        flat = labels.reshape(-1).long()
-        if mask is not None:
-            if mask.shape != labels.shape:
-                raise ShapeError(f"mask has shape {tuple(mask.shape)} and labels {tuple(labels.shape)}")
-            flat = flat.masked_fill(~mask.reshape(-1).bool(), IGNORE)
-        if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = (flat >= vocab_size) | ((flat < 0) & (flat != IGNORE))
-            if wrong.any():
-                place = int(wrong.nonzero()[0])
-                raise LabelError(
-                    f"label {int(flat[place])} at position {place} is outside the {vocab_size} words; positions that"
-                    f" are not learnt have {IGNORE}"
-                )
-        return flat
-
     def _pair_features(
         self,
         student_features: Any,
@@ -387,8 +368,8 @@ class EGADLoss(ExitLoss):
     ) -> list[tuple[Tensor, Tensor] | None]:
         if not self.feature_weight:
             return [None] * len(student)
-        own = check_features("student_features", _flat_features(student_features), student)
-        target = check_features("teacher_features", _flat_features(teacher_features), teacher)
+        own = check_features("student_features", flat_features(student_features), student)
+        target = check_features("teacher_features", flat_features(teacher_features), teacher)
         found: list[tuple[Tensor, Tensor] | None] = []
         for exit_, pair in enumerate(pairs):
             ours, theirs = own[exit_], target[pair]
@@ -411,30 +392,3 @@ def egad_loss(
 ) -> Tensor:
     """Returns the scalar of :class:`EGADLoss` without its feature term, for a single call."""
     return EGADLoss(**{"feature_weight": 0.0, **settings})(student_logits, teacher_logits, labels).loss
-
-
-def _exits(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Returns the logits of every exit as (N, V), views where that is possible."""
-    every = [logits] if isinstance(logits, Tensor) else list(logits) if isinstance(logits, Sequence) else [logits]
-    if not every:
-        raise ShapeError(f"{name} is empty: give the logits of at least one exit")
-    flat = []
-    for index, one in enumerate(every):
-        if not isinstance(one, Tensor) or not one.is_floating_point():
-            kind = one.dtype if isinstance(one, Tensor) else type(one).__name__
-            raise InputTypeError(f"{name}[{index}] must be a floating-point tensor of logits, got {kind}")
-        if one.ndim not in (2, 3) or one.shape[-1] < 2 or not one.numel():
-            raise ShapeError(f"{name}[{index}] must be (B, L, V) or (N, V), got {tuple(one.shape)}")
-        if one.shape != every[0].shape:
-            raise ShapeError(f"{name}[{index}] has shape {tuple(one.shape)}, but exit 0 has {tuple(every[0].shape)}")
-        flat.append(one.reshape(-1, one.shape[-1]))
-    return flat
-
-
-def _flat_features(features: Any) -> Any:
-    """Hidden states (B, L, D) as (N, D), one entry per exit."""
-    if isinstance(features, Tensor):
-        features = [features]
-    if not isinstance(features, Sequence):
-        return features
-    return [f.reshape(-1, f.shape[-1]) if isinstance(f, Tensor) and f.ndim == 3 else f for f in features]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from ._checks import check_choice, check_flag, check_number, check_some_weight
+from ._checks import check_choice, check_flag, check_number, check_smoothing, check_weights
 from .base import ExitLoss
 from .batch import ExitBatch, Term
 
@@ -105,9 +105,9 @@ class ERDELoss(ExitLoss):
     ) -> None:
         super().__init__(exit_weights=exit_weights, teacher_exits=teacher_exits, reduction=reduction)
         self.temperature = check_number("temperature", temperature, zero=False)
-        self.kl_weight = check_number("kl_weight", kl_weight, zero=True)
-        self.ce_weight = check_number("ce_weight", ce_weight, zero=True)
-        self.entropy_weight = check_number("entropy_weight", entropy_weight, zero=True)
+        self.kl_weight, self.ce_weight, self.entropy_weight = check_weights(
+            type(self).__name__, kl_weight=kl_weight, ce_weight=ce_weight, entropy_weight=entropy_weight
+        )
         self.correctness = check_choice("correctness", correctness, CORRECTNESS)
         self.entropy_exits = check_choice("entropy_exits", entropy_exits, ENTROPY_EXITS)
         self.kl_scale = check_choice("kl_scale", kl_scale, functional.KL_SCALES)
@@ -115,9 +115,7 @@ class ERDELoss(ExitLoss):
         self.kd_on_all_samples_at_final_exit = check_flag(
             "kd_on_all_samples_at_final_exit", kd_on_all_samples_at_final_exit
         )
-        self.label_smoothing = check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
-        weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "entropy_weight": entropy_weight}
-        check_some_weight("ERDELoss", weights)
+        self.label_smoothing = check_smoothing(label_smoothing)
 
     def distillation_terms(self) -> tuple[str, ...]:
         """Returns ``kl``, where it has a weight."""

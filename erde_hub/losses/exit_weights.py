@@ -128,3 +128,27 @@ def check_exit_weights(exit_weights: object) -> str | tuple[float, ...]:
     if not any(exit_weights):
         raise ConfigError(f"exit_weights {list(exit_weights)!r} leave nothing to train: at least one must be above 0")
     return tuple(float(weight) for weight in exit_weights)
+
+
+def weights_per_exit(
+    exit_weights: str | Sequence[float], num_exits: int, epoch: int | None = None, epochs: int | None = None
+) -> list[float]:
+    """Returns one number per exit from what :func:`check_exit_weights` let through.
+
+    Args:
+        exit_weights: A preset's name, or the weights.
+        num_exits: Exits, the final classifier included.
+        epoch: As in :func:`exit_weights_preset`.
+        epochs: As in :func:`exit_weights_preset`.
+
+    Raises:
+        ConfigError: The weights are not one per exit.
+    """
+    if isinstance(exit_weights, str):
+        return exit_weights_preset(exit_weights, num_exits, epoch, epochs)
+    if len(exit_weights) != num_exits:
+        raise ConfigError(
+            f"exit_weights has {len(exit_weights)} entries, {list(exit_weights)}, for {num_exits} exits: give one"
+            " weight per exit, the final one included"
+        )
+    return list(exit_weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from erde_hub.errors import ConfigError, ShapeError
+from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
 from ._checks import check_choice, check_number, check_whole
@@ -41,7 +41,26 @@ def projection_of(projections: nn.ModuleDict, exit_: int, otherwise: str = "") -
 def paired_widths(
     student_widths: Sequence[int | None], teacher_widths: Sequence[int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Returns the widths of both sides at every exit where both have a feature."""
+    """Returns the widths of both sides at every exit where both have a feature.
+
+    Raises:
+        InputTypeError: Not a list of whole numbers and None.
+        ConfigError: The lists differ in length, or a width is below 1.
+    """
+    for name, widths in (("student_widths", student_widths), ("teacher_widths", teacher_widths)):
+        if not isinstance(widths, Sequence) or isinstance(widths, str):
+            raise InputTypeError(
+                f"{name} must be a list with the width of each exit's feature, or None at exits that have none, got"
+                f" {widths!r}; a network with one exit has a list of one"
+            )
+        for exit_, width in enumerate(widths):
+            if width is not None:
+                check_whole(f"{name}[{exit_}]", width, 1)
+    if len(student_widths) != len(teacher_widths):
+        raise ConfigError(
+            f"student_widths has {len(student_widths)} entries and teacher_widths {len(teacher_widths)}: give both one"
+            " per student exit, the teacher's being that of the exit it learns from"
+        )
     return {
         exit_: (student, teacher)
         for exit_, (student, teacher) in enumerate(zip(student_widths, teacher_widths, strict=True))
@@ -94,7 +113,8 @@ class FeatureTerm(ExtraTerm):
             teacher_widths: Channels of what each of these exits learns from, in the same order; None likewise.
 
         Raises:
-            ConfigError: No exit has a feature on both sides, or widths differ and there is to be no projection.
+            InputTypeError, ConfigError: Not widths, or not one per student exit; no exit has a feature on both sides;
+                widths differ and there is to be no projection.
         """
         pairs = paired_widths(student_widths, teacher_widths)
         if not pairs:
@@ -214,9 +234,7 @@ class FeatureKDLoss(KDLoss):
         teacher_exits: Sequence[int] | None = None,
     ) -> None:
         super().__init__(temperature, kl_weight, ce_weight, label_smoothing, exit_weights, teacher_exits)
-        term = FeatureTerm(feature_weight, projection, feature_size)
-        self.feature_weight, self.projection, self.feature_size = feature_weight, projection, feature_size
-        self._attach(term)
+        self._contain(FeatureTerm(feature_weight, projection, feature_size))
 
 
 def feature_kd_loss(

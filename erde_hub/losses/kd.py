@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import functional
-from ._checks import check_number, check_some_weight
+from ._checks import check_number, check_smoothing, check_weights
 from .base import ExitLoss
 from .batch import ExitBatch, Term
 
@@ -70,10 +70,8 @@ class KDLoss(ExitLoss):
     ) -> None:
         super().__init__(exit_weights=exit_weights, teacher_exits=teacher_exits)
         self.temperature = check_number("temperature", temperature, zero=False)
-        self.kl_weight = check_number("kl_weight", kl_weight, zero=True)
-        self.ce_weight = check_number("ce_weight", ce_weight, zero=True)
-        self.label_smoothing = check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
-        check_some_weight("KDLoss", {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight})
+        self.kl_weight, self.ce_weight = check_weights(type(self).__name__, kl_weight=kl_weight, ce_weight=ce_weight)
+        self.label_smoothing = check_smoothing(label_smoothing)
 
     def distillation_terms(self) -> tuple[str, ...]:
         """Returns ``kl``, where it has a weight."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from erde_hub.errors import ConfigError
 
 from . import functional
-from ._checks import check_number
+from ._checks import check_number, check_smoothing
 from .additions import ExtraTerm
 from .base import ExitLoss
 from .batch import ExitBatch, Term
@@ -67,8 +67,8 @@ class SelfDistillationLoss(ExitLoss):
         L = sum_e w_e mean_n { CE(s, y) + [e < E] self_weight T^2 KL(p_E^T || p_e^T) }
 
     What deep exits know reaches the shallow ones at no cost: one network, one pass. With a teacher at hand the same
-    term joins its loss, ``create_loss("kd").add(SelfDistillationTerm())``. A student with one exit has no earlier ones,
-    and only its cross-entropy is left.
+    term joins its loss, ``create_loss("kd").add(SelfDistillationTerm())``. A student with one exit has no earlier ones:
+    only its cross-entropy is left, and the Distiller refuses it.
 
     Args:
         self_weight: Factor of the divergence from the last exit; above 0.
@@ -105,10 +105,8 @@ class SelfDistillationLoss(ExitLoss):
         exit_weights: str | Sequence[float] = "uniform",
     ) -> None:
         super().__init__(exit_weights=exit_weights)
-        self.label_smoothing = check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
-        term = SelfDistillationTerm(self_weight, self_temperature)
-        self.self_weight, self.self_temperature = term.self_weight, term.self_temperature
-        self._attach(term)
+        self.label_smoothing = check_smoothing(label_smoothing)
+        self._contain(SelfDistillationTerm(self_weight, self_temperature))
 
     def terms(self, batch: ExitBatch) -> list[Term]:
         """Returns the term ``ce``; ``self`` joins it."""

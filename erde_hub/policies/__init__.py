@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from erde_hub._registry import Entry, Registry
+from erde_hub._registry import Registry
+from erde_hub.errors import ConfigError
+from erde_hub.regression import REGRESSION, refuse_regression
 
 from .base import ExitPolicy, LearnedPolicy, plain_threshold
 from .confidence import ConfidencePolicy, MarginPolicy
@@ -12,6 +14,7 @@ from .constant import AlwaysPolicy, NeverPolicy
 from .eefp import EEFPPolicy
 from .eenet import EENetPolicy
 from .entropy import EntropyPolicy
+from .interval_width import IntervalWidthPolicy
 from .patience import PatiencePolicy
 from .set_size import SetSizePolicy
 
@@ -22,21 +25,30 @@ __all__ = [
     "EENetPolicy",
     "EntropyPolicy",
     "ExitPolicy",
+    "IntervalWidthPolicy",
     "LearnedPolicy",
     "MarginPolicy",
     "NeverPolicy",
     "PatiencePolicy",
     "SetSizePolicy",
+    "check_answers",
     "create_policy",
     "get_policy",
+    "get_regression_policy",
     "list_policies",
+    "list_regression_policies",
     "plain_threshold",
+    "policy_for",
     "policy_name",
     "register_policy",
+    "register_regression_policy",
 ]
 
 _POLICIES: Registry[ExitPolicy] = Registry("policy")
 register_policy = _POLICIES.register
+create_policy = _POLICIES.create
+get_policy = _POLICIES.get
+list_policies = _POLICIES.names
 
 register_policy("entropy", EntropyPolicy, "softmax entropy below the threshold (nats)", "arXiv 1709.01686, 2510.04856")
 register_policy("confidence", ConfidencePolicy, "largest probability at or above the threshold", "arXiv 1703.09844")
@@ -51,22 +63,54 @@ register_policy("never", NeverPolicy, "runs to the last exit")
 register_policy("always", AlwaysPolicy, "leaves at the first exit")
 
 
-def create_policy(name: str, **kwargs: Any) -> ExitPolicy:
-    """Builds a policy by name; an unknown name or argument raises :class:`erde_hub.errors.ConfigError`."""
-    return _POLICIES.create(name, **kwargs)
+_REGRESSION_POLICIES: Registry[ExitPolicy] = Registry("regression policy")
+register_regression_policy = _REGRESSION_POLICIES.register
+get_regression_policy = _REGRESSION_POLICIES.get
+list_regression_policies = _REGRESSION_POLICIES.names
+
+register_regression_policy("never", NeverPolicy, "runs to the last exit")
+register_regression_policy(
+    "set_size", IntervalWidthPolicy, "nested interval narrower than the threshold", "arXiv 2311.05931"
+)
 
 
-def get_policy(name: str) -> Entry[ExitPolicy]:
-    """Returns the table entry of that name: class, summary, reference."""
-    return _POLICIES.get(name)
+def policy_for(problem_type: str | None, name: str, **kwargs: Any) -> ExitPolicy:
+    """Builds a policy for a model that answers with classes, or with real numbers, by its name in the table for these.
+
+    Raises:
+        ConfigError: An unknown name or argument, or a policy that reads class probabilities for a regression.
+    """
+    if problem_type != REGRESSION:
+        return create_policy(name, **kwargs)
+    _refuse_probabilities(name)
+    return _REGRESSION_POLICIES.create(name, **kwargs)
+
+
+def check_answers(problem_type: str | None, policy: ExitPolicy) -> None:
+    """Checks that a policy is in the table for what a model answers with, classes or real numbers.
+
+    Raises:
+        UnknownNameError: A class that is in no table, which no checkpoint could name.
+        ConfigError: A policy for the other kind of answers.
+    """
+    name, regression = policy_name(policy), problem_type == REGRESSION
+    if regression:
+        _refuse_probabilities(name)
+    wanted = (get_regression_policy if regression else get_policy)(name).cls
+    if wanted is not type(policy):
+        answers = "real numbers" if regression else "classes"
+        raise ConfigError(
+            f"{type(policy).__name__} is not for models that answer with {answers}: fit {wanted.__name__} instead"
+        )
+
+
+def _refuse_probabilities(name: str) -> None:
+    allowed = list_regression_policies()
+    if name not in allowed and name in list_policies():
+        refuse_regression(REGRESSION, f"policy {name!r}", f"use {' or '.join(map(repr, allowed))}")
 
 
 def policy_name(policy: ExitPolicy) -> str:
-    """Returns the name of a policy in the table; the class name for one that is not in it."""
-    names = [entry.name for entry in _POLICIES.entries() if entry.cls is type(policy)]
-    return names[0] if names else type(policy).__name__
-
-
-def list_policies() -> list[str]:
-    """Returns the names of all policies."""
-    return _POLICIES.names()
+    """Returns the name of a policy in its table; the class name for one that is in none."""
+    entries = (*_POLICIES.entries(), *_REGRESSION_POLICIES.entries())
+    return next((entry.name for entry in entries if entry.cls is type(policy)), type(policy).__name__)

@@ -30,6 +30,8 @@ class ExitPolicy(nn.Module):
     uses_history: ClassVar[bool] = True
     #: The decision depends on the threshold.
     uses_threshold: ClassVar[bool] = True
+    #: :meth:`score` reads :meth:`evidence`, made of the input of an exit's last linear layer, and no log-probabilities.
+    uses_features: ClassVar[bool] = False
     #: The decision can be written into an ONNX graph.
     exportable: ClassVar[bool] = False
     #: Closed range of thresholds.
@@ -54,6 +56,14 @@ class ExitPolicy(nn.Module):
         """Returns the constructor's arguments, for the config of a checkpoint."""
         return {}
 
+    def evidence(self, exit_index: int, feature: Tensor) -> Tensor:
+        """Returns what :meth:`score` reads of an exit in place of log-probabilities, where :attr:`uses_features`.
+
+        Shape:
+            feature: (N, H), the input of the exit's last linear layer. Returns (N, M), M alike for all exits.
+        """
+        raise NotImplementedError
+
     def score(self, log_probs: Tensor) -> Tensor:
         """Scores the deepest exit given.
 
@@ -69,6 +79,10 @@ class ExitPolicy(nn.Module):
             log_probs: (N, K). Returns (N,).
         """
         return self.score(log_probs.unsqueeze(0))
+
+    def score_one(self, log_probs: Tensor) -> float:
+        """Scores one sample, (1, K), with as few operators as possible: of a short network they are a visible part."""
+        return self.score_last(log_probs).item()
 
     def compare(self, score: Any, threshold: float | Tensor) -> Any:
         """Turns scores (N,) into a boolean mask (N,) of the samples that leave; NaN never leaves.

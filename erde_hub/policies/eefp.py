@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from erde_hub.errors import ConfigError, ShapeError
+from erde_hub.held_out import check_calibration_data
 
 from .base import LearnedPolicy
 
@@ -48,13 +49,19 @@ class EEFPPolicy(LearnedPolicy):
         return {"num_exits": self.num_exits}
 
     @classmethod
-    def fit(cls, records: ExitRecords, weight_decay: float = 1e-3) -> EEFPPolicy:
+    def fit(cls, records: ExitRecords, weight_decay: float = 1e-3, **checks: Any) -> EEFPPolicy:
         """Fits the gates on held-out records, by Newton's method.
 
         Args:
             records: Held-out: on training data later exits are nearly always right, which says nothing.
             weight_decay: Of standardised features, against gates that separate a small set perfectly.
+            **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
+
+        Raises:
+            ConfigError: ``weight_decay`` is not positive.
+            DataError: The records are of training data, too few, or lack a class.
         """
+        check_calibration_data(records, **checks)
         if not 0 < weight_decay < math.inf:
             raise ConfigError(f"weight_decay must be positive, got {weight_decay!r}")
         policy = cls(records.num_exits)

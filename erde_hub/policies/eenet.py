@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erde_hub.errors import ConfigError, ShapeError
+from erde_hub.held_out import check_calibration_data
 
 from .base import LearnedPolicy
 
 if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
+
+#: Passes over the records where none are asked for, and steps above which there are fewer.
+_EPOCHS, _STEPS = 60, 1500
 
 
 class EENetPolicy(LearnedPolicy):
@@ -68,12 +72,13 @@ class EENetPolicy(LearnedPolicy):
         cost_weight: float = 1.0,
         hidden_ratio: float = 0.5,
         plain_logits: bool = True,
-        epochs: int = 60,
+        epochs: int | None = None,
         batch_size: int = 512,
         lr: float = 1e-2,
         weight_decay: float = 1e-2,
         restarts: int = 3,
         seed: int = 0,
+        **checks: Any,
     ) -> EENetPolicy:
         """Trains scores and shares on held-out records.
 
@@ -86,16 +91,19 @@ class EENetPolicy(LearnedPolicy):
             hidden_ratio: Width of the share head's hidden layer, relative to its input.
             plain_logits: Shares come from plain numbers; False bounds these by a sigmoid as published, which keeps any
                 two shares within a factor e of each other and so cannot meet small budgets.
-            epochs: Passes over the records.
+            epochs: Passes over the records; None makes 60, or fewer where that is more than 1,500 steps.
             batch_size: Samples per step.
             lr: Of Adam.
             weight_decay: Of Adam.
             restarts: Starts; the most accurate one within 10 % of the budget is kept, or the nearest to it.
             seed: Of the starts.
+            **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
 
         Raises:
             ConfigError: A budget below the first exit's cost or above the last one's.
+            DataError: The records are of training data, too few, or lack a class.
         """
+        check_calibration_data(records, **checks)
         costs = torch.tensor(records.cumulative_macs, dtype=torch.float64)
         wanted = float(costs[-1]) / 2 if budget is None else float(budget)
         wanted = max(wanted, float(costs[0])) if budget is None else wanted
@@ -103,6 +111,8 @@ class EENetPolicy(LearnedPolicy):
             raise ConfigError(f"budget {wanted:g} is outside the costs of the exits, {costs[0]:g} to {costs[-1]:g}")
         probs, labels = records.logits.softmax(-1), records.labels
         correct = records.logits.argmax(-1) == labels
+        if epochs is None:
+            epochs = max(1, min(_EPOCHS, _STEPS // math.ceil(records.num_samples / batch_size)))
         best: tuple[tuple[float, float], _Scheduler, list[float]] | None = None
         for start in range(restarts):
             generator = torch.Generator().manual_seed(seed + start)

@@ -34,6 +34,12 @@ class EntropyPolicy(ExitPolicy):
         # A class of probability 0 has log-probability -inf and would give 0 * inf.
         return -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
 
+    def score_one(self, log_probs: Tensor) -> float:
+        """Returns the entropy of one sample."""
+        row = log_probs[0]
+        score = -row.exp().dot(row).item()
+        return score if math.isfinite(score) else super().score_one(log_probs)  # a class of probability 0, or NaN
+
     def grid(self, num_classes: int, num_early_exits: int) -> list[float]:
         """Returns thresholds from 0 to a little above log K, denser near 0."""
         highest = 1.001 * math.log(num_classes)  # strictly above any entropy, rounding included

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from erde_hub.errors import RecordsError
+
 from .base import ExitPolicy
+
+if TYPE_CHECKING:
+    from erde_hub.evaluation import ExitRecords
 
 #: Samples that are scored at a time, so that a large set needs no second copy of itself.
 _ROWS = 8192
@@ -32,6 +38,40 @@ def score_exits(logits: Tensor, policy: ExitPolicy) -> Tensor:
             log_probs = part.log_softmax(-1)
             seen = [log_probs[: e + 1] if policy.uses_history else log_probs[e : e + 1] for e in range(early)]
             parts.append(torch.stack([policy.score(history) for history in seen]))
+    return torch.cat(parts, 1)
+
+
+def features_of(records: ExitRecords, name: str) -> list[Tensor]:
+    """Returns the features of records of a regression.
+
+    Args:
+        records: Of any kind.
+        name: Who needs them.
+
+    Raises:
+        ConfigError: Records of classes.
+        RecordsError: Records without features.
+    """
+    records.require_regression(name)
+    if records.features is None:
+        raise RecordsError(f"{name} needs features: collect the records with collect_exit_records(..., features=True)")
+    return records.features
+
+
+def score_features(features: Sequence[Tensor], policy: ExitPolicy) -> Tensor:
+    """As :func:`score_exits`, for policies that read features.
+
+    Shape:
+        features: E tensors (N, H_e). Returns (E - 1, N).
+    """
+    early = features[:-1]
+    if not early:
+        return torch.empty(0, len(features[0]))
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(features[0]), _ROWS):
+            evidence = [policy.evidence(e, feature[start : start + _ROWS]) for e, feature in enumerate(early)]
+            parts.append(torch.stack([policy.score(torch.stack(evidence[: e + 1])) for e in range(len(early))]))
     return torch.cat(parts, 1)
 
 

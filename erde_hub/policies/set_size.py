@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, ShapeError
+from erde_hub.held_out import check_calibration_data
 
 from .base import GRID, LearnedPolicy
 
@@ -47,13 +48,19 @@ class SetSizePolicy(LearnedPolicy):
         return {"num_exits": self.num_exits}
 
     @classmethod
-    def fit(cls, records: ExitRecords, alpha: float = 0.1) -> SetSizePolicy:
+    def fit(cls, records: ExitRecords, alpha: float = 0.1, **checks: Any) -> SetSizePolicy:
         """Takes each exit's quantile from held-out records.
 
         Args:
             records: Held-out.
             alpha: Error rate of an exit's set.
+            **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
+
+        Raises:
+            ConfigError: ``alpha`` is not between 0 and 1.
+            DataError: The records are of training data, too few, or lack a class.
         """
+        check_calibration_data(records, **checks)
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
             raise ConfigError(f"alpha must be between 0 and 1, both excluded, got {alpha!r}")
         policy = cls(records.num_exits)

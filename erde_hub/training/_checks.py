@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError, InputTypeError, LabelError
 from erde_hub.losses import ExitLoss
+from erde_hub.pretrained import EarlyExitPreTrainedModel
+from erde_hub.regression import REGRESSION, check_targets
 
 from .arguments import DistillationArguments
 
 if TYPE_CHECKING:
-    from .data import ImageData
+    from .data_base import LabelledData
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +29,25 @@ def exit_names(model: nn.Module) -> list[str]:
     return list(getattr(model, "exit_names", ["classifier"]))
 
 
-def all_exits(model: nn.Module, images: Tensor) -> Sequence[Tensor]:
-    """Returns the logits of every exit, shallow to deep; one for a module that just returns logits."""
+def all_exits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Returns the logits of every exit, shallow to deep; one for a module that just returns logits.
+
+    Args:
+        model: Images alone are its first argument; everything else is passed by name.
+        inputs: See :func:`~erde_hub.training.data_loader.network_inputs`.
+    """
+    images = tuple(inputs.values()) if set(inputs) == {"pixel_values"} else ()
+    named = {} if images else dict(inputs)
     # a student inside DDP shows no exit_names, but it is in train mode then, where every exit runs anyway
-    output = model(images, output_all_exits=True) if hasattr(model, "exit_names") else model(images)
+    output = model(*images, output_all_exits=True, **named) if hasattr(model, "exit_names") else model(*images, **named)
     if isinstance(output, Tensor):
         return (output,)
     every = getattr(output, "exit_logits", None)
     return (output.logits,) if every is None else every
 
 
-def check_models(student: nn.Module, teacher: nn.Module | None, data: ImageData) -> None:
-    """Compares classes and image sizes of student, teacher and data.
+def check_models(student: nn.Module, teacher: nn.Module | None, data: LabelledData) -> None:
+    """Compares kind of inputs, classes and input sizes of student, teacher and data.
 
     Raises:
         InputTypeError: Student or teacher is no module, a name for example.
@@ -55,12 +64,21 @@ def check_models(student: nn.Module, teacher: nn.Module | None, data: ImageData)
     if teacher is student:
         raise ConfigError("teacher and student are the same object: hand in a copy, since the student's weights change")
     for name, model in models:
+        if is_regression(model) not in (None, has_targets(data)):
+            labels, build = ("real numbers", "with") if has_targets(data) else ("classes", "without")
+            raise ConfigError(
+                f"the labels of {data.name!r} are {labels}, and the {name} answers with something else: wrap it {build}"
+                " problem_type='regression'"
+            )
         classes = num_classes(model)
         if classes is not None and classes != data.num_classes:
             raise ConfigError(
                 f"the {name} has {classes} classes, {data.name!r} has {data.num_classes}: build it with"
                 f" num_classes={data.num_classes}"
             )
+        reads = "text" if getattr(model, "main_input_name", "pixel_values") == "input_ids" else "image"
+        if isinstance(model, EarlyExitPreTrainedModel) and reads != data.kind:
+            raise ConfigError(f"the {name} reads {reads}s, {data.name!r} holds {data.kind}s: they do not go together")
         config = getattr(model, "config", None)
         size = getattr(config, "input_size", None)
         if size is not None and tuple(size) != tuple(data.input_size):
@@ -85,6 +103,19 @@ def check_models(student: nn.Module, teacher: nn.Module | None, data: ImageData)
         )
 
 
+def is_regression(model: nn.Module) -> bool | None:
+    """Tells whether a model answers with real numbers; None for a module that does not say."""
+    if not isinstance(model, EarlyExitPreTrainedModel):
+        return None
+    return model.config.problem_type == REGRESSION
+
+
+def has_targets(data: LabelledData) -> bool:
+    """Tells whether the labels of data are real numbers; those of a stream are classes."""
+    labels = None if data.streamed else getattr(data.train, "labels", None)
+    return isinstance(labels, Tensor) and labels.is_floating_point()
+
+
 def num_classes(model: nn.Module) -> int | None:
     """Returns how many classes a model has, None if it does not say."""
     value = getattr(getattr(model, "config", None), "num_labels", None)
@@ -100,17 +131,29 @@ def _class_names(config: Any) -> list[str] | None:
 
 
 def check_loss(
-    loss: ExitLoss, student: nn.Module, teacher: nn.Module | None, args: DistillationArguments
+    loss: ExitLoss,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    args: DistillationArguments,
+    regression: bool = False,
 ) -> list[int] | None:
     """Checks that loss, teacher and exits go together, hands label smoothing to the loss, returns the map of exits.
+
+    Args:
+        loss: What trains.
+        student: The student.
+        teacher: The teacher, if there is one.
+        args: For label smoothing.
+        regression: The labels are real numbers.
 
     Raises:
         ConfigError: A teacher is missing or useless, weights or map do not fit the exits, or the loss has no
             cross-entropy to smooth.
     """
     name = type(loss).__name__
-    if loss.task != "classification":
-        raise ConfigError(f"{name} is for {loss.task}, not for images with classes: choose 'erde' or 'kd', say")
+    if loss.task != (REGRESSION if regression else "classification"):
+        instead = "regression: choose 'mse'" if regression else "classification: choose 'erde' or 'kd', say"
+        raise ConfigError(f"{name} is for {loss.task}, not for {instead}")
     if loss.reads_teacher and teacher is None:
         raise ConfigError(f"{name} learns from a teacher and there is none: pass teacher=, or train with loss 'ce'")
     if not loss.reads_teacher and teacher is not None:
@@ -137,13 +180,16 @@ def describe_exit_map(student: nn.Module, teacher: nn.Module, pairs: Sequence[in
     return ", ".join(f"{name} <- {teachers[index]}" for name, index in zip(exit_names(student), pairs, strict=True))
 
 
-def check_data(data: ImageData) -> None:
-    """Raises :class:`LabelError` where a split holds a label outside the classes, naming its row."""
+def check_data(data: LabelledData) -> None:
+    """Raises :class:`LabelError` where a split holds a label outside the classes, or not finite, naming its row."""
     for name in ("train", "validation"):
         split = getattr(data, name)
         if split.num_samples is None:  # a stream knows its labels only as they come; the loss checks those
             continue
         labels = split.labels
+        if has_targets(data):
+            check_targets(labels, len(labels), data.num_classes)
+            continue
         wrong = torch.nonzero((labels < 0) | (labels >= data.num_classes)).flatten()
         if len(wrong):
             raise LabelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from .distiller import Distiller
+
+logger = logging.getLogger(__name__)
 
 
 class LossInputs:
@@ -59,6 +62,13 @@ class LossInputs:
             for term in loss.extra_terms:
                 if isinstance(term, FeatureTerm):
                     term.build(self.taps[0].widths, teacher_widths)
+
+    def check_epochs(self, epochs: int) -> None:
+        """Says so where a training is too short for weights of samples to be renewed."""
+        if self.rounds and epochs < 2:
+            logger.warning(
+                "'dedier' renews its weights between epochs, and this training has one epoch: all weights stay 1"
+            )
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ class Totals:
     loss: float = 0.0
     terms: dict[str, float] = field(default_factory=dict)
     correct: list[int] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
 
     def add(self, other: Totals) -> None:
         """Adds the sums of other batches."""
@@ -31,27 +32,31 @@ class Totals:
         for name, value in other.terms.items():
             self.terms[name] = self.terms.get(name, 0.0) + value
         self.correct = [a + b for a, b in zip(self.correct or [0] * len(other.correct), other.correct, strict=True)]
+        self.errors = [a + b for a, b in zip(self.errors or [0.0] * len(other.errors), other.errors, strict=True)]
 
     def average(self) -> dict[str, Any]:
-        """Returns the mean loss and terms per batch, and the accuracy per exit."""
+        """Returns the mean loss and terms per batch, and per exit the accuracy, of a regression the absolute error."""
         batches, samples = max(self.batches, 1), max(self.samples, 1)
-        return {
+        averages: dict[str, Any] = {
             "loss": self.loss / batches,
             "terms": {name: value / batches for name, value in self.terms.items()},
-            "accuracy": [count / samples for count in self.correct],
         }
+        if self.errors:
+            return averages | {"mae": [error / samples for error in self.errors]}
+        return averages | {"accuracy": [count / samples for count in self.correct]}
 
 
 @dataclass
 class _Batch:
     step: int
     result: LossResult
-    correct: Tensor
+    correct: Tensor | None
+    errors: Tensor | None
     samples: int
 
 
 class StepMeter:
-    """Loss, terms and accuracy per exit of the training batches.
+    """Loss, terms and accuracy, or absolute error, per exit of the training batches.
 
     Reading a number off a GPU waits for it, so batches are kept as they are (a few scalars each) until ``collect``.
     """
@@ -63,10 +68,14 @@ class StepMeter:
 
     def add(self, step: int, result: LossResult, logits: Sequence[Tensor], labels: Tensor) -> None:
         """Notes one batch; ``step`` counts optimizer steps from 1 and is named if the loss is not finite."""
+        correct = errors = None
         with torch.no_grad():
-            correct = torch.stack([(exit_.argmax(-1) == labels).sum() for exit_ in logits])
+            if labels.is_floating_point():
+                errors = torch.stack([(exit_ - labels.view_as(exit_)).abs().mean(-1).sum() for exit_ in logits])
+            else:
+                correct = torch.stack([(exit_.argmax(-1) == labels).sum() for exit_ in logits])
             detached = LossResult(result.loss.detach(), result.terms, result.exit_terms)  # lets go of the graph
-        self._pending.append(_Batch(step, detached, correct, len(labels)))
+        self._pending.append(_Batch(step, detached, correct, errors, len(labels)))
 
     def first_bad_batch(self) -> tuple[int, LossResult] | None:
         """Returns step and result of the first batch since the last call whose loss is NaN or infinite."""
@@ -88,7 +97,8 @@ class StepMeter:
             window.terms = {
                 name: _sum([r.terms[name] for r in results if name in r.terms]) for name in results[0].terms
             }
-            window.correct = torch.stack([batch.correct for batch in self._pending]).sum(0).tolist()
+            window.correct = _sum_per_exit([batch.correct for batch in self._pending])
+            window.errors = _sum_per_exit([batch.errors for batch in self._pending])
             self._pending.clear()
             self._checked = 0
             self.epoch.add(window)
@@ -103,6 +113,11 @@ class StepMeter:
         self.epoch = Totals(**state) if state else Totals()
         self._pending.clear()
         self._checked = 0
+
+
+def _sum_per_exit(values: list[Tensor | None]) -> list[Any]:
+    known = [value for value in values if value is not None]
+    return torch.stack(known).sum(0).tolist() if known else []
 
 
 def _sum(values: list[Tensor]) -> float:

@@ -36,8 +36,12 @@ def progress_bar(distiller: Distiller) -> tqdm[Any]:
 
 
 def show(bar: tqdm[Any], title: str, values: Mapping[str, Any]) -> None:
-    """Puts accuracy per exit, loss and its terms behind the bar, as many as fit; drawn when the bar moves next."""
-    parts = ["/".join(f"{100 * share:.0f}" for share in values["accuracy"]) + "% right", f"loss {values['loss']:.3g}"]
+    """Puts accuracy, or error, per exit, loss and terms behind the bar, as many as fit; drawn when the bar moves."""
+    if "mae" in values:
+        quality = "off by " + "/".join(f"{error:.3g}" for error in values["mae"])
+    else:
+        quality = "/".join(f"{100 * share:.0f}" for share in values["accuracy"]) + "% right"
+    parts = [quality, f"loss {values['loss']:.3g}"]
     if len(values["terms"]) > 1:
         parts += [f"{name} {value:.2g}" for name, value in values["terms"].items()]
     bar.ncols = columns = _columns()  # the window may have changed its size

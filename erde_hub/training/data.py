@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -20,7 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError
 
-from .augment import LIMIT_STREAM
+from .data_base import LabelledData, check_limits
 from .data_images import HASHED_ROWS, EncodedImages, content_digest, content_hash, decode_splits
 from .data_integrity import check_wish, find_unreadable
 from .data_loader import BatchLoader, DecodedSplit, EncodedSplit, Split
@@ -32,46 +32,26 @@ from .data_preprocessing import (
     check_wishes,
 )
 from .data_source import Source, open_source
-from .data_splits import SPLIT_NAMES, SplitPlan, bucket_of, load_plan, plan_splits, rows_digest, stratified_sample
+from .data_splits import SPLIT_NAMES, SplitPlan, bucket_of, limit_plan, load_plan, plan_splits
 from .data_stream import StreamSplit, open_stream
+
+if TYPE_CHECKING:
+    from erde_hub.modeling import EarlyExitWrapper
 
 __all__ = ["BatchLoader", "ImageData", "image_data_from_arrays", "load_image_data"]
 
 
-@dataclass
-class ImageData:
-    """Three splits of labelled images and everything that a report or a checkpoint says about them.
+@dataclass(kw_only=True)
+class ImageData(LabelledData):
+    """Labelled images; see :class:`~erde_hub.training.data_base.LabelledData`.
 
     Attributes:
-        name: "digits", a Hub name, or the last component of a folder.
-        fingerprint: Hash of labels and images; the same wherever the data lie, and whatever part of them is used.
-        class_names: Names of the classes in the order of their labels.
         preprocessing: Turns an RGB image into the network's input.
-        train: Rows to learn from.
-        validation: Rows for choosing thresholds, temperatures and the like.
-        test: Rows to report on.
-        split_info: How each split was made, as JSON types.
-        augment: The augmentation that suits these data where none is chosen.
-        plan: The whole splits, of which ``max_train_samples`` and the like use a part; see :meth:`save_split`.
-        head: Hash of the first training rows, by which loaded data and a stream know each other.
     """
 
-    name: str
-    fingerprint: str
-    class_names: list[str]
-    preprocessing: Preprocessing
-    train: Split | StreamSplit
-    validation: Split | StreamSplit
-    test: Split | StreamSplit
-    split_info: dict[str, dict[str, Any]]
-    augment: str = "crop_flip"
-    plan: SplitPlan | None = field(default=None, repr=False)
-    head: str | None = field(default=None, repr=False)
+    kind: ClassVar[str] = "image"
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+    preprocessing: Preprocessing
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -98,32 +78,23 @@ class ImageData:
         """The shorter side is resized to the input size divided by this before the centre is cut out."""
         return self.preprocessing.crop_pct
 
-    def save_split(self, path: str | os.PathLike[str]) -> None:
-        """Writes the rows that were held out as JSON, for ``load_image_data(..., split_file=path)``.
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """Returns the fields of the preprocessing."""
+        return self.preprocessing.to_dict()
 
-        Of streamed data it is the rule that tells the rows apart, which loading them without streaming follows too.
+    def set_preprocessing(self, model: EarlyExitWrapper) -> None:
+        """Stores mean, standard deviation, size and resizing in a model, and so in its checkpoint."""
+        model.set_preprocessing(
+            mean=self.mean,
+            std=self.std,
+            size=self.input_size[1:],
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.preprocessing.crop_mode,
+        )
 
-        Raises:
-            DataError: The data were put together by hand, without a plan.
-        """
-        if self.plan is None:
-            raise DataError(f"{self.name!r} has no plan of its splits: only data from load_image_data have one")
-        self.plan.save(path, self.name, self.fingerprint, self.head)
-
-    @property
-    def streamed(self) -> bool:
-        """Whether rows are read one after another."""
-        return isinstance(self.train, StreamSplit)
-
-    def summary(self) -> dict[str, Any]:
-        """Returns what a report says about the data, as JSON types and without paths."""
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "num_classes": self.num_classes,
-            "preprocessing": self.preprocessing.to_dict(),
-            "splits": self.split_info,
-        }
+    def save_preprocessing(self, folder: str | os.PathLike[str]) -> None:
+        """Nothing: a model saves what :meth:`set_preprocessing` stored in it."""
 
 
 def load_image_data(
@@ -186,9 +157,7 @@ def load_image_data(
         MissingDependencyError: "digits" without scikit-learn.
     """
     limits = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
-    for name, limit in limits.items():
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise ConfigError(f"{name}={limit!r} is not allowed: give an integer of 1 or more, or None for all rows")
+    check_limits(limits)
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
     check_wish(check_images)
     wishes = check_wishes(input_size, mean, std, interpolation, crop_pct, crop_mode)
@@ -215,7 +184,7 @@ def load_image_data(
         else load_plan(split_file, source.labels, fingerprint, head, lambda split: _buckets(source.images[split]))
     )
     folder = Path(cache or datasets.config.HF_DATASETS_CACHE)
-    used = _limit(plan, source.labels, max_train_samples, max_eval_samples)
+    used = limit_plan(plan, source.labels, max_train_samples, max_eval_samples)
     return replace(_build(source, stored, plan, used, fingerprint, wishes, folder, check_images, progress), head=head)
 
 
@@ -301,10 +270,10 @@ def _build(
             pixels, positions = stores[origin].pixels, stores[origin].positions(rows)
             splits[name] = DecodedSplit(name, labels, indices, preprocessing, pixels, positions)
     return ImageData(
-        source.name,
-        fingerprint,
-        source.class_names,
-        preprocessing,
+        name=source.name,
+        fingerprint=fingerprint,
+        class_names=source.class_names,
+        preprocessing=preprocessing,
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],
@@ -337,10 +306,10 @@ def _streamed(
     preprocessing = splits["train"].preprocessing
     height, width = preprocessing.input_size[1:]
     return ImageData(
-        name,
-        fingerprint,
-        class_names,
-        preprocessing,
+        name=name,
+        fingerprint=fingerprint,
+        class_names=class_names,
+        preprocessing=preprocessing,
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],
@@ -365,20 +334,3 @@ def _digits(size: tuple[int, ...]) -> tuple[Source, dict[str, NDArray[np.uint8]]
     pixels = np.repeat(np.stack([np.asarray(image) for image in enlarged])[..., None], 3, axis=-1)
     source = Source("digits", [str(digit) for digit in range(10)], {"train": labels.astype(np.int64)}, {})
     return source, {"train": pixels}
-
-
-def _limit(
-    plan: SplitPlan, labels: Mapping[str, NDArray[np.int64]], train: int | None, evaluation: int | None
-) -> SplitPlan:
-    """Returns the plan with stratified parts of its splits; the plan itself, and so its held-out rows, stays."""
-    rows, info = dict(plan.rows), dict(plan.info)
-    for name, limit in (("train", train), ("validation", evaluation), ("test", evaluation)):
-        origin, every = plan.rows[name]
-        if limit is None or limit >= len(every):
-            continue
-        part = every[stratified_sample(labels[origin][every], limit, stream=LIMIT_STREAM)]
-        rows[name] = (origin, part)
-        info[name] = {**info[name], "rows": limit, "limited_from": len(every), "digest": rows_digest(part)}
-        if name == "train" and len(np.unique(labels[origin][part])) < 2:
-            raise DataError(f"max_train_samples={limit} leaves a single class: give more rows")
-    return SplitPlan(rows, info)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -34,19 +34,42 @@ from .data_stream import StreamSplit
 Batch = dict[str, Tensor]
 
 
+#: What a batch holds beside the network's inputs.
+_NOT_INPUTS = ("labels", "index")
+
+
+def network_inputs(batch: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """Returns what the network reads of a batch, by the names under which it takes it, on a device."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items() if key not in _NOT_INPUTS}
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How inputs are made of rows, beyond what the data themselves decide.
+
+    Attributes:
+        augmentation: Of images.
+        seed: Of the augmentation.
+        channels_last: Memory format of images.
+    """
+
+    augmentation: Augmentation
+    seed: int = 0
+    channels_last: bool = False
+
+
 class Split(ABC):
-    """Rows of known number with labels; subclasses hold the images.
+    """Rows of known number with labels; subclasses hold what the network reads.
 
     Attributes:
         name: "train", "validation" or "test".
-        labels: Class of every row, int64.
+        labels: Class of every row, int64; of a regression its targets, (N, D) floats.
         indices: Row number in the source split, int64. It stays the same whatever part of the source is used, so a
             sample can be recognised across runs.
-        preprocessing: Turns images into the network's input.
     """
 
-    def __init__(self, name: str, labels: Tensor, indices: Tensor, preprocessing: Preprocessing) -> None:
-        self.name, self.labels, self.indices, self.preprocessing = name, labels, indices, preprocessing
+    def __init__(self, name: str, labels: Tensor, indices: Tensor) -> None:
+        self.name, self.labels, self.indices = name, labels, indices
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,6 +83,29 @@ class Split(ABC):
         return len(self)
 
     @abstractmethod
+    def check_settings(self, settings: BatchSettings) -> None:
+        """Raises :class:`~erde_hub.errors.ConfigError` for settings that these rows cannot have."""
+
+    def arrange(self, order: NDArray[np.int64], batch: int) -> NDArray[np.int64]:
+        """Returns the shuffled order of an epoch with rows moved between batches of that size where it saves work."""
+        return order
+
+    @abstractmethod
+    def inputs(self, positions: NDArray[np.int64], settings: BatchSettings, epoch: int) -> Batch:
+        """Returns what the network reads of these positions in the split, by the names under which it takes it."""
+
+
+class ImageSplit(Split):
+    """A split of images; ``preprocessing`` turns them into the network's input."""
+
+    def __init__(self, name: str, labels: Tensor, indices: Tensor, preprocessing: Preprocessing) -> None:
+        super().__init__(name, labels, indices)
+        self.preprocessing = preprocessing
+
+    def check_settings(self, settings: BatchSettings) -> None:
+        """Images take all of them."""
+
+    @abstractmethod
     def images(self, positions: Sequence[int] | NDArray[np.int64]) -> list[Image.Image]:
         """Returns RGB images of these positions in the split."""
 
@@ -67,8 +113,17 @@ class Split(ABC):
     def pixels(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Returns uint8 (N, H, W, 3) of the network's input size for these positions in the split."""
 
+    def inputs(self, positions: NDArray[np.int64], settings: BatchSettings, epoch: int) -> Batch:
+        """Returns ``pixel_values``, augmented."""
+        index = self.indices[positions].numpy()
+        if settings.augmentation.per_image:
+            values = values_of_images(self.images(positions), self.preprocessing, settings, index, epoch)
+        else:
+            values = values_of_pixels(self.pixels(positions), self.preprocessing, settings, index, epoch)
+        return {"pixel_values": values}
 
-class DecodedSplit(Split):
+
+class DecodedSplit(ImageSplit):
     """A split whose images are in memory as uint8, decoded and resized.
 
     Args:
@@ -97,7 +152,7 @@ class DecodedSplit(Split):
         return self._store[self._positions[positions]]
 
 
-class EncodedSplit(Split):
+class EncodedSplit(ImageSplit):
     """A split whose images stay encoded on disk and are decoded each time they are asked for."""
 
     def __init__(
@@ -115,35 +170,41 @@ class EncodedSplit(Split):
         return self.preprocessing.pixels(self.images(positions))
 
 
-@dataclass(frozen=True)
-class _BatchBuilder:
-    """Turns images or pixels, labels and indices into a batch. Knows no order and keeps no state."""
+def values_of_pixels(
+    pixels: NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    settings: BatchSettings,
+    index: NDArray[np.int64],
+    epoch: int,
+) -> Tensor:
+    """Augments uint8 (N, H, W, 3) of the network's input size and normalises them."""
+    bits = counter_hash(settings.seed, epoch, index, AUGMENT_STREAM)
+    return preprocessing.normalize(settings.augmentation.apply(pixels, bits), settings.channels_last)
 
-    preprocessing: Preprocessing
-    augmentation: Augmentation
-    seed: int
-    channels_last: bool
 
-    def from_pixels(self, pixels: NDArray[np.uint8], labels: Tensor, index: NDArray[np.int64], epoch: int) -> Batch:
-        bits = counter_hash(self.seed, epoch, index, AUGMENT_STREAM)
-        values = self.preprocessing.normalize(self.augmentation.apply(pixels, bits), self.channels_last)
-        return {"pixel_values": values, "labels": labels, "index": torch.from_numpy(index)}
-
-    def from_images(self, images: list[Image.Image], labels: Tensor, index: NDArray[np.int64], epoch: int) -> Batch:
-        if not self.augmentation.per_image or not images:
-            return self.from_pixels(self.preprocessing.pixels(images), labels, index, epoch)
-        transform = self.preprocessing.training_transform(self.augmentation)
-        values = []
-        for image, bits in zip(images, counter_hash(self.seed, epoch, index, AUGMENT_STREAM), strict=True):
-            with isolated_rng(int(bits)):
-                values.append(transform(image))
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        stacked = torch.stack(values).contiguous(memory_format=layout)
-        return {"pixel_values": stacked, "labels": labels, "index": torch.from_numpy(index)}
+def values_of_images(
+    images: list[Image.Image],
+    preprocessing: Preprocessing,
+    settings: BatchSettings,
+    index: NDArray[np.int64],
+    epoch: int,
+) -> Tensor:
+    """Resizes, augments and normalises images of any size."""
+    if not settings.augmentation.per_image or not images:
+        return values_of_pixels(preprocessing.pixels(images), preprocessing, settings, index, epoch)
+    transform = preprocessing.training_transform(settings.augmentation)
+    values = []
+    for image, bits in zip(images, counter_hash(settings.seed, epoch, index, AUGMENT_STREAM), strict=True):
+        with isolated_rng(int(bits)):
+            values.append(transform(image))
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return torch.stack(values).contiguous(memory_format=layout)
 
 
 class BatchLoader:
     """Batches of a split: ``{"pixel_values": (N, 3, H, W) float32, "labels": (N,) int64, "index": (N,) int64}``.
+
+    Texts have ``input_ids`` and ``attention_mask`` (N, L) int64 in place of ``pixel_values``.
 
     Order and augmentation are pure functions of (seed, epoch) and (seed, epoch, sample); no global random generator is
     read or changed. Global batch i is ``order[i * B * W : (i + 1) * B * W]`` for batch size B and world size W, and
@@ -157,7 +218,7 @@ class BatchLoader:
     A streamed split is read in full by every rank, which decodes its own rows only.
 
     Args:
-        split: ``ImageData.train``, ``.validation`` or ``.test``.
+        split: ``train``, ``validation`` or ``test`` of the data.
         batch_size: Rows per process.
         shuffle: New order in every epoch; otherwise the order of the split.
         augment: Name in the table of augmentations; None leaves images as they are.
@@ -165,11 +226,12 @@ class BatchLoader:
         rank: This process.
         world_size: Number of processes.
         drop_last: Leave the short last global batch out.
-        channels_last: Memory format of ``pixel_values``.
+        channels_last: Memory format of ``pixel_values``; for images only.
         num_workers: Processes that prepare batches. Not needed for decoded images; streams use one at most.
 
     Raises:
-        ConfigError: A number out of range, an unknown augmentation, or an epoch without a single batch.
+        ConfigError: A number out of range, an unknown augmentation or one that the rows cannot have, or an epoch
+            without a single batch.
 
     Example:
         >>> loader = BatchLoader(data.train, 128, shuffle=True, augment="crop_flip", drop_last=True)  # doctest: +SKIP
@@ -195,8 +257,9 @@ class BatchLoader:
         _check_integer("num_workers", num_workers, 0)
         self.split, self.batch_size, self.shuffle, self.seed = split, batch_size, shuffle, seed
         self.rank, self.world_size, self.drop_last, self.num_workers = rank, world_size, drop_last, num_workers
-        self.augmentation = get_augmentation(augment)
-        self._builder = _BatchBuilder(split.preprocessing, self.augmentation, seed, channels_last)
+        self._settings = BatchSettings(get_augmentation(augment), seed, channels_last)
+        if isinstance(split, Split):
+            split.check_settings(self._settings)
         self._epoch, self._first_batch = 0, 0
         if split.num_samples is not None and self.num_batches == 0:
             raise ConfigError(
@@ -235,8 +298,10 @@ class BatchLoader:
         return self._batches(self.split, epoch, first)
 
     def _batches(self, split: Split, epoch: int, first: int) -> Iterator[Batch]:
-        order = epoch_order(len(split), self.seed, epoch) if self.shuffle else np.arange(len(split))
-        batches = _EpochBatches(split, self._builder, order, epoch, self._part, self.global_batch_size, len(self))
+        order = np.arange(len(split))
+        if self.shuffle:
+            order = split.arrange(epoch_order(len(split), self.seed, epoch), self.global_batch_size)
+        batches = _EpochBatches(split, self._settings, order, epoch, self._part, self.global_batch_size, len(self))
         if self.num_workers == 0:
             yield from (batches[number] for number in range(first, len(self)))
         else:
@@ -247,7 +312,7 @@ class BatchLoader:
         if self.shuffle:
             shuffle_seed = int(counter_hash(self.seed, epoch, np.array([0]), ORDER_STREAM)[0] >> np.uint64(1))
         batches = _StreamBatches(
-            split, self._builder, shuffle_seed, epoch, self._part, first, self.global_batch_size, self.drop_last
+            split, self._settings, shuffle_seed, epoch, self._part, first, self.global_batch_size, self.drop_last
         )
         if self.num_workers == 0:
             yield from batches
@@ -264,7 +329,7 @@ class _EpochBatches(Dataset[Batch]):
     """One rank's batches of one epoch, each built on its own, here or in a worker."""
 
     split: Split
-    builder: _BatchBuilder
+    settings: BatchSettings
     order: NDArray[np.int64]
     epoch: int
     part: Callable[[int], slice]
@@ -277,10 +342,8 @@ class _EpochBatches(Dataset[Batch]):
     def __getitem__(self, batch: int) -> Batch:
         rows = self.order[batch * self.size : (batch + 1) * self.size]
         positions = rows[self.part(len(rows))]
-        labels, index = self.split.labels[positions], self.split.indices[positions].numpy()
-        if self.builder.augmentation.per_image:
-            return self.builder.from_images(self.split.images(positions), labels, index, self.epoch)
-        return self.builder.from_pixels(self.split.pixels(positions), labels, index, self.epoch)
+        inputs = self.split.inputs(positions, self.settings, self.epoch)
+        return {**inputs, "labels": self.split.labels[positions], "index": self.split.indices[positions]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +351,7 @@ class _StreamBatches(IterableDataset[Batch]):
     """One rank's batches of one pass through a stream, starting at batch ``first``."""
 
     split: StreamSplit
-    builder: _BatchBuilder
+    settings: BatchSettings
     shuffle_seed: int | None
     epoch: int
     part: Callable[[int], slice]
@@ -305,7 +368,8 @@ class _StreamBatches(IterableDataset[Batch]):
             images = [decode(content, self.split.where(row)) for row, content, _ in chunk]
             labels = torch.tensor([label for _, _, label in chunk], dtype=torch.int64)
             index = np.array([row for row, _, _ in chunk], dtype=np.int64)
-            yield self.builder.from_images(images, labels, index, self.epoch)
+            values = values_of_images(images, self.split.preprocessing, self.settings, index, self.epoch)
+            yield {"pixel_values": values, "labels": labels, "index": torch.from_numpy(index)}
 
 
 def _in_workers(batches: Dataset[Batch], numbers: range | None, workers: int) -> Iterator[Batch]:

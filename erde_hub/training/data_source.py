@@ -1,4 +1,4 @@
-"""Opening a data set with ``datasets`` and finding its image and label columns, with errors that say what to do."""
+"""Opening a data set with ``datasets`` and finding its columns, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -63,14 +63,24 @@ def open_source(
             split, rows without label, a single class.
         LabelError: A label outside the classes.
     """
-    name, tables = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir)
-    for split, table in tables.items():
-        if len(table) == 0:
-            raise DataError(f"split {split!r} of {name!r} is empty: give one with rows, or leave it out")
+    name, tables = open_tables(dataset, config_name, cache_dir)
     image, label = find_columns(tables["train"].features, name, image_column, label_column)
     class_names, labels = read_labels(tables, name, label)
     images = {split: EncodedImages(as_images(tables[split], image), image, name, split) for split in labels}
     return Source(name, class_names, labels, images)
+
+
+def open_tables(dataset: str, config_name: str | None, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+    """As :func:`open_dataset`, loaded, with rows in every split.
+
+    Raises:
+        DataError: See :func:`open_dataset`; also an empty split.
+    """
+    name, tables = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir)
+    for split, table in tables.items():
+        if len(table) == 0:
+            raise DataError(f"split {split!r} of {name!r} is empty: give one with rows, or leave it out")
+    return name, tables
 
 
 def open_dataset(
@@ -159,9 +169,32 @@ def find_columns(
             f"image column {image!r} of {dataset!r} is of type {_kind(features[image])}: give a column of images, of"
             " encoded bytes or of paths"
         )
+    return image, _find_label(features, dataset, image, label_column)
+
+
+def find_text_columns(
+    features: Mapping[str, Any], dataset: str, text_column: str | None, label_column: str | None
+) -> tuple[str, str]:
+    """Finds the text and the label column by feature type, or checks the ones that were named.
+
+    Raises:
+        DataError: A named column is not there or has the wrong type; none or several candidates.
+    """
+    candidates = [name for name, kind in features.items() if _is_text(kind) and name != label_column]
+    if len(candidates) > 1:  # labels may be texts too
+        candidates = [name for name in candidates if name not in ("label", "labels")]
+    text = _pick("text", text_column, dataset, features, candidates)
+    if not _is_text(features[text]):
+        raise DataError(
+            f"text column {text!r} of {dataset!r} is of type {_kind(features[text])}: give a column of strings"
+        )
+    return text, _find_label(features, dataset, text, label_column)
+
+
+def _find_label(features: Mapping[str, Any], dataset: str, beside: str, label_column: str | None) -> str:
     candidates = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     if not candidates:
-        candidates = [name for name, kind in features.items() if name != image and _could_be_label(kind)]
+        candidates = [name for name, kind in features.items() if name != beside and _could_be_label(kind)]
         candidates = [name for name in candidates if name == "label"] or candidates
     label = _pick("label", label_column, dataset, features, candidates)
     if not isinstance(features[label], datasets.ClassLabel) and not _could_be_label(features[label]):
@@ -169,7 +202,7 @@ def find_columns(
             f"label column {label!r} of {dataset!r} is of type {_kind(features[label])}: labels of classification are"
             " integers or strings, one per row"
         )
-    return image, label
+    return label
 
 
 def _pick(kind: str, wanted: str | None, dataset: str, features: Mapping[str, Any], candidates: Sequence[str]) -> str:
@@ -193,6 +226,10 @@ def _kind(feature: Any) -> str:
 
 def _is_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image)
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
 def _could_be_image(feature: Any) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from erde_hub._files import write_text
 from erde_hub.errors import DataError
 
-from .augment import SPLIT_STREAM, counter_hash
+from .augment import LIMIT_STREAM, SPLIT_STREAM, counter_hash
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.int64]
@@ -216,6 +216,57 @@ def plan_splits(labels: Mapping[str, Labels], seed: int = 0) -> SplitPlan:
             rules[part] = {"rule": f"stratified half of {source}", "seed": seed}
         left[source], rows[part] = kept, (source, taken)
     return _with_info(rows, rules)
+
+
+def limit_plan(plan: SplitPlan, labels: Mapping[str, Labels], train: int | None, evaluation: int | None) -> SplitPlan:
+    """Returns the plan with stratified parts of its splits; the plan itself, and so its held-out rows, stays.
+
+    Args:
+        plan: The whole splits.
+        labels: Class of every row of each source split.
+        train: Rows to train on at most; None for all.
+        evaluation: Rows of validation, and of test, at most.
+
+    Raises:
+        DataError: A single class is left in train.
+    """
+    rows, info = dict(plan.rows), dict(plan.info)
+    for name, limit in (("train", train), ("validation", evaluation), ("test", evaluation)):
+        origin, every = plan.rows[name]
+        if limit is None or limit >= len(every):
+            continue
+        part = every[stratified_sample(labels[origin][every], limit, stream=LIMIT_STREAM)]
+        rows[name] = (origin, part)
+        info[name] = {**info[name], "rows": limit, "limited_from": len(every), "digest": rows_digest(part)}
+        if name == "train" and len(np.unique(labels[origin][part])) < 2:
+            raise DataError(f"max_train_samples={limit} leaves a single class: give more rows")
+    return SplitPlan(rows, info)
+
+
+def leave_out_copies(plan: SplitPlan, keys: Mapping[str, Sequence[Hashable]]) -> SplitPlan:
+    """Returns the plan without the training rows that occur in validation or test too; train says how many.
+
+    Args:
+        plan: The whole splits.
+        keys: What is compared, for every row of each source split.
+
+    Raises:
+        DataError: No training row is left.
+    """
+    held_out = {keys[source][row] for name in ("validation", "test") for source, row in _each(*plan.rows[name])}
+    source, rows = plan.rows["train"]
+    kept = np.array([row for row in rows if keys[source][row] not in held_out], np.int64)
+    if len(kept) == len(rows):
+        return plan
+    if len(kept) == 0:
+        raise DataError(f"every row of {source!r} occurs in validation or test too: nothing is left to train on")
+    info = {**plan.info["train"], "rows": len(kept), "copies_left_out": len(rows) - len(kept)}
+    info["digest"] = rows_digest(kept)
+    return SplitPlan({**plan.rows, "train": (source, kept)}, {**plan.info, "train": info})
+
+
+def _each(source: str, rows: Rows) -> Iterator[tuple[str, int]]:
+    return ((source, int(row)) for row in rows)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
 from erde_hub.losses import ExitLoss, LossResult, create_loss
+from erde_hub.regression import REGRESSION
 
-from ._checks import all_exits, check_data, check_loss, check_models, exit_names
+from ._checks import all_exits, check_data, check_loss, check_models, exit_names, has_targets
 from ._launch import StopRequest, create_accelerator, run_on_main
 from ._loss_inputs import LossInputs
 from ._meter import StepMeter, Totals, describe_non_finite
@@ -37,12 +38,12 @@ from ._progress import flatten, progress_bar, show
 from ._run_state import Position, gather, identity, restore, save
 from ._setup import count_steps, create_optimizer, place_models
 from .arguments import DistillationArguments
-from .data_loader import BatchLoader
+from .data_loader import BatchLoader, network_inputs
 from .run_folder import CHECKPOINTS, check_run_folder
 from .schedules import create_schedule
 
 if TYPE_CHECKING:
-    from .data import ImageData
+    from .data_base import LabelledData
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +101,12 @@ class Distiller:
     share, and the running statistics that are validated and saved are those of rank 0.
 
     Args:
-        student: An :class:`~erde_hub.EarlyExitWrapper`, or any module that maps images to logits (one exit).
-        data: Training and validation split (:func:`~erde_hub.training.load_image_data`).
+        student: An :class:`~erde_hub.EarlyExitWrapper`, or any module that maps images, or texts, to logits (one exit).
+        data: Training and validation split (:func:`~erde_hub.training.data.load_image_data`,
+            :func:`~erde_hub.training.data_text.load_text_data`).
         args: Everything else.
-        loss: A loss or its key; ``"ce"`` with ``teacher=None`` trains a teacher or a static student.
+        loss: A loss or its key; ``"ce"`` with ``teacher=None`` trains a teacher or a static student, ``"mse"`` a model
+            with ``problem_type="regression"`` on data whose labels are floats.
         teacher: The model that the loss learns from.
         accelerator: For scripts that train twice (:func:`~erde_hub.training.create_accelerator`); built if None.
         callbacks: Called in order.
@@ -121,7 +124,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        data: ImageData,
+        data: LabelledData,
         args: DistillationArguments,
         loss: ExitLoss | str = "erde",
         teacher: nn.Module | None = None,
@@ -140,7 +143,7 @@ class Distiller:
             )
         check_models(student, teacher, data)
         check_data(data)
-        self.teacher_exits = check_loss(self.loss, student, teacher, args)
+        self.teacher_exits = check_loss(self.loss, student, teacher, args, has_targets(data))
         self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data.train, args.seed)
         place_models(student, teacher, self.loss, args, accelerator.device)
         self.train_loader = self._loader(data.train, train=True, augment=self.augment)
@@ -171,6 +174,7 @@ class Distiller:
             ConfigError: The run to resume was started with other settings, data or teacher.
         """
         args, accelerator, position = self.args, self.accelerator, self.position
+        self.loss_inputs.check_epochs(self.epochs)
         with self._prepared() as student, self.loss_inputs.watching(), StopRequest() as stop, progress_bar(self) as bar:
             started = time.perf_counter() - position.seconds
             while position.step < self.total_steps and position.epoch < self.epochs:
@@ -220,14 +224,14 @@ class Distiller:
     def training_step(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[LossResult, Sequence[Tensor]]:
         """Runs forward and backward on one batch and returns the loss and the student's logits per exit."""
         accelerator = self.accelerator
-        images = batch["pixel_values"] = batch["pixel_values"].to(accelerator.device, non_blocking=True)
+        inputs = network_inputs(batch, accelerator.device)
         labels = batch["labels"] = batch["labels"].to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             teacher_logits = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_logits = all_exits(self.teacher, images)
-            logits = all_exits(student, images)
+                    teacher_logits = all_exits(self.teacher, inputs)
+            logits = all_exits(student, inputs)
         result = self.loss(logits, teacher_logits, labels, **self.loss_inputs.of(batch))
         accelerator.backward(result.loss)
         if accelerator.sync_gradients:
@@ -236,7 +240,10 @@ class Distiller:
 
     @torch.no_grad()
     def evaluate(self, split: Any = None) -> dict[str, Any]:
-        """Returns accuracy and mean NLL per exit on a split (the validation split), of the averaged weights if any."""
+        """Returns accuracy and mean NLL per exit on a split (the validation split), of the averaged weights if any.
+
+        Of a regression: the mean absolute and the mean squared error, ``mae`` and ``mse``.
+        """
         accelerator, device = self.accelerator, self.accelerator.device
         model: nn.Module = self.student if self.average is None else self.average.module
         if self.sharded:
@@ -252,14 +259,20 @@ class Distiller:
             if not len(labels):  # the last global batch may have fewer rows than there are processes
                 continue
             with accelerator.autocast():
-                logits = torch.stack(list(all_exits(model, batch["pixel_values"].to(device)))).float()
-            sums[0] += (logits.argmax(-1) == labels).sum(1)
-            sums[1] += F.cross_entropy(
-                logits.permute(1, 2, 0), labels[:, None].expand(-1, len(logits)), reduction="none"
-            ).sum(0)
+                logits = torch.stack(list(all_exits(model, network_inputs(batch, device)))).float()
+            if self.loss.task == REGRESSION:
+                errors = logits - labels.view_as(logits[0])
+                sums[0] += errors.abs().mean(-1).sum(1)
+                sums[1] += errors.square().mean(-1).sum(1)
+            else:
+                sums[0] += (logits.argmax(-1) == labels).sum(1)
+                sums[1] += F.cross_entropy(
+                    logits.permute(1, 2, 0), labels[:, None].expand(-1, len(logits)), reduction="none"
+                ).sum(0)
             sums[2] += len(labels)
-        correct, nll, count = accelerator.reduce(sums, "sum")
-        return {"accuracy": (correct / count).tolist(), "nll": (nll / count).tolist()}
+        first, second, count = accelerator.reduce(sums, "sum")
+        names = ("mae", "mse") if self.loss.task == REGRESSION else ("accuracy", "nll")
+        return {names[0]: (first / count).tolist(), names[1]: (second / count).tolist()}
 
     @property
     def sharded(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from erde_hub.losses import ReadoutWeight
 
 from ._checks import all_exits
 from ._features import FeatureTap
+from .data_loader import network_inputs
 
 if TYPE_CHECKING:
     from .distiller import Distiller
@@ -109,22 +110,22 @@ class ReadoutRounds:
     def _answers(
         self, distiller: Distiller, student: nn.Module, head: nn.Module | None, batch: dict[str, Tensor]
     ) -> Tensor:
-        images = batch["pixel_values"].to(distiller.accelerator.device, non_blocking=True)
+        inputs = network_inputs(batch, distiller.accelerator.device)
         exit_ = self.weight.readout_exit
         if head is None:
             with distiller.accelerator.autocast():
-                return all_exits(student, images)[exit_]
-        feature = self._feature(distiller, student, images)
+                return all_exits(student, inputs)[exit_]
+        feature = self._feature(distiller, student, inputs)
         with distiller.accelerator.autocast():
             return head(feature)
 
-    def _feature(self, distiller: Distiller, student: nn.Module, images: Tensor) -> Tensor:
+    def _feature(self, distiller: Distiller, student: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the head of the exit reads, detached and in the backbone's own layout."""
         tap = self.tap
         if tap is None:
             raise ConfigError("features are read for readout_source='head' only")
         with torch.no_grad(), tap.watching(), distiller.accelerator.autocast():
-            all_exits(student, images)
+            all_exits(student, inputs)
             feature = tap.take()[self.weight.readout_exit]
         if feature is None:
             raise ConfigError(f"exit {self.weight.readout_exit} of {type(student).__name__} was not reached")
@@ -143,7 +144,7 @@ class ReadoutRounds:
             for pass_ in range(weight.readout_epochs):
                 loader.set_epoch(epoch * weight.readout_epochs + pass_)
                 for batch in loader:
-                    feature = self._feature(distiller, student, batch["pixel_values"].to(accelerator.device))
+                    feature = self._feature(distiller, student, network_inputs(batch, accelerator.device))
                     with accelerator.autocast():
                         logits = head(feature)
                     F.cross_entropy(logits.float(), batch["labels"].to(accelerator.device)).backward()

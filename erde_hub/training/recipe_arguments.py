@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from erde_hub.errors import unknown_argument, unknown_name
+from erde_hub.errors import ConfigError, unknown_argument, unknown_name
 from erde_hub.heads import list_heads
 from erde_hub.losses import (
     ExitLoss,
@@ -47,12 +47,19 @@ class DataArguments:
     image_column: str | None = field(
         default=None, metadata={"help": "column with the images; default: found by its feature type"}
     )
+    text_column: str | None = field(
+        default=None, metadata={"help": "column with the texts; default: found by its feature type"}
+    )
     label_column: str | None = field(
         default=None, metadata={"help": "column with the classes; default: found by its feature type"}
     )
     image_size: int | None = field(
         default=None,
         metadata={"help": "height and width of the network's input (pixels); default: the teacher's, or the data's"},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "longest text (tokens), longer ones are cut; default: the teacher's, or 128"},
     )
     streaming: bool = field(
         default=False, metadata={"help": "read rows one after another, for sets larger than the disk"}
@@ -69,10 +76,24 @@ class DataArguments:
         default=None, metadata={"help": "folder for downloads and decoded images; default: that of datasets"}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "train on a stratified part of so many images; default: all"}
+        default=None, metadata={"help": "train on a stratified part of so many samples; default: all"}
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "validate and test on stratified parts of so many images; default: all"}
+        default=None, metadata={"help": "validate and test on stratified parts of so many samples; default: all"}
+    )
+
+
+@dataclass
+class TrainedDataArguments(DataArguments):
+    """Which data, and which part of them, for a checkpoint whose run says what it was trained on."""
+
+    dataset: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "'digits' (comes with scikit-learn), a Hub name such as uoft-cs/cifar10, or a local folder that"
+            " datasets.load_dataset reads (parquet, or one folder of images per class); default: what the checkpoint"
+            " was trained on, where its results.json names something that can be found again"
+        },
     )
 
 
@@ -123,12 +144,19 @@ class TeacherArguments:
     """The network of the teacher; also what ``train_teacher.py`` trains."""
 
     teacher_architecture: str = field(
-        default="resnet18_cifar", metadata={"help": "timm name of the teacher that is trained"}
+        default="resnet18_cifar",
+        metadata={
+            "help": "timm name of the teacher that is trained; for texts a folder or Hub repository with a transformers"
+            " encoder, whose tokenizer is used"
+        },
     )
     teacher_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "creation arguments of that network, e.g. width=32"}
+        default_factory=dict,
+        metadata={"help": "creation arguments of that network, e.g. width=32, or num_hidden_layers=4 of an encoder"},
     )
-    teacher_pretrained: bool = field(default=False, metadata={"help": "start from the weights that timm has for it"})
+    teacher_pretrained: bool = field(
+        default=False, metadata={"help": "start from the weights that timm, the folder or the repository has for it"}
+    )
     teacher_exit_points: list[str] | None = field(
         default=None, metadata={"help": "exits of the teacher that is trained; default: as --exits"}
     )
@@ -150,14 +178,25 @@ def weights_of_samples(*, readout: bool) -> list[str]:
 
 
 @dataclass
-class StudentArguments:
+class StudentNetworkArguments:
+    """The network of the student."""
+
+    student_architecture: str = field(
+        default="resnet10_cifar", metadata={"help": "timm name of the student; for texts as --teacher_architecture"}
+    )
+    student_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "creation arguments of that network, e.g. width=16, or num_hidden_layers=3 of an encoder"},
+    )
+    student_pretrained: bool = field(
+        default=False, metadata={"help": "start from the weights that timm, the folder or the repository has for it"}
+    )
+
+
+@dataclass
+class StudentArguments(StudentNetworkArguments):
     """The network of the student, what it learns from and how."""
 
-    student_architecture: str = field(default="resnet10_cifar", metadata={"help": "timm name of the student"})
-    student_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "creation arguments of that network, e.g. width=16"}
-    )
-    student_pretrained: bool = field(default=False, metadata={"help": "start from the weights that timm has for it"})
     teacher: str | None = field(
         default=None,
         metadata={
@@ -193,13 +232,19 @@ class StudentArguments:
         Raises:
             ConfigError: ``sample_weight``, ``readout`` or ``extra_terms`` names something else.
         """
-        for flag, readout in (("sample_weight", False), ("readout", True)):
-            name, allowed = getattr(self, flag), weights_of_samples(readout=readout)
-            if name is not None and name not in allowed:
-                raise unknown_name(flag, name, allowed)
-        for name in self.extra_terms or []:
-            if name not in list_additions(ExtraTerm):
-                raise unknown_name("extra term", name, list_additions(ExtraTerm))
+        allowed = {
+            "sample_weight": weights_of_samples(readout=False),
+            "readout": weights_of_samples(readout=True),
+            "extra_terms": list_additions(ExtraTerm),
+        }
+        given = [("sample_weight", self.sample_weight), ("readout", self.readout)]
+        for flag, name in (*given, *(("extra_terms", name) for name in self.extra_terms or [])):
+            if name is None or name in allowed[flag]:
+                continue
+            meant = next((other for other, names in allowed.items() if name in names), None)
+            if meant is not None:
+                raise ConfigError(f"{flag} does not take {name!r}: give it as {meant}")
+            raise unknown_name(flag, name, allowed[flag])
         return [name for name in (*(self.extra_terms or []), self.sample_weight, self.readout) if name is not None]
 
 

@@ -128,7 +128,7 @@ def test_the_smallest_bound_is_the_inverse():
 
 
 def test_fixed_sequence_is_mapies():
-    from erde_hub.calibration.thresholds import certify  # noqa: PLC0415
+    from erde_hub.calibration._certify import certify  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from calibration_fakes import make_logits
+from engine_fakes import resnet8
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper
 from erde_hub.calibration import (
@@ -250,8 +251,7 @@ def test_bad_data_are_refused():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", num_classes=4, width=4)
-    return EarlyExitWrapper(backbone, exits=["layer1", "layer2"], head="linear", backbone_kwargs={"width": 4}).eval()
+    return resnet8(4, head="linear").eval()
 
 
 @pytest.fixture

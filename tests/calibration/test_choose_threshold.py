@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 from calibration_fakes import make_records
+from engine_fakes import resnet8
 
-from erde_hub.calibration import ThresholdChoice, choose_threshold
+from erde_hub.calibration import TemperatureCalibrator, ThresholdChoice, choose_threshold
 from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
-from erde_hub.evaluation import ExitRecords, route_records
+from erde_hub.evaluation import ExitRecords, collect_exit_records, route_records
+from erde_hub.policies import EEFPPolicy, EENetPolicy, SetSizePolicy
 
 RECORDS = make_records(400)
 
@@ -52,7 +55,7 @@ def test_a_wider_bound_or_a_lower_confidence_saves_more():
     sure = choose_threshold(RECORDS, max_accuracy_drop=0.04, confidence=0.99)
     unsure = choose_threshold(RECORDS, max_accuracy_drop=0.04, confidence=0.6)
     assert sure.saving < unsure.saving <= unsure.possible_saving
-    assert "without any confidence" in sure.advice
+    assert "a bolder threshold, which saves" in sure.advice
 
 
 def test_the_same_records_give_the_same_choice():
@@ -60,7 +63,7 @@ def test_the_same_records_give_the_same_choice():
     first = choose_threshold(RECORDS, **args)
     torch.manual_seed(99)
     assert choose_threshold(RECORDS, **args) == first
-    assert first.tested == 240
+    assert first.tested == 320
 
 
 def test_reports_go_into_json_and_come_back():
@@ -78,6 +81,23 @@ def test_reports_go_into_json_and_come_back():
     ):
         with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
             ThresholdChoice.from_dict(damaged)
+
+
+def test_a_choice_is_stored_in_the_model_whose_records_it_was_made_on_and_in_no_other():
+    model = resnet8(10, head="linear").eval()
+    images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 10
+    records = collect_exit_records(model, [(images, labels)], progress=False)
+    choice = choose_threshold(records, max_accuracy_drop=0.5, confidence=0.9)
+    choice.store(model)
+    assert model.threshold == choice.threshold
+    assert model.config.threshold_profile["fingerprint"] == records.fingerprint
+    with torch.no_grad():
+        model.backbone.fc.bias.add_(1)
+    with pytest.raises(RecordsError, match="chosen on records that were not collected with this model"):
+        choice.store(model)
+    choose_threshold(dataclasses.replace(records, fingerprint=""), max_accuracy_drop=0.5).store(model)
+    with pytest.raises(ConfigError, match="chosen for the policy 'margin', the model has 'entropy'"):
+        choose_threshold(dataclasses.replace(records, fingerprint=""), "margin", max_accuracy_drop=0.5).store(model)
 
 
 def test_names_and_facts_of_the_records_are_in_the_report():
@@ -130,6 +150,13 @@ def test_data_that_cannot_calibrate_are_refused():
     with pytest.raises(DataError, match="class 'c4' has no sample"):
         choose_threshold(lacking, max_accuracy_drop=0.1)
     assert choose_threshold(lacking, max_accuracy_drop=0.1, allow_missing_classes=True).samples == len(lacking)
+    for fit in (EEFPPolicy.fit, EENetPolicy.fit, SetSizePolicy.fit, TemperatureCalibrator.fit):
+        with pytest.raises(DataError, match="of the training split"):
+            fit(make_records(100, split="train"))
+        with pytest.raises(DataError, match="12 samples are too few"):
+            fit(make_records(12))
+        with pytest.raises(DataError, match="1 of 400 samples were trained on"):
+            fit(RECORDS, training_index=[3])
     one = ExitRecords(**{**vars(RECORDS), "logits": RECORDS.logits[-1:], "exit_names": ["c"], "cumulative_macs": [1]})
     with pytest.raises(RecordsError, match="no early exit"):
         choose_threshold(one, max_accuracy_drop=0.1)

@@ -17,15 +17,15 @@ from erde_hub.calibration._search import (
     at_most,
     best_per_exit,
     grid_tables,
-    pareto_path,
     shared_curve,
     within,
 )
+from erde_hub.calibration._walk import find_factors, walk
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import route_records, sweep_thresholds
 from erde_hub.policies import create_policy
-from erde_hub.policies.offline import score_exits
+from erde_hub.policies.offline import exit_indices, score_exits
 
 
 def evaluate(ranks, losses, costs, levels):
@@ -100,9 +100,47 @@ def test_many_exits_are_searched_with_pruning():
     _, loss, cost = _pruned_front(ranks, losses, costs, [start] * 8)
     assert (loss[:-1] <= loss[1:]).all()
     assert (cost[:-1] > cost[1:]).all()
-    path = pareto_path(ranks, losses, costs, 10, 0.05)
-    assert path[0] == (math.inf,) * 8
-    assert 2 <= len(path) <= 11
+
+
+@pytest.mark.parametrize("name", ["entropy", "confidence", "margin", "patience"])
+def test_a_walk_goes_from_nobody_to_everybody_and_an_exit_never_turns_back(name):
+    policy, records = create_policy(name), make_records(300, exits=4)
+    scores = score_exits(records.logits, policy)
+    path = walk(policy, policy.grid(10, 3), [0.5, 1.0, 0.0])
+    leaving = torch.stack(
+        [torch.stack([policy.compare(s, t) for s, t in zip(scores, row, strict=True)]) for row in path]
+    )
+    assert (exit_indices(scores, policy, path[0]) == 3).all()
+    assert (leaving[1:] >= leaving[:-1]).all()
+    assert not leaving[:, 2].any()
+    if name != "patience":  # no exit can follow one that does not exist
+        assert leaving[-1, 1].all()
+        assert not leaving[-1, 0].all()
+    given = [policy.never_threshold, *policy.grid(10, 3)[1::7]]
+    values = {value for row in walk(policy, given, [0.3, 0.8, 1.0], between=False) for value in row}
+    assert values <= set(given)
+
+
+def test_factors_are_those_that_save_most():
+    records = make_records(2000)
+    policy = create_policy("confidence")
+    scores = score_exits(records.logits, policy)
+    losses, _ = exit_losses(records.logits, records.labels, "accuracy_drop")
+    costs = torch.tensor(records.cumulative_macs).double()
+    grid = policy.grid(10, 2)
+
+    def saving(factors):
+        index = torch.stack([exit_indices(scores, policy, row) for row in walk(policy, grid, factors)])
+        loss, cost = losses.gather(0, index).mean(1), costs[index].mean(1)
+        return -sum(float(cost[loss <= 0.01 * level].min()) for level in (0.5, 1, 2, 4))
+
+    found = find_factors(scores, losses, costs, policy, grid, 0.01)
+    assert max(found) == 1
+    assert saving(found) >= max(saving(f) for f in ([1.0, 1.0], [0.5, 1.0], [1.0, 0.5], [0.2, 1.0])) - 1e-9
+    assert saving(found) > saving([1.0, 1.0])
+    useless = losses.clone()
+    useless[0] = 1.0
+    assert find_factors(scores, useless, costs, policy, grid, 0.01)[0] == 0, "an exit that is always wrong stays shut"
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -78,6 +78,16 @@ def test_shows_everything_that_was_run():
     assert axes.get_xlim()[1] < 6  # the teacher's cost does not squeeze the student's curve
 
 
+def test_the_stored_threshold_is_marked():
+    results = make_results()
+    point = {**results["sweep"][1], "threshold": 0.25}
+    _, axes = draw({**results, "operating_point": point})
+    assert "stored threshold, θ=0.25" in legend(axes)
+    ring = axes.lines[[line.get_label() for line in axes.lines].index("stored threshold, θ=0.25")]
+    assert ring.get_xydata().tolist() == [[point["mean_macs"] / 1e6, 100 * point["accuracy"]]]
+    assert ring.get_markerfacecolor() == "none"
+
+
 def test_a_teacher_of_similar_cost_is_a_point_and_none_is_nothing():
     _, axes = draw(make_results(teacher_macs=6_000_000))
     assert axes.get_xlim()[1] > 6

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import erde_hub
-from erde_hub.errors import CheckpointWriteError, ResultsError
+from erde_hub.errors import CheckpointWriteError, RecordsError, ResultsError
 from erde_hub.evaluation import (
     ExitRecords,
     build_results,
@@ -25,6 +25,7 @@ from erde_hub.evaluation import (
     sweep_thresholds,
     validate_results,
 )
+from erde_hub.prediction_sets import ConformalClassifier
 
 
 def make_records(exits=3, seed=0, info=None):
@@ -294,3 +295,20 @@ def test_file_round_trip(tmp_path):
     path.write_text("{")
     with pytest.raises(ResultsError, match="not JSON"):
         load_results(path)
+
+
+def test_coverage_and_set_size_come_from_sets_fitted_on_held_out_records():
+    held_out = make_records(seed=1, info={"split": "validation"})
+    results = build_results(make_records(), make_model(), make_data(), {}, held_out=held_out, set_alpha=0.2)
+    facts = {"method": "split conformal, APS", "alpha": 0.2, "split": "validation", "samples": 60}
+    assert results["metrics"]["sets"] == facts
+    sets = ConformalClassifier.fit(held_out, 0.2).sets(make_records().logits)
+    for key in ("per_exit", "sweep", "fine_sweep"):
+        assert all(0 <= row["coverage"] <= 1 and 1 <= row["set_size"] <= 10 for row in results[key])
+    assert results["per_exit"][-1]["set_size"] == pytest.approx(sets[-1].sum(-1).double().mean().item())
+    assert "coverage" in results["operating_point"]
+    assert "sets" not in build_results(make_records(), make_model(), make_data(), {})["metrics"]
+    with pytest.raises(RecordsError, match="cannot be fitted on the split that is reported, 'test'"):
+        build_results(make_records(), make_model(), make_data(), {}, held_out=make_records(info={"split": "test"}))
+    with pytest.raises(RecordsError, match="different models"):
+        build_results(make_records(), make_model(), make_data(), {}, held_out=make_records(exits=2))

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_fakes import PLAIN, make_policy
 
-from erde_hub.errors import CheckpointWriteError, ConfigError, InputTypeError, ThresholdError, UnknownNameError
+from erde_hub.errors import (
+    CheckpointWriteError,
+    ConfigError,
+    InputTypeError,
+    ShapeError,
+    ThresholdError,
+    UnknownNameError,
+)
 from erde_hub.evaluation import (
     ExitRecords,
     accuracy_at_cost,
@@ -243,11 +250,11 @@ def test_fine_thresholds_of_other_policies():
         def score(self, log_probs):
             return 10 * log_probs[-1, :, 0]
 
-    rows = sweep_thresholds(records, policy=Learned())  # no round steps exist: the fine ones are taken
+    rows = sweep_thresholds(records, policy=Learned())  # no round steps exist: a few quantiles are taken
     shares = [row["exit_share"] for row in rows]
     assert shares[0] == [1, 0, 0, 0]
     assert shares[-1] == [0, 0, 0, 1]
-    assert len(rows) > 20
+    assert 10 < len(rows) < 20
     assert rows[0]["threshold"] < 0
 
 
@@ -363,3 +370,39 @@ def test_a_large_sweep_agrees_with_its_first_rows():
     whole, few = route_records(records, "entropy", 1.0), route_records(part, "entropy", 1.0)
     assert torch.equal(whole[0][:500], few[0])
     assert all(abs(sum(row["exit_share"]) - 1) < 1e-9 for row in sweep_thresholds(records, fine_thresholds(records)))
+
+
+def test_sets_and_failure_prediction_of_routed_samples():
+    records = make_records(samples=200)
+    sets = records.logits.softmax(-1) > 0.08
+    rows = sweep_thresholds(records, [0.3, 0.9, 1.7], sets=sets)
+    for row in rows:
+        index, _ = route_records(records, "entropy", row["threshold"])
+        own = sets[index, torch.arange(200)]
+        assert row["set_size"] == pytest.approx(own.sum(1).double().mean().item())
+        assert row["coverage"] == pytest.approx(own[torch.arange(200), records.labels].double().mean().item())
+        right = records.logits.argmax(-1) == records.labels
+        good, bad = [], []  # confidences at the exits that samples come to
+        for n in range(200):
+            for e in range(min(int(index[n]) + 1, 2)):
+                leave = bool(right[e, n]) or not bool(right[e:, n].any())
+                (good if leave else bad).append(float(records.logits[e, n].softmax(0).max()))
+        wins = sum((a > b) + 0.5 * (a == b) for a in good for b in bad)
+        assert row["eefp"] == pytest.approx(wins / (len(good) * len(bad)))
+    per_exit = per_exit_metrics(records, sets=sets)
+    assert [row["set_size"] for row in per_exit] == pytest.approx(sets.sum(-1).double().mean(1).tolist())
+    assert "coverage" not in sweep_thresholds(records, [0.3])[0]
+    assert sweep_thresholds(make_records(exits=1), [0.3])[0]["eefp"] is None
+    with pytest.raises(ShapeError, match=r"sets must be \(exits, samples, classes\)"):
+        sweep_thresholds(records, [0.3], sets=sets[:, :50])
+    with pytest.raises(InputTypeError, match="sets must be bool"):
+        sweep_thresholds(records, [0.3], sets=sets.float())
+
+
+def test_steps_at_which_everybody_leaves_occur_once():
+    assert step_thresholds("entropy", 2, 2) == [0, 0.2, 0.4, 0.6, 0.8]  # log 2 is 0.69
+    assert step_thresholds("entropy", 2, 10) == step_thresholds("entropy", 2)
+    assert step_thresholds("confidence", 2, 4) == [0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, math.inf]
+    assert step_thresholds("margin", 2, 4) == step_thresholds("margin", 2)
+    rows = sweep_thresholds(make_records(classes=3, samples=300))
+    assert len({row["mean_macs"] for row in rows}) == len(rows)

@@ -187,13 +187,29 @@ def test_tokens_of_the_paper_branch_are_normalised_and_rectified():
     assert module.fc.in_features == 6
 
 
+def test_tokens_are_averaged_where_the_backbone_reads_a_class_token():
+    spec = FeatureSpec(6, "NLC", (), "token", 1, masked=True)
+    head, same = (create_head("fc", spec, 5, pool=pool).eval() for pool in ("mean", "adaptive"))
+    head.load_state_dict(same.state_dict())
+    x, mask = torch.randn(3, 4, 6), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    assert torch.equal(same(x, mask), same(x[:, :1], mask[:, :1]))
+    assert not torch.allclose(head(x, mask)[0], same(x, mask)[0])
+    assert torch.allclose(head(x, mask)[2], same(x, mask)[2])  # no other token
+    other = x.clone()
+    other[1, 2:] = 100.0  # padding
+    assert torch.equal(head(other, mask)[1], head(x, mask)[1])
+    with pytest.raises(ConfigError, match=r"NLC, pool 'none'\) has none to average"):
+        create_head("fc", FeatureSpec(6, "NLC", (), "none"), 5, pool="mean")
+
+
 # Bad input
 
 
 @pytest.mark.parametrize(
     ("head", "kwargs", "words"),
     [
-        ("fc", {"pool": "max"}, "adaptive, kernel, got 'max'"),
+        ("fc", {"pool": "max"}, "adaptive, kernel, mean, got 'max'"),
+        ("fc", {"pool": "mean"}, r"this exit \(NCHW, pool 'avg'\) has none to average"),
         ("fc", {"dropout": 1.0}, "got 1.0"),
         ("fc", {"dropout": -0.1}, r"got -0\.1"),
         ("fc", {"dropout": "half"}, "got 'half'"),

@@ -132,8 +132,9 @@ def test_local_data_and_a_known_base_model():
 
 def test_text_holds_the_numbers_in_one_format():
     _, text = split_card(render_model_card(make_results(), repo_id="org/name"))
-    assert "| layer2 | 87.0 | 22.0 | 0.040 | 0.500 |" in text
-    assert "| 0.4 | 91.5 | 24.0 | 48.0 | 50.0 / 25.0 / 25.0 | 0.031 | 0.250 |" in text
+    assert "| layer2 | 87.0 | 22.0 | 0.500 | - | 0.040 | - | - |" in text
+    assert "| 0.4 | 91.5 | 24.0 | 48.0 | 50.0 / 25.0 / 25.0 |" in text
+    assert "| 0.4 | 0.250 | 0.100 | 0.031 | - | - |" in text
     assert "**91.5 % accuracy at 24.0 MMACs**" in text
     # From the fine sweep: 0.9104 loses less than a point, 0.88 more.
     assert "threshold 0.53: 91.0 % at 20.0 MMACs, 40.0 % of the full cost" in text
@@ -157,6 +158,19 @@ def test_text_holds_the_numbers_in_one_format():
     assert "Latency was not measured" in text
 
 
+def test_every_metric_is_shown_per_exit_and_per_threshold():
+    more = {"top5": 0.987, "brier": 0.2, "aurc": 0.061, "eefp": 0.81, "coverage": 0.905, "set_size": 2.345}
+    results = make_results()
+    results["per_exit"] = [row | more for row in results["per_exit"]]
+    results["sweep"] = [row | more | {"eefp": None} for row in results["sweep"]]
+    facts = {"method": "split conformal, APS", "alpha": 0.1, "split": "validation", "samples": 5000}
+    results["metrics"]["sets"] = facts
+    text = render_model_card(results)
+    assert "| layer2 | 87.0 | 98.7 | 22.0 | 0.500 | 0.200 | 0.040 | 0.061 | 0.810 | 90.5 | 2.35 |" in text
+    assert "| 0.4 | 98.7 | 0.250 | 0.200 | 0.031 | 0.061 | - | 90.5 | 2.35 |" in text
+    assert "(split conformal, APS, fitted on 5,000 validation images so that each exit alone reaches 90.0 %)" in text
+
+
 def test_says_how_the_stored_threshold_was_chosen():
     choice = {"rule": "cheapest within a point", "split": "validation", "samples": 5000}
     text = render_model_card(make_results(threshold_choice=choice))
@@ -168,7 +182,7 @@ def test_says_how_the_stored_threshold_was_chosen():
 def test_tables_are_well_formed():
     _, text = split_card(render_model_card(make_results()))
     tables = re.findall(r"(?:^\|.*\|$\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         rows = [re.split(r"(?<!\\)\|", row) for row in table.splitlines()]
         assert len({len(row) for row in rows}) == 1, table

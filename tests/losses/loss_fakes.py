@@ -9,9 +9,14 @@ from erde_hub.losses import EGADLoss, FeatureTerm, ReadoutWeight, SelfDistillati
 WIDTHS = (3, 4)  # channels of the student's and of the teacher's features
 
 
+#: One loss with everything that can join it.
+COMBINED = "erde+ea_kd+dedier+feature+self"
+
+
 def create_loss(name, **arguments):
-    """A loss that is ready to be called, for up to four exits."""
-    return ready(losses.create_loss(name, **arguments))
+    """A loss, and what joins it after a plus, that is ready to be called, for up to four exits."""
+    name, *additions = name.split("+")
+    return ready(losses.create_loss(name, **arguments).add(*map(losses.create_addition, additions)))
 
 
 def ready(loss, exits=4):
@@ -40,7 +45,9 @@ def features(index, exits, width):
 
 
 def call(loss, student, teacher, labels, index=None):
-    """Calls a loss with stable numbers of the samples, and with features where it compares them."""
+    """Calls a loss with stable numbers of the samples, with features where it compares them, with what it learns."""
+    if loss.task == "regression":  # a column per class, 1 at the label's
+        labels = nn.functional.one_hot(labels, student[0].shape[1]).float()
     index = torch.arange(len(student[0])) if index is None else index
     extra = {}
     if loss.reads_features:

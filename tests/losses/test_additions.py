@@ -95,8 +95,8 @@ def test_several_weights_multiply():
     assert result.exit_terms["per_exit_weight"].tolist() == [0.0, 1.0, 2.0]
 
 
-def test_weights_and_masks_are_gathered():
-    """A weight times a mask, over the samples under the mask: 2 x 3 x 1 + 2 x 5 x 0, by hand."""
+def test_weights_do_not_count_among_the_samples_under_a_mask():
+    """A weight times a mask, over the samples under the mask: (2 x 3 x 1 + 2 x 5 x 0) / 1, by hand."""
 
     class Half(losses.ExitLoss):
         needs_teacher = False
@@ -170,6 +170,14 @@ def test_self_distillation_needs_an_earlier_exit():
 
 
 # Features
+
+
+def test_arguments_of_the_feature_term_are_those_of_the_loss():
+    loss = FeatureKDLoss(feature_weight=2, feature_size=3)
+    assert (loss.feature_weight, loss.projection, loss.feature_size) == (2.0, "linear", 3)
+    assert loss.extra_terms[0].settings() == {"feature_weight": 2.0, "projection": "linear", "feature_size": 3}
+    with pytest.raises(ConfigError, match="FeatureKDLoss has nothing to train: kl_weight, ce_weight are all 0"):
+        FeatureKDLoss(kl_weight=0, ce_weight=0)
 
 
 def test_features_of_two_networks_through_a_projection():
@@ -246,6 +254,12 @@ def test_features_that_do_not_fit_are_refused():
         FeatureTerm(projection="none").build([None, 2], [None, 3])
     with pytest.raises(ConfigError, match="no pair of exits has features on both sides"):
         FeatureTerm().build([None, 2], [3, None])
+    with pytest.raises(ConfigError, match="student_widths has 2 entries and teacher_widths 1: give both one per"):
+        FeatureTerm().build([2, None], [3])
+    with pytest.raises(InputTypeError, match=r"student_widths must be a list .*, got 2; .* a list of one"):
+        FeatureTerm().build(2, 3)
+    with pytest.raises(ConfigError, match=r"teacher_widths\[0\] must be at least 1, got 0"):
+        FeatureTerm().build([2], [0])
 
 
 def test_projections_travel_with_the_loss_and_nothing_else():

@@ -148,6 +148,22 @@ def test_an_exit_that_is_read_is_not_weighed_itself():
         torch.testing.assert_close(ratio, torch.tensor(expected))
 
 
+def test_a_sample_that_two_processes_hold_counts_once(monkeypatch):
+    """As where a loader fills up the last batch of each process; both send the same rows here."""
+    labels = torch.arange(6) % 4
+    logits = wrong_everywhere(labels)
+    logits[3] = 50.0 * torch.nn.functional.one_hot(labels[3], 4)  # right
+    alone, both = ReadoutWeight(), ReadoutWeight()
+    for weight in (alone, both):
+        weight.allocate(6)
+    expected = alone.update(torch.arange(6), logits, labels)
+    distributed = {"is_available": lambda: True, "is_initialized": lambda: True, "get_world_size": lambda: 2}
+    for name, function in {**distributed, "all_reduce": lambda tensor: tensor.mul_(2)}.items():
+        monkeypatch.setattr(torch.distributed, name, function)
+    assert both.update(torch.arange(6), logits, labels) == expected
+    assert torch.equal(both.table, alone.table)
+
+
 def test_the_table_is_state_that_travels():
     loss = DEDIERLoss()
     loss.readout.allocate(6)
@@ -195,6 +211,8 @@ def test_bad_calls():
         loss(student, teacher, labels, index=torch.arange(6))
     with pytest.raises(ShapeError, match="index -1 is outside"):
         loss.readout.update(torch.arange(6) - 1, student[0], labels)
+    with pytest.raises(ShapeError, match="answers for at least one sample"):
+        loss.readout.update(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(LabelError, match=r"labels\[0\] is 9"):
         loss.readout.update(torch.tensor([0]), student[0][:1], torch.tensor([9]))
 

@@ -256,8 +256,16 @@ def test_bad_calls():
         loss(student, None, labels)
     with pytest.raises(ShapeError, match="14 positions and teacher_logits 7"):
         loss(student, teacher[0], labels)
-    with pytest.raises(ShapeError, match=r"labels \(2, 6\) do not belong to 14 positions"):
+    with pytest.raises(ShapeError, match=r"labels \(2, 6\) do not belong to the 14 positions \(2, 7\)"):
         loss(student, teacher, labels[:, 1:])
+    with pytest.raises(ShapeError, match=r"labels \(7, 2\) do not belong to the 14 positions"):
+        loss(student, teacher, labels.T)
+    with pytest.raises(InputTypeError, match="labels must be a tensor of tokens, got list"):
+        loss(student, teacher, labels.tolist())
+    with pytest.raises(InputTypeError, match="mask must be a tensor, True where something is learnt, got list"):
+        loss(student, teacher, labels, mask=[True] * 14)
+    with pytest.raises(InputTypeError, match="student_logits are on cpu and teacher_logits on meta"):
+        loss(student, teacher.to("meta"), labels)
     with pytest.raises(LabelError, match="label 11 at position 0 is outside the 11 words"):
         loss(student, teacher, torch.full_like(labels, 11))
     with pytest.raises(InputTypeError, match=r"labels must be tokens \(int64\), got torch.float32"):
@@ -279,8 +287,34 @@ def test_bad_calls():
     loss.build([5], [4])
     with pytest.raises(ShapeError, match=r"3 .student. and 4 .teacher. wide, the projection was built for 5 and 4"):
         loss(student, teacher, labels, **features)
-    with pytest.raises(InputTypeError, match="student_features must be a sequence"):
+    with pytest.raises(InputTypeError, match=r"pass student_features= .* or build it with feature_weight=0"):
         loss(student, teacher, labels)
+    with pytest.raises(InputTypeError, match="student_features must be a sequence"):
+        loss(student, teacher, labels, **{**features, "student_features": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("widths", "error", "message"),
+    [
+        ((48, 96), InputTypeError, "student_widths must be a list .*, got 48"),
+        (([48], [96, 96]), ConfigError, "student_widths has 1 entries and teacher_widths 2"),
+        (([None], [96]), ConfigError, r"no exit has features on both sides .*set feature_weight=0"),
+        (([48], ["96"]), InputTypeError, r"teacher_widths\[0\] must be a whole number, got '96'"),
+    ],
+)
+def test_widths_that_are_none(widths, error, message):
+    with pytest.raises(error, match=message):
+        EGADLoss().build(*widths)
+
+
+def test_tokens_that_cannot_be_shifted():
+    tokens = torch.tensor([[3, 1, 4]])
+    with pytest.raises(ShapeError, match=r"input_ids must be \(B, L\).* got \(3,\)"):
+        next_token_labels(tokens[0])
+    with pytest.raises(ShapeError, match=r"got \(1, 3\) and an attention_mask \(1, 2\)"):
+        next_token_labels(tokens, torch.ones(1, 2))
+    with pytest.raises(InputTypeError, match=r"input_ids must be tokens \(int64\), got torch.float32"):
+        next_token_labels(tokens.float())
 
 
 @pytest.mark.parametrize("addition", [EntropyWeight(), FeatureTerm()])

@@ -79,7 +79,7 @@ def test_bad_weights_are_refused_when_the_loss_is_built(weights, error, message)
 
 
 def test_a_wrong_number_of_weights_is_refused_before_training():
-    with pytest.raises(ConfigError, match=r"2 entries, \[1.0, 0.3\], but the student has 3 exits"):
+    with pytest.raises(ConfigError, match=r"2 entries, \[1.0, 0.3\], for 3 exits"):
         CELoss(exit_weights=[1.0, 0.3]).weights_for(3)
 
 

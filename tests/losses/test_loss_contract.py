@@ -6,14 +6,14 @@ import pickle
 
 import pytest
 import torch
-from loss_fakes import call, create_loss, hold_detached_parts
+from loss_fakes import COMBINED, call, create_loss, hold_detached_parts
 from torch import nn
 
 from erde_hub import losses
 from erde_hub.errors import ConfigError, ErdeError, InputTypeError
 from erde_hub.losses import ExitLoss, Term, functional, get_loss, list_losses, register_loss
 
-every_loss = pytest.mark.parametrize("name", list_losses())
+every_loss = pytest.mark.parametrize("name", [*list_losses(), COMBINED])
 
 
 def make_batch(exits=3, samples=6, classes=5, dtype=torch.float32, teacher_exits=None):
@@ -35,7 +35,7 @@ def test_the_table_is_not_empty():
     assert {"ce", "kd", "erde"} <= set(list_losses())
 
 
-@every_loss
+@pytest.mark.parametrize("name", list_losses())
 def test_entry_says_what_it_is(name):
     entry = get_loss(name)
     assert issubclass(entry.cls, ExitLoss)
@@ -220,7 +220,7 @@ def test_a_value_that_is_not_finite_is_named_by_term_and_exit(name, bad):
     result = call(create_loss(name), student, teacher, labels)
     assert not torch.isfinite(result.loss)
     assert {exit_ for _, exit_ in result.non_finite()} == {1}
-    assert {"ce", "kl"} & {term for term, _ in result.non_finite()}
+    assert {"ce", "kl", "mse"} & {term for term, _ in result.non_finite()}
 
 
 @every_loss

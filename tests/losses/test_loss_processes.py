@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loss_fakes import call, create_loss
+from loss_fakes import COMBINED, call, create_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,8 +28,12 @@ LOSSES = [
     ("ea_kd", {"normalize_weights": True}),
     ("dkd", {}),
     ("self", {}),
+    ("mse", {}),
     ("dedier", {"readout_source": "head"}),
     ("feature_kd", {}),
+    (COMBINED, {"entropy_weight": 1.0}),
+    (COMBINED, {"entropy_weight": 1.0, "reduction": "subset"}),
+    ("feature_kd+ea_kd", {"exit_weights": [0.5, 1.0, 2.0]}),
     ("egad", {}),
     ("egad", {"feature_weight": 0.0, "entropy_normalizer": "batch_max", "temperature_direction": "decreasing"}),
 ]
@@ -143,7 +147,7 @@ def worker(rank, folder):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(worker, args=(tmp_path,), nprocs=2)
-    assert {name for name, _ in LOSSES} == set(list_losses())
+    assert {name.partition("+")[0] for name, _ in LOSSES} == set(list_losses())
     together = torch.load(tmp_path / "results.pt")
     alone = run(slice(None), lambda module: module)
     assert len(together["results"]) == len(LOSSES)

@@ -6,8 +6,8 @@ import json
 import math
 
 import pytest
-import timm
 import torch
+from engine_fakes import resnet8
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError, ThresholdError
@@ -161,8 +161,7 @@ def test_eenet_keeps_its_budget_about():
 
 @pytest.mark.parametrize("name", ["eefp", "eenet"])
 def test_a_learned_policy_is_stored_with_the_model(name, tmp_path):
-    backbone = timm.create_model("resnet8_cifar", num_classes=4, width=4)
-    model = EarlyExitWrapper(backbone, exits=["layer1", "layer2"], head="linear", backbone_kwargs={"width": 4}).eval()
+    model = resnet8(4, head="linear").eval()
     images = torch.randn(60, 3, 32, 32)
     labels = torch.arange(60) % 4
     records = collect_exit_records(model, [(images, labels)], progress=False)
@@ -195,9 +194,7 @@ def test_misuse():
         EENetPolicy(3, 4).score(torch.zeros(1, 2, 5).log_softmax(-1))
     with pytest.raises(ConfigError, match="num_exits must be an integer of at least 2, got 1"):
         create_policy("eefp", num_exits=1)
-    model = EarlyExitWrapper(
-        timm.create_model("resnet8_cifar", num_classes=4, width=4), exits=["layer1"], backbone_kwargs={"width": 4}
-    )
+    model = resnet8(4, exits=["layer1"])
     with pytest.raises(InputTypeError, match="a policy is needed, got str"):
         model.set_policy("eefp")
     with pytest.raises(ThresholdError, match="nan"):

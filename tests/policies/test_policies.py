@@ -249,6 +249,17 @@ def test_an_exit_by_itself_is_scored_as_the_last_of_several(name):
     assert first == bool(policy.compare(policy.score(log_probs), 0.5)[1])
 
 
+@pytest.mark.parametrize("name", [n for n in list_policies() if not get_policy(n).cls.uses_history])
+def test_one_sample_is_scored_as_in_a_batch(name):
+    log_probs = random_log_probs()[-1]
+    log_probs[0] = torch.tensor([0.0] + [-math.inf] * (log_probs.shape[1] - 1))
+    log_probs[1, 1] = -math.inf
+    log_probs[2, 0] = math.nan
+    policy = create_policy(name)
+    alone = torch.tensor([policy.score_one(row[None]) for row in log_probs])
+    torch.testing.assert_close(alone, policy.score_last(log_probs), rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
 def test_the_constant_ones():
     log_probs = random_log_probs()
     assert not create_policy("never")(log_probs, 0.5).any()

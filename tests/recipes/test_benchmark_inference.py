@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import _inference_benchmark as inference
 import benchmark
@@ -83,11 +84,17 @@ def test_shares():
     assert shares_of(32, 3) == {"even": [8, 8, 8], "one_hard": [31, 0, 0]}
 
 
-def test_contestants_take_turns_and_ratios_are_within_a_round():
+def test_contestants_take_turns_and_ratios_are_within_a_round(monkeypatch):
+    monkeypatch.setattr(inference, "TURN", 0)
     order = []
     times = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, 1, 60.0)
     assert "".join(order[4:]) == "abbaab", "each begins a round in turn"
     assert [len(values) for values in times.values()] == [3, 3]
+    monkeypatch.setattr(inference, "TURN", 0.01)
+    order.clear()
+    times = take_turns({"a": lambda: (time.sleep(0.004), order.append("a"))}, 1, 1, 60.0)
+    assert len(order) == 2 + 1 + 2, "twice to see how long it takes, once to warm up, and the turn"
+    assert times["a"][0] < 0.008, "of one call"
     slow = summary({"even": [1.1, 2.2, 3.3], "even by hand": [1.0, 2.0, 3.0], "bare": [2.0, 4.0, 6.0]})
     assert slow["ratios"]["even / even by hand"]["median"] == pytest.approx(1.1)
     assert slow["seconds"]["even"]["median"] == 2.2
@@ -152,3 +159,18 @@ def test_bad_input_is_refused(argv, says, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv])
     with pytest.raises(ConfigError, match=says):
         benchmark.main()
+
+
+def test_networks_measured_before_stay_in_the_file(measured, tmp_path, monkeypatch):
+    folder, results = measured
+    output = tmp_path / "b.json"
+    output.write_text((folder / "new" / "b.json").read_text())
+    monkeypatch.setattr(inference, "_measure", lambda subject, name, args: {"settings": []})
+    monkeypatch.setattr(inference, "tables", lambda results: "")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--model", "test_vit", "--exits", "2", "--output", str(output)])
+    benchmark.main()
+    both = json.loads(output.read_text())["networks"]
+    assert both == {**results["networks"], "test_vit": {"settings": []}}
+    output.write_text(output.read_text().replace('"cores": ', '"cores": 9'))
+    benchmark.main()
+    assert list(json.loads(output.read_text())["networks"]) == ["test_vit"]

@@ -1,13 +1,16 @@
 """The benchmark of losses, and the page that lists them."""
 
 import json
+import re
 import sys
 
 import _benchmark_losses
 import _methods_page
 import benchmark
+import egad
 import make_tables
 import pytest
+import torch
 
 from erde_hub.errors import ConfigError
 from erde_hub.losses import get_loss, list_additions, list_losses
@@ -56,3 +59,20 @@ def test_the_page_lists_every_loss_with_its_formula():
     for name in list_additions():
         assert f"| `{name}` | `--" in page
     assert "a weight per training sample" in page
+
+
+def test_the_python_of_the_page_runs():
+    page = (make_tables.ROOT / "recipes" / "methods.md").read_text(encoding="utf-8")
+    names = {
+        "student": egad.build_model(1, 24, 11, 8, seed=0),
+        "teacher": egad.build_model(1, 48, 11, 8, seed=1),
+        "batches": torch.randint(11, (3, 2, 8)),
+    }
+    before = [parameter.detach().clone() for parameter in names["student"].parameters()]
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert all(parameter.grad is None for parameter in names["teacher"].parameters())
+    learnt = zip(before, names["student"].parameters(), strict=True)
+    assert all(not torch.equal(old, new) for old, new in learnt)

@@ -10,12 +10,12 @@ import compare_policies
 import evaluate
 import pytest
 import simulate_guarantee
-import timm
 import torch
 from accelerate.state import AcceleratorState
+from engine_fakes import resnet8
 
 from erde_hub import EarlyExitWrapper
-from erde_hub.errors import ConfigError, RecordsError, UnknownNameError
+from erde_hub.errors import ConfigError, DataError, RecordsError, UnknownNameError
 from erde_hub.evaluation import build_results, collect_exit_records
 from erde_hub.training import recipe
 from erde_hub.training.data import BatchLoader, load_image_data
@@ -40,10 +40,7 @@ def run(tmp_path):
     """What a run leaves: a small network on digits whose heads were fitted by least squares, and its report."""
     torch.set_num_threads(1)
     data = load_image_data("digits", progress=False)
-    backbone = timm.create_model("resnet8_cifar", num_classes=10, width=4)
-    model = EarlyExitWrapper(
-        backbone, exits=["layer1", "layer2"], head="linear", backbone_kwargs={"width": 4}, id2label=data.class_names
-    ).eval()
+    model = resnet8(10, head="linear", id2label=data.class_names).eval()
     model.set_preprocessing(
         mean=data.mean, std=data.std, size=data.input_size[1:], interpolation=data.interpolation, crop_pct=data.crop_pct
     )
@@ -110,7 +107,11 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
         assert (tmp_path / split / "scores.png").is_file()
     report = json.loads((tmp_path / "test" / "results.json").read_text())
     assert report["student"]["calibrator"] == "temperature"
-    assert report["operating_point"] == json.loads((run / "results.json").read_text())["operating_point"]
+    points = [report["operating_point"], json.loads((run / "results.json").read_text())["operating_point"]]
+    sizes = [(point.pop("coverage"), point.pop("set_size")) for point in points]
+    assert points[0] == points[1]
+    assert sizes[0] != sizes[1], "calibrate.py leaves out the images that the calibrator was fitted on"
+    assert len(report["sweep"]) < 20
     pair = [tmp_path / split / "records.safetensors" for split in ("validation", "test")]
     capsys.readouterr()
     call(evaluate, "--model", run, "--compare", *pair)
@@ -134,6 +135,16 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
         call(evaluate, "--model", "other", "--compare", *pair)
 
 
+def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, run, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate.recipe, "rows_trained_on", lambda model, records: records.index[:2])
+    with pytest.raises(DataError, match="2 of 144 samples were trained on"):
+        call(calibrate, "--model", run, "--max_accuracy_drop", 0.2, "--cpu_threads", 1)
+    call(evaluate, "--model", run, "--cpu_threads", 1, "--output_dir", "e", "--set_alpha", 0)
+    assert f"(what {run} was trained on)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--set_alpha must be at least 0 and below 1, got 1\.5"):
+        call(evaluate, "--model", run, "--set_alpha", 1.5)
+
+
 def test_refusals_come_before_data_are_read(call, run):
     with pytest.raises(ConfigError, match="exactly one of max_accuracy_drop"):
         call(calibrate, "--model", run)
@@ -144,7 +155,11 @@ def test_refusals_come_before_data_are_read(call, run):
 
 
 def test_the_simulation_writes_its_table(call, tmp_path):
-    call(simulate_guarantee, "--output", "s.json", "--sizes", 400, "--draws", 2, "--population", 2000)
+    call(simulate_guarantee, "--output", "s.json", "--sizes", 400, "--draws", 2, "--population", 2000,
+         "--other_bounds", 0.05)  # fmt: skip
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
-    assert [row["method"] for row in rows][:2] == ["greedy (earlyon)", "search, shared"]
+    methods = {row["method"] for row in rows}
+    assert {f"{m}, {k}" for m in ("search", "crc", "ltt", "exact", "ucb") for k in ("shared", "per exit")} < methods
+    assert {"greedy (earlyon)", "guarantee, shared", "guarantee, per exit"} < methods
+    assert {row["bound"] for row in rows} == {0.01, 0.05}
     assert all(0 <= row["broken"] <= 1 for row in rows)

@@ -68,6 +68,35 @@ def test_coloured_digits_have_groups_and_a_file_is_added_to(monkeypatch, tmp_pat
     assert str(tmp_path) not in output.read_text()
     with pytest.raises(ResultsError, match=r"holds results of other settings .lr differs."):
         call(monkeypatch, *flags, "kd", "--lr", "0.01")
+    with pytest.raises(ResultsError, match=r"exits differs: \['layer1'\] there, \['layer2'\] now"):
+        call(monkeypatch, *flags, "kd", "--exits", "layer2")
+    output.write_text(json.dumps(results | {"dataset": {"name": "coloured shoes"}}))
+    with pytest.raises(ResultsError, match=r"holds results of coloured shoes, and this is coloured digits \(0.95\)"):
+        call(monkeypatch, *flags, "erde")
+    output.write_text("[1, 2]")
+    with pytest.raises(ResultsError, match=r"results.json holds something else than this recipe's results"):
+        call(monkeypatch, *flags, "kd")
+    output.write_text("{")
+    with pytest.raises(ResultsError, match=r"results.json is no JSON file"):
+        call(monkeypatch, *flags, "kd")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("egad", "EGADLoss is for causal language models"), ("kd+dedier:readout_exit=7", "reads early exit 7")],
+)
+def test_methods_that_cannot_train_are_refused_before_the_teacher_trains(monkeypatch, method, message):
+    monkeypatch.setattr(compare_losses, "_train", lambda _: pytest.fail("something trains"))
+    with pytest.raises(ConfigError, match=message):
+        call(monkeypatch, "--methods", "kd", method)
+
+
+@pytest.mark.parametrize("flag", ["--loss", "--teacher", "--sample_weight", "--train_static"])
+def test_flags_that_would_change_nothing_are_refused(monkeypatch, capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, flag, "kd")
+    assert ended.value.code == 2
+    assert f"unknown argument '{flag}'" in capsys.readouterr().err
 
 
 def test_summary_by_hand():

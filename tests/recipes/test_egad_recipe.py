@@ -68,6 +68,10 @@ def test_a_student_learns(text):
         (["--variants", "eagd"], ConfigError, "unknown variant 'eagd'; did you mean 'egad'"),
         (["--student_width", "25"], ConfigError, "student_width must be a multiple of 24, got 25"),
         (["--context", "0"], ConfigError, "context must be at least 1"),
+        (["--cpu_threads", "0"], ConfigError, "cpu_threads must be at least 1"),
+        (["--lr", "0"], ConfigError, "lr must be above 0, got 0"),
+        (["--min_temperature", "5"], ConfigError, r"max_temperature 4.0 is below min_temperature 5\.0"),
+        (["--exit_weights", "linaer"], ConfigError, "unknown exit_weights preset 'linaer'"),
     ],
 )
 def test_what_it_refuses(monkeypatch, flags, error, message):

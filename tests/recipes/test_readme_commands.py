@@ -110,7 +110,7 @@ def test_make_demo_leaves_everything_the_readme_promises(folder):
 
 
 def test_make_test_runs_pytest(folder):
-    printed = run(folder, block_with("make test"), PYTEST_ADDOPTS="--collect-only -q -k test_cli", CI="")
+    printed = run(folder, block_with("make test"), PYTEST_ADDOPTS="--collect-only -q tests/recipes/test_cli.py", CI="")
     assert "test_cli.py" in printed
 
 

@@ -20,6 +20,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
+from text_fakes import columns, write_encoder, write_texts
+from transformers import pipeline
 
 from erde_hub.errors import ConfigError, DataError, RunExistsError
 from erde_hub.training import Distiller
@@ -83,7 +85,55 @@ def shrink(architecture: str) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+TEXT_CONFIGS = [path for path in CONFIGS if "MiniLM" in path.read_text()]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem == "sst2_minilm-small" else pytest.mark.families)
+        for path in TEXT_CONFIGS
+    ],
+)
+def test_configuration_of_texts_runs(config, call, tmp_path):
+    """Ends in a checkpoint that loads with its tokenizer, in pipelines and in the other recipes."""
+    encoder = write_encoder(tmp_path / "encoder", layers=6)
+    topics = "agnews" in config.stem
+    names = {"text_column": "text"} if topics else {}
+    data = {"train": columns(80, **names), "test" if topics else "validation": columns(60, first=200, **names)}
+    flags = ["--dataset", write_texts(tmp_path / "texts", data), "--cache_dir", tmp_path / "cache"]
+    networks = ["--teacher_architecture", encoder, "--student_architecture", encoder]
+    fast = ["--max_steps", "2", "--batch_size", "16", "--max_length", "12", "--no_progress_bar", "--cpu_threads", "1"]
+    call(distill, "--config", config, *flags, *networks, *fast, "--output_dir", "out")
+    left = [name for name in LEFT if name != "preprocessor_config.json"]
+    for name in (*left, "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).is_file()
+        assert (tmp_path / "out" / "teacher" / name).is_file()
+    text = (tmp_path / "out" / "results.json").read_text()
+    assert str(tmp_path) not in text
+    results = json.loads(text)
+    assert results["dataset"]["kind"] == "text"
+    assert results["dataset"]["input_size"] == [12]
+    assert results["student"]["backbone_kwargs"]["num_hidden_layers"] == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "image" not in card.split("## Training")[0]
+    if config.stem == "agnews_minilm-small":
+        call(distill, "--config", config, *flags, *fast, "--teacher", "out/teacher", "--student_architecture", encoder,
+             "--output_dir", "second")  # fmt: skip
+        second = json.loads((tmp_path / "second" / "results.json").read_text())
+        assert second["teacher"]["accuracy"] == results["teacher"]["accuracy"]
+    if config.stem != "sst2_minilm-small":
+        return
+    answers = pipeline("text-classification", model="out")(["good film", "a very bad film"])
+    assert [answer["label"] in ("negative", "positive") for answer in answers] == [True, True]
+    call(evaluate, "--model", "out", *flags, "--output_dir", "check", "--cpu_threads", "1")
+    check = json.loads((tmp_path / "check" / "results.json").read_text())
+    assert [row["accuracy"] for row in check["per_exit"]] == [row["accuracy"] for row in results["per_exit"]]
+    assert check["dataset"]["split"] == results["dataset"]["split"]
+
+
+@pytest.mark.parametrize("config", sorted({*CONFIGS} - {*TEXT_CONFIGS}), ids=lambda path: path.stem)
 def test_configuration_runs(config, call, tmp_path):
     settings = yaml.safe_load(config.read_text())
     flags = ["--dataset", write_images(tmp_path / "images", settings), "--image_size", "32"]

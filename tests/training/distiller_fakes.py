@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from engine_fakes import resnet8
 from torch import nn
 
+from erde_hub import EarlyExitWrapper
 from erde_hub.outputs import EarlyExitOutput
 from erde_hub.training import DistillationArguments
 from erde_hub.training.data import ImageData, image_data_from_arrays
@@ -42,6 +44,11 @@ class TinyExits(nn.Module):
         features = self.stem(images)
         logits = (self.early(features), self.classifier(self.deep(features)))
         return EarlyExitOutput(logits=logits[-1], exit_logits=logits)
+
+
+def network(width=4, seed=0, exits=("layer1", "layer2"), **kwargs) -> EarlyExitWrapper:
+    torch.manual_seed(seed)
+    return resnet8(len(CLASSES), width, 8, exits, id2label=CLASSES, **kwargs)
 
 
 def make_args(**changes) -> DistillationArguments:

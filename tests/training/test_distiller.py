@@ -8,17 +8,15 @@ import signal
 from copy import deepcopy
 
 import pytest
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 from data_fakes import rows, write_parquet
-from distiller_fakes import CLASSES, TinyExits, assert_same, make_args, make_data, weights
+from distiller_fakes import CLASSES, TinyExits, assert_same, make_args, make_data, network, weights
 from torch import nn
 from torch.nn import functional as F
 
-from erde_hub import EarlyExitWrapper
 from erde_hub.errors import (
     CheckpointError,
     CheckpointWriteError,
@@ -201,11 +199,7 @@ def test_one_process_has_one_precision(data):
 
 @pytest.fixture
 def wrapped():
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet8_cifar", num_classes=3, width=4)
-    return EarlyExitWrapper(
-        backbone, exits=["layer1"], input_size=(3, 8, 8), backbone_kwargs={"width": 4}, head_kwargs={"dropout": 0.0}
-    )
+    return network(exits=["layer1"], head_kwargs={"dropout": 0.0})
 
 
 def test_a_frozen_backbone_stays_as_it_is(data, wrapped):

@@ -1,12 +1,10 @@
 """What the Distiller hands to a loss beside logits: numbers of samples, features of exits, and its own parameters."""
 
 import pytest
-import timm
 import torch
 from accelerate.state import AcceleratorState
-from distiller_fakes import TinyExits, assert_same, make_args, make_data, weights
+from distiller_fakes import TinyExits, assert_same, make_args, make_data, network, weights
 
-from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError
 from erde_hub.losses import CELoss, EntropyWeight, ERDELoss, ExitLoss, FeatureKDLoss, FeatureTerm, Term, create_loss
 from erde_hub.training import Distiller
@@ -25,15 +23,6 @@ def _one_process():
 @pytest.fixture(scope="module")
 def data():
     return make_data(rows=48)
-
-
-def network(width, seed=0, architecture="resnet8_cifar"):
-    torch.manual_seed(seed)
-    backbone = timm.create_model(architecture, num_classes=3, width=width)
-    return EarlyExitWrapper(
-        backbone, exits=["layer1", "layer2"], input_size=(3, 8, 8), backbone_kwargs={"width": width},
-        id2label=["red", "green", "blue"],
-    )  # fmt: skip
 
 
 def test_the_loss_gets_the_number_of_each_sample(data):
@@ -139,8 +128,9 @@ def test_flags_reach_the_loss_or_what_joins_it():
         ({"loss": "self", "extra_terms": ["feature"]}, {}, "'feature' reads the teacher's answers"),
         ({"loss": "kd"}, {"entropy_temperature": 2.0}, "loss 'kd' has no argument 'entropy_temperature'"),
         ({"loss": "kd", "sample_weight": "ea"}, {}, "unknown sample_weight 'ea'.*did you mean 'ea_kd'"),
-        ({"loss": "kd", "readout": "ea_kd"}, {}, "unknown readout 'ea_kd'"),
-        ({"loss": "kd", "extra_terms": ["features"]}, {}, "unknown extra term 'features'.*did you mean 'feature'"),
+        ({"loss": "kd", "readout": "ea_kd"}, {}, "readout does not take 'ea_kd': give it as sample_weight"),
+        ({"loss": "kd", "sample_weight": "feature"}, {}, "does not take 'feature': give it as extra_terms"),
+        ({"loss": "kd", "extra_terms": ["features"]}, {}, "unknown extra_terms 'features'.*did you mean 'feature'"),
     ],
 )
 def test_flags_that_do_not_go_together(student, flags, message):
@@ -174,7 +164,7 @@ def test_gradients_of_the_loss_are_averaged_over_the_processes():
 
 
 def test_the_loss_of_language_models_is_not_for_images(data):
-    with pytest.raises(ConfigError, match="EGADLoss is for causal language models, not for images with classes"):
+    with pytest.raises(ConfigError, match="EGADLoss is for causal language models, not for classification"):
         Distiller(TinyExits(), data, make_args(), "egad", TinyExits(seed=1))
 
 

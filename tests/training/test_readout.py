@@ -1,15 +1,14 @@
 """Rounds of DEDIER in the Distiller: who answers, when, in what order, and that a resumed run does the same."""
 
+import logging
 import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 from accelerate.state import AcceleratorState
-from distiller_fakes import TinyExits, assert_same, make_args, make_data, weights
+from distiller_fakes import TinyExits, assert_same, make_args, make_data, network, weights
 
-from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError
 from erde_hub.heads import FeatureSpec
 from erde_hub.losses import DEDIERLoss, ReadoutWeight, create_loss
@@ -29,15 +28,6 @@ def _one_process():
 @pytest.fixture(scope="module")
 def data():
     return make_data(rows=60)
-
-
-def network(width=4, seed=0):
-    torch.manual_seed(seed)
-    backbone = timm.create_model("resnet8_cifar", num_classes=3, width=width)
-    return EarlyExitWrapper(
-        backbone, exits=["layer1", "layer2"], input_size=(3, 8, 8), backbone_kwargs={"width": width},
-        id2label=["red", "green", "blue"],
-    )  # fmt: skip
 
 
 def run(data, loss, student=None, **changes):
@@ -60,7 +50,7 @@ def test_the_table_holds_what_the_early_exit_of_the_student_got_wrong(data):
         assert not student.training
         pixels = images.preprocessing.normalize(images.pixels(np.arange(len(rows))), False)
         with torch.no_grad():
-            expected = all_exits(student, pixels)[0]
+            expected = all_exits(student, {"pixel_values": pixels})[0]
         torch.testing.assert_close(logits, expected)
         assert torch.equal(labels, data.train.labels)
         summary = update(index, logits, labels)
@@ -170,6 +160,14 @@ def test_what_cannot_be_read_out_is_refused_before_training(data):
 
     with pytest.raises(ConfigError, match="streamed data have no known number"):
         ReadoutRounds(ReadoutWeight(), TinyExits(), Stream())
+
+
+def test_a_training_without_a_round_says_so(data, caplog):
+    logging.getLogger("erde_hub").propagate = True
+    for epochs, said in ((1, True), (2, False)):
+        caplog.clear()
+        run(data, DEDIERLoss(), epochs=epochs)
+        assert ("this training has one epoch: all weights stay 1" in caplog.text) == said
 
 
 def test_weights_reach_exp_beta(data):

@@ -23,9 +23,11 @@ from .networks import (
     check_architecture,
     existing_preprocessing,
     load_model,
+    preprocessing_of,
     pretrained_preprocessing,
 )
 from .reporting import report, write_report
+from .run_data import rows_trained_on
 from .steps import (
     Interrupted,
     Run,
@@ -62,8 +64,10 @@ __all__ = [
     "load_data",
     "load_data_of",
     "load_model",
+    "preprocessing_of",
     "pretrained_preprocessing",
     "report",
+    "rows_trained_on",
     "run_name",
     "settings_dict",
     "store_default_threshold",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from erde_hub._files import write_text
+from erde_hub.backbones import find_adapter
 from erde_hub.backbones.base import example_inputs
 from erde_hub.cost import trace
 from erde_hub.evaluation import describe_model, per_exit_metrics
@@ -19,7 +19,7 @@ from erde_hub.losses import ExitLoss, create_loss
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.training._launch import run_on_main
 from erde_hub.training.arguments import DistillationArguments
-from erde_hub.training.data import ImageData
+from erde_hub.training.data_base import LabelledData
 from erde_hub.training.recipe_arguments import (
     ExitArguments,
     TeacherArguments,
@@ -45,7 +45,7 @@ class TeacherPlan:
 
     @classmethod
     def build(
-        cls, teacher_args: TeacherArguments, exits: ExitArguments, data: ImageData, args: DistillationArguments
+        cls, teacher_args: TeacherArguments, exits: ExitArguments, data: LabelledData, args: DistillationArguments
     ) -> TeacherPlan:
         """Builds network and loss; :func:`check_trainable` finds out whether they go together with the data.
 
@@ -97,7 +97,9 @@ def train_static_student(run: Run, model: EarlyExitWrapper) -> dict[str, Any]:
     described = describe_model(model) | {
         "exits": [],
         "accuracy": last["accuracy"],
-        "macs": trace(backbone, example_inputs(run.data.input_size, torch.float32)).total_macs,
+        "macs": trace(
+            backbone, example_inputs(run.data.input_size, find_adapter(backbone).example_dtype(backbone))
+        ).total_macs,
         "params": sum(p.numel() for p in backbone.parameters()),
         "ece": last["ece"],
         "nll": last["nll"],

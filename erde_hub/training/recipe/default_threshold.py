@@ -1,12 +1,12 @@
-"""The threshold that a run stores where the user names none, chosen on validation images and nothing else."""
+"""The threshold that a run stores where the user names none, chosen on validation samples and nothing else."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from erde_hub.calibration import ThresholdChoice, attainable_confidence, choose_threshold
-from erde_hub.calibration.choice import MIN_SAMPLES
 from erde_hub.evaluation import ExitRecords
+from erde_hub.held_out import MIN_SAMPLES
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import ExitPolicy
 
@@ -53,8 +53,9 @@ def store_default_threshold(model: EarlyExitWrapper, records: ExitRecords) -> di
     if choice is not None:
         choice.store(model)
         profile = choice.to_dict()
-        return said | {key: profile[key] for key in ("confidence", "method", "upper_bound", "saving", "advice")}
+        kept = ("target", "bound", "confidence", "method", "upper_bound", "saving", "advice")
+        return said | {key: profile[key] for key in kept}
     if model.policy.uses_threshold and records.num_exits > 1:
         model.threshold = model.policy.never_threshold
-        said["advice"] = f"Nobody leaves: fewer than {MIN_SAMPLES} validation images."
+        said["advice"] = f"Nobody leaves: fewer than {MIN_SAMPLES} validation samples."
     return said

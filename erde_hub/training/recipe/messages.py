@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as hf_logging
 
+from erde_hub.backbones import get_adapter
 from erde_hub.backbones.base import format_table
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.training._checks import describe_exit_map
 from erde_hub.training.arguments import DistillationArguments
-from erde_hub.training.data import ImageData
+from erde_hub.training.data_base import LabelledData
 from erde_hub.training.data_preprocessing import SMALL_IMAGE_PIXELS
 
 
-def run_name(config: str, default_config: Path, data: ImageData) -> str:
+def run_name(config: str, default_config: Path, data: LabelledData) -> str:
     """Returns what a run is called: by its configuration, or by its data where only these differ from the default's."""
     own = Path(data.name).name
     return own if config == default_config.stem and own else config
@@ -49,16 +50,14 @@ def format_results(results: Mapping[str, Any]) -> str:
     tables = [format_table(("always leave at", "accuracy %", "MMACs", "cost"), rows)]
     point = results.get("operating_point")
     if len(per_exit) > 1:
-        chosen = [(point, " *")] if point is not None else []
-        points = [*((row, "") for row in results["sweep"]), *chosen]
-        if not any(isinstance(row["threshold"], list) for row, _ in points):
-            points.sort(key=lambda point: float(point[0]["threshold"]))
+        points = _with_point(results["sweep"], point)
+        policy = results["student"].get("policy")
         tables.append(
             format_table(
                 ("threshold", "accuracy %", "mean MMACs", "cost", f"leave at {' / '.join(names)} (%)"),
                 [
                     (
-                        f"{threshold_label(row['threshold'])}{mark}",
+                        f"{threshold_label(row['threshold'], policy)}{mark}",
                         percent(row["accuracy"]),
                         mmacs(row["mean_macs"]),
                         f"{row['mean_macs'] / full['macs']:.0%}",
@@ -70,9 +69,7 @@ def format_results(results: Mapping[str, Any]) -> str:
         )
         how = results.get("threshold_choice", {})
         if point is not None and how.get("split"):
-            sure = how.get("confidence")
-            words = f" to lose at most 1 point with {100 * sure:.0f} % confidence" if sure is not None else ""
-            tables.append(f"* stored threshold, chosen on {how['samples']:,} {how['split']} images{words}")
+            tables.append(f"* stored threshold, chosen on {how['samples']:,} {how['split']} samples{_promise(how)}")
             if how.get("advice"):
                 tables.append(how["advice"])
         elif point is not None:
@@ -84,15 +81,45 @@ def format_results(results: Mapping[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def _with_point(
+    sweep: Sequence[Mapping[str, Any]], point: Mapping[str, Any] | None
+) -> list[tuple[Mapping[str, Any], str]]:
+    """Rows by rising threshold, each with its mark: the stored threshold takes the place of a step that is the same."""
+    rows = [(row, "") for row in sweep]
+    if point is not None:
+
+        def is_point(row: Mapping[str, Any]) -> bool:
+            same_end = row["threshold"] == "inf" and row["exit_share"] == point["exit_share"]
+            return row["threshold"] == point["threshold"] or same_end
+
+        rows = [(row, mark) for row, mark in rows if not is_point(row)] + [(point, " *")]
+    if not any(isinstance(row["threshold"], list) for row, _ in rows):
+        rows.sort(key=lambda entry: float(entry[0]["threshold"]))
+    return rows
+
+
+def _promise(how: Mapping[str, Any]) -> str:
+    """What the choice of a threshold promises, in words; empty where it promises nothing."""
+    sure, bound = how.get("confidence"), how.get("bound", 0.01)
+    if sure is None or how.get("target", "accuracy_drop") != "accuracy_drop":
+        return ""
+    points = f"{100 * bound:g} point{'' if bound == 0.01 else 's'}"
+    return f" to lose at most {points} of accuracy with {100 * sure:.0f} % confidence"
+
+
 def how_to_load(folder: Path) -> str:
     """Says where the files are and gives the lines of Python that load the checkpoint."""
-    return (
-        f"checkpoint, model card and picture: {folder}\n\n"
-        "    from erde_hub import EarlyExitWrapper\n"
-        f'    model = EarlyExitWrapper.from_pretrained("{folder}")\n'
-        '    out = model(model.image_processor()(images, return_tensors="pt")["pixel_values"])'
-        "  # out.logits, out.exit_index"
-    )
+    lines = [
+        "from erde_hub import EarlyExitWrapper",
+        f'model = EarlyExitWrapper.from_pretrained("{folder}")',
+        'out = model(model.image_processor()(images, return_tensors="pt")["pixel_values"])',
+    ]
+    if (folder / "tokenizer_config.json").is_file():
+        lines[0] += "; from transformers import AutoTokenizer"
+        lines.insert(2, f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
+        lines[3] = 'out = model(**tokenizer(texts, padding=True, return_tensors="pt"))'
+    code = "\n".join(f"    {line}" for line in lines)
+    return f"checkpoint, model card and picture: {folder}\n\n{code}  # out.logits, out.exit_index"
 
 
 def describe_network(
@@ -107,7 +134,7 @@ def describe_network(
         teacher: Whom it learns from.
     """
     config, table = model.config, model.exit_table()
-    kwargs = "".join(f", {key}={value}" for key, value in (config.backbone_kwargs or {}).items())
+    kwargs = "".join(f", {key}={value}" for key, value in get_adapter(config.library).notable_arguments(config).items())
     costs = ", ".join(f"{row.exit} {mmacs(row.cumulative_macs)}" for row in table)
     text = f"{role}: {config.architecture}{kwargs}; MMACs up to each exit: {costs}"
     if model.exits_reason is not None:
@@ -115,7 +142,7 @@ def describe_network(
     if loss is not None and teacher is not None:
         pairs = loss.teacher_exit_map(len(model.exit_names), len(teacher.exit_names))
         text += f"\nexit of the {role} <- exit of the teacher: {describe_exit_map(model, teacher, pairs)}"
-    height, width = (config.input_size or (3, 32, 32))[1:]
+    height, width = (config.input_size or (3, 32, 32))[1:] if model.main_input_name == "pixel_values" else (1, 1)
     if str(config.architecture).endswith("_cifar") and height * width > SMALL_IMAGE_PIXELS:
         text += (
             f"\n{role}: {config.architecture} is made for images of about 32x32 and costly at {height}x{width};"
@@ -124,13 +151,14 @@ def describe_network(
     return text
 
 
-def describe_data(data: ImageData) -> str:
+def describe_data(data: LabelledData) -> str:
     """One line that says what the data are."""
-    height, width = data.input_size[1:]
+    shape = data.input_size
+    size = f"up to {shape[0]} tokens" if data.kind == "text" else f"{shape[1]}x{shape[2]}"
     counts = {name: getattr(data, name).num_samples for name in ("train", "validation", "test")}
     known = None not in counts.values()
-    sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items()) + " images" if known else "streamed images"
-    return f"data: {data.name}, {sizes} of {height}x{width}, {data.num_classes} classes"
+    sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items()) if known else "streamed"
+    return f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes"
 
 
 def configure_logging(main_process: bool) -> None:

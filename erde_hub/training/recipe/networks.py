@@ -8,12 +8,22 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError, nearest
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.training.arguments import DistillationArguments
-from erde_hub.training.data import ImageData
-from erde_hub.training.recipe_arguments import ExitArguments, StudentArguments, TeacherArguments, exit_places
+from erde_hub.training.data_base import LabelledData
+from erde_hub.training.data_text import TextData
+from erde_hub.training.recipe_arguments import (
+    ExitArguments,
+    StudentArguments,
+    StudentNetworkArguments,
+    TeacherArguments,
+    exit_places,
+)
+
+from .encoders import create_encoder, is_encoder
 
 
 def check_architecture(name: str) -> None:
@@ -44,21 +54,45 @@ def pretrained_preprocessing(architecture: str) -> dict[str, Any]:
 
 
 def existing_preprocessing(
-    teacher: EarlyExitWrapper | None, teacher_args: TeacherArguments, student_args: StudentArguments | None = None
+    teacher: EarlyExitWrapper | None,
+    teacher_args: TeacherArguments,
+    student_args: StudentNetworkArguments | None = None,
 ) -> dict[str, Any] | None:
-    """Returns the preprocessing of the weights that training starts from; None where everything starts from scratch."""
+    """Returns how inputs are made for the weights that training starts from; None where images start from scratch.
+
+    For images it is what :func:`~erde_hub.preprocessing.check_preprocessing` describes, for texts ``{"tokenizer":
+    folder or repository, "max_length": tokens or None}``, also where an encoder starts from scratch.
+    """
     if teacher is not None:
-        return teacher.config.preprocessing
-    if teacher_args.teacher_pretrained:
-        return pretrained_preprocessing(teacher_args.teacher_architecture)
-    if student_args is not None and student_args.student_pretrained:
-        return pretrained_preprocessing(student_args.student_architecture)
+        place = student_args.teacher if isinstance(student_args, StudentArguments) else None
+        return preprocessing_of(teacher, place or "")
+    networks = [(teacher_args.teacher_architecture, teacher_args.teacher_pretrained)]
+    if student_args is not None:
+        networks.append((student_args.student_architecture, student_args.student_pretrained))
+    for architecture, pretrained in networks:
+        if is_encoder(architecture):
+            return {"tokenizer": architecture, "max_length": None}
+        if pretrained:
+            return pretrained_preprocessing(architecture)
     return None
+
+
+def preprocessing_of(model: EarlyExitWrapper, name: str) -> dict[str, Any] | None:
+    """Returns how a trained model's inputs are made, as :func:`existing_preprocessing` does.
+
+    Args:
+        model: The model.
+        name: Where it was loaded from, and where its tokenizer is.
+    """
+    if model.main_input_name == "input_ids":
+        size = model.config.input_size
+        return {"tokenizer": name, "max_length": size[0] if size else None}
+    return model.config.preprocessing
 
 
 def build_model(
     architecture: str,
-    data: ImageData,
+    data: LabelledData,
     exits: ExitArguments,
     *,
     places: list[str] | None = None,
@@ -66,29 +100,58 @@ def build_model(
     pretrained: bool = False,
     seed: int = 0,
 ) -> EarlyExitWrapper:
-    """Builds a timm network for the classes of the data and gives it exits.
+    """Builds a network for the classes of the data and gives it exits.
 
     Args:
-        architecture: timm name; ``resnet10_cifar`` and its siblings among them.
+        architecture: timm name, ``resnet10_cifar`` and its siblings among them; for texts a folder or repository, see
+            :func:`~erde_hub.training.recipe.encoders.create_encoder`.
         data: For the number and names of the classes and the preprocessing.
         exits: Head, policy, threshold.
         places: Where the exits sit; those of ``exits`` if None.
         kwargs: Further creation arguments of the network.
-        pretrained: Start from timm's weights.
+        pretrained: Start from published weights.
         seed: Of new weights.
 
     Raises:
         ConfigError: No such network, an argument that it does not take, or weights that cannot be had.
         ExitPointError, ThresholdError: See :class:`~erde_hub.EarlyExitWrapper`.
     """
-    check_architecture(architecture)
     kwargs = dict(kwargs or {})
+    torch.manual_seed(seed)
+    texts = isinstance(data, TextData)
+    create = _create_encoder if texts else _create_timm
+    model = EarlyExitWrapper(
+        create(architecture, data, kwargs, pretrained),
+        exits=exit_places(places or exits.exits),
+        head=exits.head,
+        head_kwargs=exits.head_kwargs,
+        policy=exits.policy,
+        policy_kwargs=exits.policy_kwargs,
+        threshold=exits.stored_threshold(),
+        input_size=data.input_size,
+        backbone_kwargs=None if texts else kwargs,
+        id2label=data.class_names,
+    )
+    data.set_preprocessing(model)
+    return model
+
+
+def _create_encoder(architecture: str, data: Any, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    if not is_encoder(architecture):
+        raise ConfigError(
+            f"{architecture!r} is no network for texts, which {data.name!r} holds: give a folder, or a repository of"
+            " the Hub, with a transformers encoder"
+        )
+    return create_encoder(architecture, data, kwargs, pretrained)
+
+
+def _create_timm(architecture: str, data: LabelledData, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    check_architecture(architecture)
     reserved = {"num_classes", "pretrained", "checkpoint_path"} & kwargs.keys()
     if reserved:
         raise ConfigError(f"{min(reserved)!r} cannot be a creation argument of {architecture!r}: the recipe sets it")
-    torch.manual_seed(seed)
     try:
-        backbone = timm.create_model(architecture, pretrained=pretrained, num_classes=data.num_classes, **kwargs)
+        return timm.create_model(architecture, pretrained=pretrained, num_classes=data.num_classes, **kwargs)
     except TypeError as error:
         raise ConfigError(f"{architecture!r} cannot be created with {kwargs}: {error}") from error
     except (OSError, RuntimeError) as error:
@@ -98,31 +161,10 @@ def build_model(
         raise ConfigError(
             f"the weights of {architecture!r} cannot be had: {reason}; without them: pretrained false"
         ) from error
-    model = EarlyExitWrapper(
-        backbone,
-        exits=exit_places(places or exits.exits),
-        head=exits.head,
-        head_kwargs=exits.head_kwargs,
-        policy=exits.policy,
-        policy_kwargs=exits.policy_kwargs,
-        threshold=exits.stored_threshold(),
-        input_size=data.input_size,
-        backbone_kwargs=kwargs,
-        id2label=data.class_names,
-    )
-    model.set_preprocessing(
-        mean=data.mean,
-        std=data.std,
-        size=data.input_size[1:],
-        interpolation=data.interpolation,
-        crop_pct=data.crop_pct,
-        crop_mode=data.preprocessing.crop_mode,
-    )
-    return model
 
 
 def build_student(
-    student_args: StudentArguments, exits: ExitArguments, data: ImageData, args: DistillationArguments
+    student_args: StudentNetworkArguments, exits: ExitArguments, data: LabelledData, args: DistillationArguments
 ) -> EarlyExitWrapper:
     """Builds the student; see :func:`build_model`."""
     return build_model(

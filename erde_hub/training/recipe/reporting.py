@@ -25,7 +25,9 @@ from erde_hub.training.distiller import TrainResult
 from erde_hub.training.recipe_arguments import ExitArguments
 
 from .default_threshold import store_default_threshold
-from .steps import SPLIT_FILE, Run, collect
+from .encoders import published_base
+from .run_data import SPLIT_FILE
+from .steps import Run, collect
 
 
 def report(
@@ -42,8 +44,8 @@ def report(
 ) -> dict[str, Any]:
     """Measures a trained model, stores its threshold, and writes the checkpoint and everything that describes it.
 
-    The threshold is chosen on validation, everything that is reported comes from test. ``results.json`` is written
-    last, so that a report that was cut off is made again.
+    Threshold and prediction sets are fitted on validation, everything that is reported comes from test.
+    ``results.json`` is written last, so that a report that was cut off is made again.
 
     Args:
         run: Data, arguments, processes.
@@ -52,7 +54,7 @@ def report(
         exits: The threshold that the user asked for, if any.
         loss: Its key and the object.
         result: Of the training.
-        teacher: Measured on the same test images.
+        teacher: Measured on the same test samples.
         static: Part ``static_student`` of the results, see :func:`train_static_student`.
         args: Training arguments of this model; those of the run if None.
 
@@ -61,8 +63,9 @@ def report(
     """
     args = args or run.args
     choice: dict[str, Any] = {"rule": "given by the user"}
+    held_out = collect(run, model, "validation")
     if exits.threshold is None:
-        choice = store_default_threshold(model, collect(run, model, "validation"))
+        choice = store_default_threshold(model, held_out)
     records = collect(run, model, "test")
     teacher_records = None if teacher is None else collect(run, teacher, "test")
 
@@ -72,6 +75,7 @@ def report(
             model,
             run.data,
             run.settings,
+            held_out=held_out,
             teacher=teacher,
             teacher_records=teacher_records,
             teacher_exits=result.teacher_exits,
@@ -79,10 +83,14 @@ def report(
             training=_training_facts(result, args, run.accelerator) | {"run_seconds": run.seconds},
         )
         results["threshold_choice"] = choice
+        base = published_base(model)
+        if base is not None:
+            results["student"]["base_model"] = base
         if static is not None:
             results["static_student"] = dict(static)
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
+        run.data.save_preprocessing(folder)
         if run.data.plan is not None:
             run.data.save_split(folder / SPLIT_FILE)
         write_report(results, folder)

@@ -10,7 +10,7 @@ from typing import Any
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation.report import published_arguments
 from erde_hub.training.arguments import FREE_ON_RESUME, DistillationArguments
-from erde_hub.training.data import ImageData
+from erde_hub.training.data_base import LabelledData
 from erde_hub.training.recipe_arguments import (
     DataArguments,
     ExitArguments,
@@ -38,7 +38,7 @@ _READ_BY = {
 
 
 def check_finished(
-    stored: Mapping[str, Any], settings: Mapping[str, Any], data: ImageData, role: str = "student"
+    stored: Mapping[str, Any], settings: Mapping[str, Any], data: LabelledData, role: str = "student"
 ) -> None:
     """Compares the settings that a finished network was made with against those of the run that takes it over.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,9 +13,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers.utils import cached_file
 
-from erde_hub.errors import DataError, ResultsError
+from erde_hub.errors import ConfigError, DataError, ResultsError
 from erde_hub.evaluation import ExitRecords, collect_exit_records, load_results
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling import EarlyExitWrapper
@@ -22,15 +22,16 @@ from erde_hub.preprocessing import check_preprocessing
 from erde_hub.training._checks import check_data, check_models
 from erde_hub.training._launch import run_on_main
 from erde_hub.training.arguments import DistillationArguments
-from erde_hub.training.data import BatchLoader, ImageData, load_image_data
+from erde_hub.training.data import BatchLoader, load_image_data
+from erde_hub.training.data_base import LabelledData
 from erde_hub.training.data_splits import StoredSplit
+from erde_hub.training.data_text import load_text_data
 from erde_hub.training.distiller import Distiller, TrainResult
 from erde_hub.training.recipe_arguments import DataArguments
 from erde_hub.training.run_folder import find_checkpoint, has_begun, warn_from_start
 
 from .resuming import check_finished
-
-SPLIT_FILE = "split.json"
+from .run_data import SPLIT_FILE, data_of_run, run_file
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it
@@ -66,7 +67,7 @@ class Run:
     """
 
     accelerator: Accelerator
-    data: ImageData
+    data: LabelledData
     args: DistillationArguments
     settings: dict[str, Any]
     started: float = field(default_factory=time.perf_counter)
@@ -88,20 +89,42 @@ def load_data(
     preprocessing: Mapping[str, Any] | None = None,
     split_file: str | Path | None = None,
     progress: bool = True,
-) -> ImageData:
-    """Loads the data that the arguments name.
+) -> LabelledData:
+    """Loads the data that the arguments name: texts where there is a tokenizer, images otherwise.
 
     Args:
         args: What the user asked for.
         preprocessing: Of weights that exist already (a teacher's, timm's), as
-            :func:`~erde_hub.preprocessing.check_preprocessing` describes it; the data are then brought into that form.
-            ``--image_size`` wins over its size.
+            :func:`~erde_hub.training.recipe.existing_preprocessing` returns it; the data are then brought into that
+            form. ``--image_size`` and ``--max_length`` win over its size.
         split_file: Held-out rows of an earlier run.
         progress: Show progress bars.
 
     Raises:
-        DataError, LabelError, ConfigError: See :func:`~erde_hub.training.data.load_image_data`.
+        DataError, LabelError, ConfigError: See :func:`~erde_hub.training.data.load_image_data` and
+            :func:`~erde_hub.training.data_text.load_text_data`; also an argument for data of the other kind.
     """
+    texts = bool(preprocessing) and "tokenizer" in dict(preprocessing or {})
+    for name in ("image_column", "image_size", "streaming") if texts else ("text_column", "max_length"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"{name}={getattr(args, name)!r} is not for {'texts' if texts else 'images'}, which the network reads:"
+                " leave it out, or choose another network"
+            )
+    if texts and preprocessing is not None:
+        return load_text_data(
+            args.dataset,
+            preprocessing["tokenizer"],
+            text_column=args.text_column,
+            label_column=args.label_column,
+            config_name=args.dataset_config,
+            max_length=args.max_length or preprocessing.get("max_length"),
+            cache_dir=args.cache_dir,
+            max_train_samples=args.max_train_samples,
+            max_eval_samples=args.max_eval_samples,
+            split_file=split_file,
+            progress=progress,
+        )
     wishes: dict[str, Any] = {}
     if preprocessing:
         wishes = check_preprocessing(dict(preprocessing))
@@ -130,23 +153,30 @@ def load_data_of(
     preprocessing: Mapping[str, Any] | None = None,
     split: str = "test",
     progress: bool = True,
-) -> ImageData:
+) -> LabelledData:
     """Loads data for a model that was trained before, with the rows that its run held out if it was trained on these.
 
     Args:
         model: Folder or Hub repository of the model.
-        args: What the user asked for.
+        args: What the user asked for; without a data set it is the one that the model's run was trained on.
         preprocessing: See :func:`load_data`.
         split: The split that must hold no row the model was trained on.
         progress: Show progress bars.
 
     Raises:
-        DataError: The model's run held rows out by their number, which streamed data do not have; and see
-            :func:`~erde_hub.training.data.load_image_data`.
-        LabelError, ConfigError: See :func:`~erde_hub.training.data.load_image_data`.
+        DataError: The model's run held rows out by their number, which streamed data do not have; no data set is named
+            and the run's has changed since; and see :func:`~erde_hub.training.data.load_image_data`.
+        ConfigError: No data set is named, and the run does not say which it was, or it was a folder.
+        LabelError: See :func:`~erde_hub.training.data.load_image_data`.
     """
+    args, trained_on = data_of_run(model, args)
     data = load_data(args, preprocessing, progress=progress)
-    path = _split_file(model)
+    if trained_on is not None and not data.streamed and data.fingerprint != trained_on:
+        raise DataError(
+            f"{data.name!r} is not what {model!r} was trained on (fingerprint {data.fingerprint}, its report says"
+            f" {trained_on}): it has changed since; give --dataset {args.dataset} to use it all the same"
+        )
+    path = run_file(model, SPLIT_FILE)
     if path is None:
         return data
     stored = StoredSplit.read(path)
@@ -160,19 +190,6 @@ def load_data_of(
             " rows do not have: leave --streaming out"
         )
     return load_data(args, preprocessing, path, progress=False)
-
-
-def _split_file(model: str) -> str | None:
-    """Returns the file with the held-out rows of the run that trained a model, if there is one."""
-    try:
-        return cached_file(
-            model,
-            SPLIT_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:
-        return None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -203,7 +220,7 @@ def finished_before(run: Run, folder: Path, role: str = "student") -> dict[str, 
     return run_on_main(run.accelerator, look)
 
 
-def check_measurable(model: EarlyExitWrapper, data: ImageData) -> None:
+def check_measurable(model: EarlyExitWrapper, data: LabelledData) -> None:
     """Raises :class:`ConfigError` or :class:`LabelError` where a model and data do not go together."""
     check_models(model, None, data)
     check_data(data)
@@ -213,7 +230,7 @@ def check_trainable(
     accelerator: Accelerator,
     student: EarlyExitWrapper,
     teacher: EarlyExitWrapper | None,
-    data: ImageData,
+    data: LabelledData,
     loss: ExitLoss,
     args: DistillationArguments,
 ) -> None:
@@ -282,7 +299,7 @@ def collect(
         run: Data and processes.
         model: Whose exits.
         split: ``train``, ``validation`` or ``test``.
-        batch_size: Images per forward pass and process.
+        batch_size: Samples per forward pass and process.
         features: Also record what the last layers read; None where the model's calibrator needs it.
     """
     if features is None:
@@ -296,5 +313,9 @@ def collect(
         num_workers=run.args.num_workers,
     )
     info = {"dataset": run.data.name, "fingerprint": run.data.fingerprint, "split": split}
+    source = run.data.split_info.get(split, {}).get("source")
+    if source is not None:
+        info["source"] = source
     model.to(run.accelerator.device)
-    return collect_exit_records(model, loader, features, progress=False, accelerator=run.accelerator, info=info)
+    seen = sys.stderr.isatty()  # a bar in a log file is noise
+    return collect_exit_records(model, loader, features, progress=seen, accelerator=run.accelerator, info=info)

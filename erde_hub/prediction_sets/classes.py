@@ -1,15 +1,9 @@
-"""Sets of answers instead of one: nested over the exits, with a stated error rate, for classes and for real numbers.
-
-An anytime-valid confidence sequence (AVCS) may be read at whatever exit a sample leaves: the sets of all exits hold
-the truth at once with probability 1 - alpha, under the model's own uncertainty, and later sets lie inside earlier ones.
-Split conformal sets hold it at one exit that is fixed beforehand, with a guarantee that needs no model.
-"""
+"""Sets of classes, from the logits of every exit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,29 +11,10 @@ from torch import Tensor
 
 from erde_hub.errors import ConfigError, RecordsError, ShapeError, unknown_name
 
+from .base import SetMetrics, check_alpha
+
 if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
-
-
-@dataclass(frozen=True)
-class SetMetrics:
-    """How good sets are, per exit.
-
-    Attributes:
-        size: Mean number of classes, or mean length of intervals.
-        coverage: Share of samples whose truth is in the set.
-        coverage_so_far: Share whose truth is in the sets of this exit and of all before.
-        consistency: Mean share of a set that is left after intersecting it with all before, 1 where sets are nested;
-            two empty ones count 1.
-    """
-
-    size: list[float]
-    coverage: list[float]
-    coverage_so_far: list[float]
-    consistency: list[float]
-
-
-# Classification
 
 
 def concentrations(logits: Tensor, relu_threshold: Sequence[float] | Tensor) -> Tensor:
@@ -86,7 +61,7 @@ def avcs_sets(logits: Tensor, relu_threshold: Sequence[float] | Tensor, draws: T
     Shape:
         logits, draws: (E, N, K). Returns (E, N, K) bool.
     """
-    return avcs_ratios(concentrations(logits, relu_threshold), draws) <= 1 / _alpha(alpha)
+    return avcs_ratios(concentrations(logits, relu_threshold), draws) <= 1 / check_alpha(alpha)
 
 
 def running_intersection(sets: Tensor) -> Tensor:
@@ -116,7 +91,7 @@ class AVCSClassifier:
 
     def __init__(self, relu_threshold: Sequence[float], alpha: float = 0.05, seed: int = 0) -> None:
         self.relu_threshold = [float(value) for value in relu_threshold]
-        self.alpha = _alpha(alpha)
+        self.alpha = check_alpha(alpha)
         self.seed = seed
         self.fitted_coverage: float | None = None
 
@@ -142,6 +117,7 @@ class AVCSClassifier:
             step: By which one is raised.
             seed: Of the draws.
         """
+        records.require_classes("AVCSClassifier")
 
         def coverage(thresholds: Sequence[float]) -> float:
             sets = cls(thresholds, alpha, seed).sets(records.logits)
@@ -224,7 +200,7 @@ class ConformalClassifier:
         self, quantiles: Sequence[float], alpha: float = 0.05, penalty: float = 0.0, free: int = 0, seed: int = 0
     ) -> None:
         self.quantiles = [float(value) for value in quantiles]
-        self.alpha, self.penalty, self.free, self.seed = _alpha(alpha), float(penalty), int(free), seed
+        self.alpha, self.penalty, self.free, self.seed = check_alpha(alpha), float(penalty), int(free), seed
         if self.penalty < 0 or self.free < 0:
             raise ConfigError(f"penalty and free must not be negative, got {penalty!r} and {free!r}")
 
@@ -236,8 +212,9 @@ class ConformalClassifier:
         if method not in ("aps", "raps"):
             raise unknown_name("method", method, ("aps", "raps"))
         penalty, free = (0.01, 5) if method == "raps" else (0.0, 0)
+        records.require_classes("ConformalClassifier")
         samples = records.num_samples
-        rank = math.ceil((samples + 1) * (1 - _alpha(alpha)))
+        rank = math.ceil((samples + 1) * (1 - check_alpha(alpha)))
         found = cls([math.inf] * records.num_exits, alpha, penalty, free, seed + 1)
         generator = torch.Generator().manual_seed(seed)
         for e, logits in enumerate(records.logits):
@@ -292,165 +269,3 @@ def set_metrics(sets: Tensor, labels: Tensor) -> SetMetrics:
         so_far.double().mean(1).tolist(),
         consistency.mean(1).tolist(),
     )
-
-
-# Regression
-
-
-class BayesianLinearRegression:
-    """Linear regression with a Gaussian prior whose width, and the noise, are found by evidence maximisation.
-
-    The precision of the weights is A = a I + b X^T X and their mean b A^-1 X^T y; a <- g / |m|^2 and 1/b <- |y - X m|^2
-    / (N - g), g the effective number of weights, until both change by less than a tolerance. float64 throughout.
-
-    Args:
-        mean: Of the weights, the one of the constant last.
-        covariance: Of the weights.
-        noise: Standard deviation of the targets around the line.
-
-    References:
-        MacKay, Bayesian interpolation, 1992; as in the released code of arXiv 2311.05931. Deviations: none; as there,
-        mean and covariance belong to the values of a and b before the last update.
-    """
-
-    def __init__(self, mean: Tensor, covariance: Tensor, noise: float) -> None:
-        self.mean, self.covariance, self.noise = mean.double(), covariance.double(), float(noise)
-
-    @classmethod
-    def fit(
-        cls,
-        features: Tensor,
-        targets: Tensor,
-        start: float = 1e-5,
-        tolerance: float = 1e-5,
-        max_rounds: int = 1000,
-    ) -> BayesianLinearRegression:
-        """Fits one exit.
-
-        Args:
-            features: Without the 1 that is appended here.
-            targets: Real numbers.
-            start: First values of a and b.
-            tolerance: Relative.
-            max_rounds: Of updates.
-
-        Shape:
-            features: (N, H). targets: (N,).
-        """
-        x, y = with_constant(features), targets.double()
-        if y.shape != (len(x),) or len(x) < 2:
-            raise ShapeError(f"targets must be ({len(x)},), at least two, got {tuple(y.shape)}")
-        gram, moment = x.T @ x, x.T @ y
-        eigenvalues = torch.linalg.eigvalsh(gram).clamp_min(0)
-        a = b = float(start)
-        mean, precision = torch.zeros_like(moment), torch.eye(len(moment), dtype=torch.float64)
-        for _ in range(max_rounds):
-            precision = a * torch.eye(len(moment), dtype=torch.float64) + b * gram
-            mean = b * torch.linalg.solve(precision, moment)
-            gamma = float((b * eigenvalues / (b * eigenvalues + a)).sum())
-            new_a = gamma / float(mean @ mean)
-            new_b = (len(y) - gamma) / float((y - x @ mean).square().sum())
-            close = abs(new_a - a) <= tolerance * abs(a) and abs(new_b - b) <= tolerance * abs(b)
-            a, b = new_a, new_b
-            if close:
-                break
-        return cls(mean, torch.linalg.inv(precision), b**-0.5)
-
-    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean and the variance of the line, without noise, each (N,)."""
-        h = with_constant(features)
-        return h @ self.mean, ((h @ self.covariance) * h).sum(1)
-
-
-def with_constant(features: Tensor) -> Tensor:
-    """Appends a 1 to each row: (N, H) to (N, H + 1) float64."""
-    if features.ndim != 2:
-        raise ShapeError(f"features must be (N, H), got {tuple(features.shape)}")
-    return torch.nn.functional.pad(features.double(), (0, 1), value=1.0)
-
-
-def avcs_quadratics(
-    regressions: Sequence[BayesianLinearRegression],
-    features: Sequence[Tensor],
-    weight_draws: Sequence[Tensor],
-    alpha: float,
-) -> Tensor:
-    """Coefficients of a y^2 + b y + c <= 0, which defines the set of each exit so far.
-
-    Shape:
-        features: E tensors (N, H_e). weight_draws: E tensors (H_e + 1,). Returns (E, N, 3).
-    """
-    total = torch.zeros(len(features[0]), 3, dtype=torch.float64)
-    total[:, 2] = math.log(_alpha(alpha))
-    found = []
-    for regression, x, weights in zip(regressions, features, weight_draws, strict=True):
-        mu, v = regression.predict(x)
-        drawn, s2 = with_constant(x) @ weights.double(), regression.noise**2
-        wide = v + s2
-        total = total + torch.stack(
-            [
-                (1 / s2 - 1 / wide) / 2,
-                mu / wide - drawn / s2,
-                drawn.square() / (2 * s2) - mu.square() / (2 * wide) + math.log(regression.noise) - wide.log() / 2,
-            ],
-            1,
-        )
-        found.append(total)
-    return torch.stack(found)
-
-
-def solve_intervals(quadratics: Tensor) -> Tensor:
-    """Ends of {y: a y^2 + b y + c <= 0}, NaN where it is empty: (..., 3) to (..., 2)."""
-    a, b, c = quadratics.unbind(-1)
-    discriminant = b.square() - 4 * a * c
-    root = discriminant.clamp_min(0).sqrt()
-    ends = torch.stack([(-b - root) / (2 * a), (-b + root) / (2 * a)], -1)
-    return torch.where((discriminant < 0)[..., None], math.nan, ends)
-
-
-def intersect_intervals(intervals: Tensor) -> Tensor:
-    """Intervals cut with all before them; NaN from the first empty cut on.
-
-    Shape:
-        intervals: (E, N, 2). Returns (E, N, 2).
-    """
-    empty = intervals.isnan().any(-1)
-    low = intervals[..., 0].nan_to_num(nan=math.inf).cummax(0).values
-    high = intervals[..., 1].nan_to_num(nan=-math.inf).cummin(0).values
-    empty = (empty | (low > high)).cummax(0).values
-    return torch.where(empty[..., None], math.nan, torch.stack([low, high], -1))
-
-
-def interval_metrics(intervals: Tensor, targets: Tensor) -> SetMetrics:
-    """Lengths, coverage and nestedness of intervals (E, N, 2); empty ones have length 0 and hold nothing."""
-    nested = intersect_intervals(intervals)
-
-    def length(values: Tensor) -> Tensor:
-        return (values[..., 1] - values[..., 0]).nan_to_num(nan=0.0)
-
-    held = (intervals[..., 0] <= targets) & (targets <= intervals[..., 1])
-    size, kept = length(intervals), length(nested)
-    both_empty = intervals.isnan().any(-1) & nested.isnan().any(-1)
-    consistency = torch.where(size > 0, kept / size.clamp_min(1e-300), both_empty.double())
-    return SetMetrics(
-        size.mean(1).tolist(),
-        held.double().mean(1).tolist(),
-        held.long().cummin(0).values.double().mean(1).tolist(),
-        consistency.mean(1).tolist(),
-    )
-
-
-def draw_weights(regressions: Sequence[BayesianLinearRegression], generator: torch.Generator) -> list[Tensor]:
-    """One draw of each exit's weights from its posterior."""
-    drawn = []
-    for regression in regressions:
-        factor = torch.linalg.cholesky((regression.covariance + regression.covariance.T) / 2)
-        noise = torch.randn(len(regression.mean), generator=generator, dtype=torch.float64)
-        drawn.append(regression.mean + factor @ noise)
-    return drawn
-
-
-def _alpha(alpha: float) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
-        raise ConfigError(f"alpha must be between 0 and 1, both excluded, got {alpha!r}")
-    return float(alpha)

@@ -1,0 +1,262 @@
+"""Running every exit over a data set, once, on one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from erde_hub.errors import ConfigError, DataError, InputTypeError, ShapeError
+from erde_hub.fingerprint import model_fingerprint
+from erde_hub.fitted import last_linears
+from erde_hub.regression import REGRESSION, check_targets
+
+from .records import ExitRecords
+
+#: Keyword inputs of the model that batches may hold; everything else in a batch is left alone.
+_INPUTS = ("pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_IMAGES = ("image", "images", "img", "x", "inputs")
+_LABELS = ("labels", "label", "targets", "target", "y")
+_INDICES = ("index", "idx", "indices")
+
+
+def collect_exit_records(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    features: bool = False,
+    progress: bool = True,
+    accelerator: Any | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    info: Mapping[str, str] | None = None,
+) -> ExitRecords:
+    """Runs every exit once over a data set.
+
+    The model is put into eval mode for the run; afterwards every module is in the mode it was in before.
+
+    Args:
+        model: An :class:`~erde_hub.EarlyExitWrapper`, or a module with ``exit_names``, ``exit_table()`` and
+            ``model(pixel_values, output_all_exits=True).exit_logits``; may be inside a distributed wrapper.
+        dataloader: Batches are dicts (``pixel_values`` or a column such as ``image``; ``labels``; optionally ``index``)
+            or tuples (x, y) and (x, y, index). Without an index, samples are numbered as they come. Labels of a
+            regression are floats (N, D), or (N,) where D is 1.
+        features: Also record the input of each exit's last linear layer.
+        progress: Show a progress bar on the main process.
+        accelerator: The ``Accelerator`` of a run with several processes, where each sees its share of the data: every
+            process returns all records, ordered by index, samples that were seen twice kept once.
+        autocast_dtype: Run the model under autocast in this dtype; logits are stored in float32 all the same.
+        info: Stored with the records.
+
+    Raises:
+        DataError: The loader is empty, a batch has no inputs or no labels, or several processes run without an index.
+        InputTypeError: A batch is neither a dict nor a tuple, or labels are not integers (of a regression: floats).
+        ShapeError: The exits disagree with each other, the labels or the class names.
+        LabelError: A label lies outside the model's classes.
+        RecordsError: A logit is NaN or infinite.
+        ConfigError: ``features`` where an exit ends in no linear layer.
+    """
+    core = _unwrapped(model, accelerator)
+    # A distributed wrapper synchronises buffers in every forward, which hangs when processes have unequal numbers of
+    # batches; sharded models, on the other hand, only run through their wrapper.
+    replicas = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    runner = core if isinstance(model, replicas) else model
+    device = next((t.device for t in (*core.parameters(), *core.buffers())), torch.device("cpu"))
+    main = accelerator is None or accelerator.is_local_main_process
+    cast = torch.autocast(device.type, autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
+    regression = getattr(getattr(core, "config", None), "problem_type", None) == REGRESSION
+    parts = _Parts(regression)
+    taps = last_linears(core) if features else {}
+    # Not inference_mode: what a backbone caches in eval mode, or a data set on first use, would be refused by autograd.
+    with _evaluating(core), torch.no_grad(), cast, _recording(taps) as seen:
+        for batch in tqdm(dataloader, desc="collecting exits", unit="batch", disable=not (progress and main)):
+            inputs, labels, index = _read(batch)
+            on_device = {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
+            seen.clear()
+            logits = _exit_logits(runner, on_device)
+            missing = [name for name in taps if name not in seen]
+            if missing:
+                raise ConfigError(f"features=True, but the last linear layer of exit {missing[0]!r} did not run")
+            parts.add(logits, labels, index, [seen[name] for name in taps])
+    everything = parts.finish(with_features=features, accelerator=accelerator)
+    return ExitRecords(
+        **everything,
+        exit_names=list(core.exit_names),
+        cumulative_macs=list(core.exit_table().cumulative_macs),
+        class_names=_class_names(core, everything["logits"].shape[-1]),
+        fingerprint=model_fingerprint(model, accelerator),
+        info=dict(info or {}),
+        problem_type=REGRESSION if regression else None,
+    )
+
+
+class _Parts:
+    """What one process has seen so far."""
+
+    def __init__(self, regression: bool) -> None:
+        self.regression = regression
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.index: list[Tensor] = []
+        self.features: list[list[Tensor]] = []
+        self.numbered = True  # the loader gave no index, rows are numbered as they come
+        self.count = 0
+
+    def add(self, logits: Tensor, labels: Tensor, index: Tensor | None, features: list[Tensor]) -> None:
+        samples = logits.shape[1]
+        if self.regression:
+            labels = check_targets(labels, samples, logits.shape[2])
+        elif tuple(labels.shape) != (samples,):
+            raise ShapeError(f"labels of a batch must be ({samples},) for its logits, got {tuple(labels.shape)}")
+        if index is not None and tuple(index.shape) != (samples,):
+            raise ShapeError(f"index of a batch must be ({samples},) for its logits, got {tuple(index.shape)}")
+        if self.count and (index is None) != self.numbered:
+            raise DataError("some batches have an index and some have none: give all of them one, or none")
+        self.numbered = index is None
+        self.logits.append(logits)
+        self.labels.append(labels.cpu())
+        self.index.append(torch.arange(self.count, self.count + samples) if index is None else index.cpu())
+        self.features.append([f.float().cpu() for f in features])
+        self.count += samples
+
+    def finish(self, with_features: bool, accelerator: Any | None) -> dict[str, Any]:
+        found: dict[str, Any] | None = None
+        if self.count:
+            columns = [list(column) for column in zip(*self.features, strict=True)]
+            found = {
+                "logits": _join(self.logits, 1),
+                "labels": torch.cat(self.labels),
+                "index": torch.cat(self.index),
+                "features": [_join(column, 0) for column in columns] if with_features else None,
+            }
+        if accelerator is None:
+            return _some([found])[0]
+        several = accelerator.num_processes > 1
+        if several and self.count and self.numbered:
+            raise DataError(
+                "records of several processes need a stable sample number to be put in order: give batches an 'index'"
+                " column, or collect on one process"
+            )
+        shares = _some(gather_object([found]) if several else [found])
+        index = torch.cat([share["index"] for share in shares])
+        order = index.argsort(stable=True)
+        if several:  # samplers repeat samples so that every process gets the same number
+            ordered = index[order]
+            order = order[torch.cat([torch.tensor([True]), ordered[1:] != ordered[:-1]])]
+        return {
+            "logits": torch.cat([share["logits"] for share in shares], 1)[:, order],
+            "labels": torch.cat([share["labels"] for share in shares])[order],
+            "index": index[order],
+            "features": [torch.cat(column)[order] for column in zip(*(s["features"] for s in shares), strict=True)]
+            if with_features
+            else None,
+        }
+
+
+def _some(shares: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    found = [share for share in shares if share is not None]
+    if not found:
+        raise DataError("the dataloader gave no samples: check the split and drop_last")
+    return found
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    """Concatenates and lets go of each part on the way, so that the peak stays near one copy."""
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    joined = parts[0].new_empty(shape)
+    start = 0
+    for i, part in enumerate(parts):
+        joined.narrow(dim, start, part.shape[dim]).copy_(part)
+        start += part.shape[dim]
+        parts[i] = part.new_empty(0)
+    return joined
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # train() of a module may do more than set a flag: levit drops its caches
+            if module.training != training:
+                module.train(training)
+        for module, training in modes:  # and wakes what was frozen inside it
+            module.training = training
+
+
+def _unwrapped(model: nn.Module, accelerator: Any | None) -> Any:
+    core: Any = model if accelerator is None else accelerator.unwrap_model(model)
+    if isinstance(core, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        core = core.module
+    missing = [name for name in ("exit_names", "exit_table") if not hasattr(core, name)]
+    if missing:
+        raise InputTypeError(
+            f"{type(core).__name__} has no {missing[0]}: wrap it with erde_hub.EarlyExitWrapper to give it exits"
+        )
+    return core
+
+
+def _read(batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """Splits a batch into model inputs, labels and sample index."""
+    if isinstance(batch, Mapping):
+        inputs = {key: batch[key] for key in _INPUTS if key in batch}
+        image = next((key for key in _IMAGES if key in batch), None)
+        if not inputs and image is not None:
+            inputs = {"pixel_values": batch[image]}
+        label = next((key for key in _LABELS if key in batch), None)
+        index_key = next((key for key in _INDICES if key in batch), None)
+        columns = ", ".join(map(repr, batch))
+        if not inputs:
+            raise DataError(f"a batch has no images among its columns {columns}: call the column 'pixel_values'")
+        if label is None:
+            raise DataError(f"a batch has no labels among its columns {columns}: call the column 'labels'")
+        labels, index = batch[label], None if index_key is None else batch[index_key]
+    elif isinstance(batch, (tuple, list)):
+        if len(batch) not in (2, 3):
+            raise DataError(f"a batch must be (x, y) or (x, y, index), got {len(batch)} parts; are the labels missing?")
+        inputs, labels, index = {"pixel_values": batch[0]}, batch[1], batch[2] if len(batch) == 3 else None
+    else:
+        raise InputTypeError(
+            f"a batch must be a dict or a tuple (x, y), got {type(batch).__name__}: labels are needed beside the images"
+        )
+    for key, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise InputTypeError(f"{key} of a batch must be a tensor, got {type(value).__name__}")
+    return inputs, torch.as_tensor(labels), None if index is None else torch.as_tensor(index)
+
+
+def _exit_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    exits = model(**inputs, output_all_exits=True).exit_logits
+    return torch.stack([logits.float() for logits in exits]).cpu()
+
+
+def _class_names(model: nn.Module, num_classes: int) -> list[str]:
+    id2label = getattr(getattr(model, "config", None), "id2label", None)
+    if not id2label:
+        return [str(k) for k in range(num_classes)]
+    return [str(id2label[k]) for k in sorted(id2label)]
+
+
+@contextlib.contextmanager
+def _recording(taps: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """Stores the input of each layer while the context is open."""
+    seen: dict[str, Tensor] = {}
+
+    def store(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name] = args[0].detach()
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(store(name)) for name, layer in taps.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

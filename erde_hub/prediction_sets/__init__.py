@@ -1,0 +1,54 @@
+"""Sets of answers instead of one: nested over the exits, with a stated error rate, for classes and for real numbers.
+
+An anytime-valid confidence sequence (AVCS) may be read at whatever exit a sample leaves: the sets of all exits hold
+the truth at once with probability 1 - alpha, under the model's own uncertainty, and later sets lie inside earlier ones.
+Split conformal sets hold it at one exit that is fixed beforehand, with a guarantee that needs no model.
+"""
+
+from __future__ import annotations
+
+from .base import SetMetrics
+from .classes import (
+    AVCSClassifier,
+    ConformalClassifier,
+    avcs_ratios,
+    avcs_sets,
+    concentrations,
+    dirichlet_draws,
+    running_intersection,
+    search_relu_thresholds,
+    set_metrics,
+)
+from .intervals import (
+    BayesianLinearRegression,
+    ConformalRegressor,
+    avcs_quadratics,
+    avcs_terms,
+    draw_weights,
+    intersect_intervals,
+    interval_metrics,
+    solve_intervals,
+    with_constant,
+)
+
+__all__ = [
+    "AVCSClassifier",
+    "BayesianLinearRegression",
+    "ConformalClassifier",
+    "ConformalRegressor",
+    "SetMetrics",
+    "avcs_quadratics",
+    "avcs_ratios",
+    "avcs_sets",
+    "avcs_terms",
+    "concentrations",
+    "dirichlet_draws",
+    "draw_weights",
+    "intersect_intervals",
+    "interval_metrics",
+    "running_intersection",
+    "search_relu_thresholds",
+    "set_metrics",
+    "solve_intervals",
+    "with_constant",
+]

@@ -1,0 +1,260 @@
+"""Regression with exits: predicts the angle that images were turned by, and how sure each exit is of it.
+
+    python recipes/rotation.py --output rotation.json
+    python recipes/rotation.py --dataset path/to/images --architecture_kwargs width=16 --output_dir runs/rotation
+
+Trains a network with problem_type="regression" on images of any set, each turned by a known angle; fits intervals on
+validation images alone; reports on test images: the error of each exit, width and coverage of the intervals of each
+exit and of all exits at once (anytime-valid confidence sequences beside split conformal intervals), and what is saved
+where a sample leaves as soon as its interval is narrow enough. Angles and widths are in degrees.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _early import refuse_unknown_flags
+
+if __name__ == "__main__":
+    refuse_unknown_flags(__file__)
+
+import timm
+import torch
+from _cli import clean_errors, parse_arguments
+from torch import Tensor
+
+from erde_hub import EarlyExitWrapper, __version__
+from erde_hub._files import write_text
+from erde_hub.backbones.base import format_table
+from erde_hub.errors import ConfigError
+from erde_hub.evaluation import ExitRecords, exit_scores, regression_per_exit, sweep_widths
+from erde_hub.evaluation.formatting import mmacs, percent
+from erde_hub.policies import IntervalWidthPolicy
+from erde_hub.prediction_sets import ConformalRegressor, intersect_intervals
+from erde_hub.prediction_sets.base import check_alpha
+from erde_hub.training import DistillationArguments, Distiller, create_accelerator, recipe, run_on_main
+from erde_hub.training.data import ImageData
+from erde_hub.training.data_rotated import TARGET, rotated_images
+from erde_hub.training.recipe_arguments import DataArguments, exit_places
+
+#: Quantiles of the widths of all early exits on validation images that are swept where no widths are given.
+QUANTILES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+
+
+@dataclass
+class RotationArguments:
+    """What is turned, what learns it, and where the numbers go."""
+
+    degrees: float = field(default=45.0, metadata={"help": "largest angle, either way (degrees, at most 180)"})
+    copies: int = field(
+        default=4, metadata={"help": "how often each training image occurs, at another angle each time"}
+    )
+    architecture: str = field(default="resnet10_cifar", metadata={"help": "timm name of the network"})
+    architecture_kwargs: dict[str, Any] = field(
+        default_factory=lambda: {"width": 8}, metadata={"help": "creation arguments of the network, e.g. width=16"}
+    )
+    exits: list[str] | None = field(
+        default=None, metadata={"help": "stage names from shallow to deep, or a number of exits; default: auto"}
+    )
+    head: str = field(default="fc", metadata={"help": "head of every early exit"})
+    head_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of the head; default: dropout=0 for fc"}
+    )
+    alpha: float = field(default=0.1, metadata={"help": "error rate of intervals, 0 to 1"})
+    draws: int = field(
+        default=10, metadata={"help": "draws of the confidence sequences; as published, 1 is reported too"}
+    )
+    widths: list[float] | None = field(
+        default=None,
+        metadata={"help": "widths (degrees) below which samples leave; default: quantiles on validation images"},
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; replaced if it exists"})
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before data are loaded."""
+        check_alpha(self.alpha)
+        if self.draws < 1:
+            raise ConfigError(f"draws must be at least 1, got {self.draws}")
+        if any(not width >= 0 for width in self.widths or []):
+            raise ConfigError(f"widths must be degrees of at least 0, got {self.widths}")
+        recipe.check_architecture(self.architecture)
+        if self.head == "fc":
+            self.head_kwargs = {"dropout": 0.0, **self.head_kwargs}
+
+
+@dataclass
+class RotationTraining(DistillationArguments):
+    """Training, with defaults that suit squared errors of radians."""
+
+    epochs: int = field(default=15, metadata={"help": "passes over the training split"})
+    batch_size: int = field(default=64, metadata={"help": "images per forward pass and process"})
+    lr: float = field(default=0.01, metadata={"help": "highest learning rate of the schedule"})
+    optimizer: str = field(default="adamw", metadata={"help": "a name of timm's create_optimizer_v2"})
+    weight_decay: float = field(default=0.01, metadata={"help": "weight decay; biases and norm layers get none"})
+
+
+def main() -> None:
+    """Trains, fits on validation images, measures on test images, writes."""
+    sections = {"what is done": RotationArguments, "data": DataArguments, "training": RotationTraining}
+    wanted, data_args, args, _ = parse_arguments(sections, __doc__)
+    accelerator = create_accelerator(args)
+    recipe.configure_logging(accelerator.is_main_process)
+    source = recipe.load_data(data_args, progress=accelerator.is_main_process)
+    data = rotated_images(source, wanted.degrees, wanted.copies, args.seed)  # type: ignore[arg-type]
+    model = build(wanted, data, args.seed)
+    accelerator.print(f"{data.name}: {len(data.train)} / {len(data.validation)} / {len(data.test)} images\n")
+    result = Distiller(model, data, args, "mse", accelerator=accelerator).train()
+    if result.status == "interrupted":
+        how = f"with --resume --output_dir {args.output_dir}" if args.output_dir else "anew: there is no --output_dir"
+        raise recipe.Interrupted(f"the training is not finished: start the same command {how}", result.stopped_by)
+    run = recipe.Run(accelerator, data, args, {})
+    validation, test = (recipe.collect(run, model, split, features=True) for split in ("validation", "test"))
+    policy = IntervalWidthPolicy.fit(validation, wanted.alpha, wanted.draws, args.seed)
+    results = {
+        "erde_hub": __version__,
+        "torch": torch.__version__,
+        "dataset": {
+            "name": source.name,
+            "fingerprint": source.fingerprint,
+            "samples": {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
+        },
+        "settings": public_settings(wanted, args),
+        "unit": "degrees",
+        **measure(wanted, validation, test, policy, args.seed),
+    }
+    model.set_policy(policy)
+    run_on_main(accelerator, lambda: write(wanted.output, args.output_dir, model, results))
+    accelerator.print(f"\n{describe(results)}")
+
+
+def build(wanted: RotationArguments, data: ImageData, seed: int) -> EarlyExitWrapper:
+    """Builds the network with one output per exit."""
+    torch.manual_seed(seed)
+    kwargs = dict(wanted.architecture_kwargs)
+    try:
+        backbone = timm.create_model(wanted.architecture, num_classes=data.num_classes, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{wanted.architecture!r} cannot be created with {kwargs}: {error}") from error
+    model = EarlyExitWrapper(
+        backbone,
+        exits=exit_places(wanted.exits),
+        head=wanted.head,
+        head_kwargs=wanted.head_kwargs,
+        input_size=data.input_size,
+        backbone_kwargs=kwargs,
+        id2label=[TARGET],
+        problem_type="regression",
+    )
+    data.set_preprocessing(model)
+    return model
+
+
+def measure(
+    wanted: RotationArguments, validation: ExitRecords, test: ExitRecords, policy: IntervalWidthPolicy, seed: int
+) -> dict[str, Any]:
+    """Errors, intervals and routing on test images, in degrees; everything is fitted on validation images."""
+    published = {
+        n: IntervalWidthPolicy.fit(validation, wanted.alpha, n, seed, level_share=0) for n in (1, policy.draws)
+    }
+    conformal = ConformalRegressor.fit(validation, wanted.alpha)
+    at_once = ConformalRegressor.fit(validation, wanted.alpha, all_exits=True)
+    methods: dict[str, Tensor] = {
+        **{f"AVCS as published, draws: {n}": own.intervals(test) for n, own in published.items()},
+        f"AVCS, level from samples, draws: {policy.draws}": policy.intervals(test),
+        "conformal, each exit": conformal.intervals(test.logits),
+        "conformal, all exits": intersect_intervals(at_once.intervals(test.logits)),
+    }
+    if wanted.widths is None:
+        seen = exit_scores(validation, policy).flatten()
+        seen = seen[seen.isfinite()]
+        widths = [0.0, *(seen.quantile(torch.tensor(QUANTILES)).tolist() if len(seen) else [])]
+    else:
+        widths = [math.radians(width) for width in wanted.widths]
+    return {
+        "per_exit": [in_degrees(row, ("mae", "rmse")) for row in regression_per_exit(test)],
+        "intervals": [interval_row(name, test, intervals) for name, intervals in methods.items()],
+        "routing": [
+            in_degrees(row, ("threshold", "mae", "rmse", "width")) for row in sweep_widths(test, policy, widths)
+        ],
+    }
+
+
+def interval_row(name: str, test: ExitRecords, intervals: Tensor) -> dict[str, Any]:
+    """Width, coverage and nestedness of intervals, one number per exit."""
+    rows = [in_degrees(row, ("width",)) for row in regression_per_exit(test, intervals)]
+    keys = ("width", "coverage", "coverage_so_far", "nested", "empty")
+    return {"method": name, **{key: [row[key] for row in rows] for key in keys}}
+
+
+def in_degrees(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Returns a row with some of its numbers turned from radians into degrees."""
+    return {key: math.degrees(value) if key in keys else value for key, value in row.items()}
+
+
+def public_settings(wanted: RotationArguments, args: DistillationArguments) -> dict[str, Any]:
+    """Settings without places on this machine."""
+    own = {key: value for key, value in vars(wanted).items() if key != "output"}
+    shown = ("epochs", "batch_size", "lr", "optimizer", "weight_decay", "seed", "max_steps")
+    return own | {key: getattr(args, key) for key in shown}
+
+
+def write(output: str | None, output_dir: str | None, model: EarlyExitWrapper, results: dict[str, Any]) -> None:
+    """Writes the numbers, and the model with its fitted intervals into the folder of the run."""
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, json.dumps(_rounded(results), indent=1, allow_nan=False) + "\n")
+    if output_dir is not None:
+        model.save_pretrained(output_dir)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits, which is more than the samples tell; what is infinite becomes a word."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def describe(results: dict[str, Any]) -> str:
+    """Formats the three tables for the terminal."""
+    exits = [
+        (row["exit"], mmacs(row["macs"]), f"{row['mae']:.2f}", f"{row['rmse']:.2f}") for row in results["per_exit"]
+    ]
+    intervals = [
+        (
+            row["method"],
+            " / ".join(f"{value:.1f}" for value in row["width"]),
+            " / ".join(percent(value) for value in row["coverage"]),
+            " / ".join(percent(value) for value in row["coverage_so_far"]),
+        )
+        for row in results["intervals"]
+    ]
+    routing = [
+        (
+            f"{row['threshold']:.1f}",
+            f"{row['mae']:.2f}",
+            mmacs(row["mean_macs"]),
+            " / ".join(f"{100 * share:.0f}" for share in row["exit_share"]),
+            percent(row["coverage"]),
+        )
+        for row in results["routing"]
+    ]
+    tables = (
+        format_table(("always leave at", "MMACs", "mean error, degrees", "root mean square"), exits),
+        format_table(("intervals", "width per exit, degrees", "coverage %", "in all so far %"), intervals),
+        format_table(("leave below, degrees", "mean error", "mean MMACs", "leave at (%)", "coverage %"), routing),
+    )
+    return "\n\n".join(tables)
+
+
+if __name__ == "__main__":
+    with clean_errors(resumable=True):
+        main()

@@ -1,0 +1,182 @@
+"""Texts: tokenised once, padded batch by batch, cut into splits as images are."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from text_fakes import columns, make_tokenizer, write_encoder, write_texts
+
+from erde_hub.errors import ConfigError, DataError, InputTypeError
+from erde_hub.training.data import BatchLoader
+from erde_hub.training.data_text import load_text_data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts")
+    return write_texts(path / "set", {"train": columns(150), "validation": columns(40, first=300)})
+
+
+@pytest.fixture(scope="module")
+def data(folder, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return load_text_data(folder, make_tokenizer(), max_length=10, cache_dir=cache, progress=False)
+
+
+def load(folder, tmp_path, tokenizer=None, **kwargs):
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
+    return load_text_data(folder, tokenizer, cache_dir=tmp_path / "cache", progress=False, **kwargs)
+
+
+def test_batches_hold_the_tokens_and_no_more_padding_than_they_need(data):
+    stored = columns(150)
+    tokenizer = make_tokenizer()
+    for batch in BatchLoader(data.train, 16):
+        assert set(batch) == {"input_ids", "attention_mask", "labels", "index"}
+        assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
+        texts = [stored["sentence"][row] for row in batch["index"]]
+        expected = tokenizer(texts, truncation=True, max_length=10, padding=True, return_tensors="pt")
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+        assert batch["labels"].tolist() == [stored["label"][row] for row in batch["index"]]
+    assert data.input_size == (10,)
+    assert data.num_classes == 2
+
+
+def test_left_padding(folder, tmp_path):
+    tokenizer = make_tokenizer(padding_side="left")
+    batch = next(iter(BatchLoader(load(folder, tmp_path, tokenizer).train, 8)))
+    expected = tokenizer(columns(8)["sentence"], padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+    assert (batch["attention_mask"][:, -1] == 1).all()
+
+
+def test_an_epoch_of_training_is_every_row_once_in_batches_of_like_length(data):
+    loader = BatchLoader(data.train, 4, shuffle=True, seed=3)
+    batches = list(loader)
+    index = torch.cat([batch["index"] for batch in batches])
+    assert sorted(index.tolist()) == list(range(150))
+    padded = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+    lengths = data.train.lengths
+    drawn = np.random.default_rng(0).permutation(150)
+    at_random = sum(int(lengths[p].max() * len(p) - lengths[p].sum()) for p in np.split(drawn, range(4, 150, 4)))
+    assert padded < at_random / 3
+    first = [int(batch["attention_mask"].sum(1).max()) for batch in batches[:16]]
+    assert first != sorted(first)  # batches of a window come in any order
+    assert len(batches[-1]["labels"]) == 2  # the short last batch stays last
+
+    loader.set_epoch(1)
+    other = torch.cat([batch["index"] for batch in loader])
+    assert not torch.equal(index, other)
+    loader.set_epoch(0, first_batch=5)
+    assert torch.equal(torch.cat([batch["index"] for batch in loader]), index[20:])
+    halves = [list(BatchLoader(data.train, 2, shuffle=True, seed=3, rank=r, world_size=2)) for r in (0, 1)]
+    joined = torch.cat([torch.cat([a["index"], b["index"]]) for a, b in zip(*halves, strict=True)])
+    assert torch.equal(joined, index)
+
+
+def test_evaluation_keeps_the_order_of_the_split(data):
+    assert torch.equal(torch.cat([b["index"] for b in BatchLoader(data.validation, 7)]), data.validation.indices)
+
+
+def test_splits_and_their_file(data, folder, tmp_path):
+    assert {name: how["rule"] for name, how in data.split_info.items()} == {
+        "train": "given", "validation": "rest of validation", "test": "stratified half of validation",
+    }  # fmt: skip
+    assert len(data.validation) == len(data.test) == 20
+    other = load(folder, tmp_path, seed=1)
+    assert not torch.equal(other.test.indices, data.test.indices)
+    data.save_split(tmp_path / "split.json")
+    again = load(folder, tmp_path, seed=1, split_file=tmp_path / "split.json")
+    assert torch.equal(again.test.indices, data.test.indices)
+    assert again.fingerprint == data.fingerprint
+    limited = load(folder, tmp_path, max_train_samples=30, max_eval_samples=6)
+    assert (len(limited.train), len(limited.validation), len(limited.test)) == (30, 6, 6)
+    assert set(limited.test.indices.tolist()) < set(data.test.indices.tolist())
+    changed = write_texts(tmp_path / "changed", {"train": columns(151), "validation": columns(40, first=300)})
+    with pytest.raises(DataError, match="was written for data with fingerprint"):
+        load(changed, tmp_path, split_file=tmp_path / "split.json")
+
+
+def test_what_is_tested_is_not_trained_on(tmp_path):
+    own = columns(60)
+    test = columns(10, first=100)
+    test["sentence"][3], test["sentence"][4] = own["sentence"][7], own["sentence"][8] + " "
+    data = load(write_texts(tmp_path / "set", {"train": own, "test": test}), tmp_path)
+    left_out = data.split_info["train"]["copies_left_out"]
+    held_out = {7, 8} - set(data.validation.indices.tolist())
+    assert left_out == len(held_out)
+    assert not held_out & set(data.train.indices.tolist())
+    assert len(data.train) + len(data.validation) + left_out == 60
+    assert len(data.test) == 10
+    data.save_split(tmp_path / "split.json")
+    again = load(tmp_path / "set", tmp_path, split_file=tmp_path / "split.json")
+    assert torch.equal(again.train.indices, data.train.indices)
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        load(write_texts(tmp_path / "same", {"train": own, "validation": own, "test": own}), tmp_path)
+
+
+def test_columns_are_found_or_named(tmp_path):
+    own = {"text": columns(30)["sentence"], "title": columns(30)["sentence"], "label": ["a", "b"] * 15}
+    folder = write_texts(tmp_path / "set", {"train": own})
+    with pytest.raises(DataError, match=r"several text columns: text, title; choose one with --text_column"):
+        load(folder, tmp_path)
+    data = load(folder, tmp_path, text_column="title")
+    assert data.class_names == ["a", "b"]
+    with pytest.raises(DataError, match=r"no text column 'titel'; did you mean 'title'"):
+        load(folder, tmp_path, text_column="titel")
+    numbers = write_texts(tmp_path / "numbers", {"train": {"label": [0, 1] * 9, "size": [0, 1] * 9}})
+    with pytest.raises(DataError, match=r"no text column found .*name it with --text_column"):
+        load(numbers, tmp_path)
+    with pytest.raises(DataError, match=r"text column 'size' of 'numbers' is of type ClassLabel: give a column of str"):
+        load(numbers, tmp_path, text_column="size")
+
+
+def test_rows_without_text(folder, tmp_path):
+    own = columns(30)
+    own["sentence"][11] = None
+    features = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
+    with pytest.raises(DataError, match=r"row 11 of split 'train' of 'set' has no text in 'sentence'"):
+        load(write_texts(tmp_path / "set", {"train": own}, features), tmp_path)
+    own["sentence"][11] = "  "
+    empty = write_texts(tmp_path / "empty", {"train": own})
+    with pytest.raises(DataError, match=r"the text in row 11 of split 'train' of 'empty' has no tokens"):
+        load(empty, tmp_path, make_tokenizer(special=False))
+    assert load(empty, tmp_path).train.lengths.min() == 2  # with [CLS] and [SEP] it has
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_length": 2}, r"max_length=2 is not allowed: give a number of tokens, 3 to 64"),
+        ({"max_length": 65}, "3 to 64, what the tokenizer was made for"),
+        ({"max_train_samples": 0}, "max_train_samples=0 is not allowed"),
+        ({"tokenizer": "no/such"}, "no tokenizer could be loaded from 'no/such'"),
+        ({"tokenizer": 3}, "tokenizer must be one of transformers"),
+    ],
+)
+def test_what_is_refused(folder, tmp_path, change, words):
+    with pytest.raises((ConfigError, InputTypeError), match=words):
+        load(folder, tmp_path, **change)
+
+
+def test_settings_of_images_are_refused(data):
+    with pytest.raises(ConfigError, match="augment='crop_flip' is for images"):
+        BatchLoader(data.train, 4, augment="crop_flip")
+    with pytest.raises(ConfigError, match="channels_last is a memory format of images"):
+        BatchLoader(data.train, 4, channels_last=True)
+
+
+def test_the_tokenizer_goes_with_a_checkpoint(folder, data, tmp_path):
+    data.save_preprocessing(tmp_path / "run")
+    again = load(folder, tmp_path, tmp_path / "run", max_length=10)
+    first, second = (next(iter(BatchLoader(own.test, 20))) for own in (data, again))
+    assert torch.equal(first["input_ids"], second["input_ids"])
+    write_encoder(tmp_path / "encoder")
+    assert load(folder, tmp_path, tmp_path / "encoder").max_length == 64
+    make_tokenizer(pad_token=None).save_pretrained(tmp_path / "unpadded")
+    with pytest.raises(ConfigError, match="has no padding token"):
+        load(folder, tmp_path, tmp_path / "unpadded")
