@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import use_reentrant_ckpt
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -23,13 +21,13 @@ from .errors import ConfigError, ErdeError, ExitPointError, InputTypeError, Shap
 from .exit_table import ExitTable, count_exits
 from .heads import FeatureSpec, create_head
 from .inputs import ModelInputs, explain_failure
-from .losses.exit_weights import weights_per_exit
 from .outputs import EarlyExitOutput
+from .passes import route, run_all
 from .policies import ExitPolicy, check_answers, plain_threshold, policy_for
 from .pretrained import EarlyExitPreTrainedModel
-from .recomputation import is_recomputing, without_recomputation
+from .recomputation import is_recomputing
 from .regression import REGRESSION
-from .routing import Drive, ExitTap, Route, RunAll, StagedDrive
+from .routing import Drive, ExitTap, StagedDrive
 from .stages import StepCache
 from .token_level import check_nobody_leaves
 from .truncation import TruncatedModel, truncate
@@ -86,6 +84,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
     #: Why the exits sit where they do, in words; None where they were named, and for a loaded checkpoint.
     exits_reason: str | None = None
+    #: Thresholds of the last call: what was given and by which policy, their types, and what they came to.
+    _checked: tuple[tuple[Any, ...], list[type], list[float]] | None = None
 
     def __init__(
         self,
@@ -190,7 +190,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._backbone_frozen = False
         self._costs: dict[tuple[int, ...], ExitTable] = {}
         self._steps = StepCache()
-        self._checked: tuple[tuple[Any, ...], list[type], list[float]] | None = None  # thresholds of the last call
         self._exits = names
         self._taps: list[ExitTap] = []
         self._followers: list[Any] = []
@@ -247,7 +246,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
     def _thresholds(self, threshold: float | Sequence[float]) -> list[float]:
         policy: Any = self._modules["policy"]
-        key = (policy, *threshold) if isinstance(threshold, list) else (policy, threshold)
+        several = isinstance(threshold, list)  # [0.5] is not 0.5
+        key = (policy, several, *(threshold if several else [threshold]))  # type: ignore[misc]
         kept, types = self._checked, [*map(type, key)]
         if kept is not None and kept[1] == types and kept[0] == key:  # a call may take less than a millisecond
             return kept[2]
@@ -256,7 +256,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         thresholds = policy.check_threshold(threshold, len(self.heads))
         if self.config.task == "causal_lm":
             check_nobody_leaves(policy, thresholds)
-        if set(types[1:]) <= {int, float}:
+        if set(types[2:]) <= {int, float}:
             self._checked = (key, types, thresholds)
         return thresholds
 
@@ -408,10 +408,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                         f"threshold={threshold!r} has no effect where every exit runs: call model.eval() and leave"
                         " output_all_exits out to route"
                     )
-                output = self._run_all(inputs, labels)
+                output = run_all(self, inputs, labels)
             else:
                 thresholds = self._thresholds(self.threshold if threshold is None else threshold)
-                output = self._route(inputs, thresholds)
+                output = route(self, inputs, thresholds)
         except (ErdeError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -424,67 +424,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         if return_dict is None:
             return_dict = read_field(self.config, "return_dict")
         return output if return_dict else output.to_tuple()
-
-    def _run_all(self, inputs: ModelInputs, labels: Tensor | None) -> EarlyExitOutput:
-        deferred = bool(self._taps) and torch.is_grad_enabled()
-        if deferred and use_reentrant_ckpt() and self.is_activation_checkpointing:
-            raise ConfigError(
-                "reentrant activation checkpointing records no gradients for exits inside a recomputed region: switch"
-                " it off, timm.layers.set_reentrant_ckpt(False)"
-            )
-        visitor = RunAll(self.heads, deferred, self._token_mask(inputs))  # type: ignore[arg-type]
-        drive = self._drive(checkpointed=self.training and torch.is_grad_enabled())
-        calibration = None if self.training else self._calibration()
-        with calibration.watching() if calibration else contextlib.nullcontext():
-            final = drive(visitor, inputs.args, inputs.kwargs)
-            exit_logits = visitor.finish(self._adapter.logits(final), self.exit_names[:-1])
-        logits = exit_logits[-1]
-        if calibration:
-            for index, own in enumerate(exit_logits):
-                logits = calibration(index, own)
-        loss = None
-        if labels is not None:
-            weights = weights_per_exit(self.config.exit_weights or "uniform", len(exit_logits))
-            losses = [w * self._loss_of(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
-            loss = torch.stack(losses).sum()
-        return EarlyExitOutput(loss=loss, logits=logits, exit_logits=exit_logits)
-
-    def _route(self, inputs: ModelInputs, thresholds: Sequence[float]) -> EarlyExitOutput:
-        main = inputs.main
-        batch, device = main.shape[0], main.device
-        if batch == 0:
-            empty = torch.zeros(0, dtype=torch.int64, device=device)
-            return EarlyExitOutput(
-                logits=torch.zeros((0, self.config.num_labels), dtype=self.dtype, device=device), exit_index=empty
-            )
-        if main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: all stay
-            logits = self._run_all(inputs, None).logits
-            return EarlyExitOutput(
-                logits=logits, exit_index=torch.full((batch,), len(self.heads), dtype=torch.int64, device="meta")
-            )
-        policy, calibration = self._modules["policy"], self._calibration()  # faster than as an attribute
-        if calibration is None and all(map(policy.never_leaves, thresholds)):
-            logits = self._adapter.logits(self.backbone(*inputs.args, **inputs.kwargs))
-            index = torch.full((batch,), len(self.heads), dtype=torch.int64, device=device)
-            return EarlyExitOutput(logits=logits, exit_index=index)
-        mask = self._token_mask(inputs)
-        visitor = Route(self._steps.heads(self._modules["heads"]), policy, thresholds, batch, device, mask, calibration)
-        drive = self._drive(checkpointed=False)
-        recomputes = self._taps and torch.is_grad_enabled()  # it would run a hook's shrinking again
-        watching = fitted.watching(policy, calibration)
-        if watching is None and not recomputes:  # one image can take less than a millisecond: as little as possible
-            final = drive(visitor, inputs.args, inputs.kwargs)
-        else:
-            with contextlib.ExitStack() as stack:
-                if recomputes:
-                    stack.enter_context(without_recomputation(self.backbone))
-                if watching is not None:
-                    stack.enter_context(watching)
-                final = drive(visitor, inputs.args, inputs.kwargs)
-        if final is not None:
-            final = self._adapter.logits(final)
-        logits, index = visitor.finish(final, self._exits)
-        return EarlyExitOutput(logits=logits, exit_index=index)
 
     def _calibration(self) -> fitted.LiveCalibration | None:
         return None if self.calibrator is None else fitted.LiveCalibration(self.calibrator)

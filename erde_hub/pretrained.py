@@ -24,9 +24,9 @@ from . import __version__
 from ._files import replacing_all
 from .backbones import BackboneAdapter, get_adapter
 from .config import EarlyExitConfig, read_field
-from .errors import CheckpointError, ConfigError, ErdeError, InputTypeError
+from .errors import CheckpointError, ConfigError, ErdeError, InputTypeError, nearest
 from .heads_only import FILENAME, check_backbone_weights, fetch, own_tensors, published_weights, read_backbone
-from .inputs import ModelInputs, check_class_labels, check_pixel_values, check_text_inputs
+from .inputs import TEXT_INPUTS, ModelInputs, check_class_labels, check_pixel_values, check_text_inputs
 from .preprocessing import build_image_processor, check_preprocessing
 from .regression import REGRESSION, check_targets, mean_squared_error
 from .routing import ExitTap
@@ -239,7 +239,12 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         kwargs.update(more)
         if kwargs and self.config.exits and not self._taps:
             name = type(self.backbone).__name__
-            raise InputTypeError(f"{name} takes pixel_values only, got {sorted(kwargs)[0]!r} as well")
+            key = sorted(kwargs)[0]
+            others = {"self", "kwargs", *texts, *TEXT_INPUTS}
+            takes = [name for name in inspect.signature(type(self).forward).parameters if name not in others]
+            raise InputTypeError(
+                f"{name} with exits takes no argument {key!r}{nearest(key, takes)} (it takes: {', '.join(takes)})"
+            )
         return ModelInputs((inputs,), kwargs, inputs)
 
     def _labels(self, labels: Any, inputs: ModelInputs) -> Tensor:

@@ -142,9 +142,9 @@ class HookDrive:
     def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Runs the backbone; the pass's own exception, and nothing else, ends it early."""
         live = _Live(self.taps, visitor, self.followers)
-        token = _running.set((*_running.get(), live))
         exported = _modules_under_export()
         depth = len(exported)
+        token = _running.set((*_running.get(), live))
         try:
             return self.backbone(*inputs, **kwargs)
         except _NobodyLeft as end:

@@ -127,7 +127,9 @@ class _Pending:
     def answer(self, rows: Tensor, logits: Tensor, exit_index: int) -> None:
         if self.logits is None:
             self.logits = logits.new_empty((len(self.exit_index), logits.shape[1]))
-        self.logits[rows.to(logits.device)] = logits.to(self.logits.dtype)
+        dtype = torch.promote_types(self.logits.dtype, logits.dtype)  # under autocast heads and classifier may differ
+        self.logits = self.logits.to(dtype)
+        self.logits[rows.to(logits.device)] = logits.to(dtype)
         self.exit_index[rows] = exit_index
         self.missing -= len(rows)
 

@@ -232,6 +232,15 @@ def test_a_threshold_that_was_good_is_remembered_as_it_was():
         model(x, threshold=[0, 100.5])
 
 
+def test_one_number_for_all_is_not_a_list_of_one():
+    model, x = resnet(threshold=0.5).eval(), images("resnet", 2)
+    model(x)
+    with pytest.raises(ThresholdError, match="got 1 thresholds for 2"):
+        model(x, threshold=[0.5])
+    with pytest.raises(ThresholdError, match="got 1 thresholds for 2"):
+        model.threshold = [0.5]
+
+
 def test_the_policys_own_default_threshold():
     assert resnet(policy="confidence").threshold == 0.9
     assert resnet(policy="patience").threshold == 1.0
@@ -460,8 +469,12 @@ def test_bad_labels(bad, error, words):
 
 
 def test_arguments_that_the_backbone_does_not_take():
-    with pytest.raises(InputTypeError, match="CifarResNet takes pixel_values only, got 'pixel_mask'"):
+    with pytest.raises(InputTypeError, match="CifarResNet with exits takes no argument 'pixel_mask'"):
         shared_model()(images("resnet", 2), pixel_mask=None)
+    with pytest.raises(InputTypeError, match=r"'treshold'; did you mean 'threshold'\?"):
+        shared_model()(images("resnet", 2), treshold=0.5)
+    with pytest.raises(InputTypeError, match=r"'threshold' \(it takes: pixel_values, labels, return_dict\)"):
+        shared_model().truncate(0)(images("resnet", 2), threshold=0.5)
 
 
 # Preprocessing

@@ -34,7 +34,7 @@ from torch import nn
 from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.calibration import choose_threshold
 from erde_hub.cost import flop_counter
-from erde_hub.errors import CheckpointError, InputTypeError, LabelError
+from erde_hub.errors import CheckpointError, ExportError, InputTypeError, LabelError
 from erde_hub.evaluation import ExitRecords
 
 
@@ -61,6 +61,7 @@ def shares(make, **kwargs) -> dict[str, float]:
         ("swin_tiny_patch4_window7_224", {}, {"layers.0": 96, "layers.1": 192, "layers.2": 384}),
         ("swin_tiny_patch4_window7_224", {"img_size": 256}, {"layers.0": 96, "layers.1": 192, "layers.2": 384}),
         ("volo_d1_224", {}, {"network.0": 192, "network.2": 384}),
+        ("sequencer2d_s", {}, {"stages.0": 192, "stages.1": 384}),
     ],
 )
 def test_d1_heads_of_nhwc_models_read_channels_and_not_heights(architecture, kwargs, widths):
@@ -271,6 +272,8 @@ def test_d14_a_compiled_backbone_routes_and_a_static_model_exports(name):
     cuts = quantile_thresholds(model, x)
     with torch.no_grad():
         expected = model(x, threshold=cuts).logits
+        with pytest.raises(ExportError, match=r"model\.truncate\(exit\)"):
+            torch.export.export(model, (x,))
         program = torch.export.export(model.truncate(0), (x,))
         assert torch.equal(program.module()(x).logits, all_logits(model, x)[0])
         try:

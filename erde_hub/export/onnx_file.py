@@ -236,12 +236,12 @@ def _write(nested: ir.Model, target: Path) -> None:
             onnx.checker.check_model(str(folder / target.name), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the exported file is not valid ONNX: {error}") from error
-        if data is not None:
-            target.unlink(missing_ok=True)  # never an old file with new weights
-            _sync(folder / data)
-            (folder / data).replace(target.with_name(data))
-        _sync(folder / target.name)
-        (folder / target.name).replace(target)
+        names = [target.name] if data is None else [data, target.name]
+        for name in names:
+            _sync(folder / name)
+        _move_in(folder, target.parent, names)
+        if data is None:  # of a larger model that was there before
+            target.with_name(f"{target.name}.data").unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointWriteError(
             f"cannot write {target.name} ({error.strerror or error}): check space and permissions of its folder; what"
@@ -250,6 +250,29 @@ def _write(nested: ir.Model, target: Path) -> None:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_in(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Moves files that belong together into a folder; where one cannot be moved, what was there before is put back."""
+    if len(names) == 1:
+        (source / names[0]).replace(folder / names[0])
+        return
+    aside = Path(tempfile.mkdtemp(prefix="old-", dir=source))
+    old = [name for name in names if (folder / name).exists()]
+    moved: list[str] = []
+    try:
+        for name in old:  # never an old file with new weights
+            (folder / name).replace(aside / name)
+        for name in names:
+            (source / name).replace(folder / name)
+            moved.append(name)
+    except OSError:
+        for name in moved:
+            (folder / name).unlink()
+        for name in old:
+            if (aside / name).exists():
+                (aside / name).replace(folder / name)
+        raise
 
 
 def _sync(path: Path) -> None:

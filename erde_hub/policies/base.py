@@ -44,9 +44,17 @@ class ExitPolicy(nn.Module):
     never_threshold: ClassVar[float] = 1e8
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets a subclass name the nearest argument where it is built with one that it does not take."""
+        """Lets a subclass name the nearest argument where it is built with one that it does not take.
+
+        The short cuts of a parent's score do not speak for a subclass that scores otherwise.
+        """
         super().__init_subclass__(**kwargs)
         check_init(cls)
+        own = cls.__dict__
+        if "score" in own and "score_last" not in own:
+            cls.score_last = ExitPolicy.score_last  # type: ignore[method-assign]
+        if ("score" in own or "score_last" in own) and "score_one" not in own:
+            cls.score_one = ExitPolicy.score_one  # type: ignore[method-assign]
 
     @refuse_unknown
     def __init__(self) -> None:

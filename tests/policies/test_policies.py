@@ -17,6 +17,7 @@ from policy_fakes import PLAIN, make_policy
 
 from erde_hub.errors import ConfigError, ShapeError, ThresholdError, UnknownNameError
 from erde_hub.policies import (
+    EntropyPolicy,
     ExitPolicy,
     create_policy,
     get_policy,
@@ -258,6 +259,26 @@ def test_one_sample_is_scored_as_in_a_batch(name):
     policy = create_policy(name)
     alone = torch.tensor([policy.score_one(row[None]) for row in log_probs])
     torch.testing.assert_close(alone, policy.score_last(log_probs), rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", ["score", "score_last"])
+def test_short_cuts_of_a_parent_do_not_speak_for_a_subclass(method):
+    def flat(self, log_probs):
+        return log_probs.new_full(log_probs.shape[-2:-1], 7.0)
+
+    policy = type("Flat", (EntropyPolicy,), {method: flat})()
+    log_probs = random_log_probs()
+    assert policy.score_last(log_probs[-1]).tolist() == [7.0] * log_probs.shape[1]
+    assert policy.score(log_probs).tolist() == [7.0] * log_probs.shape[1]
+    assert policy.score_one(log_probs[-1][:1]) == 7.0
+
+
+def test_entropy_of_one_sample_with_any_number_of_classes():
+    policy = EntropyPolicy()
+    for classes in (2, 1000, 20_000):
+        log_probs = (torch.randn(8, classes) * torch.logspace(-3, 3, 8)[:, None]).log_softmax(-1)
+        alone = torch.tensor([policy.score_one(row[None]) for row in log_probs])
+        torch.testing.assert_close(alone, policy.score_last(log_probs), rtol=1e-5, atol=1e-5)
 
 
 def test_the_constant_ones():

@@ -106,7 +106,8 @@ def made_up(even: float, memory: float) -> dict:
 
     setting = {
         "batch": 32, "threads": 1, "channels_last": False, "shares": {"even": [0.25] * 4}, "rounds": 3,
-        "seconds": {"bare": spread(2.0), "even": spread(even), "even by hand": spread(1.0)},
+        "seconds": {"bare": spread(2.0), "even": spread(even), "even by hand": spread(1.0),
+                    "earlyon even": spread(2.0), "earlyon one by one": spread(1.25)},
         "ratios": {"even / even by hand": spread(even), "even / earlyon even": spread(0.5),
                    "even / earlyon one by one": spread(0.96)},
     }  # fmt: skip
@@ -126,6 +127,7 @@ def test_targets_are_met_or_missed_by_their_bounds():
     assert not any("31 leaving" in name for name in found)
     rows = {row[0]: row[1:] for row in target_rows(made_up(1.0812, 10.0))}
     assert rows["batch 32, a quarter leaving at each exit / ideal"] == ("1.08", "1.081 (missed)")
+    assert rows["batch 32, a quarter at each exit / earlyon one by one"] == ("0.95", "0.960 (missed; by hand 0.800)")
     points = saving_points(made_up(1.2, 10.0))["net"]
     assert points == [(pytest.approx(0.5), pytest.approx(0.4), 32)]
 

@@ -188,6 +188,9 @@ def load_model(name: str, **overrides: Any) -> EarlyExitWrapper:
         CheckpointError: There is none, or it is damaged.
     """
     folder = Path(name).expanduser()
+    runs = [] if folder.exists() else sorted(str(config.parent) for config in folder.parent.glob("*/config.json"))
+    if runs:  # beside runs of this machine: a slip, and not a repository, which may take minutes to be missed
+        raise CheckpointError(f"there is no folder {name!r}{nearest(name, runs)} (there are: {', '.join(runs[:8])})")
     try:
         return EarlyExitWrapper.from_pretrained(str(folder) if folder.is_dir() else name, **overrides)
     except (OSError, ValueError) as error:
