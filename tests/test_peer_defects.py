@@ -112,6 +112,24 @@ def test_d4_half_precision_and_harmless_reuse_change_no_cost(name):
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "volo_d1_224",
+        "sequencer2d_s",
+        "deit_tiny_distilled_patch16_224",
+        "dla34",
+        "mixer_s32_224",
+        "edgenext_xx_small",
+    ],
+)
+def test_d4_networks_that_the_peer_made_up_costs_for_have_real_ones(name):
+    backbone = timm.create_model(name)
+    full, half = ([p.macs for p in list_exit_points(backbone.to(dtype))] for dtype in _DTYPES[:2])
+    assert full == half == sorted(full)
+    assert 0 < full[0] < full[-1]
+
+
 @pytest.mark.parametrize("name", ["resnet", "plain"])
 def test_d5_the_cost_that_budgets_are_made_of_is_what_a_batch_really_computes(name):
     model, x = wrap(name), images(name, 16)

@@ -53,6 +53,8 @@ class ExitPolicy(nn.Module):
         own = cls.__dict__
         if "score" in own and "score_last" not in own:
             cls.score_last = ExitPolicy.score_last  # type: ignore[method-assign]
+        if "score_last" in own and "score" not in own:
+            cls.score = _score_by_last  # type: ignore[assignment]
         if ("score" in own or "score_last" in own) and "score_one" not in own:
             cls.score_one = ExitPolicy.score_one  # type: ignore[method-assign]
 
@@ -140,6 +142,11 @@ class ExitPolicy(nn.Module):
                 " early exit (the last exit, the backbone's own classifier, has none)"
             )
         return values
+
+
+def _score_by_last(policy: ExitPolicy, log_probs: Tensor) -> Tensor:
+    """Scores the deepest exit given, (exits so far, N, K) to (N,), for policies that read no other."""
+    return policy.score_last(log_probs[-1])
 
 
 class LearnedPolicy(ExitPolicy):

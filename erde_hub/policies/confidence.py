@@ -23,7 +23,7 @@ class ConfidencePolicy(ExitPolicy):
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Returns the largest probability of the deepest exit, (N,)."""
-        return self.score_last(log_probs[-1])
+        return ConfidencePolicy.score_last(self, log_probs[-1])
 
     def score_last(self, log_probs: Tensor) -> Tensor:
         """Returns the largest probability, (N, K) to (N,)."""
@@ -44,7 +44,7 @@ class MarginPolicy(ExitPolicy):
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Returns the difference of the two largest probabilities of the deepest exit, (N,)."""
-        return self.score_last(log_probs[-1])
+        return MarginPolicy.score_last(self, log_probs[-1])
 
     def score_last(self, log_probs: Tensor) -> Tensor:
         """Returns the difference of the two largest probabilities, (N, K) to (N,)."""

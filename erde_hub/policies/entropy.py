@@ -27,7 +27,7 @@ class EntropyPolicy(ExitPolicy):
 
     def score(self, log_probs: Tensor) -> Tensor:
         """Returns the entropy of the deepest exit, (N,), in nats; saturated probabilities count 0, NaN stays NaN."""
-        return self.score_last(log_probs[-1])
+        return EntropyPolicy.score_last(self, log_probs[-1])
 
     def score_last(self, log_probs: Tensor) -> Tensor:
         """Returns the entropy, (N, K) to (N,)."""

@@ -266,8 +266,16 @@ def test_short_cuts_of_a_parent_do_not_speak_for_a_subclass(method):
     def flat(self, log_probs):
         return log_probs.new_full(log_probs.shape[-2:-1], 7.0)
 
-    policy = type("Flat", (EntropyPolicy,), {method: flat})()
+    def twice(self, log_probs):
+        return 2 * getattr(EntropyPolicy, method)(self, log_probs)
+
     log_probs = random_log_probs()
+    double = type("Double", (EntropyPolicy,), {method: twice})()
+    entropy = EntropyPolicy().score(log_probs)
+    torch.testing.assert_close(double.score(log_probs), 2 * entropy)
+    torch.testing.assert_close(double.score_last(log_probs[-1]), 2 * entropy)
+    assert double.score_one(log_probs[-1][:1]) == pytest.approx(2 * entropy[0].item())
+    policy = type("Flat", (EntropyPolicy,), {method: flat})()
     assert policy.score_last(log_probs[-1]).tolist() == [7.0] * log_probs.shape[1]
     assert policy.score(log_probs).tolist() == [7.0] * log_probs.shape[1]
     assert policy.score_one(log_probs[-1][:1]) == 7.0
