@@ -22,6 +22,7 @@ import timm
 import torch
 from _cli import parse_arguments
 from _inference_report import Table
+from _results import write_results
 
 from erde_hub import __version__, keep_freed_memory
 from erde_hub.backbones.base import format_table
@@ -78,9 +79,7 @@ def benchmark_allocator(argv: list[str]) -> None:
         "rounds": args.rounds,
         "seconds": models,
     }
-    if args.output is not None:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_results(args.output, results)
     print(allocator_table(format_table, results))
 
 

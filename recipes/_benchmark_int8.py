@@ -19,6 +19,7 @@ import numpy as np
 from _cli import parse_arguments
 from _inference_benchmark import summary, take_turns
 from _inference_report import Table
+from _results import write_results
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
@@ -94,8 +95,7 @@ def benchmark_int8(argv: list[str]) -> None:
         if path.is_file():
             kept = json.loads(path.read_text(encoding="utf-8")).get("models", {})
             results["models"] = {**kept, name: entry}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, results)
     print(int8_table(format_table, {"models": {name: entry}}))
 
 

@@ -44,6 +44,7 @@ from _inference_contestants import (
 )
 from _inference_report import draw_saving, tables
 from _memory import forget_peak, process_memory
+from _results import write_results
 
 from erde_hub import __version__, keep_freed_memory
 from erde_hub.errors import ConfigError
@@ -123,9 +124,7 @@ def benchmark_inference(argv: list[str]) -> None:
         subject = load_subject(name, args.exits)
         results["networks"][subject.name] = _measure(subject, name, args)
         results["networks"] = dict(sorted(results["networks"].items(), key=lambda item: _place(item[0])))
-        if args.output is not None:  # after every network, so that hours are not lost
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(args.output, results)  # after every network, so that hours are not lost
     print(tables(results))
     if args.picture is not None:
         draw_saving(results, args.picture)

@@ -26,7 +26,7 @@ from erde_hub.evaluation import save_results
 from erde_hub.heads_only import check_backbone_weights
 from erde_hub.losses import create_loss
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
-from erde_hub.training.recipe_arguments import DataArguments, ExitArguments, exit_places
+from erde_hub.training.recipe_arguments import DataArguments, ExitArguments
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 CONFIG = Path(__file__).parent / "configs" / "pretrained" / "efficientnet_lite0.yaml"
@@ -78,18 +78,7 @@ def main() -> None:
     )
     torch.manual_seed(args.seed)
     network.reset_classifier(data.num_classes)
-    model = EarlyExitWrapper(
-        network,
-        exits=exit_places(exits.exits),
-        head=exits.head,
-        head_kwargs=exits.head_kwargs,
-        policy=exits.policy,
-        policy_kwargs=exits.policy_kwargs,
-        threshold=exits.stored_threshold(),
-        input_size=data.input_size,
-        id2label=data.class_names,
-    )
-    data.set_preprocessing(model)
+    model = recipe.add_exits(network, data, exits)
     model.freeze_backbone()
     network.get_classifier().requires_grad_(True)
     if own.backbone_weights:

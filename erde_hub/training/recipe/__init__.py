@@ -18,6 +18,7 @@ from .messages import (
     settings_dict,
 )
 from .networks import (
+    add_exits,
     build_model,
     build_student,
     check_architecture,
@@ -46,6 +47,7 @@ __all__ = [
     "Interrupted",
     "Run",
     "TeacherPlan",
+    "add_exits",
     "build_model",
     "build_student",
     "check_architecture",

@@ -120,8 +120,32 @@ def build_model(
     torch.manual_seed(seed)
     texts = isinstance(data, TextData)
     create = _create_encoder if texts else _create_timm
+    backbone = create(architecture, data, kwargs, pretrained)
+    return add_exits(backbone, data, exits, places=places, backbone_kwargs=None if texts else kwargs)
+
+
+def add_exits(
+    backbone: nn.Module,
+    data: LabelledData,
+    exits: ExitArguments,
+    *,
+    places: list[str] | None = None,
+    backbone_kwargs: dict[str, Any] | None = None,
+) -> EarlyExitWrapper:
+    """Gives a living network exits as the arguments say, and the names and preprocessing of the data.
+
+    Args:
+        backbone: A classifier of the data's classes.
+        data: For the names of the classes and the preprocessing.
+        exits: Head, policy, threshold.
+        places: Where the exits sit; those of ``exits`` if None.
+        backbone_kwargs: See :class:`~erde_hub.EarlyExitWrapper`.
+
+    Raises:
+        ExitPointError, ThresholdError: See :class:`~erde_hub.EarlyExitWrapper`.
+    """
     model = EarlyExitWrapper(
-        create(architecture, data, kwargs, pretrained),
+        backbone,
         exits=exit_places(places or exits.exits),
         head=exits.head,
         head_kwargs=exits.head_kwargs,
@@ -129,7 +153,7 @@ def build_model(
         policy_kwargs=exits.policy_kwargs,
         threshold=exits.stored_threshold(),
         input_size=data.input_size,
-        backbone_kwargs=None if texts else kwargs,
+        backbone_kwargs=backbone_kwargs,
         id2label=data.class_names,
     )
     data.set_preprocessing(model)
