@@ -262,15 +262,27 @@ def _same_positions(student: Tensor, teacher: Tensor, most: int) -> tuple[Tensor
     return _mean_position(student), _mean_position(teacher)
 
 
+#: Maps of at most this many positions, one channel behind the other, are averaged by one product with a matrix.
+SMALL_MAP = 64
+
+
 def _pool(feature: Tensor, height: int, width: int) -> Tensor:
+    """Averages a map, channels last, down to so many positions; of equal numbers, the way that takes least time."""
     if feature.shape[1:3] == (height, width):
         return feature
     maps = feature.permute(0, 3, 1, 2)  # the layout in which most networks have them in memory
-    rows, columns = feature.shape[1] / height, feature.shape[2] / width
-    if rows.is_integer() and columns.is_integer():  # sums of views: the same numbers in a fraction of the time
-        pooled = maps.unflatten(2, (height, -1)).sum(3).unflatten(3, (width, -1)).sum(4) / (rows * columns)
-    else:
+    rows, columns = maps.shape[2] / height, maps.shape[3] / width
+    if not rows.is_integer() or not columns.is_integer():
         pooled = F.adaptive_avg_pool2d(maps, (height, width))
+    elif feature.is_contiguous():  # channels last in memory too
+        pooled = F.avg_pool2d(maps, (int(rows), int(columns)))
+    elif maps.shape[2] * maps.shape[3] <= SMALL_MAP:
+        in_row = torch.eye(height, dtype=maps.dtype, device=maps.device).repeat_interleave(int(rows), 0)
+        in_column = torch.eye(width, dtype=maps.dtype, device=maps.device).repeat_interleave(int(columns), 0)
+        share = torch.kron(in_row, in_column) / (rows * columns)  # of each position in each average
+        pooled = (maps.flatten(2) @ share).unflatten(2, (height, width))
+    else:
+        pooled = maps.unflatten(2, (height, -1)).sum(3).unflatten(3, (width, -1)).sum(4) / (rows * columns)
     return pooled.permute(0, 2, 3, 1)
 
 

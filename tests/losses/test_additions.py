@@ -200,10 +200,14 @@ def test_features_of_two_networks_through_a_projection():
     assert target.grad is None
 
 
-@pytest.mark.parametrize("sides", [(8, 8), (6, 10)])
-def test_large_maps_are_averaged_down(sides):
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("sides", [(8, 8), (4, 12), (16, 8), (6, 10)])
+def test_large_maps_are_averaged_down(sides, channels_last):
     student, teacher, labels = make_batch(exits=1, dtype=torch.float64)
-    own, target = (torch.randn(6, *sides, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    shape = (6, *sides, 2) if channels_last else (6, 2, *sides)
+    own, target = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    own, target = (x if channels_last else x.permute(0, 2, 3, 1) for x in (own, target))
+    own.requires_grad_()
     loss = FeatureKDLoss(projection="none", feature_size=4)
     result = loss(student, teacher, labels, student_features=[own], teacher_features=[target])
     pooled = [torch.nn.functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 4) for x in (own, target)]
