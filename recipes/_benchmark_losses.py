@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from _cli import parse_arguments
+from _results import write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +19,7 @@ from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError, unknown_name
 from erde_hub.losses import EGADLoss, ExitLoss, FeatureTerm, ReadoutWeight, create_loss, list_losses
-from erde_hub.training._features import FeatureTap
+from erde_hub.training import ExitFeatures
 
 #: A loss may take this share of a step at most.
 LIMIT = 0.03
@@ -67,9 +66,7 @@ def benchmark_losses(argv: list[str]) -> None:
         "students": [measure(benchmark, width) for width in benchmark.widths],
     }
     print(format_results(results))
-    if benchmark.output is not None:
-        Path(benchmark.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(benchmark.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(benchmark.output, results)
 
 
 def measure(benchmark: LossBenchmark, width: int) -> dict[str, Any]:
@@ -79,10 +76,10 @@ def measure(benchmark: LossBenchmark, width: int) -> dict[str, Any]:
     student = EarlyExitWrapper(backbone, backbone_kwargs={"width": width}).train()
     images = torch.randn(benchmark.batch_size, *student.config.input_size)
     labels = torch.randint(benchmark.num_classes, (benchmark.batch_size,))
-    tap = FeatureTap(student)
+    tap = ExitFeatures(student)
     with torch.no_grad(), tap.watching():
         shapes = [logits.shape for logits in student(images).exit_logits]
-        features = tap.take(channels_last=True)
+        features = tap.take()
     calls = {name: loss_call(name, shapes, features, labels) for name in benchmark.losses}
     step = training_step(student, images, labels)
     step()  # warms up

@@ -34,6 +34,7 @@ from erde_hub.evaluation.report import published_arguments
 from erde_hub.losses import ExitLoss
 from erde_hub.training import DistillationArguments, Distiller, create_accelerator, recipe
 from erde_hub.training.data_base import LabelledData
+from erde_hub.training.data_coloured import DATASET as COLOURED
 from erde_hub.training.data_coloured import GroupedImages, coloured_digits
 from erde_hub.training.recipe_arguments import (
     DataArguments,
@@ -43,11 +44,10 @@ from erde_hub.training.recipe_arguments import (
     TeacherArguments,
     build_loss,
     loss_arguments_class,
+    plain_text,
     plain_weights,
     teacher_training_arguments,
 )
-
-COLOURED = "coloured_digits"
 
 
 @dataclass
@@ -91,6 +91,22 @@ def build_method(text: str) -> ExitLoss:
     return build_loss(loss, arguments, additions)
 
 
+def check_data_arguments(data_args: DataArguments, comparison: Comparison) -> None:
+    """Refuses flags that would change nothing about the data, and stand in the results as if they had.
+
+    Raises:
+        ConfigError: A part or a form of coloured digits, or a correlation of other data, is asked for.
+    """
+    coloured = data_args.dataset == COLOURED
+    given = _changed(comparison, ("correlation", "teacher_correlation"))
+    if coloured:
+        given = _changed(data_args, [f.name for f in dataclasses.fields(data_args) if f.name != "dataset"])
+    for name, value in given.items():
+        shapes = f"does nothing with --dataset {COLOURED}, which is made anew for every seed and always used as it is"
+        why = shapes if coloured else f"is for --dataset {COLOURED} only, and this is {data_args.dataset!r}"
+        raise ConfigError(f"--{name} {plain_text(value)} {why}: leave it out")
+
+
 def main() -> None:
     """Trains what is missing, seed by seed, and writes after every student."""
     sections = {
@@ -105,6 +121,7 @@ def main() -> None:
     comparison, data_args, student_args, teacher_args, exits, args, config = parse_arguments(
         sections, __doc__, default_config=base, ignored=[StudentArguments, loss_arguments_class()]
     )
+    check_data_arguments(data_args, comparison)
     for method in comparison.methods:
         build_method(method)
     accelerator = create_accelerator(args)
@@ -174,6 +191,10 @@ def _unusual(arguments: Any) -> dict[str, Any]:
     names = (
         "exits", "head", "head_kwargs", "teacher_exit_points", "teacher_exit_weights", "image_size", "max_eval_samples",
     )  # fmt: skip
+    return _changed(arguments, names)
+
+
+def _changed(arguments: Any, names: Sequence[str]) -> dict[str, Any]:
     usual = vars(type(arguments)())
     return {name: value for name, value in vars(arguments).items() if name in names and value != usual[name]}
 

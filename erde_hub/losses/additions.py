@@ -1,8 +1,8 @@
 """What can join a loss: weights of its samples, and further terms.
 
 A pair of methods needs no class of its own. ``create_loss("erde").add(create_addition("ea_kd"))`` is ERDE whose
-divergence is weighed per sample as by EA-KD: ERDE's mask decides where the term applies, the weight how much a sample
-counts there.
+divergence is weighed per sample as by EA-KD: ERDE's mask decides where its divergence applies, the weight how much a
+sample counts there. Further terms have masks of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from erde_hub._registry import check_init, refuse_unknown
-from erde_hub.errors import ConfigError
+from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.regression import refuse_regression
 
 if TYPE_CHECKING:
@@ -113,3 +113,17 @@ class ExtraTerm(Addition):
     def distillation_terms(self) -> tuple[str, ...]:
         """Returns which of the terms imitate the teacher, so that a :class:`SampleWeight` applies to them."""
         return ()
+
+
+def check_addition(addition: object) -> None:
+    """Refuses what no loss could take in.
+
+    Raises:
+        InputTypeError: Neither a :class:`SampleWeight` nor an :class:`ExtraTerm`.
+        ConfigError: Its class has no name.
+    """
+    if not isinstance(addition, (SampleWeight, ExtraTerm)):
+        raise InputTypeError(f"add() takes weights of samples and further terms (create_addition), got {addition!r}")
+    if not isinstance(getattr(addition, "name", None), str):
+        kind = type(addition).__name__
+        raise ConfigError(f'{kind} has no name: give the class one, its key in the log, as in name = "{kind.lower()}"')

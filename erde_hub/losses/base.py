@@ -21,8 +21,8 @@ from erde_hub.errors import InputTypeError
 from erde_hub.regression import REGRESSION
 
 from ._checks import check_choice, check_exit_logits, check_features, check_index, check_labels, check_same_classes
-from .additions import Addition, ExtraTerm, SampleWeight
-from .batch import ExitBatch, LossResult, Term
+from .additions import Addition, SampleWeight, check_addition
+from .batch import ExitBatch, LossResult, Term, check_per_sample, check_terms
 from .exit_weights import check_epoch, check_exit_weights, weights_per_exit
 from .teacher_exits import check_teacher_exits, map_teacher_exits
 
@@ -105,11 +105,13 @@ class ExitLoss(nn.Module):
     def add(self, *additions: Addition) -> Self:
         """Lets weights of samples or further terms join this loss, and returns it.
 
-        Weights multiply what :meth:`distillation_terms` names; several multiply each other.
+        Weights multiply what :meth:`distillation_terms` names; several multiply each other. The order in which
+        additions are given does not matter, and where one is refused none has joined.
 
         Raises:
-            InputTypeError: Not an :class:`~erde_hub.losses.Addition`.
-            ConfigError: It cannot join this loss; the message says why.
+            InputTypeError: Neither a :class:`~erde_hub.losses.SampleWeight` nor an
+                :class:`~erde_hub.losses.ExtraTerm`.
+            ConfigError: One has no name, or cannot join this loss; the message says why.
 
         Example:
             >>> from erde_hub.losses import create_addition, create_loss
@@ -117,6 +119,8 @@ class ExitLoss(nn.Module):
             >>> [addition.name for addition in loss.additions()]
             ['ea_kd']
         """
+        for addition in additions:
+            check_addition(addition)
         self._attach(*additions)
         self._added.extend(additions)
         return self
@@ -178,6 +182,7 @@ class ExitLoss(nn.Module):
             terms = self.terms(batch)
             for part in self.extra_terms:
                 terms = [*terms, *part.terms(batch)]  # type: ignore[operator]
+            check_terms(type(self).__name__, terms, batch)
             shown = self._weigh(terms, batch)
             return self._reduce(terms, batch, shown)
 
@@ -226,19 +231,23 @@ class ExitLoss(nn.Module):
         self._attach(addition)
 
     def _attach(self, *additions: Addition) -> None:
-        for addition in additions:
-            if not isinstance(addition, (SampleWeight, ExtraTerm)):
-                raise InputTypeError(
-                    f"add() takes weights of samples and further terms (create_addition), got {addition!r}"
-                )
-            addition.check(self)
-            (self.sample_weights if isinstance(addition, SampleWeight) else self.extra_terms).append(addition)
+        before = len(self.extra_terms), len(self.sample_weights)
+        try:  # terms first: what a weight applies to may be one of them
+            for addition in sorted(additions, key=lambda addition: isinstance(addition, SampleWeight)):
+                addition.check(self)
+                (self.sample_weights if isinstance(addition, SampleWeight) else self.extra_terms).append(addition)
+        except Exception:
+            del self.extra_terms[before[0] :], self.sample_weights[before[1] :]
+            raise
 
     def _weigh(self, terms: list[Term], batch: ExitBatch) -> dict[str, Tensor]:
         """Multiplies the weights of samples into the terms that they apply to; returns their means per exit."""
         shown = {}
         for weight in self.sample_weights:
-            values = weight.weights(batch).detach()  # type: ignore[operator]
+            values = weight.weights(batch)  # type: ignore[operator]
+            full = (batch.num_exits, batch.num_samples)
+            check_per_sample(f"weights of {weight.name!r}", values, (full, full[1:]))
+            values = values.detach()
             names = weight.targets(self)  # type: ignore[operator]
             for term in terms:
                 if term.name in names:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erde_hub.errors import InputTypeError
+from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
 
@@ -67,6 +67,55 @@ class Term:
     weight: float
     mask: Tensor | None = None
     sample_weights: Tensor | None = None
+
+
+def check_terms(loss: str, terms: Sequence[Term], batch: ExitBatch) -> None:
+    """Checks what a loss, and what joined it, made of a batch, so that nothing of another shape is broadcast.
+
+    Args:
+        loss: Name of its class.
+        terms: All of them.
+        batch: What they were computed from.
+
+    Raises:
+        ConfigError: There is none, or two have one name.
+        InputTypeError: One is no :class:`Term`, or its mask is not bool.
+        ShapeError: Values, mask or weights that are not one number per exit and sample.
+    """
+    if not terms:
+        raise ConfigError(f"{loss} has no term, and so nothing to train: terms() must return at least one Term")
+    full = (batch.num_exits, batch.num_samples)
+    for term in terms:
+        if not isinstance(term, Term):
+            raise InputTypeError(f"terms() of {loss} must return a list of Term, it holds {term!r:.80}")
+        check_per_sample(f"values of term {term.name!r} of {loss}", term.values, (full,))
+        if term.mask is not None:
+            check_per_sample(f"mask of term {term.name!r} of {loss}", term.mask, (full,))
+            if term.mask.dtype != torch.bool:
+                raise InputTypeError(f"mask of term {term.name!r} of {loss} must be bool, got {term.mask.dtype}")
+        if term.sample_weights is not None:
+            check_per_sample(f"sample_weights of term {term.name!r} of {loss}", term.sample_weights, (full, full[1:]))
+    names = [term.name for term in terms]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two terms of {loss} are called {twice!r}: give each a name of its own, its key in the log")
+
+
+def check_per_sample(what: str, values: object, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Checks that something is a tensor of one of these shapes, the first being (E, N).
+
+    Raises:
+        InputTypeError: Not a tensor.
+        ShapeError: Another shape.
+    """
+    if not isinstance(values, Tensor):
+        raise InputTypeError(f"{what} must be a tensor, got {type(values).__name__}")
+    if values.shape not in shapes:
+        exits, samples = shapes[0]
+        raise ShapeError(
+            f"{what} must have shape {' or '.join(map(str, shapes))}, for {exits} exits and {samples} samples, got"
+            f" {tuple(values.shape)}"
+        )
 
 
 class ExitBatch:

@@ -64,9 +64,10 @@ class ReadoutWeight(SampleWeight):
         readout_alpha: alpha; 0.05 for Waterbirds, 0.1 for CelebA, 0.2 for MultiNLI.
         readout_beta: beta; 4, 3.5 and 3 there. Weights reach exp(beta), so the effective learning rate jumps with it.
         readout_source: "exit" reads the answers of one of the student's own exits and weighs the exits behind it;
-            "head" weighs all exits and trains a head of two
-            convolutions (tokens: one hidden layer) from scratch on the detached feature of that exit in every round, as
-            the authors do for students that have none.
+            "head" weighs all exits and trains a head of two convolutions (tokens: one hidden layer) from scratch on the
+            detached feature of that exit in every round, as the authors do for students without exits. Such a student
+            is refused here: give it one exit, which says where the head reads, and the loss ``exit_weights=[0, 1]``, so
+            that it is trained as if it had none.
         readout_exit: Which early exit, from 0.
         readout_every: Epochs from round to round, L; the first is after the first epoch.
         readout_epochs: Epochs that the head is trained for in each round, R.
@@ -139,8 +140,12 @@ class ReadoutWeight(SampleWeight):
         if self.readout_exit >= num_exits - 1:
             raise ConfigError(
                 f"'dedier' reads early exit {self.readout_exit} and the student has {num_exits - 1} early exits: "
-                + (f"give readout_exit 0 to {num_exits - 2}" if num_exits > 1 else "give it one")
+                + (f"give readout_exit 0 to {num_exits - 2}" if num_exits > 1 else self._one_exit())
             )
+
+    def _one_exit(self) -> str:
+        where = ", where the head reads, and exit_weights=[0, 1] to leave it untrained"
+        return "give it one" + (where if self.readout_source == "head" else "")
 
     def allocate(self, num_samples: int) -> None:
         """Makes the table, all weights 1.
@@ -155,9 +160,12 @@ class ReadoutWeight(SampleWeight):
         """Returns the weights (E, N) of the batch; 1 before the first round, and at the exit that is read.
 
         Raises:
+            ConfigError: The student has no early exit that is read and none behind it that could be weighed.
             InputTypeError: The batch has no index.
             ShapeError: An index outside the table.
         """
+        if self.readout_source == "exit":
+            self.check_exits(batch.num_exits)
         if not len(self.table):
             return batch.student_logits.new_ones(batch.num_samples)
         index = _required(batch.index)

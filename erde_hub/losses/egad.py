@@ -281,7 +281,7 @@ class EGADLoss(ExitLoss):
             terms["feature"] = kl.new_zeros(())
             if features is not None:
                 terms["feature"] = self._feature_distance(exit_, *features, hardness, valid).to(kl.dtype)
-        terms["teacher_right"] = ((answer == labels) & valid).sum() * factor
+        terms["teacher_right"] = (answer == labels).sum() * factor  # -100 is no answer
         return terms
 
     def _hardness(self, entropy: Tensor, valid: Tensor, vocab_size: int) -> Tensor:

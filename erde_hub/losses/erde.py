@@ -34,6 +34,9 @@ class ERDELoss(ExitLoss):
     final exit has no next one, and learns nothing from it. The teacher is detached; the masks carry no gradient. Since
     entropy is subtracted, the loss can be negative. A batch in which every sample, or none, is teacher-wrong is fine.
 
+    The masks are those of these three terms. A further term that joins by :meth:`add` applies to every sample:
+    "feature" imitates the teacher's features also where its answer is wrong.
+
     The paper's text could not be had in full, so where accounts of it leave a choice, each reading is an option below
     and the default is the one best supported. The divergence is divided by K and so weak beside the cross-entropy when
     there are many classes: try ``kl_weight`` up to K, and ``entropy_weight`` of 0, 0.005 and 0.05 (its gradient is at

@@ -79,6 +79,12 @@ class FeatureTerm(ExtraTerm):
     averaged down to ``feature_size`` positions a side, and to the smaller of the two where they differ; features of
     different layout are averaged over all their positions.
 
+    The term applies to every sample. Beside ERDE, whose mask is for terms of its own, the features of the teacher are
+    imitated also where its answer is wrong.
+
+    The Distiller builds the projections and hands the features over; in a loop of one's own
+    :class:`~erde_hub.training.ExitFeatures` reads both.
+
     Args:
         feature_weight: Factor of the term; above 0.
         projection: "linear", or "none" where both networks have the same widths.

@@ -31,10 +31,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from torch import nn
 
 from erde_hub.errors import ConfigError, LaunchError
 
 from .arguments import DistillationArguments
+from .run_folder import LOGS
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def create_accelerator(args: DistillationArguments) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=precision,
             log_with=args.report_to,
-            project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / "logs")),
+            project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / LOGS)),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.find_unused_parameters)],
         )
     except ValueError as error:  # bf16 on a GPU that has none, and the like
@@ -150,6 +152,16 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Gives the model of every process the buffers of rank 0's.
+
+    Each process has batch-norm statistics of its own; those of rank 0 are saved, so the others read with them too.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from erde_hub.losses import ExitLoss, FeatureTerm, ReadoutWeight
 
-from ._features import FeatureTap
+from .features import ExitFeatures
 from .readout import ReadoutRounds
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class LossInputs:
         self.rounds = [
             ReadoutRounds(weight, student, train) for weight in loss.sample_weights if isinstance(weight, ReadoutWeight)
         ]
-        self.taps: list[FeatureTap] = []
+        self.taps: list[ExitFeatures] = []
         if not loss.reads_features or teacher is None or teacher_exits is None:
             return
-        self.taps = [FeatureTap(student), FeatureTap(teacher)]
+        self.taps = [ExitFeatures(student), ExitFeatures(teacher)]
         teacher_widths = [self.taps[1].widths[exit_] for exit_ in teacher_exits]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -82,7 +82,7 @@ class LossInputs:
         """Returns the further arguments of the loss for the batch that both networks have just seen."""
         given: dict[str, Any] = {"index": batch.get("index")} if self.loss.reads_index else {}
         if self.taps:
-            given["student_features"], given["teacher_features"] = (tap.take(channels_last=True) for tap in self.taps)
+            given["student_features"], given["teacher_features"] = (tap.take() for tap in self.taps)
         return given
 
     def end_epoch(self, distiller: Distiller, record: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from erde_hub.heads.base import ToNCHW
 from erde_hub.losses import ReadoutWeight
 
 from ._checks import all_exits
-from ._features import FeatureTap
+from ._launch import share_buffers
 from .data_loader import network_inputs
+from .features import ExitFeatures
 
 if TYPE_CHECKING:
     from .distiller import Distiller
@@ -52,7 +53,8 @@ class ConvReadout(ExitHead):
 class ReadoutRounds:
     """Renews the weights of a :class:`~erde_hub.losses.ReadoutWeight` at the end of the epochs that are due.
 
-    Images are read without augmentation, by the student in eval mode. The read-out "head" sees the detached feature
+    Images are read without augmentation, by the student in eval mode, with the batch-norm statistics of rank 0 in every
+    process. The read-out "head" sees the detached feature
     that the exit's own head reads: nothing of the student is trained or frozen by it. Everything random is a function
     of the run's seed and the epoch, and the global generators stay as they were, so a resumed run does the same.
 
@@ -67,7 +69,7 @@ class ReadoutRounds:
                 " them without streaming"
             )
         self.weight, self.train = weight, train
-        self.tap = FeatureTap(student) if weight.readout_source == "head" else None
+        self.tap = ExitFeatures(student) if weight.readout_source == "head" else None
         weight.allocate(int(train.indices.max()) + 1)
 
     def end_epoch(self, distiller: Distiller) -> dict[str, float] | None:
@@ -87,6 +89,8 @@ class ReadoutRounds:
     def run(self, distiller: Distiller, epoch: int) -> dict[str, float]:
         """Lets the read-out answer for the whole training set and renews the weights."""
         student: Any = distiller._wrapped if distiller.sharded else distiller.student
+        if not distiller.sharded:
+            share_buffers(student, distiller.accelerator)
         training = student.training
         student.eval()
         try:
@@ -126,7 +130,7 @@ class ReadoutRounds:
             raise ConfigError("features are read for readout_source='head' only")
         with torch.no_grad(), tap.watching(), distiller.accelerator.autocast():
             all_exits(student, inputs)
-            feature = tap.take()[self.weight.readout_exit]
+            feature = tap.take(channels_last=False)[self.weight.readout_exit]
         if feature is None:
             raise ConfigError(f"exit {self.weight.readout_exit} of {type(student).__name__} was not reached")
         return feature.detach()
@@ -140,7 +144,7 @@ class ReadoutRounds:
         with _generators_of_their_own(distiller.args.seed, epoch):
             head = new_readout(spec, distiller.data.num_classes).to(accelerator.device)
             optimizer = torch.optim.AdamW(head.parameters(), lr=weight.readout_lr)
-            loader = distiller._loader(self.train, train=True, augment=None)
+            loader = distiller._loader(self.train, train=True)  # without augmentation
             for pass_ in range(weight.readout_epochs):
                 loader.set_epoch(epoch * weight.readout_epochs + pass_)
                 for batch in loader:
@@ -153,9 +157,7 @@ class ReadoutRounds:
                             parameter.grad = accelerator.reduce(parameter.grad, "mean")
                     optimizer.step()
                     optimizer.zero_grad()
-            if accelerator.num_processes > 1:  # each process has its own running statistics
-                for buffer in head.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            share_buffers(head, accelerator)
         return head.eval()
 
 

@@ -12,6 +12,7 @@ from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 from erde_hub.losses import (
     CELoss,
     DKDLoss,
+    EGADLoss,
     EntropyWeight,
     ERDELoss,
     ExtraTerm,
@@ -116,6 +117,51 @@ def test_weights_do_not_count_among_the_samples_under_a_mask():
     logits = [torch.tensor([[3.0, 0.0], [5.0, 0.0]])]
     result = Half(reduction="subset").add(Two())(logits, None, torch.tensor([1, 0]))
     assert result.loss.item() == 6.0  # weights do not enter the denominator
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((6, 3), r"weights of 'odd' must have shape \(3, 6\) or \(6,\).* got \(6, 3\)"), ((3,), r"got \(3,\)")],
+)
+def test_weights_of_another_shape_are_refused(shape, message):
+    class Odd(SampleWeight):
+        name = "odd"
+
+        def weights(self, batch):
+            return torch.ones(shape)
+
+    with pytest.raises(ShapeError, match=message):
+        KDLoss().add(Odd())(*make_batch())
+
+
+@pytest.mark.parametrize("kind", [SampleWeight, ExtraTerm])
+def test_an_addition_without_a_name_is_refused(kind):
+    class Nameless(kind):
+        pass
+
+    for loss in (KDLoss(), CELoss(), EGADLoss()):
+        with pytest.raises(ConfigError, match=r'Nameless has no name: .* as in name = "nameless"'):
+            loss.add(Nameless())
+
+
+def test_the_order_of_additions_does_not_matter():
+    given = EntropyWeight(), FeatureTerm()
+    for order in (given, given[::-1]):
+        loss = ERDELoss(kl_weight=0.0).add(*order)  # there is nothing to weigh but the features
+        assert loss.distillation_terms() == ("feature",)
+        assert loss.additions() == [given[1], given[0]]
+        assert list(loss.added()) == [addition.name for addition in order]
+
+
+@pytest.mark.parametrize("bad", [EntropyWeight(), CELoss(), None])
+def test_where_one_addition_is_refused_none_has_joined(bad):
+    loss = KDLoss().add(SelfDistillationTerm())
+    with pytest.raises((ConfigError, InputTypeError)):
+        loss.add(EntropyWeight(), FeatureTerm(), bad)
+    assert [addition.name for addition in loss.additions()] == list(loss.added()) == ["self"]
+    assert loss.distillation_terms() == ("kl",)
+    loss.add(FeatureTerm(), EntropyWeight())
+    assert list(loss.added()) == ["self", "feature", "ea_kd"]
 
 
 # Decoupled distillation

@@ -61,7 +61,8 @@ def test_values_and_gradients(golden, precision, assert_matches):
             if f"grad_weight_on_{key}" in expected:
                 both += 1
                 assert_matches(student.grad, expected[f"grad_weight_on_{key}"], data["tolerance"], f"{name} {key}")
-        unweighted = DEDIERLoss(**settings_of(given))([student], [teacher], labels).loss  # before the first round
+        plain = DEDIERLoss(**settings_of(given), readout_source="head")
+        unweighted = plain([student], [teacher], labels).loss  # before the first round
         assert_matches(unweighted, expected["loss_unweighted_kd"], data["tolerance"], name)
     assert both >= 7
 
@@ -226,3 +227,21 @@ def test_what_it_cannot_join():
         ReadoutWeight().check_exits(1)
     with pytest.raises(ConfigError, match=r"reads early exit 2 and the student has 2 early exits: .* 0 to 1"):
         ReadoutWeight(readout_exit=2).check_exits(3)
+    one_exit = r"0 early exits: give it one, where the head reads, and exit_weights=\[0, 1\] to leave it untrained"
+    with pytest.raises(ConfigError, match=one_exit):
+        ReadoutWeight(readout_source="head").check_exits(1)
+
+
+@pytest.mark.parametrize("allocated", [False, True])
+def test_a_loop_of_ones_own_hears_that_no_exit_could_be_weighed(allocated):
+    student, teacher, labels = make_batch()
+    for settings, exits, message in (
+        ({}, 1, "reads early exit 0 and the student has 0 early exits"),
+        ({"readout_exit": 5}, 2, "reads early exit 5 and the student has 1 early exits: give readout_exit 0 to 0"),
+    ):
+        loss = DEDIERLoss(**settings)
+        if allocated:
+            loss.readout.allocate(6)
+        with pytest.raises(ConfigError, match=message):
+            loss(student[:exits], teacher[:exits], labels, index=torch.arange(6))
+    DEDIERLoss(readout_source="head")(student[:1], teacher[:1], labels)  # whatever answers is the loop's affair

@@ -89,6 +89,16 @@ def test_values_and_gradients_are_those_of_autograd(divergence, chunk_size):
     assert grad[0, 5:].abs().sum() == 0  # nothing is learnt there
 
 
+def test_what_the_teacher_gets_right_is_a_share_of_the_valid_tokens():
+    student, teacher, labels = make_batch()
+    answers = teacher.argmax(-1)
+    labels[:] = (answers + 1) % 11
+    labels[:, :3] = answers[:, :3]
+    labels[0, 5:] = -100
+    result = EGADLoss(feature_weight=0.0)(student, teacher, labels)
+    assert result.terms["teacher_right"].item() == pytest.approx(6 / 12)
+
+
 def test_it_is_differentiable_once():
     student, teacher, labels = make_batch()
     value = egad_loss(student, teacher, labels)

@@ -10,8 +10,8 @@ from loss_fakes import COMBINED, call, create_loss, hold_detached_parts
 from torch import nn
 
 from erde_hub import losses
-from erde_hub.errors import ConfigError, ErdeError, InputTypeError
-from erde_hub.losses import ExitLoss, Term, functional, get_loss, list_losses, register_loss
+from erde_hub.errors import ConfigError, ErdeError, InputTypeError, ShapeError
+from erde_hub.losses import ExitLoss, ReadoutWeight, Term, functional, get_loss, list_losses, register_loss
 
 every_loss = pytest.mark.parametrize("name", [*list_losses(), COMBINED])
 
@@ -51,7 +51,12 @@ def test_entry_says_what_it_is(name):
 @pytest.mark.parametrize("teacher_exits", [1, 3])
 def test_finite_with_gradients_for_the_student_and_none_for_the_teacher(name, exits, teacher_exits):
     student, teacher, labels = make_batch(exits, teacher_exits=teacher_exits)
-    result = call(create_loss(name), student, teacher, labels)
+    loss = create_loss(name)
+    if exits == 1 and any(isinstance(weight, ReadoutWeight) for weight in loss.sample_weights):
+        with pytest.raises(ConfigError, match="'dedier' reads early exit 0 and the student has 0 early exits"):
+            call(loss, student, teacher, labels)
+        return
+    result = call(loss, student, teacher, labels)
     assert result.loss.shape == ()
     assert result.loss.dtype == torch.float32
     assert torch.isfinite(result.loss)
@@ -355,3 +360,31 @@ def test_terms_without_a_teacher_cannot_ask_for_one():
 
     with pytest.raises(InputTypeError, match="needs_teacher = False"):
         Confused()([torch.randn(2, 3)], None, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda s: [Term("a", s[..., 0].T, 1.0)], ShapeError,
+         r"values of term 'a' of Wrong must have shape \(3, 6\), for 3 exits and 6 samples, got \(6, 3\)"),
+        (lambda s: [Term("a", s[..., 0].mean(1), 1.0)], ShapeError, r"values of term 'a' .* got \(3,\)"),
+        (lambda s: [Term("a", 1.0, 1.0)], InputTypeError, "values of term 'a' of Wrong must be a tensor, got float"),
+        (lambda s: [Term("a", s[..., 0], 1.0, s[0, :, 0] > 0)], ShapeError, r"mask of term 'a' .* got \(6,\)"),
+        (lambda s: [Term("a", s[..., 0], 1.0, s[..., 0])], InputTypeError, "mask of term 'a' .* bool, got torch.float"),
+        (lambda s: [Term("a", s[..., 0], 1.0, None, s[:, 0, 0])], ShapeError,
+         r"sample_weights of term 'a' of Wrong must have shape \(3, 6\) or \(6,\).* got \(3,\)"),
+        (lambda s: [s[..., 0]], InputTypeError, "Wrong must return a list of Term, it holds tensor"),
+        (lambda s: [], ConfigError, "Wrong has no term, and so nothing to train"),
+        (lambda s: [Term("a", s[..., 0], 1.0)] * 2, ConfigError, "two terms of Wrong are called 'a'"),
+    ],
+)  # fmt: skip
+def test_terms_of_ones_own_that_are_wrong(make, error, message):
+    class Wrong(ExitLoss):
+        needs_teacher = False
+
+        def terms(self, batch):
+            return make(batch.student_logits)
+
+    student, _, labels = make_batch()
+    with pytest.raises(error, match=message):
+        Wrong()(student, None, labels)

@@ -10,8 +10,10 @@ import benchmark
 import egad
 import make_tables
 import pytest
+import timm
 import torch
 
+from erde_hub import EarlyExitWrapper, losses
 from erde_hub.errors import ConfigError
 from erde_hub.losses import get_loss, list_additions, list_losses
 
@@ -61,18 +63,52 @@ def test_the_page_lists_every_loss_with_its_formula():
     assert "a weight per training sample" in page
 
 
-def test_the_python_of_the_page_runs():
+def test_the_figures_keep_within_the_limit():
+    """At full width; for a student a quarter as wide the page says that `feature_kd` takes more."""
+    results = json.loads((make_tables.ROOT / "recipes" / "results" / "benchmark_losses.json").read_text())
+    (student,) = [student for student in results["students"] if student["width"] == 64]
+    assert [row["loss"] for row in student["losses"]] == list_losses()
+    assert results["limit"] == _benchmark_losses.LIMIT == 0.03
+    for row in student["losses"]:
+        assert row["share"] <= results["limit"], row["loss"]
+
+
+def image_models():
+    student, teacher = (
+        EarlyExitWrapper(
+            timm.create_model("resnet8_cifar", num_classes=10, width=width), exits=exits,
+            backbone_kwargs={"width": width},
+        )
+        for width, exits in ((4, ["layer1", "layer2"]), (6, ["layer1"]))
+    )  # fmt: skip
+    images = torch.randn(70, 3, 32, 32)
+    return {"student": student, "teacher": teacher.eval(), "images": images, "labels": torch.arange(70) % 10}
+
+
+def language_models():
+    student, teacher = egad.build_model(1, 24, 11, 8, seed=0), egad.build_model(1, 48, 11, 8, seed=1)
+    return {"student": student, "teacher": teacher, "batches": torch.randint(11, (3, 2, 8))}
+
+
+def test_the_python_of_the_page_runs(monkeypatch):
+    monkeypatch.setattr(losses._LOSSES, "_entries", dict(losses._LOSSES._entries))
     page = (make_tables.ROOT / "recipes" / "methods.md").read_text(encoding="utf-8")
-    names = {
-        "student": egad.build_model(1, 24, 11, 8, seed=0),
-        "teacher": egad.build_model(1, 48, 11, 8, seed=1),
-        "batches": torch.randint(11, (3, 2, 8)),
-    }
-    before = [parameter.detach().clone() for parameter in names["student"].parameters()]
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
-    for block in blocks:
+    given = [{}, image_models(), {}, language_models()]
+    for block, names in zip(blocks, given, strict=True):
+        student, teacher = names.get("student"), names.get("teacher")
+        before = [parameter.detach().clone() for parameter in student.parameters()] if student else []
         exec(block, names)
-    assert all(parameter.grad is None for parameter in names["teacher"].parameters())
-    learnt = zip(before, names["student"].parameters(), strict=True)
-    assert all(not torch.equal(old, new) for old, new in learnt)
+        if student:
+            assert all(parameter.grad is None for parameter in teacher.parameters())
+            learnt = zip(before, student.parameters(), strict=True)
+            assert all(not torch.equal(old, new) for old, new in learnt)
+    by_hand, own = given[1], given[2]["loss"]
+    assert by_hand["readout"].table.max() > 1
+    assert {"feature", "dedier_weight"} <= set(by_hand["result"].terms)
+    logits, teacher, labels = [torch.randn(4, 5)] * 3, [torch.randn(4, 5)] * 3, torch.arange(4)
+    result = own(logits, teacher, labels)
+    distance = (logits[0] - teacher[0]).square().mean(1)
+    weight = losses.EntropyWeight().weights(losses.ExitBatch(torch.stack(logits), labels, torch.stack(teacher)))
+    torch.testing.assert_close(result.exit_terms["logits"], (weight * distance).mean(1))
+    assert set(result.terms) == {"logits", "ce", "teacher_right", "ea_kd_weight"}

@@ -4,6 +4,7 @@ import json
 import sys
 
 import compare_losses
+import distill
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -79,6 +80,50 @@ def test_coloured_digits_have_groups_and_a_file_is_added_to(monkeypatch, tmp_pat
     output.write_text("{")
     with pytest.raises(ResultsError, match=r"results.json is no JSON file"):
         call(monkeypatch, *flags, "kd")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_who_learns_from_what_and_what_is_measured(monkeypatch, tmp_path, split):
+    trained = []
+    monkeypatch.setattr(compare_losses, "_train", trained.append)
+    output = tmp_path / "results.json"
+    colours = ["--correlation", "0.9", "--teacher_correlation", "0.6"]
+    flags = ["--split", split, "--seeds", "3", "--output", output, "--methods", "kd"]
+    call(monkeypatch, "--dataset", "coloured_digits", *colours, *flags)
+    assert [run.data.name for run in trained] == ["coloured digits (0.6)", "coloured digits (0.9)"]
+    assert trained[1].teacher is trained[0].student
+    results = json.loads(output.read_text())
+    data = trained[1].data
+    assert results["dataset"]["samples"][split] == len(getattr(data, split))
+    for run, row in zip(trained, (results["teachers"][0], results["runs"][0]), strict=True):
+        measured = run.evaluate(getattr(data, split))
+        assert [exit_["nll"] for exit_ in row["per_exit"]] == pytest.approx(measured["nll"], rel=1e-4)
+        groups = row["groups"][-1]["groups"].values()  # half the images in each colour, so two pairs of one size
+        assert min(groups) <= measured["accuracy"][-1] <= max(groups)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_train_samples", "100"], "--max_train_samples 100 does nothing with --dataset coloured_digits"),
+        (["--image_size", "16"], "--image_size 16 does nothing with --dataset coloured_digits"),
+        (["--streaming"], "--streaming true does nothing"),
+        (["--dataset", "digits", "--correlation", "0.9"], "--correlation 0.9 is for .* and this is 'digits': leave"),
+        (["--dataset", "digits", "--teacher_correlation", "0.9"], "--teacher_correlation 0.9 is for --dataset"),
+    ],
+)
+def test_flags_about_data_that_would_change_nothing_are_refused(monkeypatch, flags, message):
+    monkeypatch.setattr(compare_losses, "create_accelerator", lambda _: pytest.fail("it goes on"))
+    with pytest.raises(ConfigError, match=message):
+        call(monkeypatch, "--dataset", "coloured_digits", *flags)
+
+
+def test_other_recipes_say_which_one_has_coloured_digits(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = ["distill.py", "--dataset", "coloured_digits", "--mixed_precision", "no"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(ConfigError, match=r"made by recipes/compare_losses.py, .* --dataset coloured_digits"):
+        distill.main()
 
 
 @pytest.mark.parametrize(

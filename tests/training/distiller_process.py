@@ -14,8 +14,8 @@ from torch import nn
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import NonFiniteLossError
-from erde_hub.losses import CELoss, LossResult
-from erde_hub.training import DistillationArguments, Distiller, DistillerCallback, create_accelerator
+from erde_hub.losses import CELoss, FeatureTerm, LossResult, ReadoutWeight, create_loss
+from erde_hub.training import DistillationArguments, Distiller, DistillerCallback, create_accelerator, readout
 from erde_hub.training.data import load_image_data
 
 
@@ -113,6 +113,35 @@ class StopsRankOne(DistillerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def digest(tensors) -> list[float]:
+    """One number per tensor that shows a difference between two processes."""
+    return [float(tensor.detach().double().abs().sum()) for tensor in tensors]
+
+
+def readout_round(accelerator) -> dict[str, list[float]]:
+    """What is to be equal in all processes where a loss has a table, a trained head and projections, under EMA."""
+    found, heads = {}, []
+    new, readout.new_readout = readout.new_readout, lambda *given: heads.append(new(*given)) or heads[-1]
+    student, weight = network(), ReadoutWeight(readout_source="head", readout_lr=0.01)
+    loss = create_loss("kd").add(weight, FeatureTerm())
+    data = load_image_data("digits", max_train_samples=150, max_eval_samples=40)
+    args = run_args(None, gradient_accumulation_steps=1, checkpoint_steps=0)
+    update = weight.update
+
+    def note(*given):
+        found["statistics of the student that is read"] = digest(student.buffers())
+        found["head"] = digest([*heads[0].parameters(), *heads[0].buffers()])
+        return update(*given)
+
+    weight.update = note
+    Distiller(student, data, args, loss, network(seed=1), accelerator=accelerator).train()
+    readout.new_readout = new
+    found["table"] = weight.table.tolist()
+    found["projections"] = digest(loss.parameters())
+    found["student"] = digest(student.state_dict().values())
+    return found
+
+
 def group(folder: Path) -> None:
     """All that is to hold for several processes, in one start of them."""
     accelerator = create_accelerator(run_args(None))
@@ -132,7 +161,8 @@ def group(folder: Path) -> None:
         torch.equal(a, b) for a, b in zip(expected.state_dict().values(), student.state_dict().values(), strict=True)
     )
     report["history"] = [{k: v for k, v in entry.items() if k != "seconds"} for entry in whole.history]
-    report["weights"] = [float(p.detach().double().abs().sum()) for p in student.parameters()]
+    report["weights"] = digest(student.parameters())
+    report["round"] = readout_round(accelerator)
     try:
         Distiller(network(), digits(), run_args(None, gradient_accumulation_steps=1), BreaksOnRankOne()).train()
     except NonFiniteLossError as error:

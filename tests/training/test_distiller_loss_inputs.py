@@ -7,7 +7,7 @@ from distiller_fakes import TinyExits, assert_same, make_args, make_data, networ
 
 from erde_hub.errors import ConfigError
 from erde_hub.losses import CELoss, EntropyWeight, ERDELoss, ExitLoss, FeatureKDLoss, FeatureTerm, Term, create_loss
-from erde_hub.training import Distiller
+from erde_hub.training import Distiller, ExitFeatures
 from erde_hub.training._loss_inputs import LossInputs
 from erde_hub.training.recipe_arguments import StudentArguments, build_loss, loss_arguments_class
 
@@ -62,6 +62,28 @@ def test_features_reach_the_loss_and_its_projection_learns(data):
     # The projection is the loss's: the student has the keys that it had, and no hooks stay behind.
     assert weights(student).keys() == weights(network(4)).keys()
     assert not any(head._forward_pre_hooks for model in (student, teacher) for head in model.heads)
+
+
+def test_features_are_what_the_heads_read_channels_last():
+    model, images, read = network(4), torch.randn(2, 3, 8, 8), []
+    model.heads[1].register_forward_hook(lambda _, args, __: read.append(args[0]))
+    features = ExitFeatures(model)
+    assert features.widths == [4, 8, None]
+    with features.watching():
+        model.train()(images)
+        taken = features.take()
+        assert taken[0].shape[-1] == 4
+        assert torch.equal(taken[1], read[0].permute(0, 2, 3, 1))
+        assert taken[1].requires_grad
+        assert taken[2] is None
+        assert features.take() == [None, None, None], "what was taken is let go of"
+        model(images)
+        assert torch.equal(features.take(channels_last=False)[1], read[1])
+    with pytest.raises(ConfigError, match=r"within watching\(\) only"):
+        features.take()
+    assert not any(head._forward_pre_hooks for head in model.heads)
+    with pytest.raises(ConfigError, match="Linear has no early exits whose features could be read"):
+        ExitFeatures(torch.nn.Linear(2, 2))
 
 
 def test_a_projection_is_saved_and_resumed_bit_for_bit(data, tmp_path):

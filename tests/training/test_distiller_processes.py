@@ -104,6 +104,12 @@ def check_group(folder, alone):
     assert [report["stopped"][2] for report in reports] == [True, False], "the main process alone writes"
     assert reports[0]["history"] == reports[1]["history"]
     assert reports[0]["weights"] == reports[1]["weights"]
+    rounds = [report["round"] for report in reports]
+    assert len(rounds[0]) == 5
+    assert max(rounds[0]["table"]) > 1
+    assert all(rounds[0].values())
+    for what, values in rounds[0].items():
+        assert values == rounds[1][what], f"{what} differs between the processes"
     for name, gradient in torch.load(folder / "gradients.pt").items():
         torch.testing.assert_close(gradient, gradients[name], rtol=0, atol=1e-5, msg=name)
 

@@ -12,7 +12,7 @@ from distiller_fakes import TinyExits, assert_same, make_args, make_data, networ
 from erde_hub.errors import ConfigError
 from erde_hub.heads import FeatureSpec
 from erde_hub.losses import DEDIERLoss, ReadoutWeight, create_loss
-from erde_hub.training import Distiller
+from erde_hub.training import Distiller, readout
 from erde_hub.training._checks import all_exits
 from erde_hub.training.readout import ConvReadout, new_readout
 
@@ -98,6 +98,66 @@ def test_a_trained_head_leaves_the_student_and_the_generators_alone(data):
     with distiller._prepared():
         distiller.loss_inputs.rounds[0].run(distiller, epoch=0)
     assert torch.equal(loss.readout.table, table), "a function of seed and epoch"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The auxiliary heads as they are made, each with its first weights."""
+    heads = []
+
+    def keep(spec, num_labels):
+        head = new_readout(spec, num_labels)
+        heads.append((head, weights(head)))
+        return head
+
+    monkeypatch.setattr(readout, "new_readout", keep)
+    return heads
+
+
+def read_out(data, student, batch_size, augment="none", **settings):
+    """One round with an auxiliary head."""
+    loss = DEDIERLoss(readout_source="head", **settings)
+    args = make_args(batch_size=batch_size, augment=augment)
+    distiller = Distiller(student, data, args, loss, network(seed=1))
+    with distiller._prepared():
+        distiller.loss_inputs.rounds[0].run(distiller, epoch=0)
+
+
+def test_a_head_sees_the_training_set_without_augmentation_so_many_times(data):
+    student, seen, epochs = network(), [], 2
+    student.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    batches = len(data.train) // 8
+    read_out(data, student, 8, "crop_flip", readout_epochs=epochs)
+    answering = math.ceil(len(data.train) / 8)
+    assert len(seen) == epochs * batches + answering
+    rows = np.arange(len(data.train))
+    plain = data.train.preprocessing.normalize(data.train.pixels(rows), False).flatten(1)
+    chosen = [(images.flatten(1)[:, None] == plain).all(-1) for images in seen]
+    assert all(found.any(1).all() for found in chosen), "an image that is not of the training set as it is"
+    order = [torch.cat(chosen[k * batches : (k + 1) * batches]).double().argmax(1).tolist() for k in range(epochs)]
+    assert len({tuple(rows) for rows in order}) == epochs, "each pass has an order of its own"
+    assert all(len(set(rows)) == len(rows) for rows in order)
+
+
+def test_a_head_learns_at_its_own_rate(data, made):
+    """The first step of Adam is as long as its rate in every weight."""
+    read_out(data, network(), len(data.train), readout_lr=0.02)
+    ((head, before),) = made
+    steps = [(value - before[name]).abs().max() for name, value in head.named_parameters()]
+    assert max(steps).item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_an_exit_that_is_there_for_the_head_alone_stays_as_it_is(data):
+    """What a student has that is to train as if it had no exits."""
+    student = network(exits=("layer1",))
+    before = weights(student)
+    loss = DEDIERLoss(readout_source="head", exit_weights=[0, 1])
+    _, result = run(data, loss, student, epochs=2, weight_decay=0.0)
+    after = weights(student)
+    early = [name for name, _ in student.named_parameters() if name.startswith("heads.")]
+    assert early
+    assert_same({name: before[name] for name in early}, {name: after[name] for name in early})
+    assert result.history[0]["readout"]["max_weight"] > 1
 
 
 @pytest.mark.parametrize("settings", [{}, {"readout_source": "head", "readout_sticky": True}])

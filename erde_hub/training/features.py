@@ -1,0 +1,112 @@
+"""Reads the features of exits: what the heads of a wrapped model are given, and what losses with features compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from erde_hub.errors import ConfigError
+from erde_hub.heads import ExitHead, FeatureSpec
+
+
+class ExitFeatures:
+    """Keeps what the head of each early exit read in the model's last forward pass, for losses that compare features.
+
+    The :class:`~erde_hub.training.Distiller` uses it by itself; a loop of one's own builds one for the student and one
+    for the teacher, builds the projections of a :class:`~erde_hub.losses.FeatureTerm` from their :attr:`widths`, and
+    hands over what :meth:`take` returns. Every exit must run: in train mode, or with ``output_all_exits=True``. The
+    student's features carry gradients, and a model and its checkpoint stay as they are: nothing is kept but between
+    the two ends of :meth:`watching`.
+
+    Args:
+        model: With early exits of this library, such as an :class:`~erde_hub.EarlyExitWrapper`; not what DDP wraps
+            around it.
+
+    Raises:
+        ConfigError: It has none.
+
+    Shape:
+        :meth:`take` returns per exit what its head reads, channels last: (N, H, W, D) of maps, (N, L, D) of tokens,
+        (N, D) of vectors. The last entry, that of the backbone's classifier, is None.
+
+    Example:
+        >>> import timm
+        >>> import torch
+        >>> from erde_hub import EarlyExitWrapper
+        >>> backbone = timm.create_model("resnet8_cifar", num_classes=10, width=4)
+        >>> student = EarlyExitWrapper(backbone, exits=["layer1", "layer2"], backbone_kwargs={"width": 4})
+        >>> features = ExitFeatures(student)
+        >>> features.widths
+        [4, 8, None]
+        >>> with features.watching():
+        ...     output = student.train()(torch.randn(2, 3, 32, 32))
+        ...     [None if feature is None else tuple(feature.shape) for feature in features.take()]
+        [(2, 32, 32, 4), (2, 16, 16, 8), None]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.heads = exit_heads(model)
+        self._latest: list[Tensor | None] | None = None
+
+    @property
+    def widths(self) -> list[int | None]:
+        """Channels per exit; the last exit, the backbone's classifier, has no head of ours and so no feature."""
+        return [*(head.spec.width for head in self.heads), None]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keeps features as long as this lasts."""
+        self._latest = self._nothing()
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_latest", None)
+            for exit_, head in enumerate(self.heads):
+                handle = head.register_forward_pre_hook(lambda _, args, exit_=exit_: self._keep(exit_, args))
+                stack.callback(handle.remove)
+            yield
+
+    def take(self, channels_last: bool = True) -> list[Tensor | None]:
+        """Returns the features of the last pass and lets go of them; None at exits that did not run since.
+
+        Args:
+            channels_last: As losses take them; otherwise in the backbone's own layout.
+
+        Raises:
+            ConfigError: Called outside of :meth:`watching`.
+        """
+        if self._latest is None:
+            raise ConfigError("features are kept within watching() only: call the model and take() inside of it")
+        latest, self._latest = self._latest, self._nothing()
+        if not channels_last:
+            return latest
+        specs = [head.spec for head in self.heads]
+        moved = [_channels_last(feature, spec) for feature, spec in zip(latest[:-1], specs, strict=True)]
+        return [*moved, None]
+
+    def _nothing(self) -> list[Tensor | None]:
+        return [None] * (len(self.heads) + 1)
+
+    def _keep(self, exit_: int, args: tuple[Any, ...]) -> None:
+        if self._latest is not None:
+            self._latest[exit_] = args[0]
+
+
+def exit_heads(model: nn.Module) -> list[ExitHead]:
+    """Returns the heads of a model's early exits.
+
+    Raises:
+        ConfigError: It has none of ours.
+    """
+    heads = getattr(model, "heads", None)
+    found = [head for head in heads if isinstance(head, ExitHead)] if isinstance(heads, nn.ModuleList) else []
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no early exits whose features could be read: wrap it by EarlyExitWrapper"
+        )
+    return found
+
+
+def _channels_last(feature: Tensor | None, spec: FeatureSpec) -> Tensor | None:
+    return feature.permute(0, 2, 3, 1) if feature is not None and spec.format == "NCHW" else feature
