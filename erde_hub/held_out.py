@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Fewest calibration samples; below, no number means anything.
 MIN_SAMPLES = 20
+#: Samples that were trained on which a message names.
+_NAMED = 5
 
 
 def check_calibration_data(
@@ -54,10 +56,11 @@ def check_held_out(records: ExitRecords, training_index: Any | None = None) -> N
     if training_index is not None:
         seen = torch.isin(records.index, torch.as_tensor(training_index, dtype=torch.int64))
         if seen.any():
-            first = int(records.index[seen][0])
+            first = records.index[seen][:_NAMED].tolist()
+            more = ", ..." if int(seen.sum()) > len(first) else ""
             raise DataError(
-                f"{int(seen.sum())} of {records.num_samples} samples were trained on (the first has index {first}):"
-                " leave them out with records.select(...)"
+                f"{int(seen.sum())} of {records.num_samples} samples were trained on (index"
+                f" {', '.join(map(str, first))}{more}): leave them out of the data, or with records.select(...)"
             )
     if records.num_samples < MIN_SAMPLES:
         raise DataError(f"{records.num_samples} samples are too few to calibrate on: at least {MIN_SAMPLES} are needed")

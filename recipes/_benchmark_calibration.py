@@ -14,10 +14,10 @@ from typing import Any
 import timm
 import torch
 from _cli import parse_arguments
+from _results import write_results
 from simulate_guarantee import make_logits
 
 from erde_hub import EarlyExitWrapper, __version__
-from erde_hub._files import write_text
 from erde_hub.calibration import LaplaceCalibrator, MIECalibrator, TemperatureCalibrator, choose_threshold
 from erde_hub.errors import ConfigError, unknown_name
 from erde_hub.evaluation import (
@@ -83,8 +83,7 @@ def benchmark_calibration(argv: list[str]) -> None:
                 f" {1000 * row['calibrator_seconds']:.1f} ms for all {row['exits']} exits beside"
                 f" {1000 * row['forward_seconds']:.0f} ms of {row['network']}, {100 * row['share']:.1f} %"
             )
-    if args.output:
-        write_text(args.output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_results(args.output, results)
 
 
 def make_records(args: CalibrationBenchmark) -> ExitRecords:

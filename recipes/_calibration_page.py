@@ -21,6 +21,7 @@ def tables(table: Table, registry_table: Callable[..., str]) -> dict[str, Callab
         "guarantee": lambda: guarantee_table(table, 0),
         "guarantee_cifar10": lambda: guarantee_table(table, 1),
         "guarantee_greedy": lambda: greedy_table(table),
+        "guarantee_nearby": lambda: nearby_table(table),
         "records_speed": lambda: functions_table(table),
         "laplace_speed": lambda: laplace_table(table),
         "policies_cifar10": lambda: comparison_table(table, "cifar10_resnet18_resnet10-small"),
@@ -74,14 +75,26 @@ def greedy_table(table: Table) -> str:
         "saving %",
         "guarantee, per exit: broken %",
         "saving %",
+        "best with room %",
     )
     rows = []
     for (population, bound, samples), methods in settings.items():
         greedy, ours = methods["greedy (earlyon)"], methods["guarantee, per exit"]
         if greedy["broken"] <= 1 - results["confidence"] + 1e-9:
             numbers = (percent(row[key]) for row in (greedy, ours) for key in ("broken", "saving"))
-            rows.append((population, f"{100 * bound:g}", f"{samples:,}", *numbers))
+            rows.append((population, f"{100 * bound:g}", f"{samples:,}", *numbers, percent(greedy["ceiling"])))
     return table(header, rows)
+
+
+def nearby_table(table: Table) -> str:
+    """How often greedy search breaks bounds that are close to each other."""
+    nearby = _load("threshold_guarantee")["nearby"]
+    bounds = list(dict.fromkeys(row["bound"] for row in nearby))
+    rows = []
+    for name in dict.fromkeys(row["population"] for row in nearby):
+        own = {row["bound"]: row for row in nearby if row["population"] == name}
+        rows.append((f"{name}: broken %", *(percent(own[bound]["broken"]) for bound in bounds)))
+    return table(("bound %", *(f"{100 * bound:g}" for bound in bounds)), rows)
 
 
 def functions_table(table: Table) -> str:

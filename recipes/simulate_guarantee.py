@@ -24,12 +24,13 @@ if __name__ == "__main__":
 
 import torch
 from _cli import clean_errors, parse_arguments
+from _results import write_results
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from erde_hub import __version__
-from erde_hub._files import write_text
 from erde_hub.calibration import ThresholdChoice, choose_threshold
+from erde_hub.calibration._search import at_most, best_per_exit
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
@@ -59,6 +60,11 @@ class SimulationArguments:
         default_factory=lambda: [0.07, 0.02, 0.15],
         metadata={"help": "further ones, at which greedy search and what --confidence takes, per exit, are compared"},
     )
+    near_bounds: list[float] = field(
+        default_factory=lambda: [0.06, 0.0625, 0.065, 0.0675, 0.07, 0.0725, 0.075],
+        metadata={"help": "bounds at which greedy search is tried alone: how much its promise hangs on them"},
+    )
+    near_samples: int = field(default=2500, metadata={"help": "number of calibration samples for --near_bounds"})
     confidence: float = field(default=0.9, metadata={"help": "confidence of the methods that promise one"})
     population: int = field(default=60000, metadata={"help": "made-up samples that calibration sets are drawn from"})
     spread: float = field(default=1.0, metadata={"help": "factor of made-up logits: 1.5 is calibrated, 1 too unsure"})
@@ -212,13 +218,45 @@ def simulate(population: Population, args: SimulationArguments, bound: float, si
             yield row | {"method": named[name], "as": name}
 
 
-def rows_before(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def greedy_nearby(population: Population, args: SimulationArguments) -> Iterator[dict[str, Any]]:
+    """Yields how often greedy search breaks bounds that are close to each other."""
+    for bound in args.near_bounds:
+        found = []
+        for seed in tqdm(range(args.draws), desc=f"{population.name}, {bound:g}, {GREEDY}", unit="draw"):
+            rows = population.draw(args.near_samples, seed)
+            found.append(population.truth(population.greedy(population.records, rows, bound)))
+        yield {
+            "population": population.name,
+            "bound": bound,
+            "samples": args.near_samples,
+            "broken": sum(loss > bound for loss, _ in found) / args.draws,
+            "saving": sum(saving for _, saving in found) / args.draws,
+        }
+
+
+def ceiling(population: Population, bound: float, size: int, confidence: float) -> float:
+    """The saving of the best thresholds of all whose loss leaves room for the sampling error at a confidence.
+
+    They are read off the whole population, and a one-sided normal test on all samples would accept them in half of the
+    draws. What has to find its thresholds on the samples themselves and test them cannot be expected to save more.
+    """
+    ranks = population.scores.double()
+    normal, room, best = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(confidence)), 0.0, 0.0
+    for _ in range(4):  # the deviation is that of the thresholds that it leads to
+        point = best_per_exit(
+            ranks, population.losses, population.costs, at_most(bound - room), [torch.inf] * len(ranks)
+        )
+        index = exit_indices(population.scores, population.policy, point.levels)
+        deviation = population.losses.gather(0, index[None])[0].std()
+        room, best = float(normal * deviation / size**0.5), 1 - point.cost
+    return best
+
+
+def results_before(path: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Rows that a simulation with the same settings has left, of which none is simulated again."""
-    if not path.is_file():
-        return []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before.get(key) == value for key, value in settings.items() if key != "rows")
-    return before["rows"] if same else []
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(before.get(key) == value for key, value in settings.items())
+    return {key: before.get(key, []) if same else [] for key in ("rows", "nearby")}
 
 
 def main() -> None:
@@ -232,16 +270,20 @@ def main() -> None:
         "draws": args.draws,
         "population": args.population,
         "spread": args.spread,
-        "rows": [],
     }
-    results["rows"] = rows_before(Path(args.output), results)
+    results |= results_before(Path(args.output), results)
     done = {(row["population"], row["bound"], row["samples"]) for row in results["rows"]}
     for bound in (args.bound, *args.other_bounds):
         for population in populations:
             for size in args.sizes:
                 if (population.name, bound, size) not in done:
-                    results["rows"] += list(simulate(population, args, bound, size))
-                    write_text(args.output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+                    best = ceiling(population, bound, size, args.confidence)
+                    results["rows"] += [row | {"ceiling": best} for row in simulate(population, args, bound, size)]
+                    write_results(args.output, results)
+    for population in populations:
+        if population.name not in {row["population"] for row in results["nearby"]}:
+            results["nearby"] += list(greedy_nearby(population, args))
+            write_results(args.output, results)
     for row in results["rows"]:
         print(
             f"{row['population']:24} {row['bound']:<6g} {row['samples']:>6,} {row['method']:20}"

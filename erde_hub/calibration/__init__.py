@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
 from erde_hub.held_out import check_calibration_data
 

@@ -88,24 +88,30 @@ def _wealth_p_values(log_wealth: Callable[[float], Tensor], bound: float) -> Ten
 def difference_p_value(lost: int, won: int, samples: int, bound: float) -> float:
     """P-value from the numbers of samples that lose and that win, each by 1; exact, and with gains counted.
 
-    If a sample loses with probability bound + q and wins with probability q, then lost - won is at most what was seen
-    with a probability that is summed up exactly. The unknown q is taken as the worst one up to an upper confidence
-    limit of the share of wins, and the chance that this limit fails is added (Berger and Boos). The worst q is looked
-    for at eight places; the probability hardly bends between them.
+    Outcomes are ordered by how far lost - won is below its expectation n a, in standard deviations: the score
+    t = (lost - won - n a) / sqrt(max(lost + won, n a) - n a^2) of the bound a. If a sample loses with probability a + q
+    and wins with probability q, the chance of a score of at most t is summed up exactly. The unknown q is taken as the
+    worst one between confidence limits of the share of wins, and the chance that these fail is added (Berger and Boos).
+    A score hardly depends on q, so that little is lost to the worst one, which is looked for at 16 places.
 
     References:
         Berger and Boos, P values maximized over a confidence set for the nuisance parameter, 1994, JASA 89.
+        Sidik, Exact unconditional tests for testing non-inferiority in matched-pairs design, 2003, Statistics in
+        Medicine 22. Deviations: the variance of the score is that of the number of samples that differ.
     """
-    total = lost - won
-    if total >= samples * bound:
+    if lost - won >= samples * bound:
         return 1.0
-    highest = min(_upper_share(won, samples, _NUISANCE_LEVEL), (1 - bound) / 2)
-    wins = torch.linspace(0, highest, 8, dtype=torch.float64)
-    return min(1.0, _NUISANCE_LEVEL + float(_tails(total, samples, bound, wins).max()))
+    score = max((lost - won - samples * bound) / float(_deviation(torch.tensor(lost + won), samples, bound)), _LOWEST)
+    highest = min(_upper_share(won, samples, _NUISANCE_LEVEL / 2), (1 - bound) / 2)
+    lowest = min(_upper_share(won - 1, samples, 1 - _NUISANCE_LEVEL / 2), highest) if won else 0.0  # the lower limit
+    wins = torch.linspace(lowest, highest, 16, dtype=torch.float64)
+    return min(1.0, _NUISANCE_LEVEL + float(_tails(score, samples, bound, wins).max()))
 
 
-#: Chance that the share of wins exceeds the limit up to which :func:`difference_p_value` looks.
+#: Chance that the share of wins is outside the limits between which :func:`difference_p_value` looks.
 _NUISANCE_LEVEL = 0.002
+#: Lower scores count as this one; no p-value is much below ``_NUISANCE_LEVEL`` anyway.
+_LOWEST = -7.0
 
 
 def _upper_share(count: int, samples: int, level: float) -> float:
@@ -121,11 +127,18 @@ def _upper_share(count: int, samples: int, level: float) -> float:
     return smallest_bound(p_value, level, 1e-12)
 
 
-def _tails(total: int, samples: int, bound: float, wins: Tensor) -> Tensor:
-    """P(losses - wins <= total) of a multinomial with shares ``bound + wins`` and ``wins``, for several of them.
+def _deviation(differing: Tensor, samples: int, bound: float) -> Tensor:
+    """Standard deviation of losses - wins at the bound, from how many samples lose or win; n a of them at least."""
+    return (differing.double().clamp(min=samples * bound) - samples * bound**2).sqrt()
 
-    Losses plus wins are m, binomial; of m, losses are binomial again and at most k = floor((total + m) / 2). Its
-    distribution function at k follows from that for m - 1 by adding or taking off one mass.
+
+def _tails(score: float, samples: int, bound: float, wins: Tensor) -> Tensor:
+    """P(score of losses and wins <= score) of a multinomial with shares ``bound + wins`` and ``wins``, for several.
+
+    Losses plus wins are m, binomial; of m, losses are binomial again and at most k, the largest number whose score is
+    low enough. From m - 1 to m this k stays or rises by 1 (a fall is evened out, so that losing less or winning more
+    never leaves the region, and the bound itself is the worst of the hypothesis). The distribution function at k
+    follows from that for m - 1 by adding or taking off one mass.
     """
     some = (bound + 2 * wins)[:, None]
     part = (bound + wins)[:, None] / some
@@ -133,7 +146,7 @@ def _tails(total: int, samples: int, bound: float, wins: Tensor) -> Tensor:
     low = max(0, int((samples * some - spread).min()))
     high = min(samples, int((samples * some + spread).max()) + 1)
     m = torch.arange(low, high + 1, dtype=torch.float64)
-    k = ((total + m) / 2).floor()
+    k = ((m + samples * bound + score * _deviation(m, samples, bound) + 1e-9) / 2).floor().cummax(0).values
     below = torch.arange(max(int(k[0]) + 1, 0), dtype=torch.float64)
     first = _masses(m[0].expand(len(below)), below, part).sum(1, keepdim=True)
     steps = -part * _masses(m[:-1], k[:-1], part)

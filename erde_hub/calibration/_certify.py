@@ -18,6 +18,7 @@ from ._bounds import (
     hoeffding_bentkus_p_values,
     smallest_bound,
 )
+from ._walk import first_steps
 
 
 def certify(
@@ -42,46 +43,45 @@ def certify(
     Shape:
         losses: (C, N) in [-1, 1]. weights: (N,).
     """
-    evidence = _Evidence(losses, method, binary, weights)
+    weights = (torch.ones(losses.shape[1]) if weights is None else weights).double()
+    losses = losses.double()
     if method == "crc":
-        return _last_accepted(evidence.conformal_risk() <= bound)
+        return _last_accepted(conformal_risk(losses.clamp(min=0), weights) <= bound)
+    if method == "ucb" and not binary:
+        return _last_accepted(betting_p_values(losses, bound, weights) <= 1 - float(confidence or 0))
+    sums = losses.clamp(min=0) @ weights, (-losses).clamp(min=0) @ weights
+    return certify_sums(*sums, int(weights.sum()), bound, confidence, method, binary)
+
+
+def certify_sums(
+    lost: Tensor, won: Tensor, samples: int, bound: float, confidence: float | None, method: str, binary: bool = True
+) -> int:
+    """The same for methods that read nothing but what all samples together lose and win at each candidate, (C,)."""
     level = 1 - float(confidence or 0)
     if method == "exact":  # one by one, since each takes a while and the walk ends at the first that fails
         index = 0
-        while index + 1 < len(losses) and evidence.p_value(index + 1, bound) <= level:
+        while index + 1 < len(lost) and _exact_p_value(lost[index + 1], won[index + 1], samples, bound) <= level:
             index += 1
         return index
-    return _last_accepted(evidence.p_values(bound) <= level)
+    return _last_accepted(_p_values_of_sums(lost, won, samples, bound, method, binary) <= level)
 
 
-class _Evidence:
-    """What samples say about the expected losses of candidates."""
+def reads_sums(method: str, binary: bool) -> bool:
+    """Tells whether :func:`certify_sums` is enough for a method; the others look at single samples."""
+    return method in ("ltt", "exact") or (method == "ucb" and binary)
 
-    def __init__(self, losses: Tensor, method: str, binary: bool = True, weights: Tensor | None = None) -> None:
-        self.losses = losses.double()
-        self.weights = (torch.ones(losses.shape[1]) if weights is None else weights).double()
-        self.method, self.binary = method, binary
-        self.samples = int(self.weights.sum())
-        self.lost = self.losses.clamp(min=0) @ self.weights
-        self.won = (-self.losses).clamp(min=0) @ self.weights
 
-    def conformal_risk(self) -> Tensor:
-        return conformal_risk(self.losses.clamp(min=0), self.weights)
+def _p_values_of_sums(lost: Tensor, won: Tensor, samples: int, bound: float, method: str, binary: bool) -> Tensor:
+    """Of the hypothesis that the expected loss exceeds a bound, for every candidate."""
+    if method == "ltt":
+        return hoeffding_bentkus_p_values(lost / samples, samples, bound, binary)
+    if method == "ucb":
+        return betting_p_values_of_counts(lost, won, samples, bound)
+    return torch.tensor([_exact_p_value(a, b, samples, bound) for a, b in zip(lost, won, strict=True)])
 
-    def p_values(self, bound: float) -> Tensor:
-        """Of the hypothesis that the expected loss exceeds a bound, for every candidate."""
-        if self.method == "ltt":
-            return hoeffding_bentkus_p_values(self.lost / self.samples, self.samples, bound, self.binary)
-        if self.method == "ucb" and self.binary:
-            return betting_p_values_of_counts(self.lost, self.won, self.samples, bound)
-        if self.method == "ucb":
-            return betting_p_values(self.losses, bound, self.weights)
-        return torch.tensor([self.p_value(i, bound) for i in range(len(self.losses))])
 
-    def p_value(self, index: int, bound: float) -> float:
-        """The same for one candidate, by the exact test."""
-        lost, won = round(float(self.lost[index])), round(float(self.won[index]))
-        return difference_p_value(lost, won, self.samples, bound)
+def _exact_p_value(lost: Tensor, won: Tensor, samples: int, bound: float) -> float:
+    return difference_p_value(round(float(lost)), round(float(won)), samples, bound)
 
 
 def supported_bound(losses: Tensor, confidence: float | None, method: str, binary: bool = True) -> float:
@@ -90,10 +90,14 @@ def supported_bound(losses: Tensor, confidence: float | None, method: str, binar
     Shape:
         losses: (C, N), the candidates up to the one in question; only ``crc`` looks at those before it.
     """
+    losses, level = losses.double(), 1 - float(confidence or 0)
     if method == "crc":
-        return float(_Evidence(losses, method).conformal_risk()[-1])
-    evidence = _Evidence(losses[-1:], method, binary)
-    return smallest_bound(lambda a: float(evidence.p_values(a)[0]), 1 - float(confidence or 0), 1e-9)
+        return float(conformal_risk(losses.clamp(min=0))[-1])
+    if method == "ucb" and not binary:
+        return smallest_bound(lambda a: float(betting_p_values(losses[-1:], a)[0]), level, 1e-9)
+    lost, won = losses[-1:].clamp(min=0).sum(1), (-losses[-1:]).clamp(min=0).sum(1)
+    samples = losses.shape[1]
+    return smallest_bound(lambda a: float(_p_values_of_sums(lost, won, samples, a, method, binary)[0]), level, 1e-9)
 
 
 def _last_accepted(accepted: Tensor) -> int:
@@ -107,3 +111,26 @@ def candidate_losses(
     """Loss of every sample under every candidate, (C, N) float32."""
     rows = [losses.gather(0, exit_indices(scores, policy, values)[None])[0].float() for values in thresholds]
     return torch.stack(rows)
+
+
+def candidate_sums(
+    scores: Tensor, losses: Tensor, policy: ExitPolicy, thresholds: Sequence[Sequence[float]]
+) -> tuple[Tensor, Tensor]:
+    """What all samples together lose and win under every candidate, each (C,), without a table of all samples.
+
+    Candidates must be steps of a walk: who leaves an exit at one of them leaves it at all later ones too.
+    """
+    early, count = len(scores), len(thresholds)
+    first = first_steps(scores, policy, thresholds)
+    earliest = first.cummin(0).values
+    sums = torch.zeros(2, count + 1, dtype=torch.float64)
+    following = torch.full((scores.shape[1],), early)
+    for e in reversed(range(early)):
+        # At its first step of exit e the sample moves there, from the exit where it left until then.
+        moves = earliest[e] < earliest[e - 1] if e else earliest[e] < count
+        before, after = losses.gather(0, following[None])[0][moves], losses[e][moves]
+        for row, sign in zip(sums, (1, -1), strict=True):
+            row.index_add_(0, earliest[e][moves], ((sign * after).clamp(min=0) - (sign * before).clamp(min=0)).double())
+        following = torch.where(moves, e, following)
+    lost, won = sums.cumsum(1)[:, :count]
+    return lost, won

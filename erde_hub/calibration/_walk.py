@@ -15,14 +15,16 @@ from ._search import shared_curve
 #: Speeds of an exit relative to the fastest one; 0 keeps it shut.
 FACTORS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: Steps of a walk, and samples that search its factors, at most.
-_STEPS, _SAMPLES = 200, 10_000
-#: Losses, as multiples of the bound, at which a walk's saving is judged.
-_LOSSES = (0.5, 1.0, 2.0, 4.0)
-_ROUNDS = 3
+STEPS, _SAMPLES = 200, 10_000
+#: Losses, as multiples of the bound, at which a walk's saving is judged: 16 from a third of it to three times as much.
+_LOSSES = tuple(0.35 * (3 / 0.35) ** (i / 15) for i in range(16))
+#: Ratios of the factors of neighbouring exits with which the search of factors begins; the best one counts.
+_RAMPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+_ROUNDS = 5
 
 
 def walk(
-    policy: ExitPolicy, grid: Sequence[float], factors: Sequence[float], between: bool = True
+    policy: ExitPolicy, grid: Sequence[float], factors: Sequence[float], between: bool = True, steps: int = STEPS
 ) -> list[list[float]]:
     """Returns thresholds of every step: at step s of 1, exit e is at place s * factors[e] of the policy's own grid.
 
@@ -34,10 +36,11 @@ def walk(
         grid: Its thresholds from nobody leaving to everybody.
         factors: One per early exit, in [0, 1].
         between: Thresholds between those of the grid may be taken.
+        steps: Number of steps, at most; twice those of the grid where nothing between them may be taken.
     """
     between = between and not policy.whole_thresholds
     last = len(grid) - 1
-    steps = min(_STEPS, 2 * last)
+    steps = steps if between else min(steps, 2 * last)
     rows = []
     for step in range(steps + 1):
         row = []
@@ -64,10 +67,12 @@ def find_factors(
     bound: float,
     between: bool = True,
 ) -> list[float]:
-    """Searches the factors whose walk saves most at losses around the bound, one exit at a time, in three rounds.
+    """Searches the factors whose walk saves most at losses around the bound, one exit at a time, in five rounds.
 
-    A choice among few curves, judged at four losses at once, holds on other samples where one among all combinations of
-    thresholds, judged at the bound alone, is mostly luck. A guarantee needs other samples to test the walk on.
+    A choice among few curves, judged at many losses at once, holds on other samples where one among all combinations of
+    thresholds, judged at the bound alone, is mostly luck. The search begins with the best of some walks on which every
+    exit is slower than the next by the same factor: from equal speeds it often stops at once, since the exits pay
+    together. A guarantee needs other samples to test the walk on.
 
     Args:
         scores: Of each early exit.
@@ -91,9 +96,11 @@ def find_factors(
         if not chosen.isfinite().any():
             return -math.inf
         _, loss, cost = shared_curve(chosen, losses, costs)
-        return -sum(float(cost[loss <= level * bound + 1e-12].min()) for level in _LOSSES)
+        return -float(torch.where(loss <= levels, cost, math.inf).amin(1).sum())
 
-    found = [1.0] * early
+    levels = torch.tensor(_LOSSES, dtype=torch.float64)[:, None] * bound + 1e-12
+    starts = [[_nearest_factor(ramp ** (early - 1 - e)) for e in range(early)] for ramp in _RAMPS]
+    found = max(starts, key=saving)
     best = saving(found)
     for _ in range(_ROUNDS):
         before = list(found)
@@ -108,10 +115,35 @@ def find_factors(
     return [factor / max(found) for factor in found]
 
 
+def first_steps(scores: Tensor, policy: ExitPolicy, thresholds: Sequence[Sequence[float]]) -> Tensor:
+    """Returns the first step of a walk at which each sample leaves each exit; the number of steps where at none.
+
+    Shape:
+        scores: (E - 1, N). thresholds: one row of E - 1 per step. Returns (E - 1, N) int64.
+    """
+    count = len(thresholds)
+    first = torch.empty_like(scores, dtype=torch.int64)
+    for e, score in enumerate(scores):
+        column = [row[e] for row in thresholds]
+        steps = torch.tensor(column, dtype=scores.dtype)
+        # An exit never turns back on a walk, so that halving finds the step, for all samples at once.
+        low = torch.full_like(score, sum(policy.never_leaves(threshold) for threshold in column), dtype=torch.int64)
+        high = torch.full_like(low, count)
+        for _ in range(count.bit_length()):
+            middle = (low + high) // 2
+            leaves = policy.compare(score, steps[middle.clamp(max=count - 1)]) & (middle < count)
+            high = torch.where(leaves, middle, high)
+            low = torch.where(leaves, low, middle + 1).minimum(high)
+        first[e] = high
+    return first
+
+
 def _ranks_on_walk(scores: Tensor, policy: ExitPolicy, grid: Sequence[float], factor: float, between: bool) -> Tensor:
     """Minus the step at which each sample leaves each exit that walks with a factor; minus infinity if at none."""
-    thresholds = [row[0] for row in walk(policy, grid, [factor], between)]
-    stays = torch.zeros_like(scores, dtype=torch.int64)
-    for threshold in thresholds:
-        stays += 1 if policy.never_leaves(threshold) else policy.compare(scores, threshold).logical_not()
-    return torch.where(stays < len(thresholds), -stays.double(), -math.inf)
+    rows = walk(policy, grid, [factor], between)
+    first = torch.cat([first_steps(score[None], policy, rows) for score in scores])
+    return torch.where(first < len(rows), -first.double(), -math.inf)
+
+
+def _nearest_factor(value: float) -> float:
+    return min(FACTORS, key=lambda factor: abs(factor - value))

@@ -116,7 +116,7 @@ class ThresholdChoice:
     @property
     def rule(self) -> str:
         """One sentence that says what the threshold was chosen for, for cards and logs."""
-        amount = f"{100 * self.bound:g} %" if self.target in _FRACTIONS else f"{self.bound:g}"
+        amount = describe_bound(self.target, self.bound)
         sure = "" if self.confidence is None else f" with {100 * self.confidence:.3g} % confidence"
         return f"{TARGETS[self.target]} at most {amount}{sure} ({METHODS[self.method]})"
 
@@ -151,13 +151,23 @@ class ThresholdChoice:
             ),
         ]
         if self.upper_bound is not None and not self.never_exits:
-            lines.append(f"the samples support a bound of {100 * self.upper_bound:.2f} % for it")
+            lines.append(f"the samples support a bound of {describe_bound(self.target, self.upper_bound)} for it")
         if self.advice:
             lines.append(self.advice)
         return "\n".join(lines)
 
 
-_FRACTIONS = ("accuracy_drop", "disagreement", "brier_increase")
+def describe_bound(target: str, bound: float) -> str:
+    """Returns the bound of a target in its own unit: points of accuracy, % of the samples, or as it is.
+
+    Example:
+        >>> describe_bound("accuracy_drop", 0.03), describe_bound("disagreement", 0.03)
+        ('3 points', '3 %')
+    """
+    if target == "accuracy_drop":
+        points = f"{100 * bound:.4g}"
+        return f"{points} point{'' if points == '1' else 's'}"
+    return f"{100 * bound:.4g} %" if target == "disagreement" else f"{bound:g}"
 
 
 def samples_without_loss(bound: float, confidence: float) -> int:

@@ -47,29 +47,57 @@ def test_conformal_risk_of_losses_that_fall_again_keeps_their_highest():
     assert conformal_risk(losses).tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3])
 
 
-def multinomial_tail(total, samples, lose, win):
-    """P(losses - wins <= total), summed over all pairs of counts."""
+def region(score, samples, bound):
+    """All (losses, wins) whose score is low enough, and those that lose less or win more than one of these."""
+
+    def low_enough(losses, wins):
+        differing = max(losses + wins, samples * bound)
+        deviation = math.sqrt(differing - samples * bound**2)
+        return losses - wins - samples * bound <= score * deviation + 1e-9
+
+    inside = set()
+    for losses in reversed(range(samples + 1)):
+        for wins in range(samples - losses + 1):
+            less = {(losses + 1, wins), (losses + 1, wins - 1), (losses, wins - 1)}
+            if low_enough(losses, wins) or less & inside:
+                inside.add((losses, wins))
+    return inside
+
+
+def multinomial_mass(pairs, samples, lose, win):
     mass = 0.0
-    for losses in range(samples + 1):
-        for wins in range(max(0, losses - total), samples - losses + 1):
-            log = math.lgamma(samples + 1) - math.lgamma(losses + 1) - math.lgamma(wins + 1)
-            log -= math.lgamma(samples - losses - wins + 1)
-            rest = samples - losses - wins
-            log += losses * math.log(lose) + (wins * math.log(win) if wins else 0)
-            log += rest * math.log(1 - lose - win)
-            mass += math.exp(log) if win or not wins else 0.0
+    for losses, wins in pairs:
+        rest = samples - losses - wins
+        ways = math.comb(samples, losses) * math.comb(samples - losses, wins)
+        mass += ways * lose**losses * win**wins * (1 - lose - win) ** rest
     return mass
 
 
-@pytest.mark.parametrize(("total", "samples", "bound", "wins"), [
-    (-1, 40, 0.1, 0.2), (0, 60, 0.05, 0.02), (3, 60, 0.1, 0.3), (2, 50, 0.1, 1e-9), (-18, 40, 0.2, 0.38),
+@pytest.mark.parametrize(("lost", "won", "samples", "bound", "wins"), [
+    (5, 6, 40, 0.1, 0.2), (1, 0, 60, 0.05, 0.02), (14, 11, 60, 0.1, 0.3), (2, 0, 50, 0.1, 1e-9), (4, 14, 40, 0.2, 0.3),
+    (0, 0, 30, 0.02, 0.01),
 ])  # fmt: skip
-def test_the_tail_of_a_difference_is_the_sum_over_all_counts(total, samples, bound, wins):
+def test_the_tail_of_a_score_is_the_sum_over_all_counts(lost, won, samples, bound, wins):
     from erde_hub.calibration._bounds import _tails  # noqa: PLC0415
 
-    expected = multinomial_tail(total, samples, bound + wins, wins)
-    found = _tails(total, samples, bound, torch.tensor([0.0, wins], dtype=torch.float64))
-    assert float(found[1]) == pytest.approx(expected, rel=1e-9, abs=1e-13)
+    deviation = math.sqrt(max(lost + won, samples * bound) - samples * bound**2)
+    score = (lost - won - samples * bound) / deviation
+    pairs = region(score, samples, bound)
+    assert (lost, won) in pairs
+    found = _tails(score, samples, bound, torch.tensor([0.0, wins], dtype=torch.float64))
+    assert float(found[1]) == pytest.approx(multinomial_mass(pairs, samples, bound + wins, wins), rel=1e-9, abs=1e-13)
+    # The bound itself is the worst of the hypothesis: more losses make the region less likely.
+    worse = multinomial_mass(pairs, samples, bound + wins + 0.02, wins)
+    assert worse < multinomial_mass(pairs, samples, bound + wins, wins)
+
+
+def test_the_exact_test_rejects_a_true_hypothesis_in_no_more_than_its_level_summed_over_all_outcomes():
+    for samples, bound, wins in ((40, 0.1, 0.0), (50, 0.1, 0.11), (40, 0.2, 0.07)):
+        outcomes = [(a, b) for a in range(samples + 1) for b in range(min(samples - a, 20) + 1)]
+        small = [(a, b) for a, b in outcomes if difference_p_value(a, b, samples, bound) <= 0.1]
+        mass = multinomial_mass(small, samples, bound + wins, wins)
+        assert mass <= 0.1 + 1e-9, (samples, bound, wins)
+        assert wins < 0.05 or mass > 0.06, "not much smaller than it has to be"
 
 
 def test_p_values_of_every_kind_are_rarely_small_when_the_bound_is_exceeded():

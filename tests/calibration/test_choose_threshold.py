@@ -104,7 +104,7 @@ def test_names_and_facts_of_the_records_are_in_the_report():
     records = make_records(300, dataset="uoft-cs/cifar10")
     choice = choose_threshold(records, max_accuracy_drop=0.03, confidence=0.9)
     assert (choice.dataset, choice.split, choice.fingerprint) == ("uoft-cs/cifar10", "validation", "f" * 32)
-    assert "loss of accuracy against the full model at most 3 % with 90 % confidence" in choice.rule
+    assert "loss of accuracy against the full model at most 3 points with 90 % confidence" in choice.rule
     assert "on 300 samples of validation" in str(choice)
 
 

@@ -12,7 +12,8 @@ import torch
 from calibration_fakes import earlyon_thresholds, make_logits, make_records
 
 from erde_hub.calibration import choose_threshold
-from erde_hub.calibration._certify import candidate_losses, certify
+from erde_hub.calibration._certify import candidate_losses, candidate_sums, certify
+from erde_hub.calibration._walk import walk
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
@@ -89,17 +90,31 @@ def test_one_draw_goes_the_same_way_through_the_public_function(population):
         cumulative_macs=[300, 650, 1000],
         class_names=[str(k) for k in range(10)],
     )
+    path = walk(population.policy, population.policy.grid(10, 2), [1.0, 1.0], steps=800)
+    losses = candidate_losses(population.scores[:, rows], population.losses[:, rows], population.policy, path)
     for method in ("ltt", "exact", "ucb"):
         choice = choose_threshold(records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE, method=method)
-        losses = population.kinds[population.kind[rows]].T
         index = certify(losses, BOUND, CONFIDENCE, method)
-        assert choice.threshold == population.path[index][0]
+        assert choice.threshold == path[index][0]
         assert choice.upper_bound <= BOUND + 1e-6
         assert certify(losses[: index + 1], choice.upper_bound + 1e-6, CONFIDENCE, method) == index
         assert certify(losses[[0, index]], choice.upper_bound - 1e-5, CONFIDENCE, method) == 0
     default = choose_threshold(records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE)
     assert default.method == "exact"
-    assert choose_threshold(make_records(380), max_accuracy_drop=0.05, confidence=0.9).method == "ltt"
+    assert choose_threshold(make_records(95), max_accuracy_drop=0.05, confidence=0.9).method == "ltt"
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy", "patience"])
+def test_sums_of_a_walk_are_those_of_its_table(name):
+    records, policy = make_records(400, exits=4), create_policy(name)
+    scores = score_exits(records.logits, policy)
+    for target in ("accuracy_drop", "brier_increase"):
+        losses, _ = exit_losses(records.logits, records.labels, target)
+        path = walk(policy, policy.grid(10, 3), [0.4, 1.0, 0.7])
+        table = candidate_losses(scores, losses, policy, path).double()
+        lost, won = candidate_sums(scores, losses, policy, path)
+        torch.testing.assert_close(lost, table.clamp(min=0).sum(1), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(won, (-table).clamp(min=0).sum(1), atol=1e-4, rtol=1e-5)
 
 
 def test_the_published_simulation_kept_every_promise():

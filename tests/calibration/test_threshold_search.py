@@ -132,7 +132,8 @@ def test_factors_are_those_that_save_most():
     def saving(factors):
         index = torch.stack([exit_indices(scores, policy, row) for row in walk(policy, grid, factors)])
         loss, cost = losses.gather(0, index).mean(1), costs[index].mean(1)
-        return -sum(float(cost[loss <= 0.01 * level].min()) for level in (0.5, 1, 2, 4))
+        levels = [0.35 * (3 / 0.35) ** (i / 15) for i in range(16)]
+        return -sum(float(cost[loss <= 0.01 * level].min()) for level in levels)
 
     found = find_factors(scores, losses, costs, policy, grid, 0.01)
     assert max(found) == 1
