@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Sequence
 from ctypes import c_float
 from typing import Any, Protocol
@@ -215,6 +216,20 @@ def judge(
     return logits, policy.score_one(log_probs) if one else policy.score_last(log_probs)
 
 
+def who_leaves(policy: ExitPolicy, scores: Tensor, threshold: float, logits: Tensor) -> Tensor:
+    """Returns the mask (N,) of samples that leave: who is sure, and whose answer is one.
+
+    Logits that overflowed to NaN or infinity answer nothing, whatever their score: such a sample goes on.
+    """
+    leaves = policy.compare(scores, threshold)
+    return leaves if all_finite(logits) else leaves & logits.isfinite().all(-1)
+
+
+def all_finite(logits: Tensor) -> bool:
+    """Whether no logit is NaN or infinite; a single operator wherever the sum already tells."""
+    return math.isfinite(logits.sum().item()) or bool(logits.isfinite().all())
+
+
 class RunAll:
     """Runs every exit; the output of each stage goes on unchanged.
 
@@ -340,9 +355,9 @@ class Route:
         one = self.count == 1
         logits, scores = judge(head, self.policy, feature, self.mask, self.history, calibrate, one)
         if one:  # decided in Python, with the threshold as a tensor would round it: fewer operators
-            leaving = int(self.policy.compare(scores, c_float(threshold).value))
+            leaving = int(self.policy.compare(scores, c_float(threshold).value) and all_finite(logits))
         else:
-            leaves = self.policy.compare(scores, threshold)
+            leaves = who_leaves(self.policy, scores, threshold, logits)
             gone = leaves.nonzero()
             leaving = gone.shape[0]
         if leaving == 0:

@@ -23,7 +23,7 @@ from .errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError
 from .fitted import watching
 from .inputs import check_pixel_values
 from .modeling import EarlyExitWrapper
-from .routing import StagedDrive, check_all_reached, check_due, judge, read_feature
+from .routing import StagedDrive, check_all_reached, check_due, judge, read_feature, who_leaves
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,9 @@ def route_batches(
         raise InputTypeError(f"route_batches takes an EarlyExitWrapper, got {type(model).__name__}: wrap it first")
     if model.main_input_name != "pixel_values":
         raise InputTypeError(
-            f"route_batches streams images of one size; {type(model.backbone).__name__} reads {model.main_input_name},"
-            " whose lengths differ from batch to batch: call model(...) on padded batches"
+            f"route_batches streams images of one size; {type(model.backbone).__name__} reads {model.main_input_name}:"
+            " texts of different batches differ in length, and in the masks and positions that layers get beside the"
+            " features, so they cannot share a stage; call model(...) on padded batches"
         )
     if model.training:
         raise ConfigError("the model is in train mode, where nothing is routed: call model.eval()")
@@ -310,6 +311,7 @@ class _StreamPass:
         self.group = group
         self.entered = entry < 0
         self.next_exit = 0
+        self.heads = stream.model._steps.heads(stream.model._modules["heads"])
         self.calibration = stream.model._calibration()
         reads_all = stream.model.policy.uses_history
         if self.calibration is not None:
@@ -325,14 +327,14 @@ class _StreamPass:
         model, threshold = self.stream.model, self.stream.thresholds[exit_index]
         if model.policy.never_leaves(threshold) and not self.needs_every_exit:
             return output
-        head: Any = model.heads[exit_index]
+        head = self.heads[exit_index]
         feature = read_feature(output, head.spec.leaf)
         self.check_rows(len(feature), f"exit {exit_index}")
         history = list(self.group.history)
         calibrate = functools.partial(self.calibrate, exit_index) if self.calibration else None
         logits, scores = judge(head, model.policy, feature, None, history, calibrate)
         state = self.calibration.state if self.calibration else []
-        leaves = model.policy.compare(scores, threshold)
+        leaves = who_leaves(model.policy, scores, threshold, logits)
         gone, stay = leaves.nonzero().squeeze(1), leaves.logical_not().nonzero().squeeze(1)
         batched, tickets = head.spec.batched, self.group.tickets
         if len(gone):

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 from _cli import parse_arguments
-from _inference_benchmark import summary, take_turns
 from _inference_report import Table
+from _inference_turns import summary, take_turns
 from _results import write_results
 
 from erde_hub import EarlyExitWrapper, __version__

@@ -9,16 +9,10 @@ nothing else: with several threads on shared cores the times mean nothing.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import platform
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,28 +21,23 @@ from typing import Any
 import torch
 from _cli import parse_arguments
 from _inference_contestants import (
-    Contestant,
-    Plan,
-    PlanError,
+    NOBODY,
     Subject,
     by_hand,
-    earlyon_batched,
-    earlyon_one_by_one,
-    export_files,
-    load_earlyon,
     load_subject,
-    onnx_contestant,
-    plan_earlyon,
-    plan_for,
     routed,
+    shares_of,
+    thread_count,
+    try_plan,
 )
+from _inference_earlyon import earlyon_contestants, load_earlyon
+from _inference_extras import compiled_stages, memory_of, onnx_times, peak_memory, stream_of
 from _inference_report import draw_saving, tables
-from _memory import forget_peak, process_memory
+from _inference_turns import Contestant, summary, take_turns
 from _results import write_results
 
 from erde_hub import __version__, keep_freed_memory
 from erde_hub.errors import ConfigError
-from erde_hub.streaming import route_batches
 
 NETWORKS = (
     "resnet18",
@@ -58,8 +47,6 @@ NETWORKS = (
     "mobilenetv4_conv_small",
     "efficientnet_lite0",
 )
-#: A threshold that nobody passes, but for which every head is run: zero would skip them.
-NOBODY = 1e-30
 
 
 @dataclass
@@ -81,7 +68,9 @@ class InferenceBenchmark:
     seconds: float = field(default=20.0, metadata={"help": "seconds per network and setting, after which rounds end"})
     min_rounds: int = field(default=3, metadata={"help": "rounds at least"})
     peer: bool = field(default=True, metadata={"help": "earlyon beside it, where it is installed and runs"})
-    onnx: bool = field(default=True, metadata={"help": "onnxruntime: nested, flat and prefix, float and int8"})
+    onnx: bool = field(
+        default=True, metadata={"help": "onnxruntime: nested, flat and prefix, float and int8, batches up to 32"}
+    )
     stream: bool = field(default=True, metadata={"help": "route_batches beside plain batching"})
     memory: bool = field(default=True, metadata={"help": "peak memory, in a process of its own (Linux)"})
     compiled: list[str] = field(
@@ -115,12 +104,12 @@ def benchmark_inference(argv: list[str]) -> None:
     """Measures, prints, writes and draws."""
     args, _ = parse_arguments({"benchmark": InferenceBenchmark}, __doc__, argv)
     if args.only_memory:
-        print(json.dumps(_peak_memory(load_subject(args.model[0], args.exits), args)))
+        print(json.dumps(peak_memory(load_subject(args.model[0], args.exits), args)))
         return
     environment = {**_environment(), "freed_memory_kept": keep_freed_memory()}
     results: dict[str, Any] = {**environment, "networks": _networks_in(args.output, environment)}
     for name in args.model:
-        torch.set_num_threads(_threads(args.cpu_threads[0]))
+        torch.set_num_threads(thread_count(args.cpu_threads[0]))
         subject = load_subject(name, args.exits)
         results["networks"][subject.name] = _measure(subject, name, args)
         results["networks"] = dict(sorted(results["networks"].items(), key=lambda item: _place(item[0])))
@@ -158,10 +147,6 @@ def _environment() -> dict[str, Any]:
     return {"erde_hub": __version__, **versions, "cpu": cpu, "cores": os.cpu_count()}
 
 
-def _threads(number: int) -> int:
-    return number or os.cpu_count() or 1
-
-
 @torch.no_grad()
 def _measure(subject: Subject, name: str, args: InferenceBenchmark) -> dict[str, Any]:
     table = subject.model.exit_table()
@@ -179,25 +164,26 @@ def _measure(subject: Subject, name: str, args: InferenceBenchmark) -> dict[str,
     }
     first = args.cpu_threads[0]
     for threads in args.cpu_threads:
-        torch.set_num_threads(_threads(threads))
+        torch.set_num_threads(thread_count(threads))
         for batch in args.batch_size:
-            runs = _contestants(subject, batch, peer if threads == first else None, full=threads == first)
-            result["settings"].append(_race(subject, runs, batch, threads, False, args))
-    torch.set_num_threads(_threads(first))
+            result["settings"].append(_setting(subject, peer, batch, threads, False, args))
+    torch.set_num_threads(thread_count(first))
     if args.channels_last and not _without_maps(subject):
-        subject.model.to(memory_format=torch.channels_last)
+        networks = [subject.model, *([] if peer is None else [peer])]
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
         for batch in args.batch_size:
-            runs = _contestants(subject, batch, None, full=False, channels_last=True)
-            result["settings"].append(_race(subject, runs, batch, first, True, args))
-        subject.model.to(memory_format=torch.contiguous_format)
+            result["settings"].append(_setting(subject, peer, batch, first, True, args))
+        for network in networks:
+            network.to(memory_format=torch.contiguous_format)
     if args.onnx:
-        result["onnx"] = _onnx(subject, args)
+        result["onnx"], *result["onnx_batches"] = onnx_times(subject, args)
     if args.stream:
-        result["stream"] = [_stream(subject, batch, args) for batch in args.batch_size if 1 < batch <= 32]
+        result["stream"] = [stream_of(subject, batch, args) for batch in args.batch_size if 1 < batch <= 32]
     if args.memory:
-        result["memory"] = _memory_of(name, args)
+        result["memory"] = memory_of(name, args)
     if subject.name in args.compiled:
-        result["compiled"] = _compiled(subject, args)
+        result["compiled"] = compiled_stages(subject, args)
     return result
 
 
@@ -206,21 +192,40 @@ def _without_maps(subject: Subject) -> bool:
     return all(values["format"] != "NCHW" for values in subject.model.config.exit_features or [])
 
 
-def shares_of(batch: int, exits: int) -> dict[str, list[int]]:
-    """Samples that leave at each early exit: an equal share everywhere, or all but one at the first.
-
-    >>> shares_of(32, 3)
-    {'even': [8, 8, 8], 'one_hard': [31, 0, 0]}
-    """
-    return {"even": [batch // (exits + 1)] * exits, "one_hard": [batch - 1] + [0] * (exits - 1)}
+def _setting(
+    subject: Subject, peer: Any, batch: int, threads: int, channels_last: bool, args: InferenceBenchmark
+) -> dict[str, Any]:
+    """All contestants on one batch size, number of threads and memory format."""
+    x = subject.images(batch, channels_last)
+    full = threads == args.cpu_threads[0] and not channels_last
+    counts = {} if batch == 1 else shares_of(batch, len(subject.model.heads))
+    if not full:
+        counts.pop("one_hard", None)
+    runs, shares = _contestants(subject, x, counts, full)
+    setting = {"batch": batch, "threads": thread_count(threads), "channels_last": channels_last, "shares": shares}
+    if peer is not None:
+        try:
+            runs |= earlyon_contestants(peer, x, {key: own for key, own in counts.items() if key in shares}, full)
+            setting["earlyon"] = None
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises is a reason not to compare
+            setting["earlyon"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    label = f"batch {batch}, {setting['threads']} thread(s){', channels_last' if channels_last else ''}"
+    times = take_turns(runs, args.rounds, args.min_rounds, args.seconds, f"{subject.name}, {label}")
+    return {**setting, **summary(times)}
 
 
 def _contestants(
-    subject: Subject, batch: int, peer: Any, full: bool, channels_last: bool = False
+    subject: Subject, x: torch.Tensor, counts: Mapping[str, list[int]], full: bool
 ) -> tuple[dict[str, Contestant], dict[str, Any]]:
-    """Returns functions by name, and the shares that they are run at."""
-    model, x = subject.model, subject.images(batch, channels_last)
-    early = len(model.heads)
+    """Returns functions by name, and the shares that they are run at.
+
+    Args:
+        subject: The network.
+        x: The batch.
+        counts: Samples that leave at each early exit, by the name of such a division.
+        full: The static networks up to each exit as well.
+    """
+    model, early = subject.model, len(subject.model.heads)
     staged = subject.steps() is not None
     everywhere, nowhere = [True] * early, [None] * early
     runs: dict[str, Contestant] = {
@@ -230,261 +235,21 @@ def _contestants(
     }
     if staged:
         runs["never by hand"] = by_hand(subject, x, nowhere, everywhere)
+    for k in range(early if len(x) == 1 else 0):
+        runs[f"exit {k}"] = routed(subject, x, [float("inf") if e == k else 0.0 for e in range(early)])
+        if staged:
+            leave = [x.new_zeros(0, dtype=torch.int64) if e == k else None for e in range(early)]
+            runs[f"exit {k} by hand"] = by_hand(subject, x, leave, [e == k for e in range(early)])
+        if full:
+            static = model.truncate(k)
+            runs[f"static {k}"] = lambda static=static: static(x).logits
     shares: dict[str, Any] = {}
-    if batch == 1:
-        for k in range(early):
-            runs[f"exit {k}"] = routed(subject, x, [float("inf") if e == k else 0.0 for e in range(early)])
-            if staged:
-                leave = [x.new_zeros(0, dtype=torch.int64) if e == k else None for e in range(early)]
-                runs[f"exit {k} by hand"] = by_hand(subject, x, leave, [e == k for e in range(early)])
-            if full:
-                static = model.truncate(k)
-                runs[f"static {k}"] = lambda static=static: static(x).logits
-        return runs, shares
-    for key, counts in shares_of(batch, early).items():
-        if key == "one_hard" and not full:
-            continue
-        plan = _plan(model, x, counts)
+    for key, own in counts.items():
+        plan = try_plan(model, x, own)
         if plan is None:
             continue
         shares[key] = plan.shares(early + 1)
         runs[key] = routed(subject, x, plan.thresholds)
         if staged:
-            runs[f"{key} by hand"] = by_hand(subject, x, plan.stays, [n > 0 for n in counts])
-        if peer is not None and not channels_last:
-            settings = plan_earlyon(peer, x, counts)
-            runs[f"earlyon {key}"] = earlyon_batched(peer, x, settings)
-            if key == "even" and batch <= 32:  # its time grows with the batch alone
-                runs["earlyon one by one"] = earlyon_one_by_one(peer, x, settings)
+            runs[f"{key} by hand"] = by_hand(subject, x, plan.stays, [n > 0 for n in own])
     return runs, shares
-
-
-def _plan(model: Any, x: torch.Tensor, counts: Sequence[int]) -> Plan | None:
-    try:
-        return plan_for(model, x, counts)
-    except PlanError as error:
-        print(f"  batch {len(x)}: {error}", file=sys.stderr)
-        return None
-
-
-def _race(
-    subject: Subject,
-    contestants: tuple[dict[str, Contestant], dict[str, Any]],
-    batch: int,
-    threads: int,
-    channels_last: bool,
-    args: InferenceBenchmark,
-) -> dict[str, Any]:
-    runs, shares = contestants
-    label = f"batch {batch}, {_threads(threads)} thread(s){', channels_last' if channels_last else ''}"
-    times = take_turns(runs, args.rounds, args.min_rounds, args.seconds, f"{subject.name}, {label}")
-    return {
-        "batch": batch,
-        "threads": _threads(threads),
-        "channels_last": channels_last,
-        "shares": shares,
-        **summary(times),
-    }
-
-
-#: A turn lasts at least so many seconds: a server calls one model again and again, and finds its code in the caches.
-TURN = 0.03
-
-
-def take_turns(
-    runs: Mapping[str, Contestant], rounds: int, min_rounds: int, seconds: float, label: str = ""
-) -> dict[str, list[float]]:
-    """Runs every contestant in turn, round by round, beginning with another each time.
-
-    A turn is one call that is not counted, where calls are short, and as many as fill ``TURN``, whose mean counts.
-
-    Returns:
-        Seconds per call by name, one value for each round.
-    """
-    names = list(runs)
-    calls: dict[str, int] = {}
-    for name, run in runs.items():  # what is allocated, chosen or compiled on first use is no part of it
-        once = _seconds(run, 1)
-        if once < 1:
-            once = _seconds(run, 1)
-        calls[name] = max(1, round(TURN / once))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    began = time.perf_counter()
-    for i in range(rounds):
-        if i >= min_rounds and time.perf_counter() - began > seconds:
-            break
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            if calls[name] > 1:
-                runs[name]()
-            times[name].append(_seconds(runs[name], calls[name]))
-    if label:
-        print(f"{label}: {len(times[names[0]])} rounds in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    return times
-
-
-def _seconds(run: Contestant, calls: int) -> float:
-    """Seconds per call."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
-
-
-#: Whose time is divided by whose.
-PAIRS = (
-    ("never", "never by hand"),
-    ("never, heads skipped", "bare"),
-    ("even", "even by hand"),
-    ("one_hard", "one_hard by hand"),
-    ("even", "earlyon even"),
-    ("even", "earlyon one by one"),
-    ("one_hard", "earlyon one_hard"),
-    ("float, all the way", "float flat"),
-    ("float, exit 0", "float prefix"),
-    ("int8, all the way", "int8 flat"),
-    ("int8, exit 0", "int8 prefix"),
-    ("int8, all the way", "float, all the way"),
-    ("int8, exit 0", "float, exit 0"),
-    ("stream", "plain"),
-    ("compiled even", "even"),
-    ("compiled never", "never"),
-    ("compiled exit 0", "exit 0"),
-)
-
-
-def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians and quartiles of times, and of ratios within a round, whose two halves saw the same machine."""
-    exits = [(name, f"{name} by hand") for name in times if name.startswith("exit ") and f"{name} by hand" in times]
-    ratios = {}
-    for a, b in (*PAIRS, *exits):
-        if a in times and b in times:
-            ratios[f"{a} / {b}"] = _spread([p / q for p, q in zip(times[a], times[b], strict=True)])
-    return {
-        "rounds": len(next(iter(times.values()))),
-        "seconds": {name: _spread(values) for name, values in times.items()},
-        "ratios": ratios,
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": middle, "q1": low, "q3": high}
-
-
-def _onnx(subject: Subject, args: InferenceBenchmark) -> dict[str, Any]:
-    """Batch 1 in onnxruntime, with the first number of threads."""
-    early, x = len(subject.model.heads), subject.images(1)
-    threads = _threads(args.cpu_threads[0])
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            files = export_files(subject, Path(folder))
-        except Exception as error:  # noqa: BLE001 - what cannot be exported is a line of the report
-            return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-        runs: dict[str, Contestant] = {"torch, all the way": routed(subject, x, [NOBODY] * early)}
-        for kind in ("float", "int8"):
-            nobody, everybody = [0.0] * early, [float("inf")] * early
-            runs[f"{kind} flat"] = onnx_contestant(files[f"{kind}_flat"], x, nobody, threads)
-            runs[f"{kind}, all the way"] = onnx_contestant(files[f"{kind}_nested"], x, nobody, threads)
-            runs[f"{kind}, exit 0"] = onnx_contestant(files[f"{kind}_nested"], x, everybody, threads)
-            runs[f"{kind} prefix"] = onnx_contestant(files[f"{kind}_prefix"], x, everybody, threads)
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        times = take_turns(runs, args.rounds, args.min_rounds, args.seconds, f"{subject.name}, onnxruntime")
-    return {"batch": 1, "threads": threads, "bytes": sizes, **summary(times)}
-
-
-def _stream(subject: Subject, batch: int, args: InferenceBenchmark) -> dict[str, Any]:
-    """Images per second of a stream of batches, routed one by one and with places refilled."""
-    model, count = subject.model, max(8, 64 // batch)
-    batches = list(subject.images(batch * count).split(batch))
-    plan = _plan(model, torch.cat(batches[: max(1, 64 // batch)]), shares_of(max(batch, 64), len(model.heads))["even"])
-    if plan is None:
-        return {"batch": batch, "reason": "no thresholds divide the images evenly"}
-
-    def plain() -> list[Any]:
-        return [model(x, threshold=plan.thresholds) for x in batches]
-
-    def stream() -> list[Any]:
-        return list(route_batches(model, batches, threshold=plan.thresholds, batch_size=batch))
-
-    counted = torch.bincount(torch.cat([out.exit_index for out in stream()]), minlength=len(model.heads) + 1)
-    label = f"{subject.name}, stream of {count} batches of {batch}"
-    times = take_turns({"plain": plain, "stream": stream}, args.rounds, args.min_rounds, args.seconds, label)
-    result = summary(times)
-    images = batch * count
-    speed = {name: images / spread["median"] for name, spread in result["seconds"].items()}
-    return {
-        "batch": batch, "batches": count, "shares": (counted / images).tolist(), "images_per_second": speed, **result
-    }  # fmt: skip
-
-
-def _compiled(subject: Subject, args: InferenceBenchmark) -> dict[str, Any]:
-    """The same model before and after compile_stages(); counts what was compiled while the batch shrank."""
-    if subject.model._taps:
-        return {"reason": "driven by hooks: there are no stages to compile"}
-    plain, batch = subject.model, max(b for b in args.batch_size if b <= 32)
-    runs: dict[str, Contestant] = {}
-    x, early = subject.images(batch), len(plain.heads)
-    plan = _plan(plain, x, shares_of(batch, early)["even"]) if batch > 1 else None
-    other = Subject(subject.name, copy.deepcopy(plain), subject.weights)
-    began = time.perf_counter()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    try:
-        other.model.compile_stages()
-        for who, owner in (("", subject), ("compiled ", other)):
-            runs[f"{who}never"] = routed(owner, x, [NOBODY] * early)
-            runs[f"{who}exit 0"] = routed(owner, subject.images(1), [float("inf")] + [0.0] * (early - 1))
-            if plan is not None:
-                runs[f"{who}even"] = routed(owner, x, plan.thresholds)
-        for run in runs.values():
-            run()
-        for size in range(batch - 1, 1, -7):  # other sizes of the same batch
-            other.model(x[:size], threshold=plan.thresholds if plan is not None else [NOBODY] * early)
-    except Exception as error:  # noqa: BLE001 - a machine without a compiler is a line of the report
-        return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    seconds = time.perf_counter() - began
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    label = f"{subject.name}, compiled in {seconds:.0f} s"
-    times = take_turns(runs, args.rounds, args.min_rounds, args.seconds, label)
-    return {"batch": batch, "compile_seconds": seconds, "graphs": graphs, "parts": 2 * early + 1, **summary(times)}
-
-
-# Memory, in a process of its own
-
-
-def _peak_memory(subject: Subject, args: InferenceBenchmark) -> dict[str, Any]:
-    torch.set_num_threads(_threads(args.cpu_threads[0]))
-    batch = max([b for b in args.batch_size if b <= 32])
-    x = subject.images(batch)
-    with torch.no_grad():
-        plan = _plan(subject.model, x, shares_of(batch, len(subject.model.heads))["even"])
-        thresholds = plan.thresholds if plan is not None else [NOBODY] * len(subject.model.heads)
-        peaks: dict[str, list[float]] = {"bare": [], "routed": []}
-        runs = {"bare": lambda: subject.model.backbone(x), "routed": routed(subject, x, thresholds)}
-        for _ in range(3):
-            for name, run in runs.items():
-                run()
-                before = forget_peak()
-                run()
-                peaks[name].append(process_memory("VmHWM") - before)
-    return {"batch": batch, "mib": {name: min(values) for name, values in peaks.items()}}
-
-
-def _memory_of(name: str, args: InferenceBenchmark) -> dict[str, Any]:
-    """Runs this script once more, with an allocator that hands freed memory back at once."""
-    if not Path("/proc/self/clear_refs").exists():
-        return {"reason": "the peak memory is measured on Linux only"}
-    script = Path(__file__).with_name("benchmark.py")
-    flags = ["--model", name, "--exits", str(args.exits), "--only_memory", "--cpu_threads", str(args.cpu_threads[0])]
-    sizes = ["--batch_size", *(str(b) for b in args.batch_size)]
-    eager = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc
-    run = subprocess.run(
-        [sys.executable, str(script), "inference", *flags, *sizes],
-        capture_output=True,
-        text=True,
-        env=os.environ | eager,
-        check=False,
-    )
-    if run.returncode:
-        return {"reason": f"the process of its own failed: {run.stderr[-300:]}"}
-    return json.loads(run.stdout.splitlines()[-1])

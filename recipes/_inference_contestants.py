@@ -1,4 +1,4 @@
-"""What the inference benchmark runs: a model with exits, its stages called by hand, earlyon and onnxruntime.
+"""What the inference benchmark runs: a model with exits, its stages called by hand, and onnxruntime.
 
 Every contestant is a function without arguments. Which samples leave where is settled beforehand by thresholds that cut
 between the scores of the very batch that is run, so that all contestants can be given the same shares; the decisions
@@ -7,15 +7,16 @@ themselves are taken at run time, by the real engine.
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from _inference_turns import Contestant
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,7 +27,8 @@ from erde_hub.policies import create_policy
 from erde_hub.routing import StageStep, read_feature
 from erde_hub.training import recipe
 
-Contestant = Callable[[], Any]
+#: A threshold that nobody passes, but for which every head is run: zero would skip them.
+NOBODY = 1e-30
 
 
 class PlanError(ErdeError, RuntimeError):
@@ -166,6 +168,29 @@ def plan_for(model: EarlyExitWrapper, x: Tensor, counts: Sequence[int]) -> Plan:
     return plan
 
 
+def try_plan(model: EarlyExitWrapper, x: Tensor, counts: Sequence[int]) -> Plan | None:
+    """Finds a plan, or says why there is none and returns None."""
+    try:
+        return plan_for(model, x, counts)
+    except PlanError as error:
+        print(f"  batch {len(x)}: {error}", file=sys.stderr)
+        return None
+
+
+def shares_of(batch: int, exits: int) -> dict[str, list[int]]:
+    """Samples that leave at each early exit: an equal share everywhere, or all but one at the first.
+
+    >>> shares_of(32, 3)
+    {'even': [8, 8, 8], 'one_hard': [31, 0, 0]}
+    """
+    return {"even": [batch // (exits + 1)] * exits, "one_hard": [batch - 1] + [0] * (exits - 1)}
+
+
+def thread_count(number: int) -> int:
+    """Returns a number of threads; 0 stands for one per core."""
+    return number or os.cpu_count() or 1
+
+
 def by_hand(subject: Subject, x: Tensor, stays: Sequence[Tensor | None], heads: Sequence[bool]) -> Contestant:
     """The stages called one after the other on the batch that shrinks as planned; no decisions, no results.
 
@@ -203,85 +228,6 @@ def routed(subject: Subject, x: Tensor, thresholds: Sequence[float]) -> Contesta
     """The engine."""
     model, values = subject.model, list(thresholds)
     return lambda: model(x, threshold=values).logits
-
-
-# earlyon
-
-
-def load_earlyon(subject: Subject) -> tuple[Any, str | None]:
-    """Returns earlyon's wrapper of the same network and exits with its own heads, or None and the reason."""
-    try:
-        from earlyon.models import custom_ee  # noqa: PLC0415 - an extra
-    except ImportError:
-        return None, "earlyon is not installed: pip install 'erde-hub[bench]'"
-    model = subject.model
-    backbone = copy.deepcopy(model.backbone)
-    size = (1, *(model.config.input_size or ()))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            wrapper = custom_ee(backbone, list(model.config.exits or []), model.config.num_labels, input_shape=size)
-            wrapper.eval()
-            for head in wrapper.exit_heads.values():
-                nn.init.normal_(head.classifier[-1].weight, 0, 2 / head.classifier[-1].in_features ** 0.5)
-            wrapper.config.confidence_thresholds = [1.0] * len(model.heads)
-            wrapper.forward_inference_batched(torch.zeros(size))  # it estimates its costs once
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises is a reason not to compare
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return wrapper, None
-
-
-@dataclass
-class EarlyonPlan:
-    """Settings of earlyon at which so many samples are sure enough at each of its exits."""
-
-    thresholds: list[float]
-    enabled: list[bool]
-
-    def apply(self, wrapper: Any) -> None:
-        """Puts the settings in force."""
-        wrapper.config.confidence_thresholds, wrapper.config.enabled_exits = self.thresholds, self.enabled
-
-
-@torch.no_grad()
-def plan_earlyon(wrapper: Any, x: Tensor, counts: Sequence[int]) -> EarlyonPlan:
-    """Finds them from the confidences of its own heads, which are not ours: shares agree, samples need not."""
-    every = [torch.cat(parts) for parts in zip(*(wrapper(part, mode="training") for part in x.split(16)), strict=True)]
-    live = torch.arange(len(x))
-    plan = EarlyonPlan([], [])
-    for e, count in enumerate(counts):
-        plan.enabled.append(count > 0 and len(live) > 0)
-        if not plan.enabled[-1] or count >= len(live):
-            plan.thresholds.append(0.0)
-            live = live if count == 0 else live[:0]
-            continue
-        confidence = every[e][live].softmax(-1).amax(-1)
-        order = confidence.argsort(descending=True)
-        plan.thresholds.append(float(confidence[order[count - 1]] + confidence[order[count]]) / 2)
-        live = live[order[count:].sort().values]
-    return plan
-
-
-def earlyon_batched(wrapper: Any, x: Tensor, plan: EarlyonPlan) -> Contestant:
-    """Its call for batches: all leave together, when all are sure."""
-
-    def run() -> Any:
-        plan.apply(wrapper)
-        return wrapper.forward_inference_batched(x)
-
-    return run
-
-
-def earlyon_one_by_one(wrapper: Any, x: Tensor, plan: EarlyonPlan) -> Contestant:
-    """A loop over the batch with its call for one sample."""
-    samples = x.split(1)
-
-    def run() -> list[int]:
-        plan.apply(wrapper)
-        return [wrapper(sample).exit_taken for sample in samples]
-
-    return run
 
 
 # onnxruntime

@@ -74,7 +74,7 @@ def _values(name: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, f
         if name.startswith("never") and batch in (1, 32) and "never / never by hand" in ratios:
             yield f", batch {batch}", ratios["never / never by hand"]["median"], None
         if name.startswith("batch 1 ") and batch == 1:
-            exits = [r["median"] for key, r in ratios.items() if key.startswith("exit ")]
+            exits = [r["median"] for key, r in ratios.items() if key.startswith("exit ") and key.endswith("by hand")]
             if exits:
                 yield "", max(exits), None
         if name.startswith("batch 32") and batch == 32:
@@ -137,6 +137,7 @@ def tables(results: Results) -> str:
             parts.append(f"earlyon: {entry['earlyon']}")
         parts += [_setting_table(setting) for setting in entry["settings"]]
         parts += [_extra(title, entry.get(key)) for key, title in _EXTRAS.items() if entry.get(key)]
+        parts += [_extra(_EXTRAS["onnx"], batch) for batch in entry.get("onnx_batches") or []]
         for stream in entry.get("stream") or []:
             parts.append(_stream_line(stream))
         memory = entry.get("memory") or {}
@@ -163,7 +164,8 @@ def _setting_table(setting: Mapping[str, Any]) -> str:
     layout = ", channels_last" if setting["channels_last"] else ""
     shares = "; ".join(f"{key}: {_percents(share)}" for key, share in setting["shares"].items())
     title = f"\nbatch {setting['batch']}, {setting['threads']} thread(s){layout}, {setting['rounds']} rounds"
-    return f"{title}{f' (leaving at each exit: {shares})' if shares else ''}\n{_times(setting)}"
+    absent = f"\nearlyon: {setting['earlyon']}" if setting.get("earlyon") else ""
+    return f"{title}{f' (leaving at each exit: {shares})' if shares else ''}{absent}\n{_times(setting)}"
 
 
 def _percents(share: Sequence[float]) -> str:

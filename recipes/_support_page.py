@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,17 @@ def support_summary() -> str:
     """How many families passed, and what the others say."""
     found = matrix()
     versions = ", ".join(f"{name} {found[name]}" for name in ("timm", "transformers", "torch"))
-    lines = [f"Tried with {versions}. Families that pass attaching, training, routing, saving and copying:", ""]
+    codes = Counter(row.get("code") for row in found["families"].values())
+    states = ", ".join(f"{count} with `{code}`" for code, count in codes.most_common())
+    tried = f"each family with one state of the code, by its digest {states}"
+    lines = [f"Tried with {versions}, {tried}.", ""]
+    lines += ["Families that pass attaching, training, routing, saving and copying:", ""]
     needed = [check for check in CHECKS if check != "onnx"]
     for library in ("timm", "transformers"):
         rows = {name: row for name, row in found["families"].items() if row.get("library") == library}
         good = [name for name, row in rows.items() if all(row.get(check) == "yes" for check in needed)]
-        tried = [row["onnx"] for row in rows.values() if row.get("onnx") not in (None, "images only")]
-        written = f"as ONNX {tried.count('yes')} of the {len(tried)} that were tried"
+        files = [row["onnx"] for row in rows.values() if row.get("onnx") not in (None, "images only")]
+        written = f"as ONNX {files.count('yes')} of the {len(files)} that were tried"
         lines.append(f"- {library}: {len(good)} of {len(rows)}; {written}.")
     failures = [
         f"- `{name}`, {check}: {row[check]}"

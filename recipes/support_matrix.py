@@ -1,9 +1,11 @@
 """Tries one network of every family of timm and of the classifiers of transformers, and writes what worked.
 
-    python recipes/support_matrix.py                                    # all, about an hour on two cores
+    python recipes/support_matrix.py                                    # all, two to three hours on one core
     python recipes/support_matrix.py --only resnet swin_transformer Bert # some; the other rows are kept
+    python recipes/support_matrix.py --resume                           # those whose row is of other code, or missing
 
-Each family runs in a process of its own with a limit. What is tried: exits attached, a training step in which every
+Each family runs in a process of its own with a limit, and its row is written at once, with a digest of the code that
+was tried; several such commands may share the file. What is tried: exits attached, a training step in which every
 head gets gradients, routing against the full forward masked per sample, a checkpoint that comes back bit for bit, a
 copy that answers alike, and an ONNX file that does. The result is recipes/results/support_matrix.json, from which
 `make_tables.py` makes recipes/support_matrix.md.
@@ -12,6 +14,7 @@ copy that answers alike, and an ONNX file that does. The result is recipes/resul
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -27,6 +30,7 @@ import timm
 import torch
 import transformers
 from _cli import clean_errors, parse_arguments
+from _results import write_results
 from _support_models import (
     CLASSES,
     TRANSFORMERS_TEXT,
@@ -37,7 +41,8 @@ from _support_models import (
 )
 from torch import Tensor, nn
 
-from erde_hub import EarlyExitWrapper, __version__
+import erde_hub
+from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ErdeError, MissingDependencyError, unknown_name
 
 OUTPUT = Path(__file__).parent / "results" / "support_matrix.json"
@@ -53,6 +58,9 @@ class MatrixArguments:
 
     only: list[str] | None = field(default=None, metadata={"help": "families; default: all of timm and transformers"})
     skip: list[str] | None = field(default=None, metadata={"help": f"checks to leave out, of {', '.join(CHECKS)}"})
+    resume: bool = field(
+        default=False, metadata={"help": "leave out families of which the file has a whole row of this very code"}
+    )
     timeout: int = field(default=600, metadata={"help": "seconds that one family may take"})
     output: str = field(
         default=str(OUTPUT), metadata={"help": "the file; rows of families that are not tried are kept"}
@@ -72,19 +80,38 @@ def main() -> None:
     torch.set_num_threads(1)  # threads of this process would not be there in its forks
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    path = Path(args.output)
-    rows = json.loads(path.read_text(encoding="utf-8"))["families"] if path.is_file() else {}
+    path, code = Path(args.output), code_digest()
     for name in args.only or everything:
-        rows[name] = {**rows.get(name, {}), **in_process(name, skip, args.timeout)}
-        print(name, {check: rows[name].get(check) for check in CHECKS}, flush=True)
-        ordered = {family: rows[family] for family in everything if family in rows}
+        before = stored_rows(path).get(name, {})
+        before = before if before.get("code") == code else {}  # a row is of one state of the code, or says less
+        tried = before.get("attach") != "yes" or all(check in before for check in CHECKS if check not in skip)
+        if args.resume and "seconds" in before and tried:
+            continue
+        row = {**before, **in_process(name, skip, args.timeout), "code": code}
+        print(name, {check: row.get(check) for check in CHECKS}, flush=True)
+        rows = {**stored_rows(path), name: row}  # another command may have added to the file meanwhile
         versions = {
-            "erde_hub": __version__,
+            "erde_hub": erde_hub.__version__,
             "timm": timm.__version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
         }
-        path.write_text(json.dumps({**versions, "families": ordered}, indent=1) + "\n", encoding="utf-8")
+        ordered = {family: rows[family] for family in everything if family in rows}
+        write_results(args.output, {**versions, "families": ordered})
+
+
+def stored_rows(path: Path) -> dict[str, Any]:
+    """The rows that the file holds by family; none where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8"))["families"] if path.is_file() else {}
+
+
+def code_digest() -> str:
+    """Of all Python files of the installed erde_hub."""
+    root = Path(erde_hub.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def in_process(name: str, skip: set[str], timeout: int) -> dict[str, Any]:

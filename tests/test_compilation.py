@@ -10,7 +10,7 @@ import torch
 from engine_fakes import all_logits, images, quantile_thresholds, wrap
 from torch import nn
 
-from erde_hub import EarlyExitWrapper
+from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.compilation import CompiledSteps
 from erde_hub.errors import ExitPointError
 
@@ -59,6 +59,16 @@ def test_answers_stay_and_shrinking_batches_compile_a_bounded_number_of_times(na
         done = backend.graphs
         model(x[:10], threshold=cuts), model(x[:19], threshold=cuts)
         assert backend.graphs == done
+
+
+def test_a_stream_runs_compiled_stages_and_heads():
+    model, x, backend = wrap("sequential"), images("sequential", 8), Backend()
+    with torch.no_grad():
+        expected = model(x, threshold=[100.0, 0.0, 0.0])
+    model.compile_stages(backend=backend)
+    (answer,) = route_batches(model, [x], threshold=[100.0, 0.0, 0.0], batch_size=8)
+    assert backend.graphs == 2  # what lies before the first exit, and its head
+    assert torch.equal(answer.logits, expected.logits)
 
 
 def test_two_models_of_a_kind_do_not_share_a_limit():

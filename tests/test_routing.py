@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from policy_fakes import make_policy
 from torch import nn
 
-from erde_hub import EarlyExitWrapper
+from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.errors import ExitNotReachedError, ShapeError, ThresholdError
 from erde_hub.policies import ExitPolicy, list_policies
 from erde_hub.routing import Route
@@ -256,6 +256,36 @@ def test_nan_in_an_image_is_never_a_silent_exit(name, policy):
             out = model(batch, threshold=threshold)
         assert int(out.exit_index[row]) == 3
         assert out.logits.isnan().any(1).nonzero().flatten().tolist() == [row]
+
+
+@pytest.mark.parametrize("policy", [*SCORED, "always"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_overflow_answer_nothing(policy, value):
+    """A class at minus infinity leaves the others' probabilities as they are, and still no overflow leaves."""
+    model, x = with_policy(model_of("plain"), policy), images("plain", 4).clone()
+    x[2] *= 1e4
+
+    def overflow(_head, args, logits):
+        bright = args[0].flatten(1).abs().amax(1, keepdim=True) > 500
+        assert bright.flatten().tolist() in ([False, False, True, False], [True], [False, False], [True, False])
+        return logits.masked_fill(bright & (torch.arange(CLASSES) == 1), value)
+
+    threshold = {"patience": 1.0, "entropy": float("inf")}.get(policy, 0.0)
+    hook = model.heads[0].register_forward_hook(overflow)
+    try:
+        with torch.no_grad():
+            together = model(x, threshold=threshold)
+            alone = model(x[2:3], threshold=threshold)
+            streamed = list(route_batches(model, [x], threshold=threshold, batch_size=2))
+    finally:
+        hook.remove()
+    first = 1 if policy == "patience" else 0
+    exits = together.exit_index.tolist()
+    assert exits[2] > first
+    assert policy == "patience" or exits[:2] + exits[3:] == [0, 0, 0]
+    assert together.logits.isfinite().all()
+    assert int(alone.exit_index) == exits[2]
+    assert streamed[0].exit_index.tolist() == exits
 
 
 def test_labels_give_the_loss_of_the_routed_logits():

@@ -79,12 +79,12 @@ class _EveryExit(nn.Module):
         # difference is 0, and NaN where anything is NaN or infinite.
         total = pixel_values.sum(tuple(range(1, pixel_values.ndim)))
         poison = total - total
-        intact = poison == 0
         leaves = []
         log_probs: list[Tensor] = []
         for logits, own in zip(exit_logits, threshold.split(1), strict=False):
             log_probs = [*(log_probs if self.model.policy.uses_history else ()), logits.float().log_softmax(-1)]
-            leaves.append(self.model.policy(torch.stack(log_probs), own) & intact)
+            check = poison + logits.sum(-1)  # what overflowed on the way answers nothing: it goes on, as in torch
+            leaves.append(self.model.policy(torch.stack(log_probs), own) & (check - check == 0))
         return (*exit_logits, *leaves, poison)
 
 
@@ -101,7 +101,10 @@ def flat_model(model: EarlyExitWrapper, opset: int) -> ir.Model:
     Raises:
         ExportError: torch or its ONNX exporter cannot; the message names exit and reason.
     """
-    clone = _exportable_copy(model)
+    return _flat_graph(_exportable_copy(model), opset)
+
+
+def _flat_graph(clone: EarlyExitWrapper, opset: int) -> ir.Model:
     early = len(clone.heads)
     names = [*(f"logits_{i}" for i in range(early + 1)), *(f"leaves_{i}" for i in range(early)), "poison"]
     passes = _Passes()
@@ -116,6 +119,8 @@ def flat_model(model: EarlyExitWrapper, opset: int) -> ir.Model:
     try:
         return _translate(program, names, opset)
     except Exception as error:
+        if _spell_out_attention(clone):  # torch.onnx knows the fused operator with four axes only; hiera has five
+            return _flat_graph(clone, opset)
         step = "torch.onnx cannot translate"
         for exit_index in range(early + 1):
             try:
@@ -136,6 +141,14 @@ def _exportable_copy(model: EarlyExitWrapper) -> EarlyExitWrapper:
         if getattr(module, "grad_checkpointing", False) is True:
             module.grad_checkpointing = False
     return clone
+
+
+def _spell_out_attention(clone: EarlyExitWrapper) -> bool:
+    """Has timm's layers compute attention with plain operators; returns False where none used the fused one."""
+    fused = [module for module in clone.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False
+    return bool(fused)
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ def nest_exits(flat: ir.Model) -> ir.Model:
         value.name = f"exit.{value.name}"  # `logits` and `exit_index` are the file's, these are steps on the way
     passes.NameFixPass()(flat)
     passes.RemoveUnusedNodesPass()(flat)
+    for inner in (graph, *graph.subgraphs()):
+        _keep_padding(inner)  # after the pass, which takes outputs away that nobody reads
     return flat
 
 
@@ -115,6 +117,20 @@ def _broadcast_threshold(graph: ir.Graph, early: int) -> None:
     graph.inputs[1] = given
     graph.register_initializer(shape)
     graph.insert_before(graph[0], tape.nodes)
+
+
+def _keep_padding(graph: ir.Graph) -> None:
+    """Keeps onnxruntime from fusing zeros that were padded into the max-pooling behind them, which pads with -infinity.
+
+    Where all that is under the window is negative, as in BiT, whose stem has no activation, its answer would be wrong.
+    It leaves a pooling alone that also returns indices; see https://github.com/microsoft/onnxruntime/pull/18136.
+    """
+    for node in graph:
+        padded = node.inputs[0].producer() if node.op_type == "MaxPool" and node.inputs[0] is not None else None
+        if padded is not None and padded.op_type == "Pad" and len(node.outputs) == 1:
+            node.resize_outputs(2)
+            found = node.outputs[1]
+            found.name, found.type = f"{node.outputs[0].name}_indices", ir.TensorType(ir.DataType.INT64)
 
 
 def _read_values(node: ir.Node) -> Iterator[ir.Value]:

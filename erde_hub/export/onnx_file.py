@@ -46,7 +46,8 @@ def export_onnx(
     The file has inputs ``pixel_values`` (batch, C, H, W) and ``threshold`` (1 or one per early exit), both float32, and
     outputs ``logits`` (batch, K) float32 and ``exit_index`` (batch,) int64. Each sample gets the logits of its own
     first exit; layers behind the exit that the last sample of a batch took are not run. A sample with NaN or infinity
-    in its input never leaves early and gets NaN logits. The metadata hold a :class:`~erde_hub.export.FileInfo`.
+    in its input never leaves early and gets NaN logits; one whose logits overflow at an exit goes on, as in torch. The
+    metadata hold a :class:`~erde_hub.export.FileInfo`.
 
     Height and width are those of ``config.input_size``. An empty batch is answered by :class:`EarlyExitSession`;
     onnxruntime by itself cannot broadcast one.

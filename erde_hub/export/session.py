@@ -38,7 +38,8 @@ class EarlyExitSession:
     """Runs a file that :func:`~erde_hub.export.export_onnx` wrote.
 
     Layers behind the exit that the last sample of a batch took are not run. A sample with NaN or infinity in its input
-    never leaves early and gets NaN logits.
+    never leaves early and gets NaN logits; nor does one leave at an exit whose logits overflowed to NaN or infinity, so
+    only the classifier, behind which nothing is left to ask, can answer with such.
 
     Args:
         path: The ONNX file; one above 2 GB needs its ``.data`` file beside it.

@@ -37,6 +37,8 @@ MORE_FAMILIES: dict[str, tuple[str, int, dict[str, Any], list[str] | int]] = {
     "deit_distilled": ("deit_tiny_distilled_patch16_224", 64, {"img_size": 64}, 2),
     "beit": ("beit_base_patch16_224", 64, {"img_size": 64, "depth": 3, "embed_dim": 96, "num_heads": 3}, 2),
     "eva": ("eva02_tiny_patch14_224", 56, {"img_size": 56, "depth": 3}, 2),
+    "hiera": ("hiera_tiny_224", 64, {"img_size": [64, 64], "embed_dim": 16, "stages": [1, 1, 1, 1]}, 2),
+    "twins": ("twins_svt_small", 64, {}, 2),
     "swinv2": ("swinv2_tiny_window8_256", 64, {"img_size": 64}, 2),
     "pvt_v2": ("pvt_v2_b0", 64, {}, 2),
     "edgenext": ("edgenext_xx_small", 64, {}, 2),

@@ -45,6 +45,50 @@ def test_more_families(family, tmp_path):
     check_all(model, export_onnx(model, tmp_path / "model.onnx"))
 
 
+def test_fused_attention_of_five_axes(tmp_path):
+    """As in hiera and twins: torch's exporter knows the operator with four axes only."""
+
+    class Windows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fused_attn = True
+
+        def forward(self, x):
+            q = x.unflatten(1, (2, 1, 4))
+            if self.fused_attn:
+                return torch.nn.functional.scaled_dot_product_attention(q, q, q).flatten(1, 3)
+            scores = (q @ q.transpose(-1, -2)) * q.shape[-1] ** -0.5
+            return (scores.softmax(-1) @ q).flatten(1, 3)
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        Windows(), torch.nn.Linear(6, 6), Windows(), torch.nn.Flatten(), torch.nn.Linear(48, 5)
+    )
+    model = EarlyExitWrapper(network, exits=["1"], input_size=(8, 6)).eval()
+    path = export_onnx(model, tmp_path / "model.onnx")
+    assert network[0].fused_attn
+    x = torch.randn(5, 8, 6)
+    for threshold in (0.0, 50.0):
+        check = check_onnx(model, path, x, [threshold], threads=1)
+        assert check.same_exit == 1
+        assert check.relative_difference < 1e-5
+
+
+def test_zeros_padded_before_pooling(tmp_path):
+    """As in BiT: onnxruntime pools over -infinity in their place; where all else is negative, they are the answer."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ConstantPad2d(1, 0.0), torch.nn.MaxPool2d(3, 2), torch.nn.Flatten(),
+        torch.nn.Linear(64, 5),
+    )  # fmt: skip
+    network[0].bias.data -= 9
+    model = EarlyExitWrapper(network, exits=["2"], input_size=(3, 9, 9)).eval()
+    path = export_onnx(model, tmp_path / "model.onnx")
+    check = check_onnx(model, path, torch.randn(5, 3, 9, 9), [0.0, 50.0], threads=1)
+    assert check.same_exit == 1
+    assert check.relative_difference < 1e-5
+
+
 @pytest.mark.parametrize("policy", ["confidence", "margin"])
 def test_policies_that_leave_above(policy, tmp_path):
     model = tiny(policy=policy)
@@ -102,6 +146,26 @@ def test_bad_pixels_never_leave_early_and_say_so(tiny_file, value):
     assert np.isnan(got.logits[3]).all()
     rest = [0, 1, 2, 4]
     np.testing.assert_allclose(got.logits[rest], whole.logits[rest], atol=1e-6)
+
+
+def test_logits_that_overflow_answer_nothing(tmp_path):
+    """Finite pixels whose logits become infinite or NaN: the file, alone and in a batch, does as the model does."""
+    model = tiny()
+    x = images(model, 5)
+    x[1] *= 1e6
+    x[3] *= 1e8
+    weight = model.heads[0].fc.weight
+    with torch.no_grad():  # one class at minus infinity, and one that is NaN or infinite as the products are summed
+        weight[3], weight[5] = -3e33, 3e31 * weight[5].sign()
+    raw = model(x, output_all_exits=True).exit_logits[0]
+    assert raw.isfinite().all(1).tolist() == [True, False, True, False, True]
+    expected = model(x, threshold=50.0)
+    assert expected.exit_index.tolist() == [0, 1, 0, 1, 0]
+    session = EarlyExitSession(export_onnx(model, tmp_path / "model.onnx"), threads=1)
+    got = session(x.numpy(), 50.0)
+    assert got.exit_index.tolist() == [0, 1, 0, 1, 0]
+    np.testing.assert_allclose(got.logits, expected.logits.detach().numpy(), rtol=1e-3, atol=1e-3)
+    assert [int(session(x[i : i + 1].numpy(), 50.0).exit_index[0]) for i in range(5)] == [0, 1, 0, 1, 0]
 
 
 def test_one_early_exit(tmp_path):

@@ -54,6 +54,8 @@ print(np.round(out.logits, 3).tolist())
         "from erde_hub import EarlyExitWrapper",
         "erde_hub.EarlyExitConfig",
         "from erde_hub.export import export_onnx",
+        "from erde_hub.policies import create_policy",
+        "import erde_hub.training",
     ],
 )
 def test_names_that_need_torch_say_so(statement):

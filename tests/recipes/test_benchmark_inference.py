@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import defaultdict
+from pathlib import Path
 
 import _inference_benchmark as inference
+import _inference_extras as extras
+import _inference_turns as turns
 import benchmark
 import pytest
 import torch
-from _inference_benchmark import shares_of, summary, take_turns
-from _inference_contestants import by_hand, load_subject, plan_for, routed
+from _inference_contestants import by_hand, load_subject, plan_for, routed, shares_of
 from _inference_report import draw_saving, saving_points, tables, target_rows, targets
+from _inference_turns import summary, take_turns
 from PIL import Image
 
 from erde_hub.errors import ConfigError, ResultsError
@@ -50,6 +54,11 @@ def test_flags_alone_measure_inference_and_write_what_they_found(measured):
     assert {"bare", "never", "never by hand", "exit 0", "exit 0 by hand", "static 1"} <= set(single["seconds"])
     assert several["shares"] == {"even": [0.25, 0.25, 0.5], "one_hard": [0.875, 0.0, 0.125]}
     assert {"even / even by hand", "one_hard / one_hard by hand"} <= set(several["ratios"])
+    if network["earlyon"] is None:  # installed: beside us everywhere
+        assert all(setting["earlyon"] is None for setting in network["settings"])
+        for setting in network["settings"]:
+            own = ["never", "exit 0", "exit 1"] if setting["batch"] == 1 else ["even"]
+            assert {f"{name} / earlyon {name}" for name in own} <= set(setting["ratios"])
     assert network["stream"][0]["images_per_second"]["stream"] > 0
     assert str(folder) not in json.dumps(results)
     with Image.open(folder / "b.png") as picture:
@@ -85,12 +94,12 @@ def test_shares():
 
 
 def test_contestants_take_turns_and_ratios_are_within_a_round(monkeypatch):
-    monkeypatch.setattr(inference, "TURN", 0)
+    monkeypatch.setattr(turns, "TURN", 0)
     order = []
     times = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, 1, 60.0)
     assert "".join(order[4:]) == "abbaab", "each begins a round in turn"
     assert [len(values) for values in times.values()] == [3, 3]
-    monkeypatch.setattr(inference, "TURN", 0.01)
+    monkeypatch.setattr(turns, "TURN", 0.01)
     order.clear()
     times = take_turns({"a": lambda: (time.sleep(0.004), order.append("a"))}, 1, 1, 60.0)
     assert len(order) == 2 + 1 + 2, "twice to see how long it takes, once to warm up, and the turn"
@@ -98,6 +107,38 @@ def test_contestants_take_turns_and_ratios_are_within_a_round(monkeypatch):
     slow = summary({"even": [1.1, 2.2, 3.3], "even by hand": [1.0, 2.0, 3.0], "bare": [2.0, 4.0, 6.0]})
     assert slow["ratios"]["even / even by hand"]["median"] == pytest.approx(1.1)
     assert slow["seconds"]["even"]["median"] == 2.2
+
+
+def test_where_earlyon_cannot_run_the_file_says_so(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no such\nthing")
+
+    subject, args = load_subject("test_resnet", 2), inference.InferenceBenchmark(rounds=1, min_rounds=1, seconds=0.1)
+    monkeypatch.setattr(inference, "earlyon_contestants", refuse)
+    with torch.no_grad():
+        setting = inference._setting(subject, object(), 1, 1, False, args)
+    assert setting["earlyon"] == "RuntimeError: no such thing"
+    assert "exit 0 / exit 0 by hand" in setting["ratios"]
+    entry = {**made_up(1.0, 10.0)["networks"]["net"], "settings": [setting]}
+    assert "earlyon: RuntimeError: no such thing" in tables({**made_up(1.0, 10.0), "networks": {"net": entry}})
+
+
+def test_onnxruntime_runs_batches_too(monkeypatch):
+    seen = []
+    monkeypatch.setattr(extras, "export_files", lambda *_: defaultdict(lambda: Path(__file__)))
+    monkeypatch.setattr(extras, "onnx_contestant", lambda _, x, values, threads: lambda: seen.append((len(x), values)))
+    args = inference.InferenceBenchmark(batch_size=[1, 8, 64], cpu_threads=[1], rounds=1, min_rounds=1, seconds=0.1)
+    monkeypatch.setattr(turns, "TURN", 0)
+    with torch.no_grad():
+        single, eight = extras.onnx_times(load_subject("test_resnet", 2), args)
+    assert (single["batch"], eight["batch"]) == (1, 8)
+    assert "float, even" not in single["seconds"]
+    assert {"float, even / torch, even", "int8, exit 0 / int8 prefix"} <= set(eight["ratios"])
+    assert {len_ for len_, _ in seen} == {1, 8}
+    entry = {**made_up(1.0, 10.0)["networks"]["net"], "onnx": single, "onnx_batches": [eight]}
+    text = tables({**made_up(1.0, 10.0), "networks": {"net": entry}})
+    assert "onnxruntime, batch 1," in text
+    assert "onnxruntime, batch 8," in text
 
 
 def made_up(even: float, memory: float) -> dict:
