@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types clean
 
 demo: $(VENV)/.train
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/distill.py
+	$(BIN)/python recipes/distill.py
 
 # Nothing in the tests needs the network: what would reach for it fails at once instead of waiting. One process per core,
 # at most four; a file's tests stay together, since some share what they have trained.

@@ -51,9 +51,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if _missing is None or name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .errors import MissingDependencyError  # noqa: PLC0415 - on the way to an error
+    from .errors import without_dependencies  # noqa: PLC0415 - on the way to an error
 
-    raise MissingDependencyError(
-        f"erde_hub.{name} needs torch, timm and transformers ({_missing} is not installed): pip install erde-hub"
-        " with its dependencies (without --no-deps)"
-    )
+    raise without_dependencies(f"erde_hub.{name}", _missing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .backbones import BackboneAdapter, ExitPoint, ExitPoints, find_adapter
@@ -69,19 +70,7 @@ def inspect_backbone(
     examples: Sequence[Tensor] | Tensor | None,
 ) -> tuple[BackboneAdapter, dict[str, Any], tuple[Tensor, ...]]:
     """Finds the adapter, what the model says of itself, and example inputs."""
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"expected an nn.Module (a timm model, say), got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise InputTypeError(
-            "got a compiled module: wrap the module itself and compile then, wrapper.backbone ="
-            " torch.compile(wrapper.backbone)"
-        )
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
-        raise InputTypeError(
-            f"the weights of this {type(model).__name__} lie on several devices ({', '.join(devices)}): move the model"
-            " to one of them with .to(device)"
-        )
+    _check_module(model)
     adapter = find_adapter(model)
     facts = adapter.describe(model)
     if examples is not None:
@@ -105,6 +94,41 @@ def inspect_backbone(
         same = channels == len(facts["preprocessing"]["mean"])
         facts["preprocessing"] = {**facts["preprocessing"], "size": size} if same and len(size) == 2 else None
     return adapter, facts, tensors
+
+
+def _check_module(model: Any) -> None:
+    """Refuses what is no module as its author wrote it, or lies in several places.
+
+    Raises:
+        InputTypeError: No module, one inside another's machinery, or tensors without a size or on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"expected an nn.Module (a timm model, say), got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise InputTypeError(
+            "got a compiled module: wrap the module itself and compile then, wrapper.backbone ="
+            " torch.compile(wrapper.backbone)"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputTypeError(
+            f"got a {type(model).__name__}: wrap what is inside, EarlyExitWrapper(model.module, ...), and put the"
+            " result into it"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputTypeError(
+            "got a TorchScript module, whose layers cannot be hooked: wrap the module it was made from"
+        )
+    tensors = (*model.parameters(), *model.buffers())
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+        raise InputTypeError(
+            f"this {type(model).__name__} has lazy layers, which have no sizes yet: call it once with a batch"
+        )
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1 and not hasattr(model, "hf_device_map"):
+        raise InputTypeError(
+            f"weights and buffers of this {type(model).__name__} lie on several devices ({', '.join(devices)}): move"
+            " the model to one of them with .to(device)"
+        )
 
 
 def check_problem_type(given: str | None, declared: str | None) -> str | None:

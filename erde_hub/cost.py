@@ -40,7 +40,7 @@ class StageCall:
 
     Attributes:
         order: When it ended.
-        macs: What had been computed by then.
+        macs: What had been computed by then, for one sample.
         output: What came out.
         versions: Of the tensors that came out; they rise where a later layer writes in place.
     """
@@ -63,11 +63,11 @@ def versions(tree: Any) -> tuple[int, ...]:
 
 @dataclass
 class Trace:
-    """What one forward pass called, per sample.
+    """What one forward pass called.
 
     Attributes:
         calls: Module name to its calls, in the order in which the modules ended first.
-        total_macs: MACs of the whole pass.
+        total_macs: MACs of the whole pass for one sample; what a batch computes once is counted in full.
         output: The backbone's output, without values.
         last_parametrised: Order at which the last module with weights of its own ended: the classifier.
         batch: Number of samples of the traced pass.
@@ -139,13 +139,20 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Tr
     result = Trace(batch=batch)
     counter = flop_counter()
     ended = 0
+    shared = False  # whether something was computed once for the whole batch
+
+    def count() -> int:
+        nonlocal shared
+        macs, rest = divmod(counter.get_total_flops() // 2, batch)
+        shared = shared or rest > 0
+        return macs
 
     def record(name: str, child: nn.Module) -> Any:
         weighted = any(True for _ in child.parameters(recurse=False))
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             nonlocal ended
-            call = StageCall(ended, counter.get_total_flops() // 2 // batch, output, versions(output))
+            call = StageCall(ended, count(), output, versions(output))
             result.calls.setdefault(name, []).append(call)
             if weighted:
                 result.last_parametrised = ended
@@ -165,5 +172,11 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Tr
             f"{type(module).__name__} does not run on inputs of shape {shapes} ({type(error).__name__}: {error}); pass"
             " input_size=(C, H, W), or example_inputs= for modules that take something else"
         ) from error
-    result.total_macs = counter.get_total_flops() // 2 // batch
+    result.total_macs = count()
+    if shared:
+        alone = trace(module, inputs, batch=1)
+        result.total_macs = alone.total_macs
+        for name, calls in result.calls.items():
+            for call, own in zip(calls, alone.calls[name], strict=True):
+                call.macs = own.macs
     return result

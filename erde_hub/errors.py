@@ -93,10 +93,26 @@ class MissingDependencyError(ErdeError, ImportError):
     """An optional package is needed; the message gives the install command."""
 
 
+def without_dependencies(part: str, missing: str | None) -> MissingDependencyError:
+    """Builds the error for a part of the core where only the runtime for ONNX files was installed."""
+    return MissingDependencyError(
+        f"{part} needs torch, timm and transformers ({missing} is not installed): pip install erde-hub with its"
+        " dependencies (without --no-deps)"
+    )
+
+
 def nearest(value: str, allowed: Iterable[str]) -> str:
-    """Returns ``"; did you mean 'x'?"`` for the allowed spelling closest to ``value``, or an empty string."""
-    match = difflib.get_close_matches(value, [name for name in allowed if name], n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    """Returns ``"; did you mean 'x'?"`` for the allowed spelling closest to ``value``, or an empty string.
+
+    Case counts for nothing. Where none is close, it is the shortest that begins with ``value``, if that is more than a
+    letter.
+    """
+    names = {name.lower(): name for name in allowed if name}
+    value = value.lower()
+    match = difflib.get_close_matches(value, names, n=1, cutoff=0.6)
+    if not match and len(value) > 1:
+        match = sorted((name for name in names if name.startswith(value)), key=len)
+    return f"; did you mean {names[match[0]]!r}?" if match else ""
 
 
 def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UnknownNameError:

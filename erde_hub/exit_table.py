@@ -1,9 +1,10 @@
-"""What every exit of a wrapped model costs."""
+"""What every exit of a model costs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,12 +16,14 @@ from .heads import ExitHead
 from .routing import RunAll
 
 if TYPE_CHECKING:
-    from .modeling import EarlyExitWrapper
+    from .pretrained import EarlyExitPreTrainedModel
 
 
 @dataclass(frozen=True)
 class ExitRow:
-    """One exit of :meth:`EarlyExitWrapper.exit_table`; MACs are per sample.
+    """One exit of a model's :meth:`~erde_hub.EarlyExitWrapper.exit_table`; MACs are those of one sample by itself.
+
+    What a batch computes once for all its samples, such as DeBERTa's projections of relative positions, is in them.
 
     Attributes:
         exit: Name of the stage, ``"classifier"`` for the backbone's own.
@@ -71,10 +74,18 @@ class ExitTable(list[ExitRow]):
 
 
 class _CountingPass(RunAll):
-    """Runs every exit of a weightless copy and notes what had been computed and touched at each."""
+    """Runs every exit of a weightless copy and notes what had been computed and touched at each.
 
-    def __init__(self, model: EarlyExitWrapper, total: Any, touched: set[int]) -> None:
-        super().__init__(model.heads)  # type: ignore[arg-type]
+    Args:
+        heads: The heads, shallow to deep.
+        ends: The last of them answers, and nothing is behind it.
+        total: Returns the MACs so far.
+        touched: Parameters so far.
+    """
+
+    def __init__(self, heads: Sequence[ExitHead], ends: bool, total: Any, touched: set[int]) -> None:
+        super().__init__(heads)
+        self.ends = ends
         self.total = total
         self.touched = touched
         self.macs: list[int] = []
@@ -84,13 +95,12 @@ class _CountingPass(RunAll):
         output = super().visit(exit_index, output)
         self.macs.append(self.total())
         self.params.append(set(self.touched))
-        return output
+        return None if self.ends and exit_index == len(self.heads) - 1 else output
 
 
 @torch.no_grad()
-def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
+def count_exits(model: EarlyExitPreTrainedModel, size: tuple[int, ...]) -> ExitTable:
     """Counts MACs and parameters of every exit on a weightless copy."""
-    batch = 2
     clone, device = weightless_copy(model)
     clone.backbone = getattr(clone.backbone, "_orig_mod", clone.backbone)  # what torch.compile wraps
     counter = flop_counter()
@@ -108,9 +118,12 @@ def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
         module.register_forward_pre_hook(touch)
         if module not in (clone, clone.backbone):
             module.register_forward_hook(finish, prepend=True)
-    visitor = _CountingPass(clone, lambda: counter.get_total_flops() // 2 // batch, touched)
+    exits = clone._exits_and_heads()
+    heads = [head for _, head in exits if head is not None]
+    ends = len(heads) == len(exits)
+    visitor = _CountingPass(heads, ends, lambda: counter.get_total_flops() // 2, touched)
     dtype = clone._adapter.example_dtype(clone.backbone)
-    inputs = torch.empty((batch, *size), dtype=dtype, device=device)
+    inputs = torch.empty((1, *size), dtype=dtype, device=device)
     try:
         with device, counter:
             clone._drive(checkpointed=False)(visitor, (inputs,), {})
@@ -118,17 +131,17 @@ def count_exits(model: EarlyExitWrapper, size: tuple[int, ...]) -> ExitTable:
         raise ExitPointError(
             f"{type(model.backbone).__name__} does not run on inputs of shape {size} ({type(error).__name__}: {error})"
         ) from error
-    macs = [*visitor.macs, visitor.total()]
-    touched.update(id(p) for p in clone.backbone.parameters())
-    params = [sum(sizes[i] for i in ids) for ids in (*visitor.params, touched)]
+    macs = visitor.macs if ends else [*visitor.macs, visitor.total()]
+    touched.update(id(p) for p in clone.backbone.parameters())  # the last exit has all that the model has
+    before = visitor.params[:-1] if ends else visitor.params
+    params = [sum(sizes[i] for i in ids) for ids in (*before, touched)]
     table = ExitTable()
-    for i, name in enumerate(model.exit_names):
-        early = i < len(model.heads)
+    for i, (name, head) in enumerate(exits):
         table.append(
             ExitRow(
                 exit=name,
-                width=cast(ExitHead, model.heads[i]).spec.width if early else None,
-                head=model.config.head if early else None,
+                width=None if head is None else head.spec.width,
+                head=None if head is None else model.config.head,
                 macs=macs[i] - (macs[i - 1] if i else 0),
                 cumulative_macs=macs[i],
                 params=params[i] - (params[i - 1] if i else 0),

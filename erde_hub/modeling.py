@@ -15,11 +15,10 @@ from .backbones import BackboneAdapter, get_adapter
 from .backbones.base import parse_exit, tap_exits
 from .calibration import Calibrator, create_calibrator
 from .compilation import CompiledSteps, no_stages
-from .config import EarlyExitConfig, check_input_size, read_field
+from .config import EarlyExitConfig, read_field
 from .cost import trace
 from .errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
-from .exit_table import ExitTable, count_exits
-from .heads import FeatureSpec, create_head
+from .heads import ExitHead, FeatureSpec, create_head
 from .inputs import ModelInputs, explain_failure
 from .outputs import EarlyExitOutput
 from .passes import route, run_all
@@ -170,6 +169,9 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 raise ExitPointError(f"{type(backbone).__name__} has no stage {name!r}{nearest(path, modules)}")
         if config.exit_features:
             specs = [FeatureSpec.from_dict(values) for values in config.exit_features]
+            if not adopted:
+                for name, spec in zip(names, specs, strict=True):
+                    adapter.check_spec(backbone, name, spec)
         else:
             specs = [adapter.declared_spec(backbone, name) for name in names]
             right = [name for name in modules if name in names]
@@ -188,7 +190,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             self.calibrator = create_calibrator(config.calibrator, **(config.calibrator_kwargs or {}))
             self.calibrator.check_exits(config.num_exits)
         self._backbone_frozen = False
-        self._costs: dict[tuple[int, ...], ExitTable] = {}
+        self._costs = {}
         self._steps = StepCache()
         self._exits = names
         self._taps: list[ExitTap] = []
@@ -284,23 +286,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             ThresholdError: A threshold that the policy does not take.
         """
         fitted.set_policy(self, policy, threshold)
-
-    def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
-        """Returns what each exit costs, in MACs per sample and parameters, heads included.
-
-        Args:
-            input_size: Shape of one input without the batch; None takes the config's. Results are kept per size.
-
-        Raises:
-            ExitPointError: The backbone does not run on inputs of that size.
-        """
-        size = input_size or self.config.input_size
-        if not size:
-            raise ConfigError("the config has no input_size: pass input_size=(C, H, W)")
-        size = check_input_size(size)
-        if size not in self._costs:
-            self._costs[size] = count_exits(self, size)
-        return self._costs[size]
 
     def truncate(self, exit: int | str) -> TruncatedModel:
         """Returns the static network up to an exit, given by index or name, as a model of its own.
@@ -436,6 +421,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         if mask is not None and mask.ndim != 2:
             raise ShapeError(f"heads pool tokens by an attention_mask of shape (N, L), got {tuple(mask.shape)}")
         return mask
+
+    def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+        heads: Any = self.heads
+        return list(zip(self.exit_names, [*heads, None], strict=True))
 
     def _drive(self, checkpointed: bool) -> Drive:
         if self._taps:

@@ -23,13 +23,15 @@ from transformers.utils import CONFIG_NAME, cached_file
 from . import __version__
 from ._files import replacing_all
 from .backbones import BackboneAdapter, get_adapter
-from .config import EarlyExitConfig, read_field
+from .config import EarlyExitConfig, check_input_size, read_field
 from .errors import CheckpointError, ConfigError, ErdeError, InputTypeError, nearest
+from .exit_table import ExitTable, count_exits
+from .heads import ExitHead
 from .heads_only import FILENAME, check_backbone_weights, fetch, own_tensors, published_weights, read_backbone
 from .inputs import TEXT_INPUTS, ModelInputs, check_class_labels, check_pixel_values, check_text_inputs
 from .preprocessing import build_image_processor, check_preprocessing
 from .regression import REGRESSION, check_targets, mean_squared_error
-from .routing import ExitTap
+from .routing import Drive, ExitTap
 from .token_level import check_token_labels, token_cross_entropy
 
 #: Arguments of ``save_pretrained`` that say how to upload and not what to save.
@@ -63,6 +65,33 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     backbone: nn.Module
     _adapter: BackboneAdapter
     _taps: list[ExitTap]
+    #: Exit tables by input size.
+    _costs: dict[tuple[int, ...], ExitTable]
+
+    def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+        """Returns name and head of every exit, shallow to deep; None is the backbone's own classifier."""
+        raise NotImplementedError
+
+    def _drive(self, checkpointed: bool) -> Drive:
+        """Returns what runs the backbone and shows its exits to a pass."""
+        raise NotImplementedError
+
+    def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
+        """Returns what each exit costs, in MACs per sample and parameters, heads included.
+
+        Args:
+            input_size: Shape of one input without the batch; None takes the config's. Results are kept per size.
+
+        Raises:
+            ExitPointError: The backbone does not run on inputs of that size.
+        """
+        size = input_size or self.config.input_size
+        if not size:
+            raise ConfigError("the config has no input_size: pass input_size=(C, H, W)")
+        size = check_input_size(size)
+        if size not in self._costs:
+            self._costs[size] = count_exits(self, size)
+        return self._costs[size]
 
     def set_preprocessing(
         self,
@@ -355,7 +384,12 @@ def _with_published(
     config = kwargs.get("config")
     if config is None:
         found = cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **reaching)
-        stored = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        try:
+            stored = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        except ValueError as error:  # not JSON, or not text
+            raise CheckpointError(
+                f"{CONFIG_NAME} of {str(source)!r} is damaged: {error}; save the checkpoint again, or fetch it again"
+            ) from error
         if not isinstance(stored, dict) or stored.get("backbone_weights") is None:
             return source, model_args, kwargs
         fields = {key: kwargs.pop(key) for key in list(kwargs) if key in EarlyExitConfig.__annotations__}

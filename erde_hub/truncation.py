@@ -117,6 +117,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
     def _assemble(self, adapter: BackboneAdapter, backbone: nn.Module, head: ExitHead | None, adopted: bool) -> None:
         self._adapter = adapter
         self._steps = StepCache()
+        self._costs = {}
         self.backbone = backbone
         self.head = head
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
@@ -168,17 +169,21 @@ class TruncatedModel(EarlyExitPreTrainedModel):
         if self.head is None:
             return self._adapter.logits(self.backbone(*inputs.args, **inputs.kwargs))
         cut = _Cut()
-        if self._taps:
-            drive: Drive = HookDrive(self.backbone, self._taps)
-        else:
-            drive = StagedDrive(self._steps.get(self._adapter, self.backbone, list(self.config.exits or ())) or [])
-        drive(cut, inputs.args, inputs.kwargs)
+        self._drive(checkpointed=False)(cut, inputs.args, inputs.kwargs)
         if not cut.reached:
             raise ExitNotReachedError(
                 f"the forward pass did not reach {self.exit_name!r}: the backbone took another path than before"
             )
         mask = self._adapter.token_mask(self.backbone, inputs.kwargs) if self.head.spec.masked else None
         return run_head(self.head, read_feature(cut.output, self.head.spec.leaf), mask)
+
+    def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+        return [(self.exit_name, self.head)]
+
+    def _drive(self, checkpointed: bool) -> Drive:
+        if self.head is None or self._taps:
+            return HookDrive(self.backbone, self._taps)
+        return StagedDrive(self._steps.get(self._adapter, self.backbone, list(self.config.exits or ())) or [])
 
 
 class RemovedModule(nn.Module):

@@ -11,13 +11,13 @@ hand, earlyon and onnxruntime. `training`: one step of the Distiller against a l
 networks, loss, precision and batch; time, memory, and the share of the input pipeline. `losses`: what each loss costs
 beside a step of its student. `int8`: accuracy and time of a checkpoint in onnxruntime, in float and in 8 bits.
 `calibration`: what each function of records takes, and the Laplace approximation beside a forward pass.
-`allocator`: what `keep_freed_memory()` saves a plain network. `COMMAND --help` lists the flags of each.
+`allocator`: what `keep_freed_memory()` saves a plain network. `loading`: time and memory of loading a checkpoint,
+beside the bare model's. `COMMAND --help` lists the flags of each.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -34,10 +34,12 @@ import torch
 from _benchmark_allocator import benchmark_allocator
 from _benchmark_calibration import benchmark_calibration
 from _benchmark_int8 import benchmark_int8
+from _benchmark_loading import benchmark_loading
 from _benchmark_losses import benchmark_losses
 from _cli import clean_errors, parse_arguments
 from _inference_benchmark import benchmark_inference
 from _memory import forget_peak, process_memory
+from _results import write_results
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.errors import ConfigError, nearest
@@ -231,9 +233,7 @@ def benchmark_training(argv: list[str]) -> None:
         **_summary(turns.seconds, memory),
     }
     print(_table(results))
-    if benchmark.output is not None:
-        Path(benchmark.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(benchmark.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(benchmark.output, results)
 
 
 def _summary(seconds: dict[str, list[list[float]]], memory: dict[str, float]) -> dict[str, Any]:
@@ -333,6 +333,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "calibration": benchmark_calibration,
     "int8": benchmark_int8,
     "allocator": benchmark_allocator,
+    "loading": benchmark_loading,
 }
 
 

@@ -133,13 +133,12 @@ def main() -> None:
         accelerator.is_main_process,
     )
     recipe.check_measurable(model, data)
-    accelerator.print(recipe.describe_data(data))
+    accelerator.print(recipe.describe_data(data, wanted.model if data_args.dataset is None else None))
     run = recipe.Run(accelerator, data, args, asdict(wanted) | asdict(data_args))
     laplace = wanted.calibrator in list_calibrators() and get_calibrator(wanted.calibrator).cls.uses_features
     records = recipe.collect(run, model, wanted.split, args.batch_size, features=laplace or None)
-    check_calibration_data(
-        records, recipe.rows_trained_on(wanted.model, records), allow_missing_classes=wanted.allow_missing_classes
-    )
+    trained_on = recipe.rows_trained_on(wanted.model, records, getattr(data, wanted.split))
+    check_calibration_data(records, trained_on, allow_missing_classes=wanted.allow_missing_classes)
     records = fit_parts(wanted, model, records)
     choice = choose_threshold(records, model.policy, **options, allow_missing_classes=wanted.allow_missing_classes)
     accelerator.print(f"\n{choice}\n")
@@ -219,7 +218,7 @@ def write(
     held_out = chosen_on if chosen_on.info.get("split") != "test" else None
     measured = build_results(test, model, results["dataset"], results["args"], held_out=held_out)
     matched = [row for row in results.get("matched_cost", []) if row["of"] != "student"]
-    for key in ("per_exit", "sweep", "fine_sweep", "operating_point", "metrics", "matched_cost"):
+    for key in ("per_exit", "sweep", "fine_sweep", "operating_point", "metrics", "matched_cost", "warnings"):
         results[key] = measured[key]
     rows = [*results["fine_sweep"], *results["sweep"]]
     results["matched_cost"] += [row | {"accuracy": accuracy_at_cost(rows, row["macs"])} for row in matched]

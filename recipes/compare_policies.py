@@ -12,7 +12,6 @@ interval, and accuracy at shares of the full cost. Writes JSON and prints a tabl
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,10 +21,10 @@ if __name__ == "__main__":
     refuse_unknown_flags(__file__)
 
 from _cli import clean_errors, parse_arguments
+from _results import write_results
 from torch import Tensor
 
 from erde_hub import __version__
-from erde_hub._files import write_text
 from erde_hub.calibration import MIECalibrator, TemperatureCalibrator
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import (
@@ -82,7 +81,7 @@ def main() -> None:
         "policies": rows,
         "sets": [set_row(name, sets, test) for name, sets in prediction_sets(validation, test, args).items()],
     }
-    write_text(args.output, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_results(args.output, results)
     print(f"{'':26}{'area':>8}{'- entropy':>11}{'95 % interval':>20}{'EEFP':>7}   accuracy at 50 / 75 % cost")
     for row in rows:
         low, high = row["difference_interval"]

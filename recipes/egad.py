@@ -25,12 +25,12 @@ from _cli import clean_errors, parse_arguments
 from _results import means_and_deviations, open_results, write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError, DataError, unknown_name
 from erde_hub.losses import EGADLoss
+from erde_hub.training._progress import passing_bar
 from erde_hub.training.recipe_arguments import loss_arguments_class, plain_weights
 
 SPLITS = ("train", "validation", "test")
@@ -178,7 +178,7 @@ def train(
         optimizer,
         lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))),
     )
-    for step in tqdm(range(steps), desc=bar, disable=bar is None, leave=False):
+    for step in passing_bar(range(steps), bar or "", shown=bar is not None):
         loss = step_loss(next(batches), step / max(1, steps - 1))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

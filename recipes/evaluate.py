@@ -105,6 +105,8 @@ def main() -> None:
     if evaluation.policy is not None:
         overrides = {"policy": evaluation.policy, "threshold": get_policy(evaluation.policy).cls.default_threshold}
     model = recipe.load_model(evaluation.model, **overrides)
+    for threshold in evaluation.thresholds or ():
+        model.policy.check_threshold(threshold, model.num_exits - 1)
     if evaluation.compare is not None:
         accelerator.print(compare(evaluation.compare, model))
         return
@@ -123,8 +125,7 @@ def main() -> None:
         accelerator,
         lambda: open_run_folder(evaluation.output_dir, name, overwrite=evaluation.overwrite_output_dir),
     )
-    trained_on = "" if data_args.dataset is not None else f" (what {evaluation.model} was trained on)"
-    accelerator.print(recipe.describe_data(data) + trained_on)
+    accelerator.print(recipe.describe_data(data, evaluation.model if data_args.dataset is None else None))
     settings = asdict(evaluation) | asdict(data_args)
     run = recipe.Run(accelerator, data, args, settings)
     records = recipe.collect(run, model, evaluation.split, args.batch_size)

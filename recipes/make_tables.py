@@ -27,6 +27,7 @@ import _support_page
 import timm
 from _benchmark_allocator import allocator_table
 from _benchmark_int8 import int8_table
+from _benchmark_loading import loading_table
 from PIL import Image, PngImagePlugin
 
 from erde_hub import list_exit_points
@@ -222,6 +223,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "compiled": lambda: _inference_report.compiled_table(table, inference_results()),
     "stream": lambda: _inference_report.stream_table(table, inference_results()),
     "allocator": lambda: allocator_table(table, _stored(RESULTS / "benchmark_allocator.json")),
+    "loading": lambda: loading_table(table, _stored(RESULTS / "benchmark_loading.json")),
     "int8": lambda: int8_table(table, _stored(RESULTS / "benchmark_int8.json")),
 }
 

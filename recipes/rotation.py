@@ -11,11 +11,9 @@ where a sample leaves as soon as its interval is narrow enough. Angles and width
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from _early import refuse_unknown_flags
@@ -23,13 +21,12 @@ from _early import refuse_unknown_flags
 if __name__ == "__main__":
     refuse_unknown_flags(__file__)
 
-import timm
 import torch
 from _cli import clean_errors, parse_arguments
+from _results import write_results
 from torch import Tensor
 
 from erde_hub import EarlyExitWrapper, __version__
-from erde_hub._files import write_text
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, exit_scores, regression_per_exit, sweep_widths
@@ -135,18 +132,13 @@ def main() -> None:
 def build(wanted: RotationArguments, data: ImageData, seed: int) -> EarlyExitWrapper:
     """Builds the network with one output per exit."""
     torch.manual_seed(seed)
-    kwargs = dict(wanted.architecture_kwargs)
-    try:
-        backbone = timm.create_model(wanted.architecture, num_classes=data.num_classes, **kwargs)
-    except TypeError as error:
-        raise ConfigError(f"{wanted.architecture!r} cannot be created with {kwargs}: {error}") from error
     model = EarlyExitWrapper(
-        backbone,
+        recipe.create_backbone(wanted.architecture, data, wanted.architecture_kwargs),
         exits=exit_places(wanted.exits),
         head=wanted.head,
         head_kwargs=wanted.head_kwargs,
         input_size=data.input_size,
-        backbone_kwargs=kwargs,
+        backbone_kwargs=wanted.architecture_kwargs,
         id2label=[TARGET],
         problem_type="regression",
     )
@@ -205,9 +197,7 @@ def public_settings(wanted: RotationArguments, args: DistillationArguments) -> d
 
 def write(output: str | None, output_dir: str | None, model: EarlyExitWrapper, results: dict[str, Any]) -> None:
     """Writes the numbers, and the model with its fitted intervals into the folder of the run."""
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, json.dumps(_rounded(results), indent=1, allow_nan=False) + "\n")
+    write_results(output, _rounded(results))
     if output_dir is not None:
         model.save_pretrained(output_dir)
 

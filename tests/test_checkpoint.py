@@ -370,12 +370,36 @@ def test_a_config_from_the_future_is_refused_before_weights_are_read(damaged):
         EarlyExitWrapper.from_pretrained(damaged)
 
 
-def test_exits_of_an_edited_config_in_another_order(damaged):
-    edit_config(damaged, exits=["layer2", "layer1", "layer3"])
-    loaded = EarlyExitWrapper.from_pretrained(damaged)
+@pytest.mark.parametrize("keep", [0, 200])
+def test_a_truncated_config(damaged, keep):
+    path = damaged / "config.json"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"config\.json of .*damaged"):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+def test_exits_of_an_edited_config_at_other_stages(damaged):
+    edit_config(damaged, exits=["layer1", "layer2", "layer4"])
+    with pytest.raises(
+        CheckpointError, match=r"CifarResNet do not match .* 'layer4' 32 channels \(NCHW\), the stage has 64"
+    ):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+def test_an_exit_of_an_edited_config_at_the_classifier(damaged):
+    edit_config(damaged, exits=["layer1", "layer2", "fc"])
+    with pytest.raises(CheckpointError, match="exit 'fc' of the config is the classifier of CifarResNet"):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+def test_exits_of_an_edited_config_in_another_order(tmp_path):
+    model = wrap("vit")
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, exits=model.config.exits[::-1])  # all stages are of one width
+    loaded = EarlyExitWrapper.from_pretrained(tmp_path)
     for call in ({"threshold": 1e-30}, {"output_all_exits": True}):
-        with pytest.raises(ExitNotReachedError, match="exit 1 fired where exit 0 was due"):
-            loaded(images("resnet", 2), **call)
+        with pytest.raises(ExitNotReachedError, match="exit 2 fired where exit 0 was due"):
+            loaded(images("vit", 2), **call)
 
 
 def test_other_users_can_read_the_weights_where_the_umask_lets_them(tmp_path):

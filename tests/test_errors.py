@@ -33,6 +33,11 @@ def test_issue_2s_bad_input_is_a_value_error_or_a_type_error():
 def test_nearest():
     assert nearest("entropi", ["margin", "entropy"]) == "; did you mean 'entropy'?"
     assert nearest("zzz", ["margin", "entropy"]) == ""
+    assert nearest("nope", ["opt", "home", "root"]) == ""  # half the letters in common is no resemblance
+    assert nearest("temp", ["laplace", "temperature"]) == "; did you mean 'temperature'?"
+    assert nearest("t", ["temperature"]) == ""
+    assert nearest("LAYER1", ["layer1", "head"]) == "; did you mean 'layer1'?"
+    assert nearest("adamw", ["adam", "AdamW"]) == "; did you mean 'AdamW'?"
     assert nearest("", ["", "a"]) == ""
     assert nearest("a", []) == ""
 

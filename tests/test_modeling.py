@@ -296,6 +296,7 @@ def test_a_hand_written_config_routes():
         ({"exits": ["layer2", "layer1"]}, ExitPointError, r"the order is \['layer1', 'layer2'\]"),
         ({"architecture": "regnetx_002", "exits": ["s1"]}, ExitPointError, "wrap the living model once"),
         ({"backbone_kwargs": {"widht": 8}}, ConfigError, "'widht': 8.* do not fit resnet18"),
+        ({"backbone_kwargs": {"stem_widht": 8}}, ConfigError, "do not fit resnet18.*; did you mean 'stem_width'"),
         ({"backbone_kwargs": {"pretrained": True}}, ConfigError, "must not hold 'pretrained'"),
         ({"backbone_kwargs": {"checkpoint_path": "x"}}, ConfigError, "must not hold 'checkpoint_path'"),
         ({"backbone_kwargs": {"act_layer": nn.ReLU}}, ConfigError, "cannot be stored"),
@@ -371,6 +372,9 @@ def test_a_refused_wrap_leaves_the_backbone_without_hooks():
         (lambda: timm.create_model("resnet18", features_only=True), "features_only"),
         (lambda: timm.create_model("resnet8_cifar", num_classes=1, width=4), "at least 2 classes"),
         (lambda: torch.compile(build("plain"), backend="eager"), "compiled module"),
+        (lambda: torch.nn.DataParallel(build("plain")), r"DataParallel.*EarlyExitWrapper\(model.module, ...\)"),
+        (lambda: torch.jit.ScriptModule(), "TorchScript"),
+        (lambda: torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 3)), "lazy layers.*call it once"),
         (lambda: shared_model(), "EarlyExitWrapper is no classifier or language model of transformers"),
     ],
 )
@@ -378,6 +382,16 @@ def test_what_is_no_classifier_is_refused(make, words):
     with pytest.raises(InputTypeError, match=words) as caught:
         EarlyExitWrapper(make(), exits=["layer1"])
     assert isinstance(caught.value, TypeError)
+
+
+def test_tensors_on_several_devices_are_refused():
+    for place in ("weight", "running_mean"):
+        backbone = build("regnet")
+        norm = next(module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d))
+        moved = getattr(norm, place).detach().to("meta")
+        setattr(norm, place, torch.nn.Parameter(moved) if place == "weight" else moved)
+        with pytest.raises(InputTypeError, match=r"several devices \(cpu, meta\).*\.to\(device\)"):
+            EarlyExitWrapper(backbone, exits=["s2"], input_size=(3, 32, 32))
 
 
 def test_a_class_count_that_lies_is_refused():

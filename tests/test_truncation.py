@@ -48,6 +48,22 @@ def test_every_exit_of_every_family(name):
     assert all(torch.equal(a, b) for a, b in zip(all_logits(model, x), logits, strict=True))
 
 
+@pytest.mark.parametrize("name", ["resnet", "vit", "plain"])
+def test_exit_table(name):
+    model = wrap(name)
+    table = model.exit_table()
+    for k, whole in enumerate(table):
+        static = model.truncate(k)
+        (row,) = static.exit_table()
+        assert (row.exit, row.width, row.head) == (whole.exit, whole.width, whole.head)
+        assert row.params == row.cumulative_params == numbers(static)
+        assert row.macs == row.cumulative_macs
+        # The heads of the exits before are missing.
+        heads = sum(numbers(head) for head in model.heads[:k])
+        assert row.params == whole.cumulative_params - heads
+        assert (row.macs == whole.cumulative_macs) if k == 0 else (0.8 < row.macs / whole.cumulative_macs < 1)
+
+
 @pytest.mark.parametrize("name", ["resnet", "vit", "swin", "plain"])
 def test_saved_and_loaded(name, tmp_path):
     model, x = wrap(name, id2label=[f"class {i}" for i in range(CLASSES)]), images(name, 3)

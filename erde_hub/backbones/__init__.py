@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub.errors import unknown_name
 
 from .base import BackboneAdapter, ExitPoint, ExitPoints

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from erde_hub._tree import tensors
 from erde_hub.cost import StageCall, Trace
-from erde_hub.errors import ExitPointError, InputTypeError, nearest
+from erde_hub.errors import CheckpointError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
 from erde_hub.routing import ExitTap, HookDrive, StageStep
 
@@ -129,8 +129,33 @@ class BackboneAdapter:
             " say it either: wrap the living model once with EarlyExitWrapper(model, exits=[...]) and use its config"
         )
 
+    def check_spec(self, module: nn.Module, name: str, spec: FeatureSpec) -> None:
+        """Compares what a config says that an exit reads with what the backbone says of itself, where it does.
+
+        Raises:
+            CheckpointError: They differ, or the exit is the classifier; the message names it.
+        """
+        if name in self.classifier_names(module):
+            raise CheckpointError(
+                f"exit {name!r} of the config is the classifier of {type(module).__name__}: exits lie before it"
+            )
+        try:
+            declared = self.declared_spec(module, name)
+        except ExitPointError:
+            return
+        if (declared.width, declared.format) != (spec.width, spec.format):
+            raise CheckpointError(
+                f"the stages of {type(module).__name__} do not match its config: exit_features give exit {name!r}"
+                f" {spec.width} channels ({spec.format}), the stage has {declared.width} ({declared.format}); to move"
+                " an exit, wrap the model again"
+            )
+
     def classifier_names(self, module: nn.Module) -> list[str]:
         """Names of the classifier's modules, where the backbone knows them."""
+        return []
+
+    def pooling_names(self, module: nn.Module) -> list[str]:
+        """Names of the modules that make features into what the classifier reads, where the backbone knows them."""
         return []
 
     def declared_classes(self, module: nn.Module) -> int | None:
@@ -206,9 +231,9 @@ def exit_point(adapter: BackboneAdapter, module: nn.Module, name: str, call: Sta
 
 
 def classifier_order(adapter: BackboneAdapter, module: nn.Module, traced: Trace) -> int:
-    """When the classifier ended in a trace; everything from there on is at or behind it."""
-    named = [traced.calls[n][0].order for n in adapter.classifier_names(module) if n in traced.calls]
-    return min(named, default=traced.last_parametrised)
+    """When the classifier, or what pools for it, began to end in a trace; from there on all is at or behind it."""
+    names = (*adapter.classifier_names(module), *adapter.pooling_names(module))
+    return min((traced.calls[n][0].order for n in names if n in traced.calls), default=traced.last_parametrised)
 
 
 def resolve_exits(
@@ -246,6 +271,7 @@ def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: 
     path, call = parse_exit(name)
     names = dict(module.named_modules())
     if path not in names or not path:
+        _check_is_no_other_name(module, path, traced)
         offered = [p.name for p in find_exit_points(adapter, module, traced)]
         hint = nearest(path, offered) or nearest(path, names)
         raise ExitPointError(f"{type(module).__name__} has no stage {name!r}{hint} (exit points: {', '.join(offered)})")
@@ -260,7 +286,8 @@ def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: 
     seen = calls[call or 0]
     if seen.order >= classifier_order(adapter, module, traced):
         raise ExitPointError(
-            f"exit {name!r} is at or behind the classifier, which is an exit anyway; name an earlier stage"
+            f"exit {name!r} is at or behind the classifier, its pooling included, which is an exit anyway; name an"
+            " earlier stage"
         )
     if seen.overwritten:
         raise ExitPointError(
@@ -268,6 +295,23 @@ def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: 
             " trained: name that layer instead"
         )
     return exit_point(adapter, module, name, seen, traced), seen.order
+
+
+def _check_is_no_other_name(module: nn.Module, path: str, traced: Trace) -> None:
+    """Calls of a module that sits in several places are found under the first of its names.
+
+    Raises:
+        ExitPointError: ``path`` is another of them.
+    """
+    shared = dict(module.named_modules(remove_duplicate=False)).get(path)
+    first = next((name for name, other in module.named_modules() if other is shared and name), None)
+    if shared is not None and first is not None:
+        calls = len(traced.calls.get(first, []))
+        listed = ", ".join(f"{first}@{i}" for i in range(calls)) if calls > 1 else first
+        raise ExitPointError(
+            f"{path!r} is the same module as {first!r}, which is called {calls} times in a forward pass: name it so"
+            f" ({listed})"
+        )
 
 
 def spread_exits(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +18,7 @@ from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
 
 from erde_hub.cost import StageCall, Trace
-from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, unknown_name
+from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
 from erde_hub.routing import StageStep
 
@@ -43,7 +45,8 @@ _ENCLOSING: dict[type[nn.Module], str] = {
     Xception: r"block\d+",
     XceptionAligned: r"blocks\.\d+",
 }
-
+#: What timm calls the modules between the last stage and a classifier that is no part of a head.
+_POOLING = ("global_pool", "attn_pool", "fc_norm", "head_drop")
 
 #: The largest numbers that a creation argument may hold, and that one may hold that counts layers: vocabularies and
 #: contexts are large, a network of ten thousand layers is a mistake or an attack.
@@ -113,7 +116,8 @@ class TimmAdapter(BackboneAdapter):
             AssertionError,
         ) as error:
             raise ConfigError(
-                f"backbone_kwargs={config.backbone_kwargs!r} do not fit {architecture}: {error}"
+                f"backbone_kwargs={config.backbone_kwargs!r} do not fit {architecture}:"
+                f" {error}{nearest_argument(error, architecture)}"
             ) from error
 
     def check_architecture(self, name: Any) -> str:
@@ -188,6 +192,12 @@ class TimmAdapter(BackboneAdapter):
         names = getattr(module, "pretrained_cfg", {}).get("classifier") or ()
         return [names] if isinstance(names, str) else list(names)
 
+    def pooling_names(self, module: nn.Module) -> list[str]:
+        """All of the head that holds the classifier; where it stands alone, what timm calls the modules before it."""
+        tops = {name.partition(".")[0] for name in self.classifier_names(module) if "." in name}
+        inside = [name for name, _ in module.named_modules() if name.partition(".")[0] in tops]
+        return [*inside, *(name for name in _POOLING if name in module._modules)]
+
     def follow(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
         """NASNet's cells read the outputs of the two cells before them, the first of which may be of a larger batch."""
         if not isinstance(module, _CELLS):
@@ -231,6 +241,20 @@ class TimmAdapter(BackboneAdapter):
         except AssertionError:
             return False
         return True
+
+
+def nearest_argument(error: Exception, architecture: str) -> str:
+    """Returns :func:`~erde_hub.errors.nearest` for a misspelt creation argument that ``error`` speaks of, or ""."""
+    found = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if found is None:
+        return ""
+    entrypoint = timm.models.model_entrypoint(architecture.partition(".")[0])
+    module = vars(sys.modules[entrypoint.__module__])
+    owner = module.get(found[1])
+    takers = [entrypoint]
+    if isinstance(owner, type):
+        takers += [cls for cls in module.values() if isinstance(cls, type) and issubclass(cls, owner)]
+    return nearest(found[2], [name for taker in takers for name in inspect.signature(taker).parameters])
 
 
 def check_backbone_kwargs(kwargs: dict[str, Any]) -> None:

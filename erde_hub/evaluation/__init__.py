@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub.fingerprint import model_fingerprint
 
 from .calibrated import calibrate_records

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from erde_hub.policies import get_policy, list_policies
 
@@ -33,6 +35,28 @@ def threshold_label(threshold: float | str | list[float | str], policy: str | No
             return "inf" if value > 0 else "-inf"
         return "never" if get_policy(policy).cls.leaves_above == (value > 0) else "always"
     return f"{value:.3g}"
+
+
+def with_point(
+    sweep: Sequence[Mapping[str, Any]], point: Mapping[str, Any] | None
+) -> list[tuple[Mapping[str, Any], bool]]:
+    """Returns the rows of a sweep by rising threshold, and of each whether it is that of the stored threshold.
+
+    Args:
+        sweep: Rows of ``results.json``.
+        point: Its operating point, which takes the place of a row that is the same; None where there is none.
+    """
+    rows = [(row, False) for row in sweep]
+    if point is not None:
+
+        def is_point(row: Mapping[str, Any]) -> bool:
+            same_end = row["threshold"] == "inf" and row["exit_share"] == point["exit_share"]
+            return row["threshold"] == point["threshold"] or same_end
+
+        rows = [(row, False) for row in sweep if not is_point(row)] + [(point, True)]
+    if not any(isinstance(row["threshold"], list) for row, _ in rows):
+        rows.sort(key=lambda entry: float(entry[0]["threshold"]))
+    return rows
 
 
 def duration(seconds: float) -> str:

@@ -29,6 +29,9 @@ _ORANGE_TEXT = "#8F6200"  # the same hue, dark enough for words on white
 #: on it, so that the student's curve keeps the width of the picture.
 _TEACHER_ON_AXIS = 1.5
 
+#: Width of the ring around the stored threshold, in points.
+_RING = 15
+
 _STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
@@ -109,7 +112,7 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
         axes.plot(
             *_points([point], "mean_macs"),
             "o",
-            markersize=15,
+            markersize=_RING,
             markerfacecolor="none",
             markeredgecolor="black",
             markeredgewidth=2.2,
@@ -134,7 +137,8 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
     axes.set_ylim(low, max(min(high, 103), room))
     level = 100 * teacher["accuracy"] if teacher is not None and far else None
     others = [row for row in (static, None if far else teacher) if row is not None]
-    labels = _Labels(figure, axes, line, level, [*per_exit, *steps, *others, *([] if point is None else [point])])
+    ring = point if len(per_exit) > 1 else None
+    labels = _Labels(figure, axes, line, level, [*per_exit, *steps, *others], ring)
     labels.legend()
     if teacher is not None and level is not None:
         ratio = teacher["macs"] / max(final["macs"], 1)
@@ -142,19 +146,42 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
         text = f"teacher: {percent(teacher['accuracy'])} % at {cost} →"
         labels.on_line(level, text, _RED)
     for row in per_exit[:-1]:
-        labels.beside(row["macs"], row["accuracy"], row["exit"], _ORANGE_TEXT, _BELOW)
-    for row in steps:
+        labels.beside(row["macs"], row["accuracy"], row["exit"], _ORANGE_TEXT, _BELOW, needed=True)
+    # The cheapest dot first: it is the end of the row, from which the others can be counted.
+    for i, row in enumerate(sorted(steps, key=lambda row: row["mean_macs"])):
         text = f"θ={threshold_label(row['threshold'], policy)}"
-        labels.beside(row["mean_macs"], row["accuracy"], text, _BLUE, _ABOVE)
+        labels.beside(row["mean_macs"], row["accuracy"], text, _BLUE, _ABOVE, needed=i == 0)
 
 
 def _points(rows: Sequence[Mapping[str, Any]], cost: str) -> tuple[list[float], list[float]]:
     return [row[cost] / 1e6 for row in rows], [100 * row["accuracy"] for row in rows]
 
 
+def _around(distance: float) -> list[Any]:
+    """Places in the eight directions of a compass, from the east against the clock."""
+    slant = 0.7 * distance
+    return [
+        (distance, 0, "left", "center"),
+        (slant, slant, "left", "bottom"),
+        (0, distance, "center", "bottom"),
+        (-slant, slant, "right", "bottom"),
+        (-distance, 0, "right", "center"),
+        (-slant, -slant, "right", "top"),
+        (0, -distance, "center", "top"),
+        (slant, -slant, "left", "top"),
+    ]
+
+
 #: Offsets in points and alignment, tried in turn.
-_ABOVE = [(-6, 5, "right", "bottom"), (-8, 0, "right", "center"), (0, 9, "center", "bottom"), (7, -5, "left", "top")]
-_BELOW = [(8, -3, "left", "top"), (9, 0, "left", "center"), (0, -9, "center", "top"), (-9, 0, "right", "center")]
+_ABOVE = [
+    (-6, 5, "right", "bottom"), (-8, 0, "right", "center"), (0, 9, "center", "bottom"), (7, -5, "left", "top"),
+    *_around(9),
+]  # fmt: skip
+_BELOW = [
+    (8, -3, "left", "top"), (9, 0, "left", "center"), (0, -9, "center", "top"), (-9, 0, "right", "center"), *_around(9)
+]  # fmt: skip
+#: Further away, where a thin line leads back to the point.
+_FAR = [place for distance in (20, 32, 45, 60) for place in _around(distance)]
 
 
 class _Labels:
@@ -167,11 +194,13 @@ class _Labels:
         line: Sequence[Mapping[str, Any]],
         level: float | None,
         points: Sequence[Mapping[str, Any]],
+        ring: Mapping[str, Any] | None,
     ) -> None:
         self.figure = figure
         self.axes = axes
         self.line = line
         self.level = level
+        self.ring = ring
         self.points = [(row.get("mean_macs", row.get("macs")) / 1e6, 100 * row["accuracy"]) for row in points]
         self.taken: list[Bbox] = []
         self._measure()
@@ -184,6 +213,14 @@ class _Labels:
             across = [(x, self.level) for x in np.linspace(*self.axes.get_xlim(), 400)]
             self.data = np.concatenate([self.data, self.axes.transData.transform(across)])
         self.marks = self.axes.transData.transform(self.points)
+        if self.ring is not None:
+            turns = np.linspace(0, 2 * np.pi, 60)
+            centre = self.axes.transData.transform(np.stack(_points([self.ring], "mean_macs"), 1))
+            circle = centre + self._pixels(_RING / 2) * np.stack([np.cos(turns), np.sin(turns)], 1)
+            self.data = np.concatenate([self.data, circle])
+
+    def _pixels(self, points: float) -> float:
+        return points * self.figure.dpi / 72
 
     def legend(self) -> None:
         """Puts the legend into the first place that is free, or below the axes."""
@@ -211,10 +248,21 @@ class _Labels:
         steps = np.linspace(0, 1, 40)[:, None, None]
         return (corners[:-1] * (1 - steps) + corners[1:] * steps).reshape(-1, 2) if len(corners) > 1 else corners
 
-    def beside(self, macs: float, accuracy: float, text: str, color: str, places: Sequence[Any]) -> None:
-        """Tries the places around a point in turn and writes nothing if all are taken."""
-        for dx, dy, horizontal, vertical in places:
-            if self._write(text, (macs / 1e6, 100 * accuracy), (dx, dy), (horizontal, vertical), color):
+    def beside(
+        self, macs: float, accuracy: float, text: str, color: str, places: Sequence[Any], needed: bool = False
+    ) -> None:
+        """Tries the places around a point in turn, for words that are needed also those further away."""
+        point = (macs / 1e6, 100 * accuracy)
+        for place in places:
+            if self._write(text, point, place[:2], place[2:], color):
+                return
+        lead = {"arrowstyle": "-", "color": color, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 4}
+        mark = self.axes.transData.transform(point)
+        for place in _FAR if needed else ():
+            way = mark + np.linspace(0.2, 1, 40)[:, None] * self._pixels(1) * np.array(place[:2])
+            crosses = any(_any_inside(box, way) for box in self.taken)
+            if not crosses and self._write(text, point, place[:2], place[2:], color, arrowprops=lead):
+                self.data = np.concatenate([self.data, way])
                 return
 
     def on_line(self, level: float, text: str, color: str) -> None:
@@ -250,7 +298,10 @@ class _Labels:
         return self._keep(note)
 
     def _keep(self, note: Annotation) -> bool:
-        box = note.get_window_extent().padded(3)
+        from matplotlib.text import Text  # noqa: PLC0415 - an extra
+
+        note.get_window_extent()  # places the words
+        box = Text.get_window_extent(note).padded(3)  # without a line that leads to them
         frame, paper = self.axes.bbox, self.figure.bbox
         inside = frame.x0 <= box.x0 and box.x1 <= paper.x1 and frame.y0 <= box.y0 and box.y1 <= paper.y1
         around = box.padded(8)

@@ -26,6 +26,7 @@ from erde_hub.prediction_sets import ConformalClassifier
 
 from .calibrated import calibrate_records
 from .drift import check_same_model
+from .formatting import percent
 from .metrics import ECE_BINS
 from .records import ExitRecords
 from .results_file import PLACE, validate_results
@@ -35,6 +36,8 @@ from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_th
 SET_ALPHA = 0.1
 #: Shares of the full cost at which methods are compared.
 COST_SHARES = (0.25, 0.5, 0.75)
+#: How much more accurate than the last exit, as a fraction, an earlier one may be before a report warns.
+OVERTAKEN = 0.01
 
 _PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets")
 _SECRET = re.compile(r"(?:^|_)(?:token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
@@ -126,12 +129,33 @@ def build_results(
         "sweep": sweep,
         "fine_sweep": fine_sweep,
         "matched_cost": _matched_cost([*fine_sweep, *sweep], student_part["macs"], teacher_part),
+        "warnings": _overtaken(records),
     }
     if described.get("threshold") is not None:
         results["operating_point"] = sweep_thresholds(records, [described["threshold"]], policy, sets=sets)[0]
     if static_student is not None:
         results["static_student"] = _describe(static_student, static_records)
     return validate_results(_portable(results))
+
+
+def _overtaken(records: ExitRecords) -> list[str]:
+    """Says so where the last exit is clearly worse than an earlier one, so that "all layers" is no yardstick.
+
+    Clearly: by more than :data:`OVERTAKEN` of accuracy, and by more than three standard deviations of what chance does
+    to the difference on as many samples (as in McNemar's test, which counts those on which one of the two is right).
+    """
+    right = records.logits.argmax(-1) == records.labels
+    best = int(right.sum(1).argmax())  # the first of equals
+    gained, lost = int((right[best] & ~right[-1]).sum()), int((right[-1] & ~right[best]).sum())
+    ahead = gained - lost
+    if ahead <= OVERTAKEN * records.num_samples or ahead <= 3 * math.sqrt(gained + lost):
+        return []
+    early, last = (percent(float(exit_right.double().mean())) for exit_right in (right[best], right[-1]))
+    text = (
+        f"the last exit is right on {last} % of the samples, {records.exit_names[best]} on {early} %: most often the"
+        " training was too short. What routing saves or costs against all layers says little here."
+    )
+    return [text]
 
 
 def _calibrated(records: ExitRecords, student: Any) -> ExitRecords:

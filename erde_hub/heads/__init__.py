@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
 
 from .base import ExitHead, FeatureSpec

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
+
 from .model_card import render_model_card
 from .publish import publish_checkpoint
 

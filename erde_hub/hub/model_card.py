@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from erde_hub.errors import ConfigError, MissingDependencyError
-from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, with_point
 from erde_hub.evaluation.results_file import validate_results
 
 #: Accuracy that a cheap operating point may lose against the full network, as a fraction.
@@ -121,7 +121,10 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
         "sets": results.get("metrics", {}).get("sets"),
         "exits": len(per_exit),
         "final": per_exit[-1],
-        "sweep": [{**dict.fromkeys(_TRUST), **row} for row in results["sweep"]],
+        "sweep": [
+            {**dict.fromkeys(_TRUST), **row, "mark": " \\*" * stored}
+            for row, stored in with_point(results["sweep"], results.get("operating_point"))
+        ],
         "point": results.get("operating_point"),
         "choice": results.get("threshold_choice"),
         "cheap": cheap,
@@ -236,7 +239,7 @@ def _split_lines(dataset: Mapping[str, Any], kind: str) -> list[str]:
 def _limits(results: Mapping[str, Any]) -> list[str]:
     student, classes = results["student"], results["dataset"]["num_classes"]
     early = len(results["per_exit"]) > 1
-    lines = []
+    lines = [_text(warning) for warning in results.get("warnings", [])]
     if "latency" not in results:
         lines.append(
             "Latency was not measured. MACs say what is computed, not how long it takes: that depends on the hardware"

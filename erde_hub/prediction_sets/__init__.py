@@ -7,6 +7,8 @@ Split conformal sets hold it at one exit that is fixed beforehand, with a guaran
 
 from __future__ import annotations
 
+from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
+
 from .base import SetMetrics
 from .classes import (
     AVCSClassifier,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
+
 from ._launch import create_accelerator, run_on_main
 from .arguments import DistillationArguments
 from .distiller import Distiller, DistillerCallback, TrainResult
+from .features import ExitFeatures
 from .run_folder import open_run_folder
 
 __all__ = [
     "DistillationArguments",
     "Distiller",
     "DistillerCallback",
+    "ExitFeatures",
     "TrainResult",
     "create_accelerator",
     "open_run_folder",

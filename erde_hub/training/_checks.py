@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,7 @@ from erde_hub.pretrained import EarlyExitPreTrainedModel
 from erde_hub.regression import REGRESSION, check_targets
 
 from .arguments import DistillationArguments
-
-if TYPE_CHECKING:
-    from .data_base import LabelledData
+from .data_base import LabelledData
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,20 @@ def all_exits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Sequence[Tensor
         return (output,)
     every = getattr(output, "exit_logits", None)
     return (output.logits,) if every is None else every
+
+
+def check_kinds(data: object, args: object, loss: object) -> None:
+    """Raises :class:`InputTypeError` if data, arguments or loss are no such thing."""
+    if not isinstance(data, LabelledData):
+        raise InputTypeError(
+            f"data must come from load_image_data(...), load_text_data(...) or another LabelledData, got"
+            f" {type(data).__name__}: a saved datasets.Dataset is loaded by load_image_data(folder)"
+        )
+    if not isinstance(args, DistillationArguments):
+        raise InputTypeError(f"args must be DistillationArguments(...), got {type(args).__name__}")
+    if not isinstance(loss, (str, ExitLoss)):
+        made = f"; write {loss.__name__}()" if isinstance(loss, type) else ""
+        raise InputTypeError(f"loss must be a key such as 'erde' or an ExitLoss, got {loss!r:.80}{made}")
 
 
 def check_models(student: nn.Module, teacher: nn.Module | None, data: LabelledData) -> None:
@@ -198,6 +211,18 @@ def check_data(data: LabelledData) -> None:
             )
 
 
+#: Fields of a config that say what is trained.
+_NETWORK = ("architecture", "backbone_kwargs", "problem_type", "exits", "head", "head_kwargs")
+
+
+def describe_network(model: nn.Module) -> dict[str, Any]:
+    """Returns what a network was made with, as plain data; of a module without a config, its class."""
+    if not isinstance(model, EarlyExitPreTrainedModel):
+        return {"class": type(model).__name__}
+    made = {name: getattr(model.config, name) for name in _NETWORK}
+    return json.loads(json.dumps(made))  # as it is read back
+
+
 def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
     """Compares what a checkpoint was trained with against what it is to be continued with.
 
@@ -211,6 +236,13 @@ def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], checkpoint
             raise ConfigError(
                 f"--resume with {name}={value!r}, but {checkpoint} was written with {name}={before!r}: continue with"
                 f" --{name} {before}, or start a new run in another output_dir"
+            )
+    made, now_made = stored.get("student", now["student"]), now["student"]  # older checkpoints do not say
+    for name in sorted(made.keys() | now_made.keys()):
+        if made.get(name) != now_made.get(name):
+            raise ConfigError(
+                f"--resume with {name}={now_made.get(name)!r} of the network, but {checkpoint} was written with"
+                f" {made.get(name)!r}: restore it or start a new run in another output_dir"
             )
     texts = {
         "processes": "the number of processes",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from .distiller import Distiller
-
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 #: Columns of the bar itself and of what surrounds numbers in the format above, times of more than an hour included.
@@ -24,7 +23,7 @@ def progress_bar(distiller: Distiller) -> tqdm[Any]:
     return tqdm(
         total=distiller.total_steps,
         initial=distiller.position.step,
-        desc=f"epoch {distiller.position.epoch + 1}/{distiller.epochs}",
+        desc=f"epoch {min(distiller.position.epoch + 1, distiller.epochs)}/{distiller.epochs}",  # or all are done
         unit="step",
         bar_format=_FORMAT,
         ncols=_columns(),
@@ -33,6 +32,21 @@ def progress_bar(distiller: Distiller) -> tqdm[Any]:
         maxinterval=10.0 if terminal else 60.0,
         disable=not (distiller.args.progress_bar and distiller.accelerator.is_main_process),
     )
+
+
+def passing_bar(
+    over: Iterable[Any] | None, title: str, total: int | None = None, *, shown: bool = True, **options: Any
+) -> tqdm[Any]:
+    """Returns a bar that is gone when it is done; into a log file, which takes nothing back, it writes nothing.
+
+    Args:
+        over: What it runs over; None where the caller moves it.
+        title: What is being done.
+        total: How many there are; None where ``over`` knows.
+        shown: False for no bar.
+        **options: Of tqdm.
+    """
+    return tqdm(over, title, total, disable=not (shown and sys.stderr.isatty()), leave=False, **options)
 
 
 def show(bar: tqdm[Any], title: str, values: Mapping[str, Any]) -> None:

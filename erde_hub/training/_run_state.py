@@ -16,7 +16,7 @@ from torch import Tensor
 
 from erde_hub.errors import CheckpointError, NonFiniteLossError
 
-from ._checks import check_same_run
+from ._checks import check_same_run, describe_network
 from ._launch import run_on_main
 from .checkpointing import (
     fingerprint,
@@ -59,6 +59,7 @@ def identity(distiller: Distiller) -> dict[str, Any]:
         "loss": f"{type(loss).__name__}({loss.extra_repr()})",
         "data": distiller.data.fingerprint,
         "teacher": None if teacher is None else fingerprint(teacher),
+        "student": describe_network(distiller.student),
     }
 
 

@@ -160,6 +160,14 @@ def load_image_data(
     check_limits(limits)
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
     check_wish(check_images)
+    if dataset == "digits":
+        named = {"image_column": image_column, "label_column": label_column, "config_name": config_name}
+        for name, value in named.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name}={value!r} is not for 'digits', which has neither columns nor configurations: leave it out,"
+                    " or name another dataset"
+                )
     wishes = check_wishes(input_size, mean, std, interpolation, crop_pct, crop_mode)
     if streaming:
         for name, given in {"'digits'": dataset == "digits", **limits}.items():

@@ -21,6 +21,9 @@ from .augment import counter_hash
 from .data import ImageData, _digits, image_data_from_arrays
 from .data_splits import TEST_FRACTION, VALIDATION_FRACTION, hold_out
 
+#: What ``recipes/compare_losses.py`` calls them.
+DATASET = "coloured_digits"
+
 CLASS_NAMES = ("below five", "five or more")
 COLOURS = {"red": (255, 60, 60), "green": (60, 255, 60)}
 

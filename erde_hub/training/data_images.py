@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from erde_hub._files import set_default_mode
 from erde_hub.errors import DataError
 
+from ._progress import passing_bar
 from .data_preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes
 
 _logger = logging.getLogger(__name__)
@@ -244,9 +244,7 @@ def _decode_split(
         return DecodedImages(kept if whole else kept[rows], rows)
     pixels = np.empty((len(rows), *target.input_size[1:], 3), np.uint8)
     as_stored = size == target.input_size[1:] and target.crop_pct == 1.0
-    bar = tqdm(
-        encoded.iterate(None if whole else rows), "decoding images", len(rows), disable=not progress, leave=False
-    )
+    bar = passing_bar(encoded.iterate(None if whole else rows), "decoding images", len(rows), shown=progress)
     with bar:
         for position, (row, content) in enumerate(bar):
             image = decode(content, encoded.where(row))
@@ -339,7 +337,7 @@ def content_hash(
         mean_size = np.mean([len(content) for _, content in stored.iterate(spread(len(stored), 32))])
         every = mean_size * len(stored) <= _FULL_HASH_BYTES
         contents, total = stored.iterate(None if every else sample), len(stored) if every else len(sample)
-        for _, content in tqdm(contents, "hashing images", total, disable=not progress, leave=False):
+        for _, content in passing_bar(contents, "hashing images", total, shown=progress):
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
     return digest.hexdigest()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from erde_hub.errors import unknown_name
 
 from ._launch import available_cores
+from ._progress import passing_bar
 from .data_images import EncodedImages, header_size, spread
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def find_unreadable(
         return
     if how == "headers":
         rows = rows[spread(len(rows), _HEADERS)]
-        contents = tqdm(encoded.iterate(rows), "checking images", len(rows), disable=not progress, leave=False)
+        contents = passing_bar(encoded.iterate(rows), "checking images", len(rows), shown=progress)
         for row, content in contents:
             header_size(content, encoded.where(row))
         return
@@ -64,7 +64,7 @@ def find_unreadable(
     first = int(os.environ.get("LOCAL_RANK", "0")) * len(pieces) // processes
     threads = max(1, available_cores() // processes)
     executor = ThreadPoolExecutor(threads)  # Pillow decodes without holding Python's lock
-    bar = tqdm(total=len(rows), desc="checking images", disable=not progress, leave=False, delay=1.0)
+    bar = passing_bar(None, "checking images", len(rows), shown=progress, delay=1.0)
     try:
         for piece in [*pieces[first:], *pieces[:first]]:
             number = int(piece[0]) // _PIECE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,6 +95,15 @@ class Split(ABC):
     def inputs(self, positions: NDArray[np.int64], settings: BatchSettings, epoch: int) -> Batch:
         """Returns what the network reads of these positions in the split, by the names under which it takes it."""
 
+    @abstractmethod
+    def contents(self) -> Iterator[bytes]:
+        """Yields what each row holds, before it is augmented."""
+
+    def content_hashes(self) -> NDArray[np.int64]:
+        """Returns 64 bits of each row's content, (N,), by which it is known under any number and in any folder."""
+        digests = (hashlib.blake2b(content, digest_size=8).digest() for content in self.contents())
+        return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
+
 
 class ImageSplit(Split):
     """A split of images; ``preprocessing`` turns them into the network's input."""
@@ -151,6 +161,11 @@ class DecodedSplit(ImageSplit):
         """Returns uint8 (N, H, W, 3) for these positions in the split."""
         return self._store[self._positions[positions]]
 
+    def contents(self) -> Iterator[bytes]:
+        """Yields the pixels of each row, so that the file format is immaterial, with their size before them."""
+        shape = repr(self._store.shape[1:]).encode()
+        return (shape + self._store[position].tobytes() for position in self._positions)
+
 
 class EncodedSplit(ImageSplit):
     """A split whose images stay encoded on disk and are decoded each time they are asked for."""
@@ -168,6 +183,10 @@ class EncodedSplit(ImageSplit):
     def pixels(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Decodes, resizes and crops these positions of the split."""
         return self.preprocessing.pixels(self.images(positions))
+
+    def contents(self) -> Iterator[bytes]:
+        """Yields the file of each row as it is."""
+        return (content for _, content in self._encoded.iterate(self.indices.numpy()))
 
 
 def values_of_pixels(

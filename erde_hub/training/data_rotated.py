@@ -7,7 +7,7 @@ angles are a function of seed and sample: the same in every epoch, process and r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -63,6 +63,10 @@ class RotatedSplit(ImageSplit):
         """Returns uint8 (N, H, W, 3) for these positions in the split."""
         fill = [round(255 * mean) for mean in self.preprocessing.mean]
         return rotate(self._split.pixels(np.asarray(positions) // self._copies), self.labels[positions, 0], fill)
+
+    def contents(self) -> Iterator[bytes]:
+        """Yields the images as they are: turned another way, an image is known all the same."""
+        return (content for content in self._split.contents() for _ in range(self._copies))
 
 
 def rotated_images(data: ImageData, degrees: float = 45.0, copies: int = 1, seed: int = 0) -> ImageData:

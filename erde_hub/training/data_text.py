@@ -7,7 +7,7 @@ batches with ``input_ids`` and ``attention_mask`` of a split.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from erde_hub.errors import ConfigError, DataError, InputTypeError
 
+from ._progress import passing_bar
 from .data_base import LabelledData, check_limits
 from .data_images import content_digest
 from .data_loader import Batch, BatchSettings, Split
@@ -131,6 +131,10 @@ class TextSplit(Split):
             place = slice(longest - len(text), longest) if self._left else slice(0, len(text))
             ids[row, place], mask[row, place] = text, 1
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+    def contents(self) -> Iterator[bytes]:
+        """Yields the tokens of each row."""
+        return (self._texts[row].tobytes() for row in range(len(self)))
 
 
 @dataclass(kw_only=True)
@@ -309,7 +313,7 @@ def _tokenized_splits(
     for name, (origin, rows) in used.rows.items():
         tokens: list[list[int]] = []
         parts = range(0, len(rows), _AT_ONCE)
-        for start in tqdm(parts, f"tokenising {name}", disable=not progress or len(parts) < 2, leave=False):
+        for start in passing_bar(parts, f"tokenising {name}", shown=progress and len(parts) > 1):
             part = [texts[origin][row] for row in rows[start : start + _AT_ONCE]]
             tokens += tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
         empty = next((row for row, own in zip(rows, tokens, strict=True) if not own), None)

@@ -30,8 +30,8 @@ from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossErro
 from erde_hub.losses import ExitLoss, LossResult, create_loss
 from erde_hub.regression import REGRESSION
 
-from ._checks import all_exits, check_data, check_loss, check_models, exit_names, has_targets
-from ._launch import StopRequest, create_accelerator, run_on_main
+from ._checks import all_exits, check_data, check_kinds, check_loss, check_models, exit_names, has_targets
+from ._launch import StopRequest, create_accelerator, run_on_main, share_buffers
 from ._loss_inputs import LossInputs
 from ._meter import StepMeter, Totals, describe_non_finite
 from ._progress import flatten, progress_bar, show
@@ -39,7 +39,7 @@ from ._run_state import Position, gather, identity, restore, save
 from ._setup import count_steps, create_optimizer, place_models
 from .arguments import DistillationArguments
 from .data_loader import BatchLoader, network_inputs
-from .run_folder import CHECKPOINTS, check_run_folder
+from .run_folder import CHECKPOINTS, LOGS, check_run_folder
 from .schedules import create_schedule
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Distiller:
         callbacks: Called in order.
 
     Raises:
-        InputTypeError: Student or teacher is no module.
+        InputTypeError: Student or teacher is no module, or data, args or loss are something else than the above.
         ConfigError: Loss and teacher do not go together, teacher and student have different classes, the data do not
             fill one step, or a setting is not supported by the model, the device or the launcher.
         LabelError: A label outside the classes.
@@ -131,6 +131,7 @@ class Distiller:
         accelerator: Accelerator | None = None,
         callbacks: Sequence[DistillerCallback] = (),
     ) -> None:
+        check_kinds(data, args, loss)
         self.student, self.teacher, self.data, self.args, self.callbacks = student, teacher, data, args, callbacks
         self.loss = create_loss(loss) if isinstance(loss, str) else loss
         self.augment = args.augment or data.augment
@@ -248,9 +249,8 @@ class Distiller:
         model: nn.Module = self.student if self.average is None else self.average.module
         if self.sharded:
             model = self._wrapped
-        elif accelerator.num_processes > 1:
-            for buffer in model.buffers():  # each process has its own running statistics; rank 0's are the ones saved
-                torch.distributed.broadcast(buffer, src=0)
+        else:
+            share_buffers(model, accelerator)
         model.eval()
         precision = torch.float32 if device.type == "mps" else torch.float64
         sums = torch.zeros(3, len(self.exit_names), dtype=precision, device=device)
@@ -331,7 +331,7 @@ class Distiller:
         try:
             self._wrapped, self.optimizer = accelerator.prepare(self.student, optimizer)
             if args.report_to:
-                accelerator.project_configuration.logging_dir = str(Path(args.output_dir or ".") / "logs")
+                accelerator.project_configuration.logging_dir = str(Path(args.output_dir or ".") / LOGS)
                 accelerator.init_trackers("erde_hub", config=flatten(args.public_dict()))
             set_seed(args.seed, device_specific=True)
             if args.resume:

@@ -9,7 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
-from erde_hub.errors import ConfigError, RunExistsError
+from erde_hub.errors import CheckpointWriteError, ConfigError, RunExistsError
 
 from .checkpointing import newest_checkpoint
 
@@ -21,6 +21,8 @@ except ImportError:  # not on Windows
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+#: What trackers that write files leave.
+LOGS = "logs"
 #: Folders inside that of a distillation, for the networks that are trained beside the student.
 COMPANIONS = ("teacher", "static")
 #: What is left of the training of a static student.
@@ -32,6 +34,7 @@ _MARKS = ("config.json", "model.safetensors", "results.json", STATIC_STUDENT)
 _REST = (
     "preprocessor_config.json",
     "split.json",
+    "trained_on.safetensors",
     "sweep.csv",
     "frontier.png",
     "reliability.png",
@@ -63,8 +66,17 @@ def open_run_folder(
         RunExistsError: The folder holds a run, and neither ``resume`` nor ``overwrite`` is set.
         ConfigError: There is nothing to resume, both are set, or the path is not a folder, or one of other files; or
             another process trains there.
+        CheckpointWriteError: The folder cannot be made.
     """
-    folder = _find_run_folder(output_dir, config, resume, overwrite, Path(root))
+    try:
+        folder = _find_run_folder(output_dir, config, resume, overwrite, Path(root))
+    except RunExistsError:
+        raise
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"output_dir {str(output_dir or root)!r} cannot be written: {error.strerror or error}; choose another"
+            " --output_dir"
+        ) from error
     _hold(folder)
     if overwrite:
         for part in reversed(_parts(folder)):
@@ -98,7 +110,7 @@ def _find_run_folder(output_dir: str | Path | None, config: str, resume: bool, o
 
 
 def _is_ours(folder: Path) -> bool:
-    return folder.name.startswith(".") or folder.name in (CHECKPOINTS, *COMPANIONS)
+    return folder.name.startswith(".") or folder.name in (CHECKPOINTS, LOGS, *COMPANIONS)
 
 
 #: Folders that this process trains in, with the open files that say so to others.
@@ -165,7 +177,8 @@ def clear_run(folder: str | Path) -> None:
     folder = Path(folder)
     if not has_begun(folder):
         return
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, LOGS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for name in (*_MARKS, *_REST):
         (folder / name).unlink(missing_ok=True)
     if folder.name in COMPANIONS and not any(folder.iterdir()):

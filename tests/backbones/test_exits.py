@@ -141,6 +141,9 @@ def test_the_table_of_adapters():
         ("resnet", ["layer1", "layer1@0"], "names 'layer1@0' twice"),
         ("resnet", ["layer1", "fc"], "'fc' is at or behind the classifier"),
         ("vit", ["head"], "'head' is at or behind the classifier"),
+        ("resnet", ["global_pool"], "'global_pool' is at or behind the classifier, its pooling included"),
+        ("vit", ["fc_norm"], "'fc_norm' is at or behind the classifier"),
+        ("convnext", ["head.global_pool"], "'head.global_pool' is at or behind the classifier"),
         ("plain", ["fc"], "'fc' is at or behind the classifier"),
         ("resnet", [3], "must hold module names, got 3"),
         ("resnet", [], "exits is empty"),
@@ -189,10 +192,27 @@ def test_a_module_that_is_never_called_or_called_often():
     assert [p.name for p in list_exit_points(Odd(), input_size=(4,))] == ["a", "b"]
 
 
+def test_one_module_under_two_names():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.fc = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.again, self.entry = self.block, self.stem
+
+        def forward(self, x):
+            return self.fc(self.again(self.block(self.entry(x))))
+
+    with pytest.raises(ExitPointError, match=r"'again' is the same module as 'block'.*2 times.*\(block@0, block@1\)"):
+        EarlyExitWrapper(Twice(), exits=["again"], input_size=(4,))
+    with pytest.raises(ExitPointError, match=r"'entry' is the same module as 'stem'.*name it so \(stem\)"):
+        EarlyExitWrapper(Twice(), exits=["entry"], input_size=(4,))
+    assert EarlyExitWrapper(Twice(), exits=["stem", "block@0"], input_size=(4,)).exit_names[:2] == ["stem", "block@0"]
+
+
 @pytest.mark.parametrize(
     ("name", "exits"),
     [
-        ("resnet", ("act1", "layer1.0", "layer4", "global_pool")),
+        ("resnet", ("act1", "layer1.0", "layer4")),
         ("resnet", ("layer1@0",)),
         ("convnext", ("stem", "stages.1.blocks.0", "stages.1", "norm_pre")),
         ("vit", ("patch_embed", "blocks.1", "norm")),

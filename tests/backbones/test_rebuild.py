@@ -58,7 +58,7 @@ def test_a_wrong_argument_is_found():
     module = timm.create_model("resnet8_cifar", num_classes=3, width=4)
     with pytest.raises(RebuildError, match=r"now \{'width': 8\}"):
         EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 8})
-    with pytest.raises(ConfigError, match="do not fit resnet8_cifar"):
+    with pytest.raises(ConfigError, match=r"do not fit resnet8_cifar.*; did you mean 'width'"):
         EarlyExitWrapper(module, exits=1, backbone_kwargs={"widht": 4})
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers_fakes import CLASSES, TEXT, VISION, inputs, side, text, vision, wrap
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, list_exit_points
+from erde_hub.cost import flop_counter
 from erde_hub.errors import (
     CheckpointError,
     ConfigError,
@@ -211,6 +212,42 @@ def test_costs_are_counted_at_a_stated_length():
     layer = [n * (4 * 16 * 16 + 2 * 16 * 32) + n * n * 2 * 16 for n in (10, 20)]
     assert short[0].cumulative_macs == pytest.approx(layer[0], rel=0.02)
     assert long[0].cumulative_macs == pytest.approx(layer[1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_costs_on_the_meta_device_are_those_of_one_text_on_the_cpu(name):
+    """At every exit: by torch's counter of what ran, and by the shapes of what linear layers and attention get."""
+    model, length = wrap(name).requires_grad_(False), 11
+    table = model.exit_table(input_size=(length,))
+    ids = torch.arange(5, 5 + length)[None]
+    linear = {"sum": 0}
+
+    def count(module, args):
+        rows = args[0].numel() // args[0].shape[-1]
+        linear["sum"] += rows * module.weight.numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            module.register_forward_pre_hook(count)
+    for exit_index, row in enumerate(table):
+        thresholds = [1e-30] * len(model.heads)
+        if exit_index < len(model.heads):
+            thresholds[exit_index] = 100.0
+        linear["sum"], counter = 0, flop_counter()
+        with torch.no_grad(), counter:
+            assert model(input_ids=ids, threshold=thresholds).exit_index.tolist() == [exit_index]
+        assert row.cumulative_macs == counter.get_total_flops() // 2
+        layers = {"albert": [1, 3, 4]}.get(name, [1, 2, 4])[exit_index]
+        width, span, kernel = 16, 16, 3
+        by_hand = linear["sum"] + layers * 2 * length * length * width  # scores and weighted values
+        if name == "deberta":  # scores of positions, from either side, and the convolution behind the first layer
+            by_hand += layers * 2 * length * span * width + (exit_index > 0) * kernel * length * width * width
+        assert row.cumulative_macs == by_hand
+    points = {point.name: point.macs for point in list_exit_points(text(name), input_size=(length,))}
+    heads = 0
+    for row, head in zip(table, model.heads, strict=False):
+        heads += sum(layer.weight.numel() for layer in head.modules() if isinstance(layer, nn.Linear))
+        assert points[row.exit] == row.cumulative_macs - heads
 
 
 def test_recomputation_of_activations_changes_no_gradient():

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from erde_hub.errors import CheckpointWriteError, MissingDependencyError, ResultsError
@@ -88,6 +89,21 @@ def test_the_stored_threshold_is_marked():
     assert ring.get_markerfacecolor() == "none"
 
 
+def test_exits_and_the_cheapest_dot_have_their_names_where_everything_is_close():
+    results = make_results(exits=4)
+    for i, row in enumerate(results["per_exit"]):
+        row.update(macs=1_000_000 + 20_000 * i if i < 3 else 5_000_000, accuracy=0.7 + 0.001 * i)
+    figure, axes = draw({**results, "operating_point": results["sweep"][-1]})
+    assert {"layer0", "layer1", "layer2", "θ=2"} <= set(words(axes))
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[i + 1 :])
+    centre = axes.transData.transform((results["sweep"][-1]["mean_macs"] / 1e6, 70))
+    turns = np.linspace(0, 2 * np.pi, 60)
+    ring = centre + 7.5 * 100 / 72 * np.stack([np.cos(turns), np.sin(turns)], 1)
+    assert not any(box.contains(x, y) for box in boxes for x, y in ring), "words on the ring of the stored threshold"
+
+
 def test_a_teacher_of_similar_cost_is_a_point_and_none_is_nothing():
     _, axes = draw(make_results(teacher_macs=6_000_000))
     assert axes.get_xlim()[1] > 6
@@ -102,7 +118,7 @@ def test_a_teacher_of_similar_cost_is_a_point_and_none_is_nothing():
 def test_words_cover_neither_each_other_nor_the_data(exits, teacher_macs):
     figure, axes = draw(make_results(teacher_macs=teacher_macs, exits=exits, static=True))
     figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines that lead to them
     boxes += [axes.get_legend().get_window_extent()] if axes.get_legend() else []
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[i + 1 :]), words(axes)

@@ -121,6 +121,22 @@ def test_holds_the_contract_and_agrees_with_the_records():
     assert quarter["accuracy"] is None  # the first exit costs a third
 
 
+def test_a_last_exit_that_is_clearly_worse_than_an_earlier_one_is_a_warning():
+    def warnings(wrong, more=0):
+        """The last exit is wrong on some of 60 samples, the first on others, and the second on none."""
+        records = make_records()
+        records.logits[:] = 5.0 * torch.nn.functional.one_hot(records.labels, 10)
+        records.logits[2, :wrong] *= -1
+        records.logits[0, 60 - more :] *= -1
+        return make_results(records=records)["warnings"]
+
+    assert warnings(0) == []
+    assert warnings(9) == [], "3 standard deviations are chance"
+    (text,) = warnings(10, more=1)
+    assert "the last exit is right on 83.3 % of the samples, layer2 on 100.0 %: most often the training" in text
+    assert make_results()["warnings"] == []
+
+
 def test_a_bare_evaluation_and_descriptions_in_place_of_objects():
     results = build_results(make_records(), describe_model(make_model()), describe_data(make_data()), {}, fine=0)
     assert results["teacher"] is None

@@ -133,8 +133,8 @@ def test_local_data_and_a_known_base_model():
 def test_text_holds_the_numbers_in_one_format():
     _, text = split_card(render_model_card(make_results(), repo_id="org/name"))
     assert "| layer2 | 87.0 | 22.0 | 0.500 | - | 0.040 | - | - |" in text
-    assert "| 0.4 | 91.5 | 24.0 | 48.0 | 50.0 / 25.0 / 25.0 |" in text
-    assert "| 0.4 | 0.250 | 0.100 | 0.031 | - | - |" in text
+    assert "| 0.4 \\* | 91.5 | 24.0 | 48.0 | 50.0 / 25.0 / 25.0 |" in text
+    assert "| 0.4 \\* | 0.250 | 0.100 | 0.031 | - | - |" in text
     assert "**91.5 % accuracy at 24.0 MMACs**" in text
     # From the fine sweep: 0.9104 loses less than a point, 0.88 more.
     assert "threshold 0.53: 91.0 % at 20.0 MMACs, 40.0 % of the full cost" in text
@@ -163,11 +163,12 @@ def test_every_metric_is_shown_per_exit_and_per_threshold():
     results = make_results()
     results["per_exit"] = [row | more for row in results["per_exit"]]
     results["sweep"] = [row | more | {"eefp": None} for row in results["sweep"]]
+    results["operating_point"] = results["sweep"][1]
     facts = {"method": "split conformal, APS", "alpha": 0.1, "split": "validation", "samples": 5000}
     results["metrics"]["sets"] = facts
     text = render_model_card(results)
     assert "| layer2 | 87.0 | 98.7 | 22.0 | 0.500 | 0.200 | 0.040 | 0.061 | 0.810 | 90.5 | 2.35 |" in text
-    assert "| 0.4 | 98.7 | 0.250 | 0.200 | 0.031 | 0.061 | - | 90.5 | 2.35 |" in text
+    assert "| 0.4 \\* | 98.7 | 0.250 | 0.200 | 0.031 | 0.061 | - | 90.5 | 2.35 |" in text
     assert "(split conformal, APS, fitted on 5,000 validation images so that each exit alone reaches 90.0 %)" in text
 
 
@@ -177,6 +178,24 @@ def test_says_how_the_stored_threshold_was_chosen():
     assert "chosen: cheapest within a point, on the 5,000 images of the validation split." in text
     assert "chosen: given." in render_model_card(make_results(threshold_choice={"rule": "given"}))
     assert "How the threshold was chosen" not in render_model_card(make_results())
+
+
+def test_a_threshold_at_which_nobody_leaves_says_why_and_warnings_are_limits():
+    choice = {"rule": "a point", "never_exits": True, "advice": "Nobody leaves: 3 samples."}
+    text = render_model_card(make_results(threshold_choice=choice, warnings=["the last exit is bad"]))
+    assert "chosen: a point. Nobody leaves: 3 samples." in text
+    assert "## Limits\n\n- the last exit is bad\n" in text
+
+
+def test_the_stored_threshold_is_a_marked_row():
+    point = {**make_results()["sweep"][1], "threshold": 0.7, "accuracy": 0.905}
+    text = render_model_card(make_results(operating_point=point))
+    assert "`entropy`; \\* is the stored threshold; the shares" in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 0.")]
+    assert [row[0] for row in rows] == ["| 0.4", "| 0.7 \\*"] * 2
+    assert rows[1][1] == "90.5"
+    without = render_model_card({**make_results(), "operating_point": None})
+    assert "\\*" not in without
 
 
 def test_tables_are_well_formed():

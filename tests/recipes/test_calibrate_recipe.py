@@ -72,7 +72,8 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     assert "threshold_profile" not in config_of(run) or config_of(run)["threshold_profile"] is None
     call(calibrate, *flags)
     printed = capsys.readouterr().out
-    assert "wanted: loss of accuracy against the full model at most 20 % with 80 % confidence" in printed
+    assert f"10 classes (what {run} was trained on)" in printed
+    assert "wanted: loss of accuracy against the full model at most 20 points with 80 % confidence" in printed
     profile = config_of(run)["threshold_profile"]
     assert profile["samples"] == 144
     assert profile["split"] == "validation"
@@ -136,7 +137,7 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
 
 
 def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, run, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate.recipe, "rows_trained_on", lambda model, records: records.index[:2])
+    monkeypatch.setattr(calibrate.recipe, "rows_trained_on", lambda model, records, split: records.index[:2])
     with pytest.raises(DataError, match="2 of 144 samples were trained on"):
         call(calibrate, "--model", run, "--max_accuracy_drop", 0.2, "--cpu_threads", 1)
     call(evaluate, "--model", run, "--cpu_threads", 1, "--output_dir", "e", "--set_alpha", 0)
@@ -156,8 +157,11 @@ def test_refusals_come_before_data_are_read(call, run):
 
 def test_the_simulation_writes_its_table(call, tmp_path):
     call(simulate_guarantee, "--output", "s.json", "--sizes", 400, "--draws", 2, "--population", 2000,
-         "--other_bounds", 0.05)  # fmt: skip
-    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+         "--other_bounds", 0.05, "--near_bounds", 0.04, "--near_samples", 300)  # fmt: skip
+    results = json.loads((tmp_path / "s.json").read_text())
+    rows = results["rows"]
+    assert [(row["bound"], row["samples"]) for row in results["nearby"]] == [(0.04, 300)]
+    assert all(0 <= row["ceiling"] < 1 for row in rows)
     methods = {row["method"] for row in rows}
     assert {f"{m}, {k}" for m in ("search", "crc", "ltt", "exact", "ucb") for k in ("shared", "per exit")} < methods
     assert {"greedy (earlyon)", "guarantee, shared", "guarantee, per exit"} < methods

@@ -119,7 +119,7 @@ def test_install_is_what_make_does(folder):
     assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     printed = run(folder, "make --dry-run --always-make demo")
     assert f'pip install -e ".[{extra}]"' in printed
-    assert "accelerate launch" in printed
+    assert "/python recipes/distill.py" in printed  # a launcher in between would answer Ctrl-C with its own traceback
 
 
 def test_own_images_and_network(folder):

@@ -64,6 +64,7 @@ def test_it_trains_fits_and_measures(monkeypatch, tmp_path, capsys):
         (["--draws", "0"], "draws must be at least 1, got 0"),
         (["--widths", "-3"], "widths must be degrees of at least 0"),
         (["--architecture", "resnet10_cifer"], "did you mean 'resnet10_cifar'"),
+        (["--architecture_kwargs", "num_classes=3"], "'num_classes' cannot be a creation argument of 'resnet10_cifar'"),
         (["--degrees", "200"], "degrees must be above 0 and at most 180, got 200"),
     ],
 )

@@ -91,6 +91,12 @@ def test_digits_can_be_told_apart_by_a_linear_model():
     assert ((x @ weights).argmax(1) == y).float().mean() > 0.85
 
 
+@pytest.mark.parametrize("name", ["image_column", "label_column", "config_name"])
+def test_digits_have_no_columns(name):
+    with pytest.raises(ConfigError, match=rf"{name}='nope' is not for 'digits'"):
+        load_image_data("digits", **{name: "nope"})
+
+
 def test_digits_need_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingDependencyError, match="pip install scikit-learn"):

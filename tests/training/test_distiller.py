@@ -451,6 +451,34 @@ def test_resuming_with_another_teacher_loss_data_or_network_is_refused(data, tmp
     assert result.step == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_kwargs": {"dropout": 0.1}}, r"head_kwargs=\{'dropout': 0.1\}.* was written with"),
+        ({"exits": ("layer1", "layer3")}, "exits="),
+    ],
+)
+def test_resuming_with_another_network_of_the_same_shapes_is_refused(data, tmp_path, changes, words):
+    settings = {"output_dir": str(tmp_path / "run"), "max_steps": 1}
+    train(data, "ce", network(), **settings)
+    with pytest.raises(ConfigError, match=words):
+        train(data, "ce", network(**changes), resume=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": None}, "data must come from load_image_data"),
+        ({"args": {"epochs": 1}}, r"args must be DistillationArguments\(...\), got dict"),
+        ({"loss": None}, "loss must be a key such as 'erde' or an ExitLoss, got None"),
+        ({"loss": ERDELoss}, r"write ERDELoss\(\)"),
+    ],
+)
+def test_things_of_another_kind_are_refused(data, changes, words):
+    with pytest.raises(InputTypeError, match=words):
+        Distiller(**{"student": TinyExits(), "data": data, "args": make_args(), "loss": "ce", **changes})
+
+
 def test_a_folder_with_a_run_is_refused_before_time_is_lost(data, tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "max_steps": 2}
     train(data, **settings)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from erde_hub.errors import ConfigError, RunExistsError
+from erde_hub.errors import CheckpointWriteError, ConfigError, RunExistsError
 from erde_hub.training import open_run_folder, run_folder
 from erde_hub.training.run_folder import holds_run, newest_run
 
@@ -47,7 +47,7 @@ def test_a_folder_with_a_run_is_not_taken_by_accident(tmp_path, left):
 def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
     folder = tmp_path / "run"
     left = ["split.json", "results.json", "static/static_student.json", "static/checkpoints/step-000001/state.pt",
-            "teacher/split.json", "teacher/config.json", "records.safetensors"]  # fmt: skip
+            "logs/erde_hub/events", "teacher/split.json", "teacher/config.json", "records.safetensors"]  # fmt: skip
     for name in [*left, "static/notes.txt", "notes.txt"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
@@ -58,6 +58,14 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
     (folder / "static" / "static_student.json").write_text("{}")
     with pytest.raises(RunExistsError):
         open_run_folder(folder, "digits")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointWriteError, match=r"output_dir '.*file/run' cannot be written.*another --output_dir"):
+        open_run_folder(tmp_path / "file" / "run", "digits")
+    with pytest.raises(CheckpointWriteError, match=r"output_dir '.*file' cannot be written"):
+        open_run_folder(None, "digits", root=tmp_path / "file")
 
 
 @pytest.mark.parametrize("part", [".", "teacher", "static"])

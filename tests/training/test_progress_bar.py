@@ -52,3 +52,18 @@ def test_it_fits(draw, columns):
 def test_one_term_is_the_loss(draw):
     line = draw(200, {**VALUES, "terms": {"ce": 1.23456}})
     assert line.endswith("12/46/79/100% right, loss 1.23")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_passing_bar_leaves_behind(monkeypatch, terminal):
+    """In a log file it would stand in front of the next line, which is printed behind it."""
+    seen = io.StringIO()
+    seen.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", seen)
+    assert list(_progress.passing_bar(range(3), "hashing images")) == [0, 1, 2]
+    written = seen.getvalue()
+    assert ("hashing images" in written) == terminal
+    assert written.split("\r")[-2:] == (["".ljust(len(written.split("\r")[-2])), ""] if terminal else [""])
+    with _progress.passing_bar(None, "checking images", 3, shown=False) as bar:
+        bar.update(3)
+    assert seen.getvalue() == written

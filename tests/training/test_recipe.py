@@ -258,6 +258,8 @@ def test_folders_without_a_checkpoint_and_other_models_are_refused(tmp_path):
     (tmp_path / "runs" / "digits-1" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no folder '.*digits-2'; did you mean '.*digits-1'\?"):
         recipe.load_model(str(tmp_path / "runs" / "digits-2"))
+    with pytest.raises(CheckpointError, match=r"no folder '[^']*nope' \(there are: "):
+        recipe.load_model(str(tmp_path / "runs" / "nope"))
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         recipe.load_model("nobody/nothing")
 

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from erde_hub.calibration import check_calibration_data
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import ExitRecords, save_results
 from erde_hub.training import recipe
 from erde_hub.training.data import load_image_data
+from erde_hub.training.data_rotated import rotated_images
+from erde_hub.training.data_text import TextSplit, TokenizedTexts
 from erde_hub.training.recipe import run_data, steps
 from erde_hub.training.recipe_arguments import TrainedDataArguments
 
@@ -86,11 +90,65 @@ def test_rows_that_were_trained_on_are_recognised_by_their_number(tmp_path, data
     mixed = make_records(data, "validation", torch.cat([data.validation.indices, seen]))
     found = recipe.rows_trained_on(str(tmp_path), mixed)
     assert found.tolist() == seen.tolist()
-    with pytest.raises(DataError, match=f"3 of 147 samples were trained on .the first has index {int(seen[0])}"):
+    with pytest.raises(DataError, match=f"3 of 147 samples were trained on .index {int(seen[0])}, "):
         check_calibration_data(mixed, found)
     assert recipe.rows_trained_on(str(tmp_path), dataclasses.replace(mixed, info={"fingerprint": "other"})) is None
     elsewhere = dataclasses.replace(mixed, info={**mixed.info, "source": "test"})
     assert len(recipe.rows_trained_on(str(tmp_path), elsewhere)) == 0
+
+
+def save_images(folder, pixels, labels):
+    for row, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+        place = folder / "train" / str(label) / f"{row:04d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place)
+    return load_image_data(folder, progress=False, cache_dir=folder.parent / f"{folder.name}_cache")
+
+
+def test_images_that_were_trained_on_are_recognised_in_another_folder_and_order(tmp_path, data):
+    recipe.run_data.save_trained_on(data, tmp_path)
+    assert (tmp_path / "trained_on.safetensors").stat().st_size < 8 * len(data.train) + 500
+    train, test = (part.pixels(np.arange(60)) for part in (data.train, data.test))
+    labels = np.tile(np.arange(10), 6)
+    for images, known in ((train[::-1], True), (test, False)):
+        other = save_images(tmp_path / str(known), images, labels)
+        assert other.fingerprint != data.fingerprint
+        for split in ("train", "validation"):
+            records = make_records(other, split)
+            assert recipe.rows_trained_on(str(tmp_path), records) is None, "by number nothing is known"
+            found = recipe.rows_trained_on(str(tmp_path), records, getattr(other, split))
+            assert found.tolist() == (records.index.tolist() if known else [])
+    records = make_records(data, "validation")
+    with pytest.raises(DataError, match=r"144 of 144 samples were trained on .index \d+, \d+, \d+, \d+, \d+, \.\.\.."):
+        check_calibration_data(records, records.index)
+    (tmp_path / "trained_on.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"trained_on\.safetensors of .* is damaged"):
+        recipe.rows_trained_on(str(tmp_path), records, other.validation)
+
+
+def test_large_images_texts_and_turned_images_are_known_by_what_they_hold(tmp_path, data):
+    pixels = torch.randint(
+        256, (12, 110, 100, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    ).numpy()
+    labels = torch.arange(12) % 2
+    first = save_images(tmp_path / "first", pixels, labels.numpy())
+    second = save_images(tmp_path / "second", pixels[::-1], labels.numpy())
+    assert type(first.train).__name__ == "EncodedSplit"
+    held = [
+        np.concatenate([getattr(d, s).content_hashes() for s in ("train", "validation", "test")])
+        for d in (first, second)
+    ]
+    assert len(set(held[0].tolist())) == 12
+    assert sorted(held[0]) == sorted(held[1])
+    texts = [
+        TextSplit("train", labels[:3], torch.arange(3), TokenizedTexts.of(own), 0)
+        for own in ([[1, 2], [3], [1]], [[1], [9], [1, 2]])
+    ]
+    hashes = [split.content_hashes().tolist() for split in texts]
+    assert (hashes[0][0], hashes[0][2]) == (hashes[1][2], hashes[1][0])
+    assert hashes[0][1] != hashes[1][1]
+    turned = rotated_images(data, copies=2).train
+    assert turned.content_hashes().tolist() == np.repeat(data.train.content_hashes(), 2).tolist()
 
 
 def test_the_stored_threshold_has_one_row_in_the_table(tmp_path):
@@ -114,3 +172,6 @@ def test_the_stored_threshold_has_one_row_in_the_table(tmp_path):
     results["threshold_choice"] = {"split": "validation", "samples": 1000, "confidence": 0.9, "bound": 0.03}
     text = recipe.format_results({**results, "sweep": rows, "operating_point": rows[0]})
     assert "chosen on 1,000 validation samples to lose at most 3 points of accuracy with 90 % confidence" in text
+    results["threshold_choice"] |= {"never_exits": True, "advice": "Nobody leaves: too few."}
+    text = recipe.format_results({**results, "sweep": rows, "operating_point": rows[0], "warnings": ["short."]})
+    assert "\n\n* stored threshold. Nobody leaves: too few.\n\nWarning: short." in text

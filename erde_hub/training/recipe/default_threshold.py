@@ -53,9 +53,13 @@ def store_default_threshold(model: EarlyExitWrapper, records: ExitRecords) -> di
     if choice is not None:
         choice.store(model)
         profile = choice.to_dict()
-        kept = ("target", "bound", "confidence", "method", "upper_bound", "saving", "advice")
+        kept = ("target", "bound", "confidence", "method", "upper_bound", "saving", "never_exits", "advice")
         return said | {key: profile[key] for key in kept}
     if model.policy.uses_threshold and records.num_exits > 1:
         model.threshold = model.policy.never_threshold
-        said["advice"] = f"Nobody leaves: fewer than {MIN_SAMPLES} validation samples."
+        said |= {
+            "never_exits": True,
+            "advice": f"Nobody leaves: choosing a threshold takes {MIN_SAMPLES} validation samples, and there are"
+            f" {records.num_samples}.",
+        }
     return said

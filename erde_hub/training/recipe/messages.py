@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers.utils import logging as hf_logging
 
 from erde_hub.backbones import get_adapter
 from erde_hub.backbones.base import format_table
-from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
+from erde_hub.calibration.choice import describe_bound
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, with_point
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.training._checks import describe_exit_map
@@ -50,30 +51,33 @@ def format_results(results: Mapping[str, Any]) -> str:
     tables = [format_table(("always leave at", "accuracy %", "MMACs", "cost"), rows)]
     point = results.get("operating_point")
     if len(per_exit) > 1:
-        points = _with_point(results["sweep"], point)
+        points = with_point(results["sweep"], point)
         policy = results["student"].get("policy")
         tables.append(
             format_table(
                 ("threshold", "accuracy %", "mean MMACs", "cost", f"leave at {' / '.join(names)} (%)"),
                 [
                     (
-                        f"{threshold_label(row['threshold'], policy)}{mark}",
+                        threshold_label(row["threshold"], policy) + " *" * stored,
                         percent(row["accuracy"]),
                         mmacs(row["mean_macs"]),
                         f"{row['mean_macs'] / full['macs']:.0%}",
                         " / ".join(f"{100 * share:.0f}" for share in row["exit_share"]),
                     )
-                    for row, mark in points
+                    for row, stored in points
                 ],
             )
         )
         how = results.get("threshold_choice", {})
-        if point is not None and how.get("split"):
+        if point is not None and how.get("never_exits"):
+            tables.append(f"* stored threshold. {how['advice']}")
+        elif point is not None and how.get("split"):
             tables.append(f"* stored threshold, chosen on {how['samples']:,} {how['split']} samples{_promise(how)}")
             if how.get("advice"):
                 tables.append(how["advice"])
         elif point is not None:
             tables.append("* stored threshold")
+    tables += [f"Warning: {text}" for text in results.get("warnings", [])]
     times = results.get("training") or {}
     if times.get("run_seconds") is not None:
         whole, own = duration(times["run_seconds"]), duration(times["seconds"])
@@ -81,29 +85,12 @@ def format_results(results: Mapping[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _with_point(
-    sweep: Sequence[Mapping[str, Any]], point: Mapping[str, Any] | None
-) -> list[tuple[Mapping[str, Any], str]]:
-    """Rows by rising threshold, each with its mark: the stored threshold takes the place of a step that is the same."""
-    rows = [(row, "") for row in sweep]
-    if point is not None:
-
-        def is_point(row: Mapping[str, Any]) -> bool:
-            same_end = row["threshold"] == "inf" and row["exit_share"] == point["exit_share"]
-            return row["threshold"] == point["threshold"] or same_end
-
-        rows = [(row, mark) for row, mark in rows if not is_point(row)] + [(point, " *")]
-    if not any(isinstance(row["threshold"], list) for row, _ in rows):
-        rows.sort(key=lambda entry: float(entry[0]["threshold"]))
-    return rows
-
-
 def _promise(how: Mapping[str, Any]) -> str:
     """What the choice of a threshold promises, in words; empty where it promises nothing."""
     sure, bound = how.get("confidence"), how.get("bound", 0.01)
     if sure is None or how.get("target", "accuracy_drop") != "accuracy_drop":
         return ""
-    points = f"{100 * bound:g} point{'' if bound == 0.01 else 's'}"
+    points = describe_bound("accuracy_drop", bound)
     return f" to lose at most {points} of accuracy with {100 * sure:.0f} % confidence"
 
 
@@ -151,14 +138,20 @@ def describe_network(
     return text
 
 
-def describe_data(data: LabelledData) -> str:
-    """One line that says what the data are."""
+def describe_data(data: LabelledData, trained: str | None = None) -> str:
+    """One line that says what the data are.
+
+    Args:
+        data: All three splits.
+        trained: The model whose run says which data these are; None where the user named them.
+    """
     shape = data.input_size
     size = f"up to {shape[0]} tokens" if data.kind == "text" else f"{shape[1]}x{shape[2]}"
     counts = {name: getattr(data, name).num_samples for name in ("train", "validation", "test")}
     known = None not in counts.values()
     sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items()) if known else "streamed"
-    return f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes"
+    origin = "" if trained is None else f" (what {trained} was trained on)"
+    return f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes{origin}"
 
 
 def configure_logging(main_process: bool) -> None:

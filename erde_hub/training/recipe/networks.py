@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from erde_hub.backbones.timm import nearest_argument
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError, nearest
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.training.arguments import DistillationArguments
@@ -119,7 +120,7 @@ def build_model(
     kwargs = dict(kwargs or {})
     torch.manual_seed(seed)
     texts = isinstance(data, TextData)
-    create = _create_encoder if texts else _create_timm
+    create = _create_encoder if texts else create_backbone
     backbone = create(architecture, data, kwargs, pretrained)
     return add_exits(backbone, data, exits, places=places, backbone_kwargs=None if texts else kwargs)
 
@@ -169,7 +170,20 @@ def _create_encoder(architecture: str, data: Any, kwargs: dict[str, Any], pretra
     return create_encoder(architecture, data, kwargs, pretrained)
 
 
-def _create_timm(architecture: str, data: LabelledData, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+def create_backbone(
+    architecture: str, data: LabelledData, kwargs: Mapping[str, Any], pretrained: bool = False
+) -> nn.Module:
+    """Creates a network of timm for the data's classes, without exits.
+
+    Args:
+        architecture: timm name.
+        data: For the number of classes.
+        kwargs: Further creation arguments.
+        pretrained: Start from published weights.
+
+    Raises:
+        ConfigError: No such network, an argument that it does not take, or weights that cannot be had.
+    """
     check_architecture(architecture)
     reserved = {"num_classes", "pretrained", "checkpoint_path"} & kwargs.keys()
     if reserved:
@@ -177,7 +191,8 @@ def _create_timm(architecture: str, data: LabelledData, kwargs: dict[str, Any], 
     try:
         return timm.create_model(architecture, pretrained=pretrained, num_classes=data.num_classes, **kwargs)
     except TypeError as error:
-        raise ConfigError(f"{architecture!r} cannot be created with {kwargs}: {error}") from error
+        hint = nearest_argument(error, architecture)
+        raise ConfigError(f"{architecture!r} cannot be created with {dict(kwargs)}: {error}{hint}") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -212,9 +227,10 @@ def load_model(name: str, **overrides: Any) -> EarlyExitWrapper:
         CheckpointError: There is none, or it is damaged.
     """
     folder = Path(name).expanduser()
-    runs = [] if folder.exists() else sorted(str(config.parent) for config in folder.parent.glob("*/config.json"))
+    runs = [] if folder.exists() else sorted(config.parent for config in folder.parent.glob("*/config.json"))
     if runs:  # beside runs of this machine: a slip, and not a repository, which may take minutes to be missed
-        raise CheckpointError(f"there is no folder {name!r}{nearest(name, runs)} (there are: {', '.join(runs[:8])})")
+        hint = nearest(folder.name, (run.name for run in runs))
+        raise CheckpointError(f"there is no folder {name!r}{hint} (there are: {', '.join(map(str, runs[:8]))})")
     try:
         return EarlyExitWrapper.from_pretrained(str(folder) if folder.is_dir() else name, **overrides)
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ from erde_hub.training.recipe_arguments import ExitArguments
 
 from .default_threshold import store_default_threshold
 from .encoders import published_base
-from .run_data import SPLIT_FILE
+from .run_data import SPLIT_FILE, save_trained_on
 from .steps import Run, collect
 
 
@@ -93,6 +93,7 @@ def report(
         run.data.save_preprocessing(folder)
         if run.data.plan is not None:
             run.data.save_split(folder / SPLIT_FILE)
+        save_trained_on(run.data, folder)
         write_report(results, folder)
         return results
 

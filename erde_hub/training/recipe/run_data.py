@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
-from erde_hub.errors import ConfigError
+from erde_hub._files import replacing
+from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import ExitRecords, load_results
+from erde_hub.training.data_base import LabelledData
+from erde_hub.training.data_loader import Split
 from erde_hub.training.data_splits import StoredSplit
+from erde_hub.training.data_stream import StreamSplit
 from erde_hub.training.recipe_arguments import DataArguments
 
 SPLIT_FILE = "split.json"
 RESULTS_FILE = "results.json"
+#: Hashes of the samples that were trained on, 8 bytes each.
+TRAINED_ON_FILE = "trained_on.safetensors"
 
 #: Arguments of the data that belong to one data set and are taken from the run together with it.
 _OF_THE_DATA = ("dataset_config", "image_column", "text_column", "label_column")
@@ -68,28 +77,58 @@ def data_of_run(model: str, args: DataArguments) -> tuple[DataArguments, str | N
     return dataclasses.replace(args, dataset=name, **same), dataset.get("fingerprint")
 
 
-def rows_trained_on(model: str, records: ExitRecords) -> torch.Tensor | None:
+def save_trained_on(data: LabelledData, folder: Path) -> None:
+    """Writes hashes of the samples that a run trained on, 8 bytes each; nothing for a stream.
+
+    Raises:
+        CheckpointWriteError: The file cannot be written.
+    """
+    if not isinstance(data.train, Split):
+        return
+    hashes = torch.from_numpy(np.unique(data.train.content_hashes()))
+    with replacing(folder / TRAINED_ON_FILE) as temporary:
+        save_file({"hashes": hashes}, temporary, {"format": "erde_hub.trained_on/1"})
+
+
+def rows_trained_on(model: str, records: ExitRecords, split: Split | StreamSplit | None = None) -> torch.Tensor | None:
     """Returns those sample indices of records that the run of a model was trained on; None where nothing is known.
 
-    The run's ``split.json`` lists the rows that were held out of the source split from which the training rows come. It
-    speaks of records whose data have the same fingerprint.
+    Of the data of the run, which have its fingerprint, rows are known by their number: the run's ``split.json`` lists
+    those that were held out of the source split from which the training rows come. Other data may hold the same
+    samples in another folder or order; these are known by their content, of which ``trained_on.safetensors`` has
+    hashes: pixels of small images, files of large ones, tokens of texts.
 
     Args:
         model: Folder or Hub repository of the model.
         records: From :func:`~erde_hub.training.recipe.collect`.
+        split: What the records were collected on; without it, or of a stream, contents are not compared.
 
     Raises:
-        DataError: The file is damaged.
+        DataError: One of the two files is damaged.
     """
     path = run_file(model, SPLIT_FILE)
-    if path is None:
-        return None
-    stored = StoredSplit.read(path)
+    stored = None if path is None else StoredSplit.read(path)
+    same = stored is not None and not stored.streamed and records.info.get("fingerprint") == stored.fingerprint
+    if stored is None or not same or "source" not in records.info:
+        return _known_by_content(model, records, split)
     source = stored.info["train"]["source"]
-    if stored.streamed or records.info.get("fingerprint") != stored.fingerprint or "source" not in records.info:
-        return None
     if records.info["source"] != source:
         return records.index[:0]
     held = [rows for name, rows in stored.rows.items() if name != "train" and stored.info[name]["source"] == source]
     known = torch.from_numpy(np.concatenate([*held, np.empty(0, np.int64)]))
     return records.index[~torch.isin(records.index, known)]
+
+
+def _known_by_content(model: str, records: ExitRecords, split: Split | StreamSplit | None) -> torch.Tensor | None:
+    path = run_file(model, TRAINED_ON_FILE)
+    if path is None or not isinstance(split, Split):
+        return None
+    try:
+        trained = load_file(path)["hashes"].numpy()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise DataError(
+            f"{TRAINED_ON_FILE} of {model!r} is damaged, so that nobody can tell which samples were trained on:"
+            f" {error}; restore it, or delete it to go on without"
+        ) from error
+    seen = torch.from_numpy(np.isin(split.content_hashes(), trained))
+    return records.index[torch.isin(records.index, split.indices[seen])]

@@ -24,6 +24,7 @@ from erde_hub.training._launch import run_on_main
 from erde_hub.training.arguments import DistillationArguments
 from erde_hub.training.data import BatchLoader, load_image_data
 from erde_hub.training.data_base import LabelledData
+from erde_hub.training.data_coloured import DATASET as COLOURED
 from erde_hub.training.data_splits import StoredSplit
 from erde_hub.training.data_text import load_text_data
 from erde_hub.training.distiller import Distiller, TrainResult
@@ -102,8 +103,14 @@ def load_data(
 
     Raises:
         DataError, LabelError, ConfigError: See :func:`~erde_hub.training.data.load_image_data` and
-            :func:`~erde_hub.training.data_text.load_text_data`; also an argument for data of the other kind.
+            :func:`~erde_hub.training.data_text.load_text_data`; also an argument for data of the other kind, and
+            coloured digits, which one recipe makes.
     """
+    if args.dataset == COLOURED and not Path(COLOURED).is_dir():
+        raise ConfigError(
+            f"{COLOURED!r} are made by recipes/compare_losses.py, which also measures their groups: compare losses on"
+            f" them with python recipes/compare_losses.py --dataset {COLOURED}, or give other data"
+        )
     texts = bool(preprocessing) and "tokenizer" in dict(preprocessing or {})
     for name in ("image_column", "image_size", "streaming") if texts else ("text_column", "max_length"):
         if getattr(args, name):
