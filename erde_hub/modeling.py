@@ -169,9 +169,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 raise ExitPointError(f"{type(backbone).__name__} has no stage {name!r}{nearest(path, modules)}")
         if config.exit_features:
             specs = [FeatureSpec.from_dict(values) for values in config.exit_features]
-            if not adopted:
-                for name, spec in zip(names, specs, strict=True):
-                    adapter.check_spec(backbone, name, spec)
         else:
             specs = [adapter.declared_spec(backbone, name) for name in names]
             right = [name for name in modules if name in names]
@@ -202,6 +199,9 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
         if on_meta and not adopted:
             self._check_is_as_large_as_its_file()
+        if not adopted:
+            for name, spec in zip(names, specs, strict=True):
+                adapter.check_spec(backbone, name, spec)
         weight = next((p for p in backbone.parameters() if p.is_floating_point()), None)
         if adopted and weight is not None and not on_meta:
             self.heads.to(weight.device, weight.dtype)

@@ -122,7 +122,7 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
     far = teacher is not None and teacher["macs"] > _TEACHER_ON_AXIS * final["macs"]
     if teacher is not None and not far:
         axes.plot(*_points([teacher], "macs"), "*", color=_RED, markersize=15, label="teacher", **white)
-    axes.set_xlabel("mean cost per image (MMACs)")
+    axes.set_xlabel(f"mean cost per {results.get('dataset', {}).get('kind', 'image')} (MMACs)")
     axes.set_ylabel("accuracy (%)")
     axes.margins(x=0.07, y=0.1)
     left, right = axes.get_xlim()

@@ -62,6 +62,12 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+def test_the_cost_of_a_text_is_no_images():
+    results = make_results()
+    _, axes = draw(results | {"dataset": {**results["dataset"], "kind": "text"}})
+    assert axes.get_xlabel() == "mean cost per text (MMACs)"
+
+
 def test_shows_everything_that_was_run():
     _, axes = draw(make_results(static=True))
     assert legend(axes) == [
