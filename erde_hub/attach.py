@@ -169,7 +169,8 @@ def count_classes(model: nn.Module, adapter: BackboneAdapter, traced: Trace, pro
         )
     if declared is not None and declared != logits.shape[1]:
         raise InputTypeError(
-            f"{type(model).__name__} says {adapter.classes_attribute}={declared} but returns {logits.shape[1]} logits"
+            f"{type(model).__name__} says {adapter.classes_attribute}={declared} but returns {logits.shape[1]} logits:"
+            f" after replacing its classifier, set model.{adapter.classes_attribute} = {logits.shape[1]} as well"
         )
     return int(logits.shape[1])
 

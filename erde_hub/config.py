@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .attention import ATTENTION
 from .calibration import get_calibrator
-from .errors import ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
+from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
 from .heads import FeatureSpec, get_head
 from .heads_only import check_backbone_weights
 from .losses.exit_weights import check_exit_weights, weights_per_exit
@@ -272,6 +272,12 @@ def _check_stored(values: Any) -> None:
     """Refuses what transformers would act on before the fields are checked."""
     if not isinstance(values, dict):
         raise ConfigError(f"a stored config must be a mapping, got {type(values).__name__}")
+    kind = values.get("model_type")
+    if kind is not None and not str(kind).startswith(EarlyExitConfig.model_type):  # truncated models have one as well
+        raise CheckpointError(
+            f"a {kind!r} model without exits cannot be loaded as one with exits: load it with its own class and give it"
+            " exits, EarlyExitWrapper(model, exits=...)"
+        )
     number = values.get("num_labels")
     if number is not None and (
         isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= _MAX_CLASSES

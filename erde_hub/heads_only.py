@@ -141,11 +141,11 @@ def read_backbone(backbone_cls: type[nn.Module] | None, config: Any, path: Path)
         if backbone_cls is None:
             return load_file(path)
         with quiet_loading(), torch.random.fork_rng(devices=[]):  # what the file does not hold is drawn at random
+            # The tensors of this very file: a folder would be searched for one with the usual name.
             loaded, info = backbone_cls.from_pretrained(  # type: ignore[attr-defined]
-                path.parent,
+                None,
                 config=config,
-                use_safetensors=True,
-                local_files_only=True,
+                state_dict=load_file(path),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )

@@ -13,6 +13,7 @@ from . import __version__, fitted
 from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone
 from .backbones import BackboneAdapter, get_adapter
 from .backbones.base import parse_exit, tap_exits
+from .backbones.rebuild import check_config_builds
 from .calibration import Calibrator, create_calibrator
 from .compilation import CompiledSteps, no_stages
 from .config import EarlyExitConfig, read_field
@@ -425,6 +426,9 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
         heads: Any = self.heads
         return list(zip(self.exit_names, [*heads, None], strict=True))
+
+    def _check_config_builds_it(self) -> None:
+        check_config_builds(self, self._adapter)
 
     def _drive(self, checkpointed: bool) -> Drive:
         if self._taps:

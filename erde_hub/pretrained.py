@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import inspect
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from . import __version__
 from ._files import replacing_all
@@ -33,6 +35,8 @@ from .preprocessing import build_image_processor, check_preprocessing
 from .regression import REGRESSION, check_targets, mean_squared_error
 from .routing import Drive, ExitTap
 from .token_level import check_token_labels, token_cross_entropy
+
+logger = logging.getLogger(__name__)
 
 #: Arguments of ``save_pretrained`` that say how to upload and not what to save.
 _HUB_ARGUMENTS = (
@@ -56,6 +60,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     config: EarlyExitConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    _told_of_no_preprocessing = False
     input_modalities = ("image",)
     accepts_loss_kwargs = False
     _supports_sdpa = True
@@ -67,6 +72,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     _taps: list[ExitTap]
     #: Exit tables by input size.
     _costs: dict[tuple[int, ...], ExitTable]
+
+    def _check_config_builds_it(self) -> None:
+        """Raises what loading would raise, while the model that is to be saved still lives."""
 
     def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
         """Returns name and head of every exit, shallow to deep; None is the backbone's own classifier."""
@@ -152,7 +160,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Saves config, weights (safetensors) and, where the preprocessing is known, ``preprocessor_config.json``.
 
-        A checkpoint that is already in the folder is replaced when the new one is complete, and not before.
+        A checkpoint that is already in the folder is replaced when the new one is complete, and not before. A
+        transformers image model whose preprocessing is not known is saved without, which is logged as a warning.
 
         Args:
             save_directory: Folder; made if it is not there.
@@ -168,8 +177,14 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointWriteError: The disk is full, or the folder cannot be written.
             CheckpointError: ``heads_only``, and the backbone's weights are not the published ones, or not to be had.
+            RebuildError: The model was changed after wrapping, so that its config would build another one.
+            ConfigError: A field of its config was changed to what is not allowed.
         """
+        if state_dict is None:
+            self._check_config_builds_it()
         self.config.erde_hub_version = __version__
+        if (pushed := _pushed.get()) is not None:  # transformers saves what it pushes without saying how
+            heads_only, backbone_weights = pushed["heads_only"], pushed["backbone_weights"]
         if backbone_weights is not None and not heads_only:
             raise ConfigError("backbone_weights says where a left-out backbone is published: pass heads_only=True")
         self.config.backbone_weights = None
@@ -186,11 +201,35 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
             if self.config.preprocessing:
                 self.image_processor().save_pretrained(staging)
+            else:
+                self._warn_of_no_preprocessing()
             written = {path.name for path in staging.iterdir()}
         if kwargs.get("variant") is None:
             _remove_other_weights(Path(save_directory), written)
         if push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+            repo_id = hub.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, heads_only=heads_only, backbone_weights=backbone_weights, **hub)
+
+    def push_to_hub(
+        self, *args: Any, heads_only: bool = False, backbone_weights: dict[str, str] | None = None, **kwargs: Any
+    ) -> Any:
+        """As for any transformers model; ``heads_only`` and ``backbone_weights`` as for :meth:`save_pretrained`."""
+        token = _pushed.set({"heads_only": heads_only, "backbone_weights": backbone_weights})
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            _pushed.reset(token)
+
+    def _warn_of_no_preprocessing(self) -> None:
+        """Once per model: other transformers image models bring theirs, so that nobody looks for it in this one."""
+        known = self.config.library == "transformers" and self.main_input_name == "pixel_values"
+        if known and not self._told_of_no_preprocessing:
+            self._told_of_no_preprocessing = True
+            logger.warning(
+                "the preprocessing of %s is not known, so the checkpoint holds none and pipelines will find no image"
+                " processor: set it with model.set_preprocessing(mean=..., std=..., size=...) before saving",
+                self.config.architecture,
+            )
 
     def _heads_only_state(self, given: dict[str, str] | None, token: Any) -> dict[str, Tensor]:
         """Sets ``config.backbone_weights`` and returns the tensors to save."""
@@ -353,6 +392,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
 
+#: How what is being pushed is saved; None while nothing is.
+_pushed: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("erde_hub_pushed", default=None)
+
 #: Size of the weights that are being loaded; None where they are not known, and while nothing is.
 _bytes_of_weights: contextvars.ContextVar[int | None] = contextvars.ContextVar("erde_hub_bytes", default=None)
 
@@ -367,7 +409,13 @@ def _weights_size(source: Any, kwargs: dict[str, Any]) -> int | None:
         return None
     reaching: dict[str, Any] = {key: kwargs[key] for key in _REACHING if key in kwargs}
     found = cached_file(source, FILENAME, _raise_exceptions_for_missing_entries=False, **reaching)
-    return None if found is None else Path(found).stat().st_size
+    if found is not None:
+        return Path(found).stat().st_size
+    index = cached_file(source, f"{FILENAME}.index.json", _raise_exceptions_for_missing_entries=False, **reaching)
+    if index is None:
+        return None
+    shards = get_checkpoint_shard_files(source, index, **reaching)[0]
+    return sum(Path(shard).stat().st_size for shard in shards)
 
 
 #: Arguments of ``from_pretrained`` that say how to reach the Hub.

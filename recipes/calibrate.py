@@ -139,7 +139,13 @@ def main() -> None:
     records = recipe.collect(run, model, wanted.split, args.batch_size, features=laplace or None)
     trained_on = recipe.rows_trained_on(wanted.model, records, getattr(data, wanted.split))
     check_calibration_data(records, trained_on, allow_missing_classes=wanted.allow_missing_classes)
-    records = fit_parts(wanted, model, records)
+    before = recipe.rows_fitted_on(wanted.model, records, getattr(data, wanted.split))
+    if before is None and keeps_fitted(wanted, model):
+        accelerator.print(
+            f"Warning: what calibrator or policy of {wanted.model} were fitted on is not known. A promise holds only on"
+            " other samples than those."
+        )
+    records, fitted_on = fit_parts(wanted, model, records, before)
     choice = choose_threshold(records, model.policy, **options, allow_missing_classes=wanted.allow_missing_classes)
     accelerator.print(f"\n{choice}\n")
     if wanted.dry_run:
@@ -148,18 +154,41 @@ def main() -> None:
     folder = Path(wanted.model).expanduser()
     test = recipe.collect(run, model, "test", args.batch_size) if (folder / "results.json").is_file() else None
     run_on_main(accelerator, lambda: write(folder, model, choice, test, records))
+    run_on_main(accelerator, lambda: recipe.save_fitted_on(getattr(data, wanted.split), fitted_on, folder))
     accelerator.print(f"written into {folder}")
 
 
-def fit_parts(wanted: CalibrationArguments, model: EarlyExitWrapper, records: ExitRecords) -> ExitRecords:
-    """Fits calibrator and policy as wanted, and returns the records that are left for the threshold, calibrated."""
+def keeps_fitted(wanted: CalibrationArguments, model: EarlyExitWrapper) -> bool:
+    """Tells whether the model keeps a calibrator or a policy that was fitted before."""
+    keeps_policy = wanted.policy == "keep" and isinstance(model.policy, LearnedPolicy)
+    return keeps_policy or (wanted.calibrator == "keep" and model.calibrator is not None)
+
+
+def fit_parts(
+    wanted: CalibrationArguments, model: EarlyExitWrapper, records: ExitRecords, before: torch.Tensor | None
+) -> tuple[ExitRecords, torch.Tensor]:
+    """Fits calibrator and policy as wanted.
+
+    Args:
+        wanted: Says what is fitted, on which share, and what is kept.
+        model: Gets both.
+        records: Of all samples.
+        before: Indices of those that parts of the model were fitted on earlier; None if that is not known.
+
+    Returns:
+        The records that are left for the threshold, calibrated; and the indices of the samples that the parts which the
+        model has now were fitted on, which are none of them.
+    """
     fits_calibrator = wanted.calibrator not in ("keep", "none")
     learned = wanted.policy != "keep" and issubclass(get_policy(wanted.policy).cls, LearnedPolicy)
-    rest, checks = records, {"allow_missing_classes": wanted.allow_missing_classes}
+    checks = {"allow_missing_classes": wanted.allow_missing_classes}
+    fitted_on = before if before is not None and keeps_fitted(wanted, model) else records.index[:0]
+    rest = records.select(~torch.isin(records.index, fitted_on))
     if fits_calibrator or learned:
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
-        cut = int(wanted.fit_share * len(records))
-        fitting, rest = records.select(order[:cut]), records.select(order[cut:])
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
+        cut = int(wanted.fit_share * len(rest))
+        fitting, rest = rest.select(order[:cut]), rest.select(order[cut:])
+        fitted_on = torch.cat([fitted_on, fitting.index])
     if wanted.calibrator == "none":
         model.set_calibrator(None)
     elif fits_calibrator:
@@ -171,7 +200,7 @@ def fit_parts(wanted: CalibrationArguments, model: EarlyExitWrapper, records: Ex
         model.set_policy(get_policy(wanted.policy).cls.fit(fitting, **checks))  # type: ignore[attr-defined]
     elif wanted.policy != "keep":
         model.set_policy(create_policy(wanted.policy))
-    return rest
+    return rest, fitted_on
 
 
 def target_options(wanted: CalibrationArguments) -> dict[str, Any]:

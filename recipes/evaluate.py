@@ -170,8 +170,8 @@ def compare(paths: list[str], model: EarlyExitWrapper) -> Drift:
         before, now = (calibrate_records(records, model.calibrator) for records in (before, now))
     check_records_of(before, model)
     profile = model.config.threshold_profile or {}
-    promised = profile.get("target") == "accuracy_drop" and profile.get("confidence") is not None
-    options = {"bound": profile["bound"], "confidence": profile["confidence"]} if promised else {}
+    promised = profile.get("bound") is not None and profile.get("confidence") is not None
+    options = {name: profile[name] for name in ("bound", "confidence", "target")} if promised else {}
     return compare_records(before, now, model.policy, model.threshold, **options)
 
 

@@ -33,7 +33,7 @@ from PIL import Image, PngImagePlugin
 from erde_hub import list_exit_points
 from erde_hub._registry import Entry
 from erde_hub.evaluation import load_results, plot_frontier
-from erde_hub.evaluation.formatting import mmacs, percent, threshold_label
+from erde_hub.evaluation.formatting import mmacs, percent, threshold_label, thresholds_of
 from erde_hub.heads import get_head, list_heads
 from erde_hub.hub import render_model_card
 from erde_hub.losses import get_loss, list_losses
@@ -132,7 +132,7 @@ def results_table() -> str:
         if results.get("teacher") is None:
             continue
         teacher, full, point = results["teacher"], results["per_exit"][-1], results["operating_point"]
-        threshold = threshold_label(point["threshold"])
+        threshold = threshold_label(point["threshold"], among=thresholds_of(results))
         rows.append(
             (
                 f"[{path.stem}](recipes/results/{path.name})",

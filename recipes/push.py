@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from _cli import clean_errors, parse_arguments
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 
 from erde_hub.errors import ConfigError
 from erde_hub.hub import publish_checkpoint
@@ -46,6 +47,10 @@ def main() -> None:
         status = error.response.status_code if error.response is not None else "no answer"
         advice = "; log in with `hf auth login`, with a token that may write" if status in (401, 403) else ""
         raise ConfigError(f"the Hub refused ({status}){advice}: {str(error).splitlines()[0]}") from error
+    except (OfflineModeIsEnabled, httpx.TransportError) as error:
+        raise ConfigError(
+            f"the Hub could not be reached, nothing was published: {str(error).splitlines()[0]}"
+        ) from error
     print(address)
 
 

@@ -28,6 +28,7 @@ from erde_hub.errors import (
     ExitNotReachedError,
     ExitPointError,
     InputTypeError,
+    RebuildError,
     ThresholdError,
 )
 
@@ -413,6 +414,34 @@ def test_a_path_that_is_not_there_is_no_repository(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"no folder '.*(run|a/b/c)'"):
         EarlyExitWrapper.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda m: m.backbone.reset_classifier(7), RebuildError, r"first 'backbone\.fc\.weight'.*then wrap it"),
+        (lambda m: setattr(m.backbone, "act1", nn.GELU()), RebuildError, "gives another output"),
+        (lambda m: setattr(m.config, "head", "linear"), RebuildError, r"first 'heads\.0\."),
+        (lambda m: setattr(m.config, "threshold", -3.0), ThresholdError, r"threshold -3\.0"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(change, error, words, tmp_path):
+    model = wrap("resnet")
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    change(model)
+    with pytest.raises(error, match=words):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_changes_that_do_not_matter_are_saved(tmp_path):
+    model = wrap("resnet")
+    model.freeze_backbone()
+    model.backbone.act1 = nn.ReLU(inplace=False)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+    model.half().save_pretrained(tmp_path)
+    assert EarlyExitWrapper.from_pretrained(tmp_path).config.exits == model.config.exits
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from erde_hub.errors import ConfigError, ShapeError, UnknownNameError
+from erde_hub.errors import ConfigError, DataError, ShapeError, UnknownNameError
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import SetSizePolicy
 from erde_hub.prediction_sets import (
@@ -153,7 +153,7 @@ def test_conformal_sets_cover_what_they_promise(method):
         assert all(value >= 1 - alpha - error for value in found.coverage)
         assert found.size == sorted(found.size, reverse=True), "better exits, smaller sets"
         assert all(size >= 1 for size in found.size)
-    tiny = ConformalClassifier.fit(records.select(range(8)), 0.05)
+    tiny = ConformalClassifier.fit(records.select(range(20)), 0.04)
     assert tiny.sets(fresh.logits).all(), "too few samples: every class"
 
 
@@ -240,6 +240,11 @@ def test_bad_input():
             ConformalClassifier.fit(records, alpha)
         with pytest.raises(ConfigError, match="alpha must be between 0 and 1"):
             SetSizePolicy.fit(records, alpha)
+    for fit in (ConformalClassifier.fit, AVCSClassifier.fit):
+        with pytest.raises(DataError, match="5 samples are too few"):
+            fit(records.select(range(5)))
+        with pytest.raises(DataError, match="records are of the training split"):
+            fit(dataclasses.replace(records, info={"split": "train"}))
     with pytest.raises(UnknownNameError, match="unknown method 'rap'; did you mean 'raps'"):
         ConformalClassifier.fit(records, 0.1, "rap")
     with pytest.raises(ShapeError, match="one relu_threshold per exit, 3"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,48 @@ def check_same_network(
     tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
     if ours.shape != other.shape or not torch.allclose(ours / scale, other / scale, 0, tolerance, equal_nan=True):
         raise RebuildError(f"{name} rebuilt from its config gives another output with the same weights{advice}")
+
+
+def check_config_builds(model: Any, adapter: Any) -> None:
+    """Checks that a model with exits is still what its config builds; weights take no memory for it.
+
+    Names and shapes of all weights are compared, and the kinds of layers without weights, activations for instance.
+    Only where such a kind differs do both networks run, since many stand in for one another. Plain modules, which no
+    config builds, and compiled ones pass.
+
+    Args:
+        model: An :class:`~erde_hub.EarlyExitWrapper`.
+        adapter: Of its backbone.
+
+    Raises:
+        ConfigError, ExitPointError, ThresholdError: A field was changed to what is not allowed.
+        RebuildError: Other weights or another answer.
+    """
+    model.config.check()
+    compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
+    if model.config.library == "torch" or compiled or any(p.device.type == "meta" for p in model.parameters()):
+        return
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        rebuilt = type(model)(copy.deepcopy(model.config))
+    mine, theirs = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (model, rebuilt))
+    differs = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
+    if differs:
+        raise RebuildError(
+            f"a checkpoint of this {type(model.backbone).__name__} could not be loaded: its config builds other weights"
+            f" ({len(differs)} differ, first {differs[0]!r}). It was changed after wrapping: change the network first,"
+            " then wrap it"
+        )
+    if _plain_layers(model.backbone) != _plain_layers(rebuilt.backbone):
+        adapter.check_rebuild(model.backbone, model.config)
+
+
+def _plain_layers(module: nn.Module) -> dict[str, type[nn.Module]]:
+    """Kinds of the layers that have neither weights nor parts."""
+    return {
+        name: type(child)
+        for name, child in module.named_modules()
+        if next(child.children(), None) is None and not child.state_dict()
+    }
 
 
 def _random_rates(module: nn.Module) -> dict[str, float]:

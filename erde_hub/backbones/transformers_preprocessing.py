@@ -60,6 +60,8 @@ def _as_preprocessing(processor: Any, size: list[int] | None) -> dict[str, Any] 
         return None
     interpolation = _INTERPOLATION.get(int(p.get("resample") or 0))
     mean, std = ((0.0,) * 3, (1.0,) * 3) if not p.get("do_normalize", True) else (p["image_mean"], p["image_std"])
+    if p.get("include_top"):  # EfficientNet's divides twice
+        std = tuple(float(v) ** 2 for v in std)
     shown, crop = p.get("size") or {}, p.get("crop_size") or {}
     crops = bool(p.get("do_center_crop"))
     if "shortest_edge" in shown and "crop_pct" in p and not crops:  # ConvNeXt's: it crops below 384 pixels only
@@ -68,8 +70,12 @@ def _as_preprocessing(processor: Any, size: list[int] | None) -> dict[str, Any] 
         if (size or target)[0] < 384:
             mode, share = "center", float(p["crop_pct"])
     elif "shortest_edge" in shown and crops:
-        target = [int(crop["height"]), int(crop["width"])]
-        mode, share = "center", min(target) / int(shown["shortest_edge"])
+        target, shortest = [int(crop["height"]), int(crop["width"])], int(shown["shortest_edge"])
+        if type(processor).__name__.startswith("Levit"):
+            shortest = int(256 / 224 * shortest)
+        elif p.get("crop_pct"):  # PoolFormer's
+            shortest = int(shortest / float(p["crop_pct"]))
+        mode, share = "center", min(target) / shortest
     elif "height" in shown:
         resized = [int(shown["height"]), int(shown["width"])]
         target = [int(crop["height"]), int(crop["width"])] if crops else resized

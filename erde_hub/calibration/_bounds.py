@@ -85,14 +85,15 @@ def _wealth_p_values(log_wealth: Callable[[float], Tensor], bound: float) -> Ten
 
 
 @functools.lru_cache(maxsize=100_000)
-def difference_p_value(lost: int, won: int, samples: int, bound: float) -> float:
+def difference_p_value(lost: int, won: int, samples: int, bound: float, level: float = 0.1) -> float:
     """P-value from the numbers of samples that lose and that win, each by 1; exact, and with gains counted.
 
     Outcomes are ordered by how far lost - won is below its expectation n a, in standard deviations: the score
     t = (lost - won - n a) / sqrt(max(lost + won, n a) - n a^2) of the bound a. If a sample loses with probability a + q
     and wins with probability q, the chance of a score of at most t is summed up exactly. The unknown q is taken as the
     worst one between confidence limits of the share of wins, and the chance that these fail is added (Berger and Boos).
-    A score hardly depends on q, so that little is lost to the worst one, which is looked for at 16 places.
+    A score hardly depends on q, so that little is lost to the worst one, which is looked for at 16 places. That chance
+    is a fiftieth of the level at which the p-value will be judged, and 0.002 at most.
 
     References:
         Berger and Boos, P values maximized over a confidence set for the nuisance parameter, 1994, JASA 89.
@@ -102,15 +103,16 @@ def difference_p_value(lost: int, won: int, samples: int, bound: float) -> float
     if lost - won >= samples * bound:
         return 1.0
     score = max((lost - won - samples * bound) / float(_deviation(torch.tensor(lost + won), samples, bound)), _LOWEST)
-    highest = min(_upper_share(won, samples, _NUISANCE_LEVEL / 2), (1 - bound) / 2)
-    lowest = min(_upper_share(won - 1, samples, 1 - _NUISANCE_LEVEL / 2), highest) if won else 0.0  # the lower limit
+    missed = min(_NUISANCE_LEVEL, level / 50)
+    highest = min(_upper_share(won, samples, missed / 2), (1 - bound) / 2)
+    lowest = min(_upper_share(won - 1, samples, 1 - missed / 2), highest) if won else 0.0  # the lower limit
     wins = torch.linspace(lowest, highest, 16, dtype=torch.float64)
-    return min(1.0, _NUISANCE_LEVEL + float(_tails(score, samples, bound, wins).max()))
+    return min(1.0, missed + float(_tails(score, samples, bound, wins).max()))
 
 
-#: Chance that the share of wins is outside the limits between which :func:`difference_p_value` looks.
+#: Largest chance that the share of wins is outside the limits between which :func:`difference_p_value` looks.
 _NUISANCE_LEVEL = 0.002
-#: Lower scores count as this one; no p-value is much below ``_NUISANCE_LEVEL`` anyway.
+#: Lower scores count as this one, so that their p-values are the larger ones of it.
 _LOWEST = -7.0
 
 

@@ -60,10 +60,10 @@ def certify_sums(
     level = 1 - float(confidence or 0)
     if method == "exact":  # one by one, since each takes a while and the walk ends at the first that fails
         index = 0
-        while index + 1 < len(lost) and _exact_p_value(lost[index + 1], won[index + 1], samples, bound) <= level:
+        while index + 1 < len(lost) and _exact_p_value(lost[index + 1], won[index + 1], samples, bound, level) <= level:
             index += 1
         return index
-    return _last_accepted(_p_values_of_sums(lost, won, samples, bound, method, binary) <= level)
+    return _last_accepted(_p_values_of_sums(lost, won, samples, bound, method, binary, level) <= level)
 
 
 def reads_sums(method: str, binary: bool) -> bool:
@@ -71,17 +71,19 @@ def reads_sums(method: str, binary: bool) -> bool:
     return method in ("ltt", "exact") or (method == "ucb" and binary)
 
 
-def _p_values_of_sums(lost: Tensor, won: Tensor, samples: int, bound: float, method: str, binary: bool) -> Tensor:
-    """Of the hypothesis that the expected loss exceeds a bound, for every candidate."""
+def _p_values_of_sums(
+    lost: Tensor, won: Tensor, samples: int, bound: float, method: str, binary: bool, level: float
+) -> Tensor:
+    """Of the hypothesis that the expected loss exceeds a bound, for every candidate, to be judged at a level."""
     if method == "ltt":
         return hoeffding_bentkus_p_values(lost / samples, samples, bound, binary)
     if method == "ucb":
         return betting_p_values_of_counts(lost, won, samples, bound)
-    return torch.tensor([_exact_p_value(a, b, samples, bound) for a, b in zip(lost, won, strict=True)])
+    return torch.tensor([_exact_p_value(a, b, samples, bound, level) for a, b in zip(lost, won, strict=True)])
 
 
-def _exact_p_value(lost: Tensor, won: Tensor, samples: int, bound: float) -> float:
-    return difference_p_value(round(float(lost)), round(float(won)), samples, bound)
+def _exact_p_value(lost: Tensor, won: Tensor, samples: int, bound: float, level: float) -> float:
+    return difference_p_value(round(float(lost)), round(float(won)), samples, bound, level)
 
 
 def supported_bound(losses: Tensor, confidence: float | None, method: str, binary: bool = True) -> float:
@@ -97,7 +99,9 @@ def supported_bound(losses: Tensor, confidence: float | None, method: str, binar
         return smallest_bound(lambda a: float(betting_p_values(losses[-1:], a)[0]), level, 1e-9)
     lost, won = losses[-1:].clamp(min=0).sum(1), (-losses[-1:]).clamp(min=0).sum(1)
     samples = losses.shape[1]
-    return smallest_bound(lambda a: float(_p_values_of_sums(lost, won, samples, a, method, binary)[0]), level, 1e-9)
+    return smallest_bound(
+        lambda a: float(_p_values_of_sums(lost, won, samples, a, method, binary, level)[0]), level, 1e-9
+    )
 
 
 def _last_accepted(accepted: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 #: The temperatures that the released code of arXiv 2302.06359 tries.
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0)
-#: Range of a search without a grid.
+#: Range of a search without a grid. An optimum at its edge is no optimum.
 _LOWEST, _HIGHEST = 0.02, 50.0
+#: So near, as a factor, is at the edge.
+_EDGE = 1.001
 #: Samples that narrow such a search down.
 _FEW = 1000
+
+_logger = logging.getLogger(__name__)
 
 
 class TemperatureCalibrator(Calibrator):
@@ -50,6 +55,10 @@ class TemperatureCalibrator(Calibrator):
     def fit(cls, records: ExitRecords, grid: Sequence[float] | None = None, **checks: Any) -> TemperatureCalibrator:
         """Takes the temperatures with the smallest negative log-likelihood.
 
+        Without a grid, an exit keeps a temperature of 1 where it is right on every sample, since these only say "the
+        smaller the better", and takes 0.3 or 3, the ends of :data:`TEMPERATURES`, where the search ends at its own; a
+        warning is logged that names the exit.
+
         Args:
             records: Held-out.
             grid: Temperatures to choose from; None searches all between 0.02 and 50.
@@ -58,7 +67,7 @@ class TemperatureCalibrator(Calibrator):
         check_calibration_data(records, **checks)
         found = cls(records.num_exits)
         for e, logits in enumerate(records.logits):
-            found.temperature[e] = best_temperature(logits, records.labels, grid)
+            found.temperature[e] = best_temperature(logits, records.labels, grid, f"exit {records.exit_names[e]!r}")
         return found
 
     def forward(self, exit_index: int, logits: Tensor, feature: Tensor | None, state: list[Tensor]) -> Tensor:
@@ -71,10 +80,19 @@ def nlpd(log_probs: Tensor, labels: Tensor) -> Tensor:
     return -log_probs.gather(-1, labels.expand(log_probs.shape[:-1])[..., None])[..., 0].mean(-1)
 
 
-def best_temperature(logits: Tensor, labels: Tensor, grid: Sequence[float] | None = None) -> float:
+def best_temperature(
+    logits: Tensor, labels: Tensor, grid: Sequence[float] | None = None, name: str = "an exit"
+) -> float:
     """Returns the temperature with the smallest negative log-likelihood.
 
-    Without a grid it is found by golden section in 1/T, in which the likelihood has one minimum.
+    Without a grid it is found by golden section in 1/T, in which the likelihood has one minimum; where that lies at
+    no temperature, see :meth:`TemperatureCalibrator.fit`.
+
+    Args:
+        logits: Of one exit.
+        labels: Of its samples.
+        grid: Temperatures to choose from; None searches.
+        name: What a warning calls it.
 
     Shape:
         logits: (N, K). labels: (N,).
@@ -86,11 +104,24 @@ def best_temperature(logits: Tensor, labels: Tensor, grid: Sequence[float] | Non
 
     if grid is not None:
         return min(check_temperatures(grid), key=score)
+    if bool((z.argmax(-1) == labels).all()):
+        _logger.warning(
+            "%s is right on all %d samples, which tell no temperature: it stays 1. Fit on more samples", name, len(z)
+        )
+        return 1.0
     # Some samples say about where, all of them where exactly.
     some = slice(None, None, max(1, len(z) // _FEW))
     near = golden_section(lambda inverse: score(1 / inverse, some), 1 / _HIGHEST, 1 / _LOWEST, 45)
     low, high = max(near / 2, 1 / _HIGHEST), min(near * 2, 1 / _LOWEST)
-    return 1 / golden_section(lambda inverse: score(1 / inverse), low, high, 30)
+    found = 1 / golden_section(lambda inverse: score(1 / inverse), low, high, 30)
+    if _LOWEST * _EDGE < found < _HIGHEST / _EDGE:
+        return found
+    kept = min(max(found, TEMPERATURES[0]), TEMPERATURES[-1])
+    _logger.warning(
+        "the best temperature of %s on %d samples lies at an edge, %.3g, of the search: it gets %g. Are its logits of"
+        " an unusual scale, or its answers no better than chance?", name, len(z), found, kept,
+    )  # fmt: skip
+    return kept
 
 
 def golden_section(function: Callable[[float], float], low: float, high: float, steps: int) -> float:

@@ -72,7 +72,8 @@ def choose_threshold(
         exit_milliseconds: Measured time of a sample that leaves at each exit, last exit included. With a bound on a
             loss it replaces MACs as what is saved.
         per_exit: One threshold per early exit in place of a shared one.
-        confidence: In (0, 1).
+        confidence: In (0, 1). It speaks of other samples than those that a calibrator or a learned policy were fitted
+            on: leave these out of the records (``calibrate.py`` does).
         method: ``ltt`` tests the share of samples that lose, gains not counted, so that a bound of 0.01 holds for them
             alone; ``exact`` tests losses minus gains; ``ucb`` does the same by betting, for losses that are no counts
             too; ``crc`` bounds the loss on average over calibration sets and takes no confidence. None with a

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub.calibration._certify import supported_bound
+from erde_hub.calibration.choice import describe_bound
 from erde_hub.calibration.thresholds import exit_losses
-from erde_hub.errors import RecordsError
+from erde_hub.errors import RecordsError, unknown_name
 from erde_hub.fingerprint import check_fingerprint
 from erde_hub.policies import ExitPolicy, create_policy
 from erde_hub.policies.offline import exit_indices
@@ -30,12 +31,14 @@ class Drift:
         mean_cost: Share of the full model's MACs, on either set.
         exit_share: Shares of the exits, on either set.
         share_p_value: Of the hypothesis that samples leave at the same exits in both (chi-squared); small: they do not.
-        drop_p_value: Of the hypothesis that no more accuracy is lost on the second set than on the first.
+        drop_p_value: Of the hypothesis that no more of the target is lost on the second set than on the first.
         bound: What was promised, where given.
         supported_bound: Smallest bound that the second set supports at the confidence.
         confidence: Of that.
         verdict: ``holds``: the second set supports the bound; ``broken``: it speaks against it; ``open``: neither,
             which is what few samples give. Without a bound: ``changed`` or ``same``.
+        target: What the bound is on: ``accuracy_drop``, ``disagreement`` or ``brier_increase``.
+        loss: The target's mean, on either set.
     """
 
     threshold: float | list[float]
@@ -49,6 +52,8 @@ class Drift:
     supported_bound: float
     confidence: float
     verdict: str
+    target: str
+    loss: tuple[float, float]
 
     def __str__(self) -> str:
         lines = [f"threshold {self.threshold}", f"{'':22}{'before':>10}{'now':>10}"]
@@ -61,14 +66,18 @@ class Drift:
         for e, (before, now) in enumerate(zip(*self.exit_share, strict=True)):
             lines.append(f"{f'leave at exit {e}, %':22}{100 * before:10.1f}{100 * now:10.1f}")
         lines.append(f"same exits: p = {self.share_p_value:.3g}; no larger loss: p = {self.drop_p_value:.3g}")
-        promised = "" if self.bound is None else f" ({100 * self.bound:g} points were promised)"
+        promised = "" if self.bound is None else f" (promised: {describe_bound(self.target, self.bound)})"
+        if self.target != "accuracy_drop":
+            then, later = (describe_bound(self.target, loss) for loss in self.loss)
+            lines.append(f"{self.target.replace('_', ' ')}: {then} before, {later} now")
         lines.append(
-            f"the new samples support a bound of {100 * self.supported_bound:.2f} points with"
+            f"the new samples support a bound of {describe_bound(self.target, self.supported_bound)} with"
             f" {100 * self.confidence:g} % confidence{promised}: {_VERDICTS[self.verdict]}"
         )
         return "\n".join(lines)
 
 
+_TARGETS = ("accuracy_drop", "disagreement", "brier_increase")
 _VERDICTS = {
     "holds": "the threshold still holds",
     "broken": "the threshold no longer holds, choose it anew",
@@ -85,6 +94,7 @@ def compare_records(
     threshold: float | list[float],
     bound: float | None = None,
     confidence: float = 0.9,
+    target: str = "accuracy_drop",
 ) -> Drift:
     """Compares what a threshold does on two sets of records of the same model.
 
@@ -93,21 +103,25 @@ def compare_records(
         now: New ones, with labels.
         policy: A key of the policies table, or a policy.
         threshold: The stored one.
-        bound: On the loss of accuracy that was promised.
+        bound: On the loss that was promised.
         confidence: Of the statement about the new samples.
+        target: What the loss is: ``accuracy_drop``, ``disagreement`` with the full model or ``brier_increase``.
 
     Raises:
         RecordsError: The records are of different models.
         ThresholdError: A threshold that the policy does not take.
+        UnknownNameError: No such target.
     """
     before.require_classes("compare_records")
     check_same_model(before, now)
     policy = create_policy(policy) if isinstance(policy, str) else policy
     thresholds = policy.check_threshold(threshold, before.num_exits - 1)
-    drops, shares, costs, accuracy, counts = [], [], [], [], []
+    if target not in _TARGETS:
+        raise unknown_name("target", target, _TARGETS)
+    drops, shares, costs, accuracy, lost, counts = [], [], [], [], [], []
     for records in (before, now):
         index = exit_indices(exit_scores(records, policy), policy, thresholds)
-        losses, _ = exit_losses(records.logits, records.labels, "accuracy_drop")
+        losses, scale = exit_losses(records.logits, records.labels, target)
         drops.append(losses.gather(0, index[None])[0])
         count = torch.bincount(index, minlength=records.num_exits).double()
         counts.append(count)
@@ -116,18 +130,20 @@ def compare_records(
         costs.append(float(macs[index].mean() / macs[-1]))
         right = records.logits.argmax(-1) == records.labels
         accuracy.append(float(right.gather(0, index[None]).double().mean()))
+        lost.append(float(right[-1].double().mean()) - accuracy[-1])
     share_p, drop_p = _chi_squared(*counts), _larger(*drops)
-    upper = supported_bound(drops[1][None], confidence, "exact")
+    counted = target != "brier_increase"
+    upper = scale * supported_bound(drops[1][None], confidence, "exact" if counted else "ucb", counted)
     if bound is None:
         verdict = "changed" if drop_p <= 1 - confidence or share_p <= (1 - confidence) / 10 else "same"
     elif upper <= bound + 1e-9:
         verdict = "holds"
     else:
-        mean, error = float(drops[1].mean()), float(drops[1].std() / math.sqrt(len(drops[1])))
+        mean, error = scale * float(drops[1].mean()), scale * float(drops[1].std() / math.sqrt(len(drops[1])))
         verdict = "broken" if mean - _quantile(confidence) * error > bound else "open"
     return Drift(
-        threshold, _two(accuracy), _two([float(d.mean()) for d in drops]), _two(costs), (shares[0], shares[1]),
-        share_p, drop_p, bound, upper, confidence, verdict,
+        threshold, _two(accuracy), _two(lost), _two(costs), (shares[0], shares[1]), share_p, drop_p, bound, upper,
+        confidence, verdict, target, _two([scale * float(d.mean()) for d in drops]),
     )  # fmt: skip
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from erde_hub.policies import get_policy, list_policies
 
+#: A written threshold is nearer to the true one than this part of the way to the next one.
+_ROUNDED = 1 / 50
+
 
 def percent(fraction: float) -> str:
     """A fraction as a percentage with one decimal, without the sign: 0.9234 is ``"92.3"``."""
@@ -22,19 +25,39 @@ def mmacs(macs: float) -> str:
     return f"{millions:.2f}" if millions >= 1 else f"{millions:.3g}"
 
 
-def threshold_label(threshold: float | str | list[float | str], policy: str | None = None) -> str:
+def threshold_label(
+    threshold: float | str | list[float | str], policy: str | None = None, among: Sequence[float] = ()
+) -> str:
     """A threshold, or one per early exit, in a few digits: ``"0.2"``, ``"0.2 / 0.4"``, ``"inf"``.
 
-    Where the policy's key is given, infinity is ``"never"`` or ``"always"``, whichever it means to that policy.
+    Three digits, and more where those of ``among`` are so near, as with scores close to 1, that three would name
+    another threshold, or one with which other samples leave.
+
+    Args:
+        threshold: As in a row of ``results.json``.
+        policy: Its key; where it is given, infinity is ``"never"`` or ``"always"``, whichever it means to that policy.
+        among: Thresholds of the same report, see :func:`thresholds_of`.
     """
     if isinstance(threshold, list):
-        return " / ".join(threshold_label(value, policy) for value in threshold)
+        return " / ".join(threshold_label(value, policy, among) for value in threshold)
     value = float(threshold)
     if math.isinf(value):
         if policy not in list_policies():
             return "inf" if value > 0 else "-inf"
         return "never" if get_policy(policy).cls.leaves_above == (value > 0) else "always"
-    return f"{value:.3g}"
+    # The same number from other arithmetic, 0.1 + 0.2 beside 0.3, is no neighbour.
+    others = [other for other in among if not math.isclose(other, value, rel_tol=1e-12)]
+    allowed = _ROUNDED * min((abs(other - value) for other in others), default=math.inf)
+    labels = (f"{value:.{digits}g}" for digits in range(3, 18))
+    return next(label for label in labels if abs(float(label) - value) <= allowed)
+
+
+def thresholds_of(results: Mapping[str, Any]) -> list[float]:
+    """The finite thresholds of a report's sweep and of its operating point, for :func:`threshold_label`."""
+    point = results.get("operating_point")
+    found = [row["threshold"] for row in (*results["sweep"], *([] if point is None else [point]))]
+    values = [float(value) for entry in found for value in (entry if isinstance(entry, list) else [entry])]
+    return [value for value in values if math.isfinite(value)]
 
 
 def with_point(

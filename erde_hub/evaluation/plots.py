@@ -12,7 +12,7 @@ import numpy as np
 from erde_hub._files import replacing
 from erde_hub.errors import MissingDependencyError
 
-from .formatting import mmacs, percent, threshold_label
+from .formatting import mmacs, percent, threshold_label, thresholds_of
 from .results_file import validate_results
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
     per_exit, steps, final = results["per_exit"], results["sweep"], results["per_exit"][-1]
     teacher, static = results.get("teacher"), results.get("static_student")
     line = sorted([*results.get("fine_sweep", []), *steps], key=lambda row: row["mean_macs"])
-    policy = results["student"].get("policy", "entropy")
+    policy, among = results["student"].get("policy", "entropy"), thresholds_of(results)
     white: dict[str, Any] = {"markeredgecolor": "white", "zorder": 5}
     axes.plot(*_points(line, "mean_macs"), color=_BLUE, linewidth=2.2, zorder=3)
     axes.plot(*_points(steps, "mean_macs"), "o", color=_BLUE, markersize=6.5, zorder=4, label=f"threshold θ ({policy})")
@@ -117,7 +117,7 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
             markeredgecolor="black",
             markeredgewidth=2.2,
             zorder=6,
-            label=f"stored threshold, θ={threshold_label(point['threshold'], policy)}",
+            label=f"stored threshold, θ={threshold_label(point['threshold'], policy, among)}",
         )
     far = teacher is not None and teacher["macs"] > _TEACHER_ON_AXIS * final["macs"]
     if teacher is not None and not far:
@@ -149,7 +149,7 @@ def _draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
         labels.beside(row["macs"], row["accuracy"], row["exit"], _ORANGE_TEXT, _BELOW, needed=True)
     # The cheapest dot first: it is the end of the row, from which the others can be counted.
     for i, row in enumerate(sorted(steps, key=lambda row: row["mean_macs"])):
-        text = f"θ={threshold_label(row['threshold'], policy)}"
+        text = f"θ={threshold_label(row['threshold'], policy, among)}"
         labels.beside(row["mean_macs"], row["accuracy"], text, _BLUE, _ABOVE, needed=i == 0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from erde_hub.errors import ConfigError, MissingDependencyError
-from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, with_point
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
 from erde_hub.evaluation.results_file import validate_results
 
 #: Accuracy that a cheap operating point may lose against the full network, as a fraction.
@@ -84,8 +84,8 @@ def render_model_card(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    policy = results["student"].get("policy")
-    environment.filters |= {**_FILTERS, "threshold": lambda threshold: threshold_label(threshold, policy)}
+    policy, among = results["student"].get("policy"), thresholds_of(results)
+    environment.filters |= {**_FILTERS, "threshold": lambda threshold: threshold_label(threshold, policy, among)}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(_context(results, repo_id, license))
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
@@ -128,7 +128,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
         "point": results.get("operating_point"),
         "choice": results.get("threshold_choice"),
         "cheap": cheap,
-        "example_threshold": _literal(cheap["threshold"] if cheap else 0.5),
+        "example_threshold": _literal(cheap["threshold"] if cheap else 0.5, thresholds_of(results)),
         "matched": [(of, list(values.values())) for of, values in matched.items()],
         "matched_shares": list(next(iter(matched.values()))) if matched else [],
         "loss": loss,
@@ -142,6 +142,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
 def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | None) -> ModelCardData:
     student, data_name = results["student"], _plain(results["dataset"]["name"])
     task = _task(results)
+    policy, among = student.get("policy"), thresholds_of(results)
     on_hub = _HUB_DATA.fullmatch(data_name) is not None
     evaluations = [
         EvalResult(
@@ -152,7 +153,7 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
             dataset_split=_plain(results.get("metrics", {}).get("split", "test")),
             metric_type="accuracy",
             metric_value=round(row["accuracy"], 6),
-            metric_name=f"Accuracy, threshold {threshold_label(row['threshold'], student.get('policy'))},"
+            metric_name=f"Accuracy, threshold {threshold_label(row['threshold'], policy, among)},"
             f" {mmacs(row['mean_macs'])} MMACs",
             metric_args={"threshold": row["threshold"], "mean_macs": round(row["mean_macs"])},
         )
@@ -313,11 +314,11 @@ def _value(value: Any) -> str:
     return _text(value)
 
 
-def _literal(threshold: Any) -> str:
+def _literal(threshold: Any, among: Sequence[float]) -> str:
     """A threshold as Python source."""
     if isinstance(threshold, (list, tuple)):
-        return f"[{', '.join(_literal(value) for value in threshold)}]"
-    return threshold_label(threshold) if math.isfinite(float(threshold)) else f'float("{threshold}")'
+        return f"[{', '.join(_literal(value, among) for value in threshold)}]"
+    return threshold_label(threshold, among=among) if math.isfinite(float(threshold)) else f'float("{threshold}")'
 
 
 def _number(value: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, RecordsError, ShapeError, unknown_name
+from erde_hub.held_out import check_held_out
 
 from .base import SetMetrics, check_alpha
 
@@ -116,8 +117,12 @@ class AVCSClassifier:
             start: First threshold of every exit.
             step: By which one is raised.
             seed: Of the draws.
+
+        Raises:
+            DataError: The records are of the training split, or too few.
         """
         records.require_classes("AVCSClassifier")
+        check_held_out(records)
 
         def coverage(thresholds: Sequence[float]) -> float:
             sets = cls(thresholds, alpha, seed).sets(records.logits)
@@ -208,11 +213,16 @@ class ConformalClassifier:
     def fit(
         cls, records: ExitRecords, alpha: float = 0.05, method: Literal["aps", "raps"] = "aps", seed: int = 0
     ) -> ConformalClassifier:
-        """Takes the quantiles from held-out records; ``raps`` has a penalty of 0.01 beyond five classes."""
+        """Takes the quantiles from held-out records; ``raps`` has a penalty of 0.01 beyond five classes.
+
+        Raises:
+            DataError: The records are of the training split, or too few.
+        """
         if method not in ("aps", "raps"):
             raise unknown_name("method", method, ("aps", "raps"))
         penalty, free = (0.01, 5) if method == "raps" else (0.0, 0)
         records.require_classes("ConformalClassifier")
+        check_held_out(records)
         samples = records.num_samples
         rank = math.ceil((samples + 1) * (1 - check_alpha(alpha)))
         found = cls([math.inf] * records.num_exits, alpha, penalty, free, seed + 1)

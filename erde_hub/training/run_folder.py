@@ -35,6 +35,7 @@ _REST = (
     "preprocessor_config.json",
     "split.json",
     "trained_on.safetensors",
+    "fitted_on.safetensors",
     "sweep.csv",
     "frontier.png",
     "reliability.png",

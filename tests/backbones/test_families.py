@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from _support_models import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families
-from support_matrix import CHECKS, try_family
+from _support_models import CLASSES, TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families
+from support_matrix import CHECKS, check_model, try_family
 from transformers.utils import logging
 
 from erde_hub import EarlyExitWrapper, list_exit_points
@@ -75,6 +75,13 @@ def test_there_are_enough():
 @pytest.mark.parametrize("family", QUICK)
 def test_quick_families(family):
     assert failed(family, {"onnx", "copy"}) == {}  # the training step is taken by a copy
+
+
+def test_dinov3_beside_the_other_of_its_family():
+    """timm's file ``eva`` holds it as well: rotary positions that are drawn anew for every size, register tokens."""
+    name, kwargs = "vit_small_patch16_dinov3", {"depth": 3, "embed_dim": 96, "num_heads": 3}
+    row = check_model(lambda: timm.create_model(name, num_classes=CLASSES, **kwargs), 64, kwargs, {"onnx", "copy"})
+    assert [row.get(check) for check in ("attach", "train", "routing", "save")] == ["yes"] * 4
 
 
 @pytest.mark.families

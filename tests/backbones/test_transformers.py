@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers as t
+from _support_models import transformers_model
 from engine_fakes import route_reference, score
+from PIL import Image
 from torch import nn
 from transformers_fakes import CLASSES, TEXT, VISION, inputs, side, text, vision, wrap
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, list_exit_points
+from erde_hub.backbones.transformers_preprocessing import known_preprocessing
 from erde_hub.cost import flop_counter
 from erde_hub.errors import (
     CheckpointError,
@@ -24,6 +28,7 @@ from erde_hub.errors import (
     ShapeError,
 )
 from erde_hub.export import export_onnx
+from erde_hub.preprocessing import build_image_processor
 
 MODELS = [*VISION, *TEXT]
 
@@ -284,7 +289,64 @@ def test_the_text_pipeline(tmp_path):
     assert [g["score"] for g in got] == pytest.approx([float(p.max()) for p in probs], abs=1e-5)
 
 
+# Preprocessing
+
+
+@pytest.mark.parametrize("family", ["ViT", "EfficientNet", "PoolFormer", "Levit"])
+@pytest.mark.parametrize("stored", [True, False])
+def test_pixels_are_those_of_the_own_processor(family, stored, tmp_path):
+    """EfficientNet's divides twice, the others resize by more than their size says."""
+    theirs = getattr(t, f"{family}ImageProcessor")()
+    output = theirs.crop_size["height"] if getattr(theirs, "do_center_crop", None) else theirs.size["height"]
+    config = getattr(t, f"{family}Config")(image_size=output)
+    if stored:
+        theirs.save_pretrained(tmp_path)
+        config._name_or_path = str(tmp_path)
+    found = known_preprocessing(config)
+    assert found is not None
+    assert found["size"] == [output, output]
+    pixels = np.random.default_rng(3).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((420, 310), Image.Resampling.BICUBIC)
+    expected = theirs(picture, return_tensors="pt").pixel_values
+    torch.testing.assert_close(build_image_processor(found)(picture, return_tensors="pt").pixel_values, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "warned"),
+    [
+        (lambda: transformers_model("MobileViT"), "MobileViTForImageClassification"),
+        (lambda: transformers_model("ViT"), None),
+        (lambda: text("bert"), None),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(512, 3)), None),
+    ],
+)
+def test_unknown_preprocessing_is_said_once(make, warned, tmp_path, caplog):
+    module = make()
+    side = getattr(getattr(module, "config", None), "image_size", 32)
+    size = None if isinstance(module, t.BertForSequenceClassification) else (3, side, side)
+    model = EarlyExitWrapper(module, exits=1, input_size=size)
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "a")
+    said = [r.getMessage() for r in caplog.records if r.name == "erde_hub.pretrained" and r.levelname == "WARNING"]
+    assert len(said) == (warned is not None)
+    if warned:
+        assert warned in said[0]
+        assert "model.set_preprocessing(" in said[0]
+        again = EarlyExitWrapper.from_pretrained(tmp_path / "a")
+        again.set_preprocessing(mean=[0.5] * 3, std=[0.5] * 3, size=[side, side])
+        caplog.clear()
+        again.save_pretrained(tmp_path / "b")
+        assert [r for r in caplog.records if r.name == "erde_hub.pretrained"] == []
+        assert (tmp_path / "b" / "preprocessor_config.json").is_file()
+
+
 # What is refused
+
+
+def test_a_model_without_exits_is_not_loaded_as_one_with(tmp_path):
+    text("bert").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"a 'bert' model without exits .* EarlyExitWrapper\(model, exits="):
+        EarlyExitWrapper.from_pretrained(tmp_path)
 
 
 def test_inputs_that_a_text_model_does_not_take():
@@ -338,7 +400,7 @@ def _no_padding() -> nn.Module:
         (lambda: vision("vit").vit, InputTypeError, "load it as ViTForImageClassification"),
         (lambda: t.BertForTokenClassification(text("bert").config), InputTypeError, "is no classifier"),
         (_multi_label, InputTypeError, "problem_type='multi_label_classification'"),
-        (_other_labels, InputTypeError, r"says config\.num_labels=7 but returns 5 logits"),
+        (_other_labels, InputTypeError, r"num_labels=7 but returns 5 logits: .* set model\.config\.num_labels = 5"),
         (_no_padding, InputTypeError, r"set model\.config\.pad_token_id"),
     ],
 )

@@ -17,6 +17,7 @@ from erde_hub.calibration._bounds import (
     hoeffding_bentkus_p_values,
     smallest_bound,
 )
+from erde_hub.calibration._certify import certify, supported_bound
 
 mapie = pytest.importorskip("mapie.risk_control.methods")
 fwer = pytest.importorskip("mapie.risk_control.fwer_control")
@@ -136,6 +137,14 @@ def test_gains_count_in_the_exact_test():
     assert difference_p_value(60, 0, 5000, 0.01) == 1.0  # more lost than allowed
     assert difference_p_value(60, 30, 5000, 0.01) < 0.06
     assert difference_p_value(30, 0, 5000, 0.01) < 0.01
+
+
+def test_the_exact_test_serves_high_confidences_too():
+    assert difference_p_value(5, 0, 5000, 0.01) > 0.001  # what it spends on the unknown share of wins
+    assert difference_p_value(5, 0, 5000, 0.01, level=0.001) < 0.001
+    losses = torch.cat([torch.zeros(1, 5000), torch.cat([torch.ones(5), torch.zeros(4995)])[None]])
+    assert certify(losses, 0.01, 0.999, "exact") == 1
+    assert supported_bound(losses, 0.999, "exact") < 0.01
 
 
 def test_samples_without_loss_is_where_the_test_begins_to_accept():

@@ -191,6 +191,25 @@ def test_temperature_by_hand():
     assert TemperatureCalibrator.fit(records, grid=[1.0, 5.0]).temperature.tolist() == [5.0, 5.0]
 
 
+def test_temperature_stays_moderate_where_the_samples_tell_none(caplog):
+    """Exits that are always right, with an optimum beyond either edge, and with one inside."""
+    labels = torch.arange(60) % 2
+    right = torch.nn.functional.one_hot(labels, 2).float() * 4
+    wrong_once = right.clone()
+    wrong_once[0] = wrong_once[0].flip(0)
+    faint = 1e-4 * wrong_once
+    records = records_of(torch.stack([right, faint, -right, wrong_once]), labels)
+    found = TemperatureCalibrator.fit(records).temperature.tolist()
+    assert found[:3] == pytest.approx([1, 0.3, 3])
+    assert found[3] == pytest.approx(4 / math.log(59), rel=1e-4), "which makes the exit 59/60 sure"
+    first, second, third = (record.getMessage() for record in caplog.records)
+    assert first.startswith("exit '0' is right on all 60 samples")
+    assert second.startswith("the best temperature of exit '1' on 60 samples lies at an edge, 0.02, of the search")
+    assert "of exit '2' on 60 samples lies at an edge, 50, of the search: it gets 3." in third
+    given = TemperatureCalibrator.fit(records, grid=[0.1, 5.0]).temperature.tolist()
+    assert given == pytest.approx([0.1, 0.1, 5, 5]), "a grid is taken as it is"
+
+
 def test_mie_weighs_by_cost_and_leaves_the_temperature_alone_where_told():
     logits, labels = make_logits(100, 3, 4)
     records = records_of(logits, labels)

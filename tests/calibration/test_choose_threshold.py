@@ -11,7 +11,7 @@ import torch
 from calibration_fakes import make_records
 from engine_fakes import resnet8
 
-from erde_hub.calibration import TemperatureCalibrator, ThresholdChoice, choose_threshold
+from erde_hub.calibration import TemperatureCalibrator, ThresholdChoice, choose_threshold, thresholds
 from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
 from erde_hub.evaluation import ExitRecords, collect_exit_records, route_records
 from erde_hub.policies import EEFPPolicy, EENetPolicy, SetSizePolicy
@@ -56,6 +56,19 @@ def test_a_wider_bound_or_a_lower_confidence_saves_more():
     unsure = choose_threshold(RECORDS, max_accuracy_drop=0.04, confidence=0.6)
     assert sure.saving < unsure.saving <= unsure.possible_saving
     assert "a bolder threshold, which saves" in sure.advice
+
+
+def test_candidates_per_exit_are_found_on_samples_that_are_not_tested(monkeypatch):
+    records, seen = make_records(600), []
+    find = thresholds.find_factors
+    monkeypatch.setattr(thresholds, "find_factors", lambda *args, **kw: seen.append(args[:2]) or find(*args, **kw))
+    tested = torch.randperm(600, generator=torch.Generator().manual_seed(thresholds._SPLIT_SEED))[120:]
+    labels = records.labels.clone()
+    labels[tested] = labels[tested].roll(1)
+    for given in (records, ExitRecords(**{**vars(records), "labels": labels})):
+        choice = choose_threshold(given, max_accuracy_drop=0.05, confidence=0.8, per_exit=True)
+        assert choice.tested == len(tested)
+    assert all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
 
 
 def test_the_same_records_give_the_same_choice():

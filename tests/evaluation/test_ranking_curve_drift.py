@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from erde_hub.calibration import TemperatureCalibrator, choose_threshold
-from erde_hub.errors import ConfigError, RecordsError, ShapeError, ThresholdError
+from erde_hub.errors import ConfigError, RecordsError, ShapeError, ThresholdError, UnknownNameError
 from erde_hub.evaluation import (
     ExitRecords,
     accuracy_at_cost,
@@ -128,6 +128,23 @@ def test_areas_are_compared_on_the_same_samples():
         area_difference(records, "entropy", records.select(range(10)), "entropy")
 
 
+@pytest.mark.parametrize(
+    ("target", "bound", "says"), [("disagreement", 0.1, "promised: 10 %"), ("brier_increase", 0.1, "promised: 0.1")]
+)
+def test_drift_speaks_of_what_was_promised(target, bound, says):
+    before, now = make_records(3000), make_records(3000, seed=1)
+    choice = choose_threshold(before, "entropy", confidence=0.9, **{f"max_{target}": bound})
+    fine = compare_records(before, now, "entropy", choice.threshold, 1.2 * bound, target=target)
+    assert fine.verdict == "holds"
+    assert fine.loss[0] == pytest.approx(choice.value)
+    assert fine.loss[1] < fine.supported_bound <= 1.2 * bound
+    broken = compare_records(before, make_records(3000, seed=2, harder=1.2), "entropy", 1.2, bound, target=target)
+    assert broken.verdict == "broken"
+    assert says in str(broken)
+    with pytest.raises(UnknownNameError, match="did you mean 'disagreement'"):
+        compare_records(before, now, "entropy", 0.5, target="disagrement")
+
+
 def test_drift_is_found_and_its_absence_too():
     before, now = make_records(3000), make_records(3000, seed=1)
     choice = choose_threshold(before, "entropy", max_accuracy_drop=0.05, confidence=0.9)
@@ -161,7 +178,7 @@ def test_chi_squared_is_scipys():
 
 
 def test_calibrated_records():
-    records = make_records()
+    records = make_records(harder=1.2)  # else the last exit is always right and keeps its temperature
     calibrator = TemperatureCalibrator.fit(records)
     calibrated = calibrate_records(records, calibrator)
     assert calibrated.info["calibrator"] == "temperature"

@@ -153,7 +153,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def lfs_batch(self, body: bytes, repo_id: str) -> None:
             objects = [
-                {**o, "actions": {} if o["oid"] in hub.blobs else {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}}
+                o if o["oid"] in hub.blobs else {**o, "actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}}
                 for o in json.loads(body)["objects"]
             ]
             self._answer(200, {"transfer": "basic", "objects": objects})

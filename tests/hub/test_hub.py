@@ -11,11 +11,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import push
 import pytest
 import timm
 import torch
+import transformers
+from _cli import clean_errors
 from engine_fakes import images, wrap
 from hub_server import Hub, environment, running
+from huggingface_hub.utils import httpx
 from safetensors.torch import save
 
 import erde_hub.networks  # noqa: F401 - registers resnet*_cifar
@@ -279,13 +283,52 @@ print("done")
 """
 
 
+PLACES = """
+from engine_fakes import wrap
+
+torch.manual_seed(7)
+backbone = timm.create_model("resnet10_cifar", num_classes=5, width=8)
+model = EarlyExitWrapper(backbone, exits=["layer1"], backbone_kwargs={{"width": 8}})
+heads = dict(token="hf_loopback", heads_only=True, backbone_weights={{"repo_id": "org/backbone"}})
+model.save_pretrained(folder / "pushed", push_to_hub=True, repo_id="org/saved", **heads)
+model.push_to_hub("org/pushed", **heads)
+model.push_to_hub("org/whole", token="hf_loopback")
+
+# two files in one repository, of which the second is the backbone
+backbone = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "second")
+model = EarlyExitWrapper(backbone, exits=["bert.encoder.layer.0"])
+second = {{"repo_id": "org/two", "filename": "second.safetensors"}}
+api.hf_hub_download("org/two", "model.safetensors")  # so that both lie beside each other
+model.save_pretrained(folder / "named", heads_only=True, backbone_weights=second)
+assert all(name.startswith("heads.") for name in load_file(folder / "named" / "model.safetensors"))
+again = EarlyExitWrapper.from_pretrained(folder / "named").backbone.state_dict()
+assert all(torch.equal(tensor, again[name]) for name, tensor in backbone.state_dict().items())
+
+# a config that describes far more than its shards hold
+wrap("resnet").push_to_hub("org/split", max_shard_size="20KB", token="hf_loopback")
+config = json.loads(Path(api.hf_hub_download("org/split", "config.json")).read_text())
+config["backbone_kwargs"]["width"] = 512
+api.upload_file(path_or_fileobj=json.dumps(config).encode(), path_in_repo="config.json", repo_id="org/split")
+try:
+    EarlyExitWrapper.from_pretrained("org/split")
+except Exception as error:
+    print(type(error).__name__, "but the weights are" in str(error))
+"""
+
+
 def test_heads_alone_with_the_published_backbone(hub, tmp_path):
-    """Heads on backbones of ours, of transformers and of timm; in shards, on devices, in other types."""
+    """Heads on backbones of ours, of transformers and of timm; pushed, in shards, on devices, in other types."""
     _, digest = published(hub)
-    done = run(hub, tmp_path, (HEADS + HEADS_OF_OTHERS).format(folder=str(tmp_path)))
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = transformers.BertConfig(num_hidden_layers=2, max_position_embeddings=32, num_labels=3, **sizes)
+    for name in ("model", "second"):
+        transformers.BertForSequenceClassification(bert).save_pretrained(tmp_path / name)
+        data = (tmp_path / name / "model.safetensors").read_bytes()
+        hub.publish("org/two", {f"{name}.safetensors": data})
+    done = run(hub, tmp_path, (HEADS + HEADS_OF_OTHERS + PLACES).format(folder=str(tmp_path)))
     assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout.strip().splitlines()[-2:]
-    assert said == ["CheckpointError True CheckpointError True False", "done"]
+    said = done.stdout.strip().splitlines()[-3:]
+    assert said == ["CheckpointError True CheckpointError True False", "done", "CheckpointError True"]
     assert done.stderr.count("LOAD REPORT") == 1  # of a call in the script; none of ours
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
     assert config["backbone_weights"] == {
@@ -294,6 +337,32 @@ def test_heads_alone_with_the_published_backbone(hub, tmp_path):
         "filename": "model.safetensors",
         "sha256": digest,
     }
+    local = (tmp_path / "pushed" / "model.safetensors").stat().st_size
+    files = {name: r.commits[r.refs["main"]] for name, r in hub.repositories.items()}
+    for name in ("org/saved", "org/pushed"):
+        assert len(files[name]["model.safetensors"]) == local
+        assert json.loads(files[name]["config.json"])["backbone_weights"]["sha256"] == digest
+    assert len(files["org/whole"]["model.safetensors"]) > len(files["org/backbone"]["model.safetensors"]) > local
+    assert json.loads(files["org/whole"]["config.json"]).get("backbone_weights") is None
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_publishing_without_a_network_is_one_line(offline, tmp_path, monkeypatch, capsys):
+    wrap("resnet").save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["push.py", "--model", str(tmp_path), "--repo_id", "org/name"])
+    if not offline:  # what the client raises where nobody answers
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise httpx.ConnectError("[Errno 111] Connection refused")
+
+        monkeypatch.setattr(push, "publish_checkpoint", refuse)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped, clean_errors():
+        push.main()
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert said.startswith("push.py: ConfigError: the Hub could not be reached, nothing was published")
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,15 @@ def test_without_jinja2_the_error_names_the_extra(monkeypatch):
         render_model_card(make_results())
 
 
+def test_thresholds_near_one_are_told_apart_and_the_example_gives_its_row():
+    rows = make_results()["sweep"]
+    sweep = [{**row, "threshold": t} for row, t in zip(rows, (1.0, 0.999934, 0.99981), strict=True)]
+    student = {**make_results()["student"], "policy": "eefp", "threshold": 0.999934}
+    card = render_model_card(make_results(sweep=sweep, operating_point=sweep[1], fine_sweep=[], student=student))
+    for line in ("| 1 |", "| 0.999934 \\* |", "| 0.99981 |", "threshold=0.999934)", "threshold 0.99981, 12.0 MMACs"):
+        assert line in card
+
+
 def test_formats():
     assert [percent(value) for value in (0, 0.92345, 1)] == ["0.0", "92.3", "100.0"]
     assert [mmacs(value) for value in (0, 1234, 1.234e6, 12.34e6, 1297.83e6)] == [
@@ -310,4 +319,10 @@ def test_formats():
         "inf",
         "0.1 / inf",
     ]
+    near_one = [0.99981, 0.999934, 0.999936, 0.9999999, 1.0]
+    labels = [threshold_label(value, "eefp", [*near_one, 0.5]) for value in near_one]
+    assert [float(label) for label in labels] == near_one
+    assert threshold_label(0.5534041, "entropy", [0.4, 0.5534041, 0.6]) == "0.553", "no more digits than it takes"
+    assert threshold_label(0.5534041, "entropy", [0.5533]) == "0.553404"
+    assert threshold_label(0.1 + 0.2, "entropy", [0.3]) == "0.3", "float noise is no neighbour"
     assert [duration(value) for value in (0.5, 42, 725, 7380)] == ["0.5 s", "42 s", "12 min 5 s", "2 h 3 min"]

@@ -135,6 +135,17 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     with pytest.raises(RecordsError, match="were not collected with this model"):
         call(evaluate, "--model", "other", "--compare", *pair)
 
+    again = ("--max_disagreement", 0.3, "--confidence", 0.7, "--cpu_threads", 1)
+    call(calibrate, "--model", run, *again)
+    assert config_of(run)["threshold_profile"]["samples"] == 87, "what parts were fitted on proves nothing of them"
+    (run / "fitted_on.safetensors").unlink()
+    capsys.readouterr()
+    call(calibrate, "--model", run, *again, "--dry_run")
+    assert "were fitted on is not known" in capsys.readouterr().out
+    call(calibrate, "--model", run, *again, "--calibrator", "none", "--policy", "entropy")
+    assert config_of(run)["threshold_profile"]["samples"] == 144
+    assert not (run / "fitted_on.safetensors").exists()
+
 
 def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, run, monkeypatch, capsys):
     monkeypatch.setattr(calibrate.recipe, "rows_trained_on", lambda model, records, split: records.index[:2])

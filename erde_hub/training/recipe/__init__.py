@@ -29,7 +29,7 @@ from .networks import (
     pretrained_preprocessing,
 )
 from .reporting import report, write_report
-from .run_data import rows_trained_on
+from .run_data import rows_fitted_on, rows_trained_on, save_fitted_on
 from .steps import (
     Interrupted,
     Run,
@@ -71,8 +71,10 @@ __all__ = [
     "preprocessing_of",
     "pretrained_preprocessing",
     "report",
+    "rows_fitted_on",
     "rows_trained_on",
     "run_name",
+    "save_fitted_on",
     "settings_dict",
     "store_default_threshold",
     "train_network",

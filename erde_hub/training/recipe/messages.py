@@ -14,7 +14,7 @@ from transformers.utils import logging as hf_logging
 from erde_hub.backbones import get_adapter
 from erde_hub.backbones.base import format_table
 from erde_hub.calibration.choice import describe_bound
-from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, with_point
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.training._checks import describe_exit_map
@@ -52,13 +52,13 @@ def format_results(results: Mapping[str, Any]) -> str:
     point = results.get("operating_point")
     if len(per_exit) > 1:
         points = with_point(results["sweep"], point)
-        policy = results["student"].get("policy")
+        policy, among = results["student"].get("policy"), thresholds_of(results)
         tables.append(
             format_table(
                 ("threshold", "accuracy %", "mean MMACs", "cost", f"leave at {' / '.join(names)} (%)"),
                 [
                     (
-                        threshold_label(row["threshold"], policy) + " *" * stored,
+                        threshold_label(row["threshold"], policy, among) + " *" * stored,
                         percent(row["accuracy"]),
                         mmacs(row["mean_macs"]),
                         f"{row['mean_macs'] / full['macs']:.0%}",

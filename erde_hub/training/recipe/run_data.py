@@ -24,6 +24,8 @@ SPLIT_FILE = "split.json"
 RESULTS_FILE = "results.json"
 #: Hashes of the samples that were trained on, 8 bytes each.
 TRAINED_ON_FILE = "trained_on.safetensors"
+#: Hashes of the held-out samples that calibrator and learned policy of a checkpoint were fitted on.
+FITTED_ON_FILE = "fitted_on.safetensors"
 
 #: Arguments of the data that belong to one data set and are taken from the run together with it.
 _OF_THE_DATA = ("dataset_config", "image_column", "text_column", "label_column")
@@ -85,9 +87,43 @@ def save_trained_on(data: LabelledData, folder: Path) -> None:
     """
     if not isinstance(data.train, Split):
         return
-    hashes = torch.from_numpy(np.unique(data.train.content_hashes()))
-    with replacing(folder / TRAINED_ON_FILE) as temporary:
-        save_file({"hashes": hashes}, temporary, {"format": "erde_hub.trained_on/1"})
+    _save_hashes(data.train.content_hashes(), folder / TRAINED_ON_FILE)
+
+
+def save_fitted_on(split: Split | StreamSplit, rows: torch.Tensor, folder: Path) -> None:
+    """Writes hashes of those samples of a split that parts of a checkpoint were fitted on; nothing for a stream.
+
+    Args:
+        split: Where they come from.
+        rows: Their sample indices; none removes the file.
+        folder: Of the checkpoint.
+
+    Raises:
+        CheckpointWriteError: The file cannot be written.
+    """
+    if len(rows) == 0 or not isinstance(split, Split):
+        (folder / FITTED_ON_FILE).unlink(missing_ok=True)
+        return
+    _save_hashes(split.content_hashes()[torch.isin(split.indices, rows).numpy()], folder / FITTED_ON_FILE)
+
+
+def rows_fitted_on(model: str, records: ExitRecords, split: Split | StreamSplit) -> torch.Tensor | None:
+    """Returns those sample indices of records that calibrator and policy of a model were fitted on; None: not known.
+
+    Args:
+        model: Folder or Hub repository of the model.
+        records: From :func:`~erde_hub.training.recipe.collect`.
+        split: What the records were collected on.
+
+    Raises:
+        DataError: The file that says so is damaged.
+    """
+    return _known_by_content(model, records, split, FITTED_ON_FILE)
+
+
+def _save_hashes(hashes: np.ndarray, path: Path) -> None:
+    with replacing(path) as temporary:
+        save_file({"hashes": torch.from_numpy(np.unique(hashes))}, temporary, {"format": f"erde_hub.{path.stem}/1"})
 
 
 def rows_trained_on(model: str, records: ExitRecords, split: Split | StreamSplit | None = None) -> torch.Tensor | None:
@@ -110,7 +146,7 @@ def rows_trained_on(model: str, records: ExitRecords, split: Split | StreamSplit
     stored = None if path is None else StoredSplit.read(path)
     same = stored is not None and not stored.streamed and records.info.get("fingerprint") == stored.fingerprint
     if stored is None or not same or "source" not in records.info:
-        return _known_by_content(model, records, split)
+        return _known_by_content(model, records, split, TRAINED_ON_FILE)
     source = stored.info["train"]["source"]
     if records.info["source"] != source:
         return records.index[:0]
@@ -119,15 +155,18 @@ def rows_trained_on(model: str, records: ExitRecords, split: Split | StreamSplit
     return records.index[~torch.isin(records.index, known)]
 
 
-def _known_by_content(model: str, records: ExitRecords, split: Split | StreamSplit | None) -> torch.Tensor | None:
-    path = run_file(model, TRAINED_ON_FILE)
+def _known_by_content(
+    model: str, records: ExitRecords, split: Split | StreamSplit | None, name: str
+) -> torch.Tensor | None:
+    path = run_file(model, name)
     if path is None or not isinstance(split, Split):
         return None
+    words = Path(name).stem.replace("_", " ")  # trained on, fitted on
     try:
         trained = load_file(path)["hashes"].numpy()
     except (SafetensorError, OSError, KeyError) as error:
         raise DataError(
-            f"{TRAINED_ON_FILE} of {model!r} is damaged, so that nobody can tell which samples were trained on:"
+            f"{name} of {model!r} is damaged, so that nobody can tell which samples were {words}:"
             f" {error}; restore it, or delete it to go on without"
         ) from error
     seen = torch.from_numpy(np.isin(split.content_hashes(), trained))
