@@ -22,6 +22,7 @@ import torch
 from erde_hub import __version__
 from erde_hub.backbones import get_adapter
 from erde_hub.errors import RecordsError, ResultsError
+from erde_hub.held_out import MIN_SAMPLES
 from erde_hub.prediction_sets import ConformalClassifier
 
 from .calibrated import calibrate_records
@@ -70,7 +71,8 @@ def build_results(
         args: The run's arguments: a mapping, a dataclass, a ``DistillationArguments`` or an ``argparse.Namespace``.
             Absolute paths are reduced to their last part and secrets left out.
         held_out: The student's exits on other images, of the validation split: conformal prediction sets (APS) are
-            fitted on them; coverage and set size on ``records`` are reported, per exit and routed. None reports none.
+            fitted on them; coverage and set size on ``records`` are reported, per exit and routed. None, or fewer than
+            20 of them, reports none.
         set_alpha: Error rate of these sets at each exit.
         teacher: The teacher or its description; None where there is none.
         teacher_records: The teacher's exits on the same split.
@@ -178,6 +180,8 @@ def _prediction_sets(
             f"prediction sets cannot be fitted on the split that is reported, {split!r}: give records of validation"
             " images as held_out, or None"
         )
+    if held_out.num_samples < MIN_SAMPLES:
+        return None, {}
     fitted = ConformalClassifier.fit(held_out, alpha)
     facts = {"method": "split conformal, APS", "alpha": alpha, "split": split, "samples": held_out.num_samples}
     return fitted.sets(records.logits), {"sets": facts}
