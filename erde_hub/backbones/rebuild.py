@@ -37,8 +37,7 @@ def check_same_network(
     Raises:
         RebuildError: Other weights or another answer.
     """
-    mine, theirs = module.state_dict(), rebuilt.state_dict()
-    differs = [k for k in (*mine, *theirs) if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape]
+    differs = _differing_weights(module, rebuilt)
     if differs:
         raise RebuildError(
             f"{name} rebuilt from its config has other weights ({len(differs)} differ, first {differs[0]!r}){advice}"
@@ -87,8 +86,7 @@ def check_config_builds(model: Any, adapter: Any) -> None:
         return
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         rebuilt = type(model)(copy.deepcopy(model.config))
-    mine, theirs = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (model, rebuilt))
-    differs = [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
+    differs = _differing_weights(model, rebuilt)
     if differs:
         raise RebuildError(
             f"a checkpoint of this {type(model.backbone).__name__} could not be loaded: its config builds other weights"
@@ -97,6 +95,12 @@ def check_config_builds(model: Any, adapter: Any) -> None:
         )
     if _plain_layers(model.backbone) != _plain_layers(rebuilt.backbone):
         adapter.check_rebuild(model.backbone, model.config)
+
+
+def _differing_weights(module: nn.Module, rebuilt: nn.Module) -> list[str]:
+    """Names of the weights and stored buffers that only one of two networks has, or that differ in shape."""
+    mine, theirs = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (module, rebuilt))
+    return [name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name)]
 
 
 def _plain_layers(module: nn.Module) -> dict[str, type[nn.Module]]:
