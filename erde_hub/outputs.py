@@ -10,7 +10,7 @@ import torch
 from transformers.utils import ModelOutput
 
 
-@dataclass
+@dataclass(init=False)
 class EarlyExitOutput(ModelOutput):
     """Output of :class:`~erde_hub.EarlyExitWrapper`; fields that do not apply are None.
 
@@ -29,16 +29,27 @@ class EarlyExitOutput(ModelOutput):
 
     # A routed image can take less than a millisecond, of which the general versions of these two are a visible part.
 
+    def __init__(
+        self,
+        loss: Any = None,
+        logits: torch.Tensor | None = None,
+        exit_index: torch.Tensor | None = None,
+        exit_logits: tuple[torch.Tensor, ...] | None = None,
+    ) -> None:
+        values = {"loss": loss, "logits": logits, "exit_index": exit_index, "exit_logits": exit_logits}
+        self.__dict__.update(values)
+        for name, value in values.items():
+            if value is not None:
+                OrderedDict.__setitem__(self, name, value)
+        if loss is not None and not isinstance(loss, torch.Tensor):  # keys and values, as a gather gives them
+            self.__post_init__()
+
     def __setattr__(self, name: str, value: Any) -> None:
         if value is not None and name in _FIELDS:
             OrderedDict.__setitem__(self, name, value)
             if name == "loss":  # set last, when the rest is known, and still first in the tuple
                 OrderedDict.move_to_end(self, name, last=False)
         object.__setattr__(self, name, value)
-
-    def __post_init__(self) -> None:
-        if self.loss is not None and not isinstance(self.loss, torch.Tensor):  # keys and values, as a gather gives them
-            super().__post_init__()
 
 
 _FIELDS = frozenset(EarlyExitOutput.__dataclass_fields__)

@@ -16,7 +16,7 @@ from .inputs import ModelInputs
 from .losses.exit_weights import weights_per_exit
 from .outputs import EarlyExitOutput
 from .recomputation import without_recomputation
-from .routing import Route, RunAll
+from .routing import Route, RunAll, route_one
 
 if TYPE_CHECKING:
     from .modeling import EarlyExitWrapper
@@ -65,7 +65,7 @@ def route(model: EarlyExitWrapper, inputs: ModelInputs, thresholds: Sequence[flo
     policy, calibration = model._modules["policy"], model._calibration()  # faster than as an attribute
     if calibration is None and all(map(policy.never_leaves, thresholds)):
         logits = model._adapter.logits(model.backbone(*inputs.args, **inputs.kwargs))
-        index = torch.full((batch,), len(model.heads), dtype=torch.int64, device=device)
+        index = torch.full((batch,), len(thresholds), dtype=torch.int64, device=device)
         return EarlyExitOutput(logits=logits, exit_index=index)
     if torch.compiler.is_exporting():
         raise ExportError(
@@ -73,20 +73,21 @@ def route(model: EarlyExitWrapper, inputs: ModelInputs, thresholds: Sequence[flo
             " export model.truncate(exit), or all of it with erde_hub.export.export_onnx, or call the model with"
             " output_all_exits=True"
         )
-    mask = model._token_mask(inputs)
-    visitor = Route(model._steps.heads(model._modules["heads"]), policy, thresholds, batch, device, mask, calibration)
-    drive = model._drive(checkpointed=False)
-    recomputes = model._taps and torch.is_grad_enabled()  # it would run a hook's shrinking again
-    watching = fitted.watching(policy, calibration)
-    if watching is None and not recomputes:  # one image can take less than a millisecond: as little as possible
+    mask, drive = model._token_mask(inputs), model._drive(checkpointed=False)
+    heads = model._steps.heads(model._modules["heads"])
+    if batch == 1 and calibration is None and mask is None and not policy.uses_history and not model._taps:
+        logits, taken = route_one(drive.steps, heads, policy, thresholds, main)  # type: ignore[attr-defined]
+        if taken == len(heads):
+            logits = model._adapter.logits(logits)
+        return EarlyExitOutput(logits=logits, exit_index=torch.full((1,), taken, dtype=torch.int64, device=device))
+    visitor = Route(heads, policy, thresholds, batch, device, mask, calibration)
+    with contextlib.ExitStack() as stack:
+        if model._taps and torch.is_grad_enabled():  # recomputation would run a hook's shrinking again
+            stack.enter_context(without_recomputation(model.backbone))
+        watching = fitted.watching(policy, calibration)
+        if watching is not None:
+            stack.enter_context(watching)
         final = drive(visitor, inputs.args, inputs.kwargs)
-    else:
-        with contextlib.ExitStack() as stack:
-            if recomputes:
-                stack.enter_context(without_recomputation(model.backbone))
-            if watching is not None:
-                stack.enter_context(watching)
-            final = drive(visitor, inputs.args, inputs.kwargs)
     if final is not None:
         final = model._adapter.logits(final)
     logits, index = visitor.finish(final, model._exits)

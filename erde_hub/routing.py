@@ -191,8 +191,7 @@ def judge(
     mask: Tensor | None,
     history: list[Tensor],
     calibrate: Callable[[Tensor], Tensor] | None = None,
-    one: bool = False,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Tensor]:
     """Runs an exit on the live samples: its logits (N, K), and the policy's scores (N,).
 
     Args:
@@ -203,17 +202,48 @@ def judge(
         history: Log-probabilities, or other evidence, of the exits before; this one's are added where the policy reads
             them.
         calibrate: Takes the head's logits to those that count.
-        one: There is one sample; its score is returned as a float.
     """
     logits = run_head(head, feature, mask)
     if calibrate is not None:
         logits = calibrate(logits)
-    log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
+    log_probs = logits.float().log_softmax(-1)
     if policy.uses_history:
         history.append(read_evidence(policy, len(history)) if policy.uses_features else log_probs)
-        scores = policy.score(torch.stack(history))
-        return logits, scores.item() if one else scores
-    return logits, policy.score_one(log_probs) if one else policy.score_last(log_probs)
+        return logits, policy.score(torch.stack(history))
+    return logits, policy.score_last(log_probs)
+
+
+def route_one(
+    steps: Sequence[StageStep], heads: Sequence[ExitHead], policy: ExitPolicy, thresholds: Sequence[float], x: Any
+) -> tuple[Any, int]:
+    """Takes a single sample through a staged backbone: what :class:`Route` does, where nothing can shrink.
+
+    A short network leaves nothing of the interpreter's work in the caches, so that every function called at an exit
+    costs microseconds of the few hundred that a stage takes; one loop calls as few as it can, and decides in Python.
+
+    Args:
+        steps: Of the backbone.
+        heads: The early exits' heads.
+        policy: Without history.
+        thresholds: One per early exit.
+        x: The sample, with an axis of one for the batch.
+
+    Returns:
+        The exit's logits (1, K), or what the backbone returned, and the index of the exit.
+    """
+    for step in steps:
+        x = step.run(x)
+        e = step.exit_index
+        if e is None or policy.never_leaves(thresholds[e]):
+            continue
+        head = heads[e]
+        leaf = head.spec.leaf
+        logits = head(x if leaf is None and isinstance(x, Tensor) else read_feature(x, leaf))
+        log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
+        # With the threshold as a tensor would round it.
+        if policy.compare(policy.score_one(log_probs), c_float(thresholds[e]).value) and all_finite(logits):
+            return logits, e
+    return x, len(heads)
 
 
 def who_leaves(policy: ExitPolicy, scores: Tensor, threshold: float, logits: Tensor) -> Tensor:
@@ -352,14 +382,10 @@ class Route:
                 f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are alive"
             )
         calibrate = None if self.calibration is None else functools.partial(self.calibration, exit_index)
-        one = self.count == 1
-        logits, scores = judge(head, self.policy, feature, self.mask, self.history, calibrate, one)
-        if one:  # decided in Python, with the threshold as a tensor would round it: fewer operators
-            leaving = int(self.policy.compare(scores, c_float(threshold).value) and all_finite(logits))
-        else:
-            leaves = who_leaves(self.policy, scores, threshold, logits)
-            gone = leaves.nonzero()
-            leaving = gone.shape[0]
+        logits, scores = judge(head, self.policy, feature, self.mask, self.history, calibrate)
+        leaves = who_leaves(self.policy, scores, threshold, logits)
+        gone = leaves.nonzero()
+        leaving = gone.shape[0]
         if leaving == 0:
             return output
         if leaving == self.count:
