@@ -81,14 +81,26 @@ def shrink(tree: Any, rows: Tensor, batch: int, batched: Sequence[int] = ()) -> 
     return map_tensors(select, tree)
 
 
-def cut_rows(tree: Any, start: int, stop: int, batched: Sequence[int] = ()) -> Any:
-    """Returns the rows from ``start`` to ``stop`` of every batch-first tensor, as views; see :func:`shrink`."""
+def cut_rows(tree: Any, start: int, stop: int, batch: int, batched: Sequence[int] = ()) -> Any:
+    """Returns the samples from ``start`` to ``stop`` of every batch-first tensor, as views; see :func:`shrink`."""
     positions = itertools.count()
-    return map_tensors(lambda t: t[start:stop] if isinstance(tree, Tensor) or next(positions) in batched else t, tree)
+
+    def cut(tensor: Tensor) -> Tensor:
+        if not isinstance(tree, Tensor) and next(positions) not in batched:
+            return tensor
+        rows, rest = divmod(tensor.shape[0], batch)
+        if rest or (rows != 1 and isinstance(tree, Tensor)):
+            raise ShapeError(f"a stage returned a tensor of shape {tuple(tensor.shape)} for {batch} live samples")
+        return tensor[start * rows : stop * rows]
+
+    return map_tensors(cut, tree)
 
 
 def join_rows(trees: Sequence[Any], batched: Sequence[int] = ()) -> Any:
-    """Puts the batches of several structures of one kind behind each other; the rest comes from the first."""
+    """Puts the batches of several structures of one kind behind each other; the rest comes from the first.
+
+    Several rows per sample lie one sample after the other, so that they stay with theirs.
+    """
     first = trees[0]
     if len(trees) == 1:
         return first

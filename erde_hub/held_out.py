@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from erde_hub.errors import DataError
+from erde_hub._arguments import check_flag
+from erde_hub.errors import DataError, InputTypeError, unknown_argument
 
 if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
@@ -17,6 +22,28 @@ MIN_SAMPLES = 20
 _NAMED = 5
 
 
+def check_kind(records: object, name: str = "records") -> None:
+    """Raises :class:`InputTypeError` where something else is given for records, such as the path of their file."""
+    if not hasattr(records, "require_classes"):
+        raise InputTypeError(
+            f"{name} must be ExitRecords, as collect_exit_records and ExitRecords.load return them, got {records!r:.80}"
+        )
+
+
+def check_fit_data(fit: Callable[..., Any], records: ExitRecords, checks: Mapping[str, Any]) -> None:
+    """Calls :func:`check_calibration_data` with what a fit takes for it in ``**checks``.
+
+    Raises:
+        UnknownArgumentError: The fit takes no such argument.
+    """
+    allowed = list(inspect.signature(check_calibration_data).parameters)[1:]
+    own = [name for name in inspect.signature(fit).parameters if name not in ("records", "checks")]
+    for name in checks:
+        if name not in allowed:
+            raise unknown_argument(fit.__qualname__, name, [*own, *allowed])
+    check_calibration_data(records, **checks)
+
+
 def check_calibration_data(
     records: ExitRecords, training_index: Any | None = None, allow_missing_classes: bool = False
 ) -> None:
@@ -25,7 +52,10 @@ def check_calibration_data(
     Raises:
         ConfigError: They are of a regression.
         DataError: They overlap training data, are fewer than ``MIN_SAMPLES``, or lack a class.
+        InputTypeError: They are no records, or ``training_index`` does not hold whole numbers.
     """
+    check_kind(records)
+    check_flag("allow_missing_classes", allow_missing_classes)
     records.require_classes("a calibrator, a threshold search or a policy for classes")
     check_held_out(records, training_index)
     counts = torch.bincount(records.labels, minlength=records.num_classes)
@@ -47,14 +77,16 @@ def check_held_out(records: ExitRecords, training_index: Any | None = None) -> N
 
     Raises:
         DataError: They overlap training data, or are fewer than ``MIN_SAMPLES``.
+        InputTypeError: They are no records, or ``training_index`` does not hold whole numbers.
     """
+    check_kind(records)
     if records.info.get("split") == "train":
         raise DataError(
             "these records are of the training split, on which exits look better than they are: collect them on"
             " validation images"
         )
     if training_index is not None:
-        seen = torch.isin(records.index, torch.as_tensor(training_index, dtype=torch.int64))
+        seen = torch.isin(records.index, _sample_numbers(training_index))
         if seen.any():
             first = records.index[seen][:_NAMED].tolist()
             more = ", ..." if int(seen.sum()) > len(first) else ""
@@ -64,3 +96,16 @@ def check_held_out(records: ExitRecords, training_index: Any | None = None) -> N
             )
     if records.num_samples < MIN_SAMPLES:
         raise DataError(f"{records.num_samples} samples are too few to calibrate on: at least {MIN_SAMPLES} are needed")
+
+
+def _sample_numbers(training_index: Any) -> Tensor:
+    found = None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.as_tensor(training_index).cpu()
+    mask = found is not None and found.dtype == torch.bool
+    if found is None or (len(found.flatten()) and (mask or found.is_floating_point() or found.is_complex())):
+        raise InputTypeError(
+            f"training_index must hold the numbers of samples, such as [0, 5, 17], got {training_index!r:.80}"
+            f"{'; of a mask take mask.nonzero()' if mask else ''}"
+        )
+    return found.long()

@@ -93,6 +93,10 @@ def explain_failure(error: Exception, inputs: ModelInputs, input_size: Sequence[
             f"pixel_values have shape {tuple(x.shape)}; the model was wrapped for inputs of {tuple(input_size)} and"
             f" does not run on these: resize them with model.image_processor() ({error})"
         )
+    if x.is_meta:
+        return InputTypeError(
+            f"the inputs are on the meta device, where tensors have a shape and no values: give real ones ({error})"
+        )
     return error
 
 

@@ -12,13 +12,14 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._tree import cut_rows, join_rows, shrink
+from ._tree import cut_rows, join_rows, select_rows, shrink
+from .backbones.followers import Carried
 from .errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError
 from .fitted import watching
 from .inputs import check_pixel_values
@@ -75,6 +76,8 @@ def route_batches(
         ConfigError: A model in train mode, or a size below 1.
         ShapeError: A batch whose images differ in size from those of the first.
         ThresholdError: A threshold that the policy does not take.
+        ExitNotReachedError: While streaming: samples have waited at an exit, and a layer behind it reads what was
+            computed long before it. What lies one or two layers back, which NASNet's cells read, waits with them.
 
     Example:
         >>> model = EarlyExitWrapper(timm.create_model("resnet18", num_classes=10), exits=["layer1", "layer2"]).eval()
@@ -145,6 +148,7 @@ class _Group:
         history: Log-probabilities of the exits before, for policies that read them.
         state: What a calibrator keeps of the exits before.
         batched: Positions of the batch-first tensors of ``tree``.
+        carried: What later layers read beside ``tree``; see :class:`~erde_hub.backbones.followers.Carried`.
     """
 
     tickets: Tensor
@@ -152,17 +156,20 @@ class _Group:
     history: list[Tensor]
     state: list[Tensor]
     batched: Sequence[int] = ()
+    carried: dict[int, Tensor] = field(default_factory=dict)
 
-    def split(self, rows: int) -> tuple[_Group, _Group]:
-        """Returns the first rows and the others."""
-        parts = [(0, rows), (rows, len(self.tickets))]
+    def split(self, samples: int) -> tuple[_Group, _Group]:
+        """Returns the first samples and the others."""
+        count = len(self.tickets)
+        parts = [(0, samples), (samples, count)]
         first, second = (
             _Group(
                 self.tickets[i:j],
-                cut_rows(self.tree, i, j, self.batched),
+                cut_rows(self.tree, i, j, count, self.batched),
                 [h[i:j] for h in self.history],
                 [s[i:j] for s in self.state],
                 self.batched,
+                {place: t[i:j] for place, t in self.carried.items()},
             )
             for i, j in parts
         )
@@ -198,7 +205,8 @@ class _Queue:
         histories = [torch.cat(parts) for parts in zip(*(group.history for group in taken), strict=True)]
         states = [torch.cat(parts) for parts in zip(*(group.state for group in taken), strict=True)]
         tree = join_rows([group.tree for group in taken], batched)
-        return _Group(torch.cat([group.tickets for group in taken]), tree, histories, states, batched)
+        carried = {place: torch.cat([group.carried[place] for group in taken]) for place in taken[0].carried}
+        return _Group(torch.cat([group.tickets for group in taken]), tree, histories, states, batched, carried)
 
     def holds(self, index: int) -> bool:
         """Tells whether a sample of that batch of the stream waits here."""
@@ -317,13 +325,14 @@ class _StreamPass:
         if self.calibration is not None:
             reads_all = reads_all or self.calibration.calibrator.uses_history
         self.needs_every_exit = reads_all
+        self.carried = Carried()
 
     def visit(self, exit_index: int, output: Any) -> Any | None:
         check_due(exit_index, self.next_exit)
         self.next_exit += 1
         if not self.entered:  # an empty image, on its way to where the samples enter
             self.entered = exit_index == self.entry
-            return self.group.tree if self.entered else output
+            return self.start(self.group) if self.entered else output
         model, threshold = self.stream.model, self.stream.thresholds[exit_index]
         if model.policy.never_leaves(threshold) and not self.needs_every_exit:
             return output
@@ -336,22 +345,28 @@ class _StreamPass:
         state = self.calibration.state if self.calibration else []
         leaves = who_leaves(model.policy, scores, threshold, logits)
         gone, stay = leaves.nonzero().squeeze(1), leaves.logical_not().nonzero().squeeze(1)
-        batched, tickets = head.spec.batched, self.group.tickets
+        batched, tickets, carried = head.spec.batched, self.group.tickets, self.carried.recent()
         if len(gone):
             self.stream.answer(tickets[gone.cpu()], logits.index_select(0, gone), exit_index)
             output = shrink(output, stay, len(tickets), batched) if len(stay) else output
             history, state = ([t.index_select(0, stay) for t in kept] for kept in (history, state))
             tickets = tickets[stay.cpu()]
+            carried = {place: select_rows(t, stay) for place, t in carried.items()}
         elif len(stay) >= self.stream.batch_size:
             self.group = _Group(tickets, output, history, state, batched)
             return output
         queue = self.stream.queues[exit_index + 1]
         if len(stay):
-            queue.put(_Group(tickets, output, history, state, batched))
+            queue.put(_Group(tickets, output, history, state, batched, carried))
         if queue.count < self.stream.batch_size:
             return None
-        self.group = queue.take(self.stream.batch_size)
-        return self.group.tree
+        return self.start(queue.take(self.stream.batch_size))
+
+    def start(self, group: _Group) -> Any:
+        """Puts these samples in the place of those before and returns what the next layers get."""
+        self.group = group
+        self.carried.rows = dict(group.carried)
+        return group.tree
 
     def calibrate(self, exit_index: int, logits: Tensor) -> Tensor:
         """Calibrates the logits of the samples that are there now, if the model does that."""

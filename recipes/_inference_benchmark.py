@@ -65,8 +65,8 @@ class InferenceBenchmark:
     )
     channels_last: bool = field(default=True, metadata={"help": "the first number of threads in channels_last as well"})
     rounds: int = field(default=150, metadata={"help": "rounds at most; in each, all contestants take turns"})
-    seconds: float = field(default=20.0, metadata={"help": "seconds per network and setting, after which rounds end"})
-    min_rounds: int = field(default=3, metadata={"help": "rounds at least"})
+    seconds: float = field(default=12.0, metadata={"help": "seconds per network and setting, after which rounds end"})
+    min_rounds: int = field(default=4, metadata={"help": "rounds at least"})
     peer: bool = field(default=True, metadata={"help": "earlyon beside it, where it is installed and runs"})
     onnx: bool = field(
         default=True, metadata={"help": "onnxruntime: nested, flat and prefix, float and int8, batches up to 32"}

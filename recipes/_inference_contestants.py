@@ -17,8 +17,8 @@ from typing import Any
 import timm
 import torch
 from _inference_turns import Contestant
+from _patterns import coarse_patterns
 from torch import Tensor, nn
-from torch.nn import functional
 
 from erde_hub import EarlyExitWrapper
 from erde_hub._tree import shrink
@@ -69,16 +69,8 @@ class Subject:
     weights: str
 
     def images(self, batch: int, channels_last: bool = False) -> Tensor:
-        """The same random batch for everybody: coarse patterns of differing strength.
-
-        White noise would be the same to a network from image to image, and so would be the scores of its exits.
-        """
-        generator = torch.Generator().manual_seed(batch)
-        channels, *size = self.model.config.input_size or ()
-        coarse = torch.randn((batch, channels, 6, 6), generator=generator)
-        strength = 0.3 + 1.4 * torch.rand((batch, 1, 1, 1), generator=generator)
-        noise = 0.2 * torch.randn((batch, channels, *size), generator=generator)
-        x = strength * functional.interpolate(coarse, tuple(size), mode="bilinear") + noise
+        """The same random batch for everybody, see :func:`coarse_patterns`."""
+        x = coarse_patterns(batch, self.model.config.input_size or ())
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def steps(self) -> list[StageStep] | None:

@@ -25,6 +25,8 @@ BOUNDS = {
     "batch 32, a quarter at each exit / earlyon one by one": 0.95,
     "batch 32, 31 leaving at exit 0, one never / earlyon's batched call": 0.4,
 }
+#: The same layers twice, once through the wrapper with all exits off: how far apart two times can be for no reason.
+CONTROL = "exits off (threshold 0) / bare backbone, the same layers"
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,27 @@ class Target:
         name: What is divided by what.
         network: Which.
         value: Median of the ratio.
-        bound: At most.
+        bound: At most; None where nothing was aimed at.
         ideal: What the stages called by hand reach, where the bound is on a ratio to something else.
     """
 
     name: str
     network: str
     value: float
-    bound: float
+    bound: float | None
     ideal: float | None = None
 
     @property
     def met(self) -> bool:
         """Whether the value is within the bound."""
-        return self.value <= self.bound
+        return self.bound is None or self.value <= self.bound
 
 
 def targets(results: Results) -> list[Target]:
     """The bounds that the measurements speak to, with one thread and the default memory format."""
     found: list[Target] = []
     for network, entry in results["networks"].items():
-        for name, bound in BOUNDS.items():
+        for name, bound in {**BOUNDS, CONTROL: None}.items():
             found += [Target(name + w, network, value, bound, ideal) for w, value, ideal in _values(name, entry)]
         found += _onnx_targets(network, entry.get("onnx") or {})
     return found
@@ -73,6 +75,8 @@ def _values(name: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, f
         ratios, batch = setting["ratios"], setting["batch"]
         if name.startswith("never") and batch in (1, 32) and "never / never by hand" in ratios:
             yield f", batch {batch}", ratios["never / never by hand"]["median"], None
+        if name == CONTROL and batch in (1, 32) and "never, heads skipped / bare" in ratios:
+            yield f", batch {batch}", ratios["never, heads skipped / bare"]["median"], None
         if name.startswith("batch 1 ") and batch == 1:
             exits = [r["median"] for key, r in ratios.items() if key.startswith("exit ") and key.endswith("by hand")]
             if exits:
@@ -87,10 +91,8 @@ def _values(name: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, f
             pair = next(pair for ending, pair in key.items() if name.endswith(ending))
             if pair in ratios:
                 ours, theirs = pair.split(" / ")
-                ideal = setting["seconds"].get(f"{ours} by hand")
-                other = setting["seconds"][theirs]["median"]
-                by_hand = theirs.endswith("by hand") or ideal is None
-                yield "", ratios[pair]["median"], None if by_hand else ideal["median"] / other
+                ideal = ratios.get(f"{ours} by hand / {theirs}", {}).get("median")
+                yield "", ratios[pair]["median"], ideal
 
 
 def _onnx_targets(network: str, onnx: Mapping[str, Any]) -> Iterator[Target]:
@@ -113,9 +115,9 @@ def target_rows(results: Results) -> list[tuple[str, ...]]:
         by_name.setdefault(target.name, {})[target.network] = target
     rows = []
     for name, own in by_name.items():
-        bounds = sorted({target.bound for target in own.values()})
+        bounds = sorted({target.bound for target in own.values() if target.bound is not None})
         cells = [_verdict(own[n]) if n in own else "-" for n in networks]
-        rows.append((name, " or ".join(f"{bound:g}" for bound in bounds), *cells))
+        rows.append((name, " or ".join(f"{bound:g}" for bound in bounds) or "-", *cells))
     return rows
 
 
@@ -174,24 +176,24 @@ def _percents(share: Sequence[float]) -> str:
 
 def _times(measured: Mapping[str, Any]) -> str:
     """Milliseconds of every contestant, and what it is of those it is compared with."""
-    bare = measured["seconds"].get("bare", {}).get("median")
     rows = []
     for name, spread in measured["seconds"].items():
         ratios = [
             f"{value['median']:.3f} of {pair.split(' / ')[1]}"
             for pair, value in measured["ratios"].items()
-            if pair.split(" / ")[0] == name
+            if pair.split(" / ")[0] == name and pair != f"{name} / bare"
         ]
+        of_bare = measured["ratios"].get(f"{name} / bare")
         rows.append(
             (
                 name,
                 f"{1e3 * spread['median']:.2f}",
                 f"{1e3 * spread['q1']:.2f}-{1e3 * spread['q3']:.2f}",
-                f"{spread['median'] / bare:.3f}" if bare else "",
+                "" if of_bare is None else f"{of_bare['median']:.3f}",
                 "; ".join(ratios),
             )
         )
-    return format_table(("", "ms", "quartiles", "of bare", "ratio within a round"), rows)
+    return format_table(("", "ms", "quartiles", "of bare in a round", "of others in a round"), rows)
 
 
 def _extra(title: str, measured: Mapping[str, Any]) -> str:
@@ -246,11 +248,9 @@ def saving_table(table: Table, results: Results | None) -> str:
 
 def _saving(entry: Mapping[str, Any], batch: int, key: str) -> str:
     for setting in entry["settings"]:
-        seconds = setting["seconds"]
         plain = setting["threads"] == 1 and not setting["channels_last"]
-        if plain and setting["batch"] == batch and f"{key} by hand" in seconds:
-            bare = seconds["bare"]["median"]
-            real, ideal = (1 - seconds[name]["median"] / bare for name in (key, f"{key} by hand"))
+        if plain and setting["batch"] == batch and f"{key} by hand / bare" in setting["ratios"]:
+            real, ideal = (1 - setting["ratios"][f"{name} / bare"]["median"] for name in (key, f"{key} by hand"))
             return f"{100 * real:.0f} % ({100 * ideal:.0f} %)"
     return "-"
 
@@ -275,7 +275,14 @@ def compiled_table(table: Table, results: Results | None) -> str:
             continue
         times = [compiled["ratios"].get(f"compiled {key} / {key}") for key in ("never", "even", "exit 0")]
         cells = ["-" if ratio is None else f"{ratio['median']:.2f}" for ratio in times]
-        rows.append((f"`{name}`", *cells, str(compiled["graphs"]), f"{compiled['compile_seconds']:.0f}"))
+        rows.append(
+            (
+                f"`{name}`",
+                *cells,
+                f"{compiled['graphs']} for {compiled['parts']} parts",
+                f"{compiled['compile_seconds']:.0f}",
+            )
+        )
     return table(header, rows) if rows else _NOT_YET
 
 
@@ -310,11 +317,10 @@ def saving_points(results: Results) -> dict[str, list[tuple[float, float, int]]]
         for setting in entry["settings"]:
             if setting["threads"] != 1 or setting["channels_last"]:
                 continue
-            median = {key: spread["median"] for key, spread in setting["seconds"].items()}
-            for key, value in median.items():
-                if f"{key} by hand" in median and key != "never":
-                    ideal = 1 - median[f"{key} by hand"] / median["bare"]
-                    own.append((ideal, 1 - value / median["bare"], setting["batch"]))
+            ratios = {pair: spread["median"] for pair, spread in setting["ratios"].items()}
+            for key in setting["seconds"]:
+                if f"{key} by hand / bare" in ratios and key != "never":
+                    own.append((1 - ratios[f"{key} by hand / bare"], 1 - ratios[f"{key} / bare"], setting["batch"]))
     return points
 
 
@@ -348,6 +354,7 @@ def draw_saving(results: Results, path: str) -> None:
         for (name, own), (color, marker) in zip(
             points.items(), _LOOKS * (1 + len(points) // len(_LOOKS)), strict=False
         ):
+            label = name
             for single, fill in ((False, color), (True, "white")):
                 shown = [(100 * x, 100 * y) for x, y, batch in own if (batch == 1) is single]
                 if shown:
@@ -362,8 +369,9 @@ def draw_saving(results: Results, path: str) -> None:
                         markeredgewidth=2 if single else 0.8,
                         markersize=8,
                         zorder=3,
-                        label=None if single else name,
+                        label=label,
                     )
+                    label = None
         axes.plot(
             [], [], "o", markerfacecolor="white", markeredgecolor="#444444", markeredgewidth=2, label="batch of 1"
         )

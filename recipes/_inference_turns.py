@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import sys
 import time
@@ -17,14 +18,15 @@ TURN = 0.03
 def take_turns(
     runs: Mapping[str, Contestant], rounds: int, min_rounds: int, seconds: float, label: str = ""
 ) -> dict[str, list[float]]:
-    """Runs every contestant in turn, round by round, beginning with another each time.
+    """Runs every contestant in turn, round by round, in another order each time.
 
-    A turn is one call that is not counted, where calls are short, and as many as fill ``TURN``, whose mean counts.
+    In one order that only rotates, each would always find the caches as the same other one left them. A turn is one
+    call that is not counted, where calls are short, and as many as fill ``TURN``, whose mean counts.
 
     Returns:
         Seconds per call by name, one value for each round.
     """
-    names = list(runs)
+    names, orders = list(runs), random.Random(0)
     calls: dict[str, int] = {}
     for name, run in runs.items():  # what is allocated, chosen or compiled on first use is no part of it
         once = _seconds(run, 1)
@@ -36,7 +38,7 @@ def take_turns(
     for i in range(rounds):
         if i >= min_rounds and time.perf_counter() - began > seconds:
             break
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in orders.sample(names, len(names)):
             if calls[name] > 1:
                 runs[name]()
             times[name].append(_seconds(runs[name], calls[name]))
@@ -81,8 +83,11 @@ PAIRS = (
 def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Medians and quartiles of times, and of ratios within a round, whose two halves saw the same machine."""
     exits = [(name, other) for name in times for other in (f"{name} by hand", f"earlyon {name}") if name[:5] == "exit "]
+    by_hand = [(f"{key} by hand", f"earlyon {key}") for key in ("even", "one_hard")]
+    by_hand.append(("even by hand", "earlyon one by one"))
+    of_bare = [(name, "bare") for name in times if name != "bare"]
     ratios = {}
-    for a, b in (*PAIRS, *exits):
+    for a, b in (*PAIRS, *exits, *by_hand, *of_bare):
         if a in times and b in times:
             ratios[f"{a} / {b}"] = _spread([p / q for p, q in zip(times[a], times[b], strict=True)])
     return {

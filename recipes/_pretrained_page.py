@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from erde_hub.evaluation.formatting import mmacs, percent, threshold_label
+from erde_hub.evaluation.formatting import mmacs, percent, threshold_label, thresholds_of
 
 RESULTS = Path(__file__).parent / "results"
 #: Data sets by the name of their runs.
@@ -37,7 +37,7 @@ def texts_table(table: Table) -> str:
             rows.append((name, "(teacher)", "-", *_accuracies(teachers[-1]), "-", "-", "-"))
         for run in found:
             point, last = run["operating_point"], run["per_exit"][-1]
-            label = f"threshold {threshold_label(point['threshold'])}"
+            label = f"threshold {_stored(run)}"
             share = percent(point["mean_macs"] / last["macs"])
             token = "" if run["student"]["head_kwargs"].get("pool") == "mean" else ", heads on the class token"
             rows.append(
@@ -84,7 +84,7 @@ def agreement_table(table: Table) -> str:
     own, other = results["operating_point"], crops["operating_point"]
     costs = f"{mmacs(own['mean_macs'])} and {mmacs(other['mean_macs'])}"
     shares = f"{percent(own['mean_macs'] / full)} and {percent(other['mean_macs'] / full)}"
-    name = f"threshold {threshold_label(own['threshold'])}"
+    name = f"threshold {_stored(results)}"
     return table(_AGREEMENT, [*rows, (name, costs, shares, percent(own["accuracy"]), percent(other["accuracy"]))])
 
 
@@ -121,6 +121,11 @@ def photographs_table(table: Table) -> str:
         "early exits that answer the same",
     )
     return table(header, rows)
+
+
+def _stored(run: Mapping[str, Any]) -> str:
+    """The threshold of a report's operating point, as its card writes it."""
+    return threshold_label(run["operating_point"]["threshold"], run["student"].get("policy"), thresholds_of(run))
 
 
 def _accuracies(part: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "support_matrix.json"
-CHECKS = ("attach", "train", "routing", "save", "copy", "onnx")
+CHECKS = ("attach", "train", "routing", "stream", "save", "copy", "onnx")
 
 _SIGNS = {"yes": "yes", None: "not tried", "images only": "-"}
 
@@ -19,14 +19,20 @@ def matrix() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
+def columns() -> list[str]:
+    """The checks that at least one row holds: the file may be of a time before one of them."""
+    rows = matrix()["families"].values()
+    return [check for check in CHECKS if any(check in row for row in rows)]
+
+
 def support_rows(library: str) -> list[tuple[str, ...]]:
     """One row per family of a library."""
-    rows = []
+    rows, checks = [], columns()
     for family, found in matrix()["families"].items():
         if found.get("library") == library:
-            tried = [_SIGNS.get(found.get(check), "no") for check in CHECKS]
+            tried = [_SIGNS.get(found.get(check), "no") for check in checks]
             if found.get("attach") != "yes":
-                tried[1:] = ["-"] * (len(CHECKS) - 1)
+                tried[1:] = ["-"] * (len(checks) - 1)
             name = f"`{found['model']}`" if "model" in found else ""
             exits = ", ".join(f"`{e}`" for e in found.get("exits", []))
             rows.append((f"`{family}`", name, exits, *tried))
@@ -42,13 +48,16 @@ def support_summary() -> str:
     tried = f"each family with one state of the code, by its digest {states}"
     lines = [f"Tried with {versions}, {tried}.", ""]
     lines += ["Families that pass attaching, training, routing, saving and copying:", ""]
-    needed = [check for check in CHECKS if check != "onnx"]
+    needed = [check for check in CHECKS if check not in ("stream", "onnx")]
     for library in ("timm", "transformers"):
         rows = {name: row for name, row in found["families"].items() if row.get("library") == library}
         good = [name for name, row in rows.items() if all(row.get(check) == "yes" for check in needed)]
-        files = [row["onnx"] for row in rows.values() if row.get("onnx") not in (None, "images only")]
-        written = f"as ONNX {files.count('yes')} of the {len(files)} that were tried"
-        lines.append(f"- {library}: {len(good)} of {len(rows)}; {written}.")
+        counts = [f"- {library}: {len(good)} of {len(rows)}"]
+        for check, words in (("stream", "in a stream"), ("onnx", "as ONNX")):
+            outcomes = [row[check] for row in rows.values() if row.get(check) not in (None, "images only")]
+            if outcomes:
+                counts.append(f"{words} {outcomes.count('yes')} of the {len(outcomes)} that were tried")
+        lines.append(f"{'; '.join(counts)}.")
     failures = [
         f"- `{name}`, {check}: {row[check]}"
         for name, row in found["families"].items()
@@ -60,9 +69,12 @@ def support_summary() -> str:
 
 def tables(table: Callable[..., str]) -> dict[str, Callable[[], str]]:
     """The generated parts by name; ``table`` formats header and rows."""
-    header = ("family", "network", "exits", *CHECKS)
+
+    def rows_of(library: str) -> str:
+        return table(("family", "network", "exits", *columns()), support_rows(library))
+
     return {
         "support_summary": support_summary,
-        "support_timm": lambda: table(header, support_rows("timm")),
-        "support_transformers": lambda: table(header, support_rows("transformers")),
+        "support_timm": lambda: rows_of("timm"),
+        "support_transformers": lambda: rows_of("transformers"),
     }

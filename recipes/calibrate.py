@@ -31,12 +31,13 @@ from erde_hub.calibration import (
     get_calibrator,
     list_calibrators,
 )
-from erde_hub.calibration._checks import read_method, read_target
+from erde_hub.calibration._checks import check_has_threshold, read_costs, read_method, read_milliseconds, read_target
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
 from erde_hub.training import DistillationArguments, create_accelerator, recipe, run_on_main
+from erde_hub.training.recipe.default_threshold import CONFIDENCE
 from erde_hub.training.recipe_arguments import TrainedDataArguments
 
 
@@ -64,8 +65,12 @@ class CalibrationArguments:
         default=None,
         metadata={"help": "measured time in ms of an image that leaves at each exit, the last one included"},
     )
-    confidence: float = field(
-        default=0.9, metadata={"help": "probability with which a bound holds on other images; budgets have none"}
+    confidence: float | None = field(
+        default=None,
+        metadata={
+            "help": "probability with which a bound holds on other images; budgets and the methods crc and search have"
+            f" none; default: {CONFIDENCE}"
+        },
     )
     method: Literal["auto", "ltt", "exact", "ucb", "crc", "search"] = field(
         default="auto",
@@ -81,7 +86,10 @@ class CalibrationArguments:
     )
     policy: str = field(
         default="keep",
-        metadata={"help": f"policy to store, fitted first if it is learned: {', '.join(list_policies())}"},
+        metadata={
+            "help": f"policy to store, fitted first if it is learned: {', '.join(list_policies())}; eenet is trained"
+            " for the budget, or for half of the full cost where a bound is asked for"
+        },
     )
     fit_share: float = field(
         default=0.4,
@@ -105,6 +113,8 @@ def main() -> None:
     """Loads, measures, chooses, writes."""
     sections = {"what is wanted": CalibrationArguments, "data": TrainedDataArguments}
     wanted, data_args, _ = parse_arguments(sections, __doc__)
+    options = target_options(wanted)
+    target, bound = check_wanted(wanted, options)
     args = DistillationArguments(
         batch_size=wanted.batch_size, num_workers=wanted.num_workers, cpu_threads=wanted.cpu_threads
     )
@@ -116,15 +126,7 @@ def main() -> None:
             " or add --dry_run"
         )
     model = recipe.load_model(wanted.model)
-    options = target_options(wanted)
-    if wanted.calibrator not in ("keep", "none"):
-        get_calibrator(wanted.calibrator)
-    if wanted.policy != "keep":
-        get_policy(wanted.policy)
-    if not 0 < wanted.fit_share < 1:
-        raise ConfigError(f"--fit_share must be between 0 and 1, got {wanted.fit_share}")
-    target, _ = read_target({key[4:]: value for key, value in options.items() if key.startswith("max_")})
-    read_method(options["method"], options.get("confidence"), target)
+    read_costs(model.exit_table().cumulative_macs, wanted.exit_milliseconds, target, bound)
     data = recipe.load_data_of(
         wanted.model,
         data_args,
@@ -156,6 +158,20 @@ def main() -> None:
     run_on_main(accelerator, lambda: write(folder, model, choice, test, records))
     run_on_main(accelerator, lambda: recipe.save_fitted_on(getattr(data, wanted.split), fitted_on, folder))
     accelerator.print(f"written into {folder}")
+
+
+def check_wanted(wanted: CalibrationArguments, options: dict[str, Any]) -> tuple[str, float]:
+    """Checks what needs neither model nor data, and returns the target and its bound."""
+    if wanted.calibrator not in ("keep", "none"):
+        get_calibrator(wanted.calibrator)
+    if wanted.policy != "keep":
+        check_has_threshold(get_policy(wanted.policy).cls)
+    if not 0 < wanted.fit_share < 1:
+        raise ConfigError(f"--fit_share must be between 0 and 1, got {wanted.fit_share}")
+    target, bound = read_target({key[4:]: value for key, value in options.items() if key.startswith("max_")})
+    read_milliseconds(wanted.exit_milliseconds, target)
+    read_method(options["method"], options["confidence"], target)
+    return target, bound
 
 
 def keeps_fitted(wanted: CalibrationArguments, model: EarlyExitWrapper) -> bool:
@@ -197,15 +213,25 @@ def fit_parts(
         rest = calibrate_records(rest, model.calibrator)
         fitting = calibrate_records(fitting, model.calibrator) if learned else records
     if learned:
-        model.set_policy(get_policy(wanted.policy).cls.fit(fitting, **checks))  # type: ignore[attr-defined]
+        cls = get_policy(wanted.policy).cls
+        budget = policy_budget(wanted) if cls.uses_budget else {}  # type: ignore[attr-defined]
+        model.set_policy(cls.fit(fitting, **budget, **checks))  # type: ignore[attr-defined]
     elif wanted.policy != "keep":
         model.set_policy(create_policy(wanted.policy))
     return rest, fitted_on
 
 
+def policy_budget(wanted: CalibrationArguments) -> dict[str, Any]:
+    """Returns the budget that a policy is trained for, in MACs or milliseconds; without one it takes its own."""
+    if wanted.max_mean_milliseconds is not None:
+        return {"budget": wanted.max_mean_milliseconds, "costs": wanted.exit_milliseconds}
+    return {"budget": wanted.max_mean_macs}
+
+
 def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
-    """Returns the arguments of ``choose_threshold``; a budget has no confidence."""
+    """Returns the arguments of ``choose_threshold``; a bound gets a confidence where none is given and it can."""
     budget = wanted.max_mean_macs is not None or wanted.max_mean_milliseconds is not None
+    without = budget or wanted.method in ("crc", "search")
     options: dict[str, Any] = {
         name: getattr(wanted, name)
         for name in (
@@ -219,8 +245,7 @@ def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
         )
     }
     options["method"] = None if wanted.method == "auto" else wanted.method
-    if not budget and wanted.method not in ("crc", "search"):
-        options["confidence"] = wanted.confidence
+    options["confidence"] = CONFIDENCE if wanted.confidence is None and not without else wanted.confidence
     return options
 
 

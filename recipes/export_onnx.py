@@ -3,8 +3,8 @@
     python recipes/export_onnx.py --model runs/digits-1 --output model.onnx --verify 64
     python recipes/export_onnx.py --model runs/digits-1 --output int8.onnx --int8 --dataset digits --verify 500
 
-With --dataset the file is compared with the model on test images, otherwise on random ones. int8 takes its ranges from
-training images.
+With --dataset the file is compared with the model on test images, otherwise on random patterns. int8 takes its ranges
+from training images.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from _early import refuse_unknown_flags
+
+if __name__ == "__main__":
+    refuse_unknown_flags(__file__)
+
 import torch
 from _cli import clean_errors, parse_arguments
+from _patterns import coarse_patterns
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
@@ -31,14 +37,16 @@ class ExportArguments:
     """What is exported, where to and how it is checked."""
 
     model: str = field(metadata={"help": "folder or Hub repository of a checkpoint"})
-    output: str = field(default="model.onnx", metadata={"help": "the file; above 2 GB the weights lie beside it"})
+    output: str = field(
+        default="model.onnx", metadata={"help": "the file, replaced if it exists; above 2 GB the weights lie beside it"}
+    )
     opset: int = field(default=20, metadata={"help": "version of the ONNX operator set"})
     int8: bool = field(default=False, metadata={"help": "quantise to int8; needs --dataset"})
     calibration_samples: int = field(
         default=256, metadata={"help": "training images that the ranges of int8 activations are taken from"}
     )
     calibration_method: Literal["minmax", "entropy", "percentile"] = field(
-        default="minmax", metadata={"help": "how int8 takes them"}
+        default="minmax", metadata={"help": "how int8 takes them; the others cut rare large values off"}
     )
     verify: int = field(default=0, metadata={"help": "compare with the model on so many images; 0: not at all"})
     thresholds: list[float] | None = field(
@@ -52,21 +60,17 @@ class OptionalData(DataArguments):
     """The images for int8 and for the comparison."""
 
     dataset: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "as for evaluate.py; default: none, and random images for --verify"}
+        default=None, metadata={"help": "as for evaluate.py; default: none, and random patterns for --verify"}
     )
+    max_train_samples: int | None = field(default=None, metadata={"help": "not here: --calibration_samples says it"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "not here: --verify says it"})
 
 
 def main() -> None:
     """Loads, exports, compares."""
     args, data_args, _ = parse_arguments({"export": ExportArguments, "data": OptionalData}, __doc__)
     recipe.configure_logging(True)
-    if args.int8 and data_args.dataset is None:
-        raise ConfigError("--int8 needs --dataset: the ranges of the activations come from images like those in use")
-    if args.calibration_samples < 1 or args.verify < 0 or args.cpu_threads < 0:
-        raise ConfigError(
-            "--calibration_samples must be at least 1, --verify and --cpu_threads at least 0, got"
-            f" {args.calibration_samples}, {args.verify} and {args.cpu_threads}"
-        )
+    check_arguments(args, data_args)
     if args.cpu_threads:
         torch.set_num_threads(args.cpu_threads)
     model = recipe.load_model(args.model)
@@ -86,7 +90,9 @@ def main() -> None:
         calibration_data=calibration,
         calibration_method=args.calibration_method,
     )
-    size = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.is_file())
+    from erde_hub.export._staging import weights_of  # noqa: PLC0415 - needs onnx, an extra
+
+    size = sum(file.stat().st_size for file in (path, weights_of(path)) if file is not None)
     seconds = time.perf_counter() - started
     print(f"{path}: {size / 1e6:.1f} MB, {'int8' if args.int8 else 'float32'}, written in {seconds:.0f} s\n")
     table = model.exit_table()
@@ -98,25 +104,55 @@ def main() -> None:
     print(f"\npolicy {model.config.policy}, stored threshold {model.threshold}")
     if args.verify:
         print(f"\n{compare(model, path, data, args)}")
+    print(f"\nto run it, torch is not needed:\n{example(path)}")
+
+
+def check_arguments(args: ExportArguments, data_args: OptionalData) -> None:
+    """Refuses what contradicts itself, before anything is loaded."""
+    if args.int8 and data_args.dataset is None:
+        raise ConfigError("--int8 needs --dataset: the ranges of the activations come from images like those in use")
+    if args.calibration_method != "minmax" and not args.int8:
+        raise ConfigError(f"--calibration_method {args.calibration_method} is for --int8, which is not given")
+    if args.calibration_samples < 1 or args.verify < 0 or args.cpu_threads < 0:
+        raise ConfigError(
+            "--calibration_samples must be at least 1, --verify and --cpu_threads at least 0, got"
+            f" {args.calibration_samples}, {args.verify} and {args.cpu_threads}"
+        )
+    for name, flag in (("max_train_samples", "--calibration_samples"), ("max_eval_samples", "--verify")):
+        if getattr(data_args, name) is not None:
+            raise ConfigError(f"--{name} is not for this recipe: {flag} says how many images are used")
+
+
+def example(path: Path) -> str:
+    """Two lines of Python that answer with a file."""
+    info = EarlyExitSession(path).info
+    channels = info.input_size[0]
+    kinds = [] if info.preprocessing is None else [f"uint8 (N, H, W, {channels})"]
+    kinds.append(f"normalised floats (N, {', '.join(map(str, info.input_size))})")
+    return (
+        "  from erde_hub.export import EarlyExitSession  # NumPy and onnxruntime are enough\n"
+        f"  out = EarlyExitSession({str(path)!r})(images)  # out.logits, out.exit_index; images: {' or '.join(kinds)}"
+    )
 
 
 def compare(model: EarlyExitWrapper, path: Path, data: ImageData | None, args: ExportArguments) -> str:
     """Answers of file and model on the same images; with labels, how often each is right."""
     if data is None:
-        generator = torch.Generator().manual_seed(0)
-        batches = [{"pixel_values": torch.randn((args.verify, *model.config.input_size), generator=generator)}]
-        kind = "random images"
+        batches = [{"pixel_values": coarse_patterns(args.verify, model.config.input_size or ())}]
+        kind = "random patterns"
     else:
         batches = list(BatchLoader(data.test, 32))
         kind = f"test images of {data.name}"
     pixel_values = torch.cat([batch["pixel_values"] for batch in batches])
     session = EarlyExitSession(path, threads=args.cpu_threads or None)
-    header = ["threshold", "same exit", "same class", "largest difference", "of the largest logit"]
+    header = ["threshold", "leave at", "same exit", "same class", "largest difference", "of the largest logit"]
     rows = []
     for threshold in args.thresholds or [None]:
         check = check_onnx(model, path, pixel_values, [threshold], threads=args.cpu_threads or None)
+        mine = session(pixel_values, threshold)
         row = [
             "stored" if threshold is None else f"{threshold:g}",
+            " ".join(str(int((mine.exit_index == e).sum())) for e in range(model.num_exits)),
             f"{check.same_exit:.1%}",
             f"{check.same_answer:.1%}",
             f"{check.max_difference:.1e}",
@@ -126,8 +162,8 @@ def compare(model: EarlyExitWrapper, path: Path, data: ImageData | None, args: E
             labels = torch.cat([batch["labels"] for batch in batches])
             with torch.no_grad():
                 answers = model(pixel_values, threshold=threshold).logits
-            mine = torch.from_numpy(session(pixel_values.numpy(), threshold).logits)
-            row += [f"{(z.argmax(1) == labels).float().mean():.2%}" for z in (answers, mine)]
+            both = (answers, torch.from_numpy(mine.logits))
+            row += [f"{(z.argmax(1) == labels).float().mean():.2%}" for z in both]
         rows.append(row)
     if data is not None:
         header += ["model right", "file right"]

@@ -6,9 +6,9 @@
 
 Each family runs in a process of its own with a limit, and its row is written at once, with a digest of the code that
 was tried; several such commands may share the file. What is tried: exits attached, a training step in which every
-head gets gradients, routing against the full forward masked per sample, a checkpoint that comes back bit for bit, a
-copy that answers alike, and an ONNX file that does. The result is recipes/results/support_matrix.json, from which
-`make_tables.py` makes recipes/support_matrix.md.
+head gets gradients, routing against the full forward masked per sample, a stream of small batches against calls of
+their own, a checkpoint that comes back bit for bit, a copy that answers alike, and an ONNX file that does. The result
+is recipes/results/support_matrix.json, from which `make_tables.py` makes recipes/support_matrix.md.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ from _support_models import (
 from torch import Tensor, nn
 
 import erde_hub
-from erde_hub import EarlyExitWrapper
+from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.errors import ErdeError, MissingDependencyError, unknown_name
 
 OUTPUT = Path(__file__).parent / "results" / "support_matrix.json"
-CHECKS = ("attach", "train", "routing", "save", "copy", "onnx")
+CHECKS = ("attach", "train", "routing", "stream", "save", "copy", "onnx")
 BATCH = 6
+#: How a stream cuts these samples into batches.
+BATCHES = (2, 3, 1)
 #: Thresholds lie at least this far from every score, so that rounding lets nobody take another exit.
 CLEARANCE = 1e-4
 
@@ -319,6 +321,26 @@ def _routing(model: EarlyExitWrapper, inputs: dict[str, Tensor]) -> str:
 
 
 @torch.no_grad()
+def _stream(model: EarlyExitWrapper, inputs: dict[str, Tensor]) -> str:
+    if "pixel_values" not in inputs:
+        return "images only"
+    thresholds, _, _ = routed(model, inputs)
+    batches = inputs["pixel_values"].split(BATCHES)
+    alone = [model(batch, threshold=thresholds) for batch in batches]
+    largest = max(float(out.logits.abs().max()) for out in alone)
+    for batch_size, max_pending in ((4, 64), (2, 1)):  # stages on parts of batches, and on parts of several together
+        sizes = {"batch_size": batch_size, "max_pending": max_pending}
+        for out in route_batches(model, batches, threshold=thresholds, **sizes):
+            expected = alone[out.index]
+            if not torch.equal(out.exit_index, expected.exit_index):
+                return f"exits {out.exit_index.tolist()} where {expected.exit_index.tolist()} were due"
+            difference = float((out.logits - expected.logits).abs().max()) / largest
+            if not difference < 1e-3:
+                return f"differs by {difference:.1e} of the largest logit"
+    return "yes"
+
+
+@torch.no_grad()
 def _save(model: EarlyExitWrapper, inputs: dict[str, Tensor]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -353,12 +375,15 @@ def _onnx(model: EarlyExitWrapper, inputs: dict[str, Tensor]) -> str:
         check = check_onnx(model, path, inputs["pixel_values"], [0.0, thresholds, math.log(CLASSES) + 1], threads=1)
     if check.same_exit < 1:
         return f"{check.same_exit:.0%} of the samples take the same exit"
-    return "yes" if check.relative_difference < 1e-3 else f"differs by {check.relative_difference:.1e}"
+    if check.relative_difference >= 1e-3:
+        return f"differs by {check.relative_difference:.1e}"
+    return "yes" if check.same_answer == 1 else f"{check.same_answer:.0%} of the samples get the same class"
 
 
 _FUNCTIONS: dict[str, Callable[[EarlyExitWrapper, dict[str, Tensor]], str]] = {
     "train": _train,
     "routing": _routing,
+    "stream": _stream,
     "save": _save,
     "copy": _copy,
     "onnx": _onnx,

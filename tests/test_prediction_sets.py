@@ -64,6 +64,8 @@ def test_golden_avcs_classification(shared):
         logits, draws = f64(inputs["logits"]), f64(inputs["dirichlet_draws"])
         evidence = concentrations(logits, inputs["relu_threshold"])
         torch.testing.assert_close(evidence, f64(expected["concentration"]), rtol=1e-12, atol=1e-12)
+        mean = evidence / evidence.sum(-1, keepdim=True).clamp_min(1e-300)
+        torch.testing.assert_close(mean, f64(expected["predictive"]), rtol=1e-12, atol=1e-12)
         ratio = f64([[[float(v) for v in row] for row in sample] for sample in expected["ratio"]])
         torch.testing.assert_close(avcs_ratios(evidence, draws), ratio, rtol=1e-8, atol=1e-10)
         raw = avcs_sets(logits, inputs["relu_threshold"], draws, inputs["alpha"])
@@ -120,6 +122,7 @@ def test_golden_avcs_regression(shared):
             torch.testing.assert_close(fit.mean, f64(expected["post_mean"][e]), rtol=1e-6, atol=1e-8)
             torch.testing.assert_close(fit.covariance, f64(expected["post_cov"][e]), rtol=1e-6, atol=1e-8)
             assert fit.noise == pytest.approx(expected["sigma_likelihood"][e], rel=1e-6)
+            assert fit.prior == pytest.approx(expected["sigma_prior"][e], rel=1e-6)
             mean, variance = fit.predict(features[e])
             torch.testing.assert_close(mean, f64(expected["predictive_mean"][e]), rtol=1e-6, atol=1e-8)
             torch.testing.assert_close(variance, f64(expected["epistemic_variance"][e]), rtol=1e-6, atol=1e-8)
@@ -140,7 +143,10 @@ def test_golden_avcs_regression(shared):
         torch.testing.assert_close(nested[~gone], wanted[~gone], rtol=1e-6, atol=1e-6)
         assert (wanted[gone] == 0).all()
         targets = f64(inputs["test_targets"])
-        assert interval_metrics(nested, targets).coverage == pytest.approx(expected["coverage"])
+        found = interval_metrics(nested, targets)
+        assert found.coverage == pytest.approx(expected["coverage"])
+        behind_the_first = f64(expected["consistency_running"]).mean(0).tolist() if exits > 1 else []
+        assert found.consistency[1:] == pytest.approx(behind_the_first)
 
 
 @pytest.mark.parametrize("method", ["aps", "raps"])
@@ -163,7 +169,9 @@ def test_nested_sets_cover_at_all_exits_at_once():
     sets = avcs.sets(fresh.logits)
     assert torch.equal(sets, avcs.sets(fresh.logits)), "the same seed, the same sets"
     assert avcs.fitted_coverage > 0.9
-    assert avcs.fitted_coverage == min(set_metrics(avcs.sets(records.logits), records.labels).coverage)
+    drawn = [AVCSClassifier(avcs.relu_threshold, 0.1, seed).sets(records.logits) for seed in range(20)]
+    drawn = [min(set_metrics(own, records.labels).coverage) for own in drawn]
+    assert avcs.fitted_coverage == pytest.approx(sum(drawn) / 20, abs=0.006), "labels alone tell the same"
     faint = AVCSClassifier.fit(dataclasses.replace(records, logits=records.logits / 20), 0.1)
     assert faint.relu_threshold == [0, 0, 0]
     assert faint.fitted_coverage < 0.9, "and says that it falls short"

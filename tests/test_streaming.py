@@ -6,6 +6,7 @@ import functools
 import itertools
 
 import pytest
+import timm
 import torch
 from engine_fakes import CLASSES, StructureNet, images, quantile_thresholds, spread, wrap
 from hypothesis import given
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
+from erde_hub._tree import cut_rows, join_rows, shrink
+from erde_hub.backbones.followers import Carried
 from erde_hub.calibration import create_calibrator
-from erde_hub.errors import ConfigError, InputTypeError, ShapeError, ThresholdError
+from erde_hub.errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError, ThresholdError
 from erde_hub.fitted import last_linears
 
 SIZES = [1, 7, 0, 11, 3, 1, 1, 6]  # 30 images
@@ -166,6 +169,36 @@ def test_memory_is_bounded():
         assert out.index == index
 
 
+@pytest.mark.parametrize("name", ["resnet", "plain"])
+def test_freed_places_are_filled_at_once(name):
+    """No batch is hurried here, so that nothing but a full queue makes the last stage run before the stream ends."""
+    model, x = model_of(name), images(name, 8)
+    cuts = quantile_thresholds(model, x, 0.5)
+    read, seen = 0, []
+
+    def requests():
+        nonlocal read
+        for _ in range(24):
+            queues = streamed.gi_frame.f_locals["stream"].queues
+            assert all(queue.count < 8 for queue in queues)
+            read += 1
+            yield x
+
+    last = model.backbone.layer4[0] if name == "resnet" else model.backbone.fc
+    handle = last.register_forward_pre_hook(lambda _m, args: seen.append((read, len(args[0]))))
+    try:
+        streamed = route_batches(model, requests(), threshold=cuts, batch_size=8, max_pending=1000)
+        answers = list(streamed)
+    finally:
+        handle.remove()
+    early = [rows for number, rows in seen if number < 24]
+    assert early, "the last stage waited for the end"
+    assert set(early) == {8}
+    with torch.no_grad():
+        assert_same(answers[:1], model(x, threshold=cuts))
+        assert_same(answers[-1:], model(x, threshold=cuts))
+
+
 def test_complete_batches_need_not_wait_for_their_turn():
     model, x = model_of("plain"), images("plain", 12)
     with torch.no_grad():
@@ -183,6 +216,98 @@ def test_structures_between_stages_wait_whole():
     x = torch.randn(21, 3, 8, 8)
     cuts = quantile_thresholds(model, x, 0.4)
     assert_same(stream(model, x.split(5), threshold=cuts, batch_size=8), model(x, threshold=cuts))
+
+
+def test_cells_that_read_two_cells_before():
+    """What cells read beside the last one's map waits with the samples; its size alone tells nobody whose it is."""
+    kwargs = {"stem_size": 8, "num_features": 192}
+    torch.manual_seed(0)
+    backbone = timm.create_model("nasnetalarge", num_classes=CLASSES, **kwargs).train()
+    x = torch.randn(15, 3, 64, 64) * torch.linspace(0.3, 3, 15).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        backbone(x)  # statistics far from which deep networks answer all alike
+    exits = ["cell_2", "cell_5", "cell_6", "cell_12"]
+    model = spread(EarlyExitWrapper(backbone, exits=exits, input_size=(3, 64, 64), backbone_kwargs=kwargs)).eval()
+    cuts = quantile_thresholds(model, x)
+    for threshold in (cuts, [0.0, cuts[1], 0.0, cuts[3]]):
+        with torch.no_grad():
+            expected = model(x, threshold=threshold)
+        assert len(set(expected.exit_index.tolist())) > 1
+        for batch_size, pending in ((4, 64), (3, 1)):
+            sizes = {"batch_size": batch_size, "max_pending": pending}
+            assert_same(stream(model, x.split([4, 1, 5, 2, 3]), threshold=threshold, **sizes), expected)
+
+
+def test_what_was_computed_too_long_ago_is_an_error_and_no_other_sample():
+    first, second, third = torch.zeros(3, 1, 2, 2), torch.zeros(3, 1, 2, 2), torch.zeros(3, 1, 2, 2)
+    carried = Carried()
+    for tensors in ([first], [first, second], [second, third]):
+        carried.start_call()
+        assert [carried.take(tensor) for tensor in tensors] == tensors
+    waited = {place: tensor + 1 for place, tensor in carried.recent().items()}
+    assert len(waited) == 3
+    carried.start_call()
+    carried.take(third)
+    carried.rows = {place: tensor + 1 for place, tensor in carried.recent().items()}
+    assert (carried.take(second) == 1).all()
+    with pytest.raises(ExitNotReachedError, match="more than two layers before"):
+        carried.take(first)
+
+
+def test_several_rows_per_sample_wait_with_theirs():
+    """tnt carries the pixels of each patch, so many rows per sample, beside the patches."""
+    kwargs = {"img_size": 64, "embed_dim": 24, "inner_dim": 8, "depth": 3, "num_heads_inner": 2, "num_heads_outer": 2}
+    torch.manual_seed(0)
+    backbone = timm.create_model("tnt_s_legacy_patch16_224", num_classes=CLASSES, **kwargs)
+    model = EarlyExitWrapper(backbone, exits=["blocks.0", "blocks.1"], backbone_kwargs=kwargs)
+    model, x = spread(model).eval(), torch.randn(15, 3, 64, 64)
+    cuts = quantile_thresholds(model, x)
+    with torch.no_grad():
+        expected = model(x, threshold=cuts)
+    assert len(set(expected.exit_index.tolist())) == 3
+    for batch_size, pending in ((4, 64), (3, 1), (7, 2)):
+        sizes = {"batch_size": batch_size, "max_pending": pending}
+        assert_same(stream(model, x.split([4, 1, 5, 2, 3]), threshold=cuts, **sizes), expected)
+
+
+def tree_of(samples: list[int], rows: list[int]) -> dict[str, object]:
+    """A table, which belongs to nobody, and for each of ``rows`` a tensor of so many rows per sample, which name it."""
+    named = [torch.tensor([[100 * n + r] for n in samples for r in range(per)]).reshape(-1, 1) for per in rows]
+    return {"table": torch.arange(12), "rows": tuple(named)}
+
+
+@given(
+    pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    rows=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    order=st.randoms(use_true_random=False),
+)
+def test_cut_join_and_shrink_keep_every_row_with_its_sample(pieces, rows, order):
+    count, batched = sum(pieces), range(1, len(rows) + 1)
+    whole, starts = tree_of(list(range(count)), rows), [0, *itertools.accumulate(pieces)]
+
+    def assert_trees(tree, samples):
+        expected = tree_of(samples, rows)
+        assert torch.equal(tree["table"], expected["table"])
+        assert all(torch.equal(a, b) for a, b in zip(tree["rows"], expected["rows"], strict=True))
+
+    parts = []
+    for start, stop in itertools.pairwise(starts):
+        parts.append((list(range(start, stop)), cut_rows(whole, start, stop, count, batched)))
+        assert_trees(parts[-1][1], parts[-1][0])
+    order.shuffle(parts)
+    joined, samples = join_rows([tree for _, tree in parts], batched), [n for own, _ in parts for n in own]
+    assert_trees(joined, samples)
+    stay = sorted(order.sample(range(count), order.randint(1, count)))
+    assert_trees(shrink(joined, torch.tensor(stay), count, batched), [samples[n] for n in stay])
+    single = torch.arange(count)
+    assert torch.equal(join_rows([cut_rows(single, i, j, count) for i, j in itertools.pairwise(starts)]), single)
+
+
+def test_rows_that_are_not_so_many_per_sample():
+    with pytest.raises(ShapeError, match=r"shape \(7, 2\) for 3 live samples"):
+        cut_rows((torch.zeros(7, 2),), 0, 1, 3, (0,))
+    with pytest.raises(ShapeError, match=r"shape \(6, 2\) for 3 live samples"):
+        cut_rows(torch.zeros(6, 2), 0, 1, 3)
 
 
 def test_nan_neither_leaves_early_nor_spreads():

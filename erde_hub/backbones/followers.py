@@ -1,17 +1,62 @@
-"""Hooks that hand a module the rows of the samples that are left, of what was computed before others left."""
+"""Hooks that hand a module the rows of the samples that are there, of what was computed before others left."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from erde_hub._tree import map_tensors, select_rows
+from erde_hub.errors import ExitNotReachedError
 from erde_hub.routing import pass_of
+
+
+class Carried:
+    """What followed modules got during a pass that puts other samples in the place of its own, as a stream does.
+
+    The frame that calls these modules goes on holding the tensors of the samples that it began with. They are known by
+    the order in which the modules first get them, which is the same in every pass over one backbone.
+
+    Attributes:
+        rows: By that order, the tensors of the samples that are there now.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Tensor] = {}
+        self._seen: list[Tensor] = []  # the frame's own; held, so that no other tensor gets the id of one of them
+        self._places: dict[int, int] = {}
+        self._calls: deque[list[int]] = deque(maxlen=2)
+
+    def start_call(self) -> None:
+        """Notes that a module is called, which then takes its tensors."""
+        self._calls.append([])
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Returns what stands for a tensor of the frame.
+
+        Raises:
+            ExitNotReachedError: It is older than what samples take along when they wait.
+        """
+        place = self._places.setdefault(id(tensor), len(self._seen))
+        if place == len(self._seen):
+            self._seen.append(tensor)
+            self.rows[place] = tensor
+        self._calls[-1].append(place)
+        if place not in self.rows:
+            raise ExitNotReachedError(
+                "a layer reads what was computed more than two layers before the exit where its samples waited for a"
+                " full batch: route_batches cannot stream this backbone, call model(...) batch by batch"
+            )
+        return self.rows[place]
+
+    def recent(self) -> dict[int, Tensor]:
+        """What the last two calls got: all that a network whose cells read two cells before them can ask for again."""
+        return {place: self.rows[place] for call in self._calls for place in call}
 
 
 class Follower:
@@ -26,17 +71,21 @@ class Follower:
         self.arguments = dict(arguments)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-        """Takes rows where the pass that owns this follower has let samples go."""
+        """Takes rows where the pass that owns this follower has let samples go, or has taken others in."""
         visitor, memory = pass_of(self)
-        if getattr(visitor, "live", None) is None:
+        carried: Carried | None = getattr(visitor, "carried", None)
+        if carried is not None:
+            carried.start_call()
+        elif getattr(visitor, "live", None) is None:
             return None
 
         def take(name: str, value: Any) -> Any:
             axes = self.arguments.get(name)
-            return value if axes is None else map_tensors(lambda t: rows(t, axes), value)
+            rows: Callable[[Tensor], Tensor] = left_of if carried is None else carried.take
+            return value if axes is None else map_tensors(lambda t: rows(t) if t.ndim >= axes else t, value)
 
-        def rows(tensor: Tensor, axes: int) -> Tensor:
-            before = visitor.lives.get(tensor.shape[0]) if tensor.ndim >= axes else None
+        def left_of(tensor: Tensor) -> Tensor:
+            before = visitor.lives.get(tensor.shape[0])
             if before is None:
                 return tensor
             key = (id(tensor), visitor.count)  # every layer gets the same mask; the entry keeps it, and so its id

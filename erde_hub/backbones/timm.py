@@ -77,10 +77,7 @@ class TimmAdapter(BackboneAdapter):
         size = list(cfg.get("input_size", (3, 224, 224)))
         if isinstance(getattr(module, "in_chans", None), int):
             size[0] = module.in_chans
-        for part in (module, *module.children()):  # a patch embedding ties the model to the size it was created with
-            img_size = getattr(part, "img_size", None)
-            if isinstance(img_size, tuple):
-                size[1:] = [int(s) for s in img_size]
+        size[1:] = _created_for(module) or size[1:]
         return {
             "architecture": cfg["architecture"],
             "input_size": size,
@@ -309,6 +306,17 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from _texts(entry)
+
+
+def _created_for(module: nn.Module) -> list[int] | None:
+    """Height and width that the model was created for, where it tells: timm's own note, else its patch embedding."""
+    embedding = next((c for c in module.children() if next(c.parameters(), None) is not None), None)
+    sizes = [  # of the first layer alone: later embeddings take maps of features, of other sizes
+        getattr(module, "_traits", {}).get("img_size"),
+        getattr(module, "img_size", None),
+        getattr(embedding, "img_size", None),
+    ]
+    return next(([int(s) for s in size] for size in sizes if isinstance(size, tuple)), None)
 
 
 def _feature_info(module: nn.Module) -> dict[str, int]:

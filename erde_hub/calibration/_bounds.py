@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -108,6 +109,61 @@ def difference_p_value(lost: int, won: int, samples: int, bound: float, level: f
     lowest = min(_upper_share(won - 1, samples, 1 - missed / 2), highest) if won else 0.0  # the lower limit
     wins = torch.linspace(lowest, highest, 16, dtype=torch.float64)
     return min(1.0, missed + float(_tails(score, samples, bound, wins).max()))
+
+
+class AcceptanceRegion:
+    """The outcomes of which :func:`difference_p_value` is at most a level, by the most losses for each number of wins.
+
+    Among outcomes with as many wins a p-value rises with the losses, since the score does and the limits of the share
+    of wins stay. What is asked once for a number of wins then answers for all outcomes that share it.
+
+    Args:
+        samples: Number of samples.
+        bound: The bound.
+        level: In (0, 1).
+    """
+
+    def __init__(self, samples: int, bound: float, level: float) -> None:
+        self.samples, self.bound, self.level = samples, bound, level
+        self._most: dict[int, int] = {}
+
+    def __contains__(self, outcome: tuple[int, int]) -> bool:
+        """Tells whether so many losses and wins are accepted."""
+        lost, won = outcome
+        if won not in self._most:
+            self._most[won] = self._most_losses(won)
+        return lost <= self._most[won]
+
+    def _most_losses(self, won: int) -> int:
+        """The most losses that are accepted beside some wins, -1 if none; looked for around a normal test's answer."""
+
+        def accepted(lost: int) -> bool:
+            return difference_p_value(lost, won, self.samples, self.bound, self.level) <= self.level
+
+        expected, lost = self.samples * self.bound, float(won)
+        for _ in range(4):
+            variance = max(lost + won, expected) - expected * self.bound
+            lost = won + expected + statistics.NormalDist().inv_cdf(self.level) * variance**0.5
+        low = high = max(int(lost), 0)
+        step = 1
+        if accepted(low):
+            while accepted(low + step):
+                low, step = low + step, 2 * step
+            high = low + step
+        else:
+            while high >= step and not accepted(high - step):
+                high, step = high - step, 2 * step
+            low = max(high - step, -1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if accepted(middle) else (low, middle)
+        return low
+
+
+@functools.lru_cache(maxsize=256)
+def acceptance_region(samples: int, bound: float, level: float) -> AcceptanceRegion:
+    """The region, which remembers what it was asked."""
+    return AcceptanceRegion(samples, bound, level)
 
 
 #: Largest chance that the share of wins is outside the limits between which :func:`difference_p_value` looks.

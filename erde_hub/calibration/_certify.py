@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from erde_hub.policies import ExitPolicy
 from erde_hub.policies.offline import exit_indices
 
 from ._bounds import (
+    acceptance_region,
     betting_p_values,
     betting_p_values_of_counts,
     conformal_risk,
@@ -18,7 +20,7 @@ from ._bounds import (
     hoeffding_bentkus_p_values,
     smallest_bound,
 )
-from ._walk import first_steps
+from ._walk import first_steps, step_sums
 
 
 def certify(
@@ -58,11 +60,9 @@ def certify_sums(
 ) -> int:
     """The same for methods that read nothing but what all samples together lose and win at each candidate, (C,)."""
     level = 1 - float(confidence or 0)
-    if method == "exact":  # one by one, since each takes a while and the walk ends at the first that fails
-        index = 0
-        while index + 1 < len(lost) and _exact_p_value(lost[index + 1], won[index + 1], samples, bound, level) <= level:
-            index += 1
-        return index
+    if method == "exact":  # one by one, since p-values take a while and the walk ends at the first that fails
+        region = acceptance_region(samples, bound, level)
+        return sum(1 for _ in itertools.takewhile(region.__contains__, _outcomes(lost[1:], won[1:])))
     return _last_accepted(_p_values_of_sums(lost, won, samples, bound, method, binary, level) <= level)
 
 
@@ -79,11 +79,12 @@ def _p_values_of_sums(
         return hoeffding_bentkus_p_values(lost / samples, samples, bound, binary)
     if method == "ucb":
         return betting_p_values_of_counts(lost, won, samples, bound)
-    return torch.tensor([_exact_p_value(a, b, samples, bound, level) for a, b in zip(lost, won, strict=True)])
+    return torch.tensor([difference_p_value(a, b, samples, bound, level) for a, b in _outcomes(lost, won)])
 
 
-def _exact_p_value(lost: Tensor, won: Tensor, samples: int, bound: float, level: float) -> float:
-    return difference_p_value(round(float(lost)), round(float(won)), samples, bound, level)
+def _outcomes(lost: Tensor, won: Tensor) -> Iterator[tuple[int, int]]:
+    """Numbers of samples that lose and win, candidate by candidate."""
+    return zip(lost.round().long().tolist(), won.round().long().tolist(), strict=True)
 
 
 def supported_bound(losses: Tensor, confidence: float | None, method: str, binary: bool = True) -> float:
@@ -124,17 +125,6 @@ def candidate_sums(
 
     Candidates must be steps of a walk: who leaves an exit at one of them leaves it at all later ones too.
     """
-    early, count = len(scores), len(thresholds)
     first = first_steps(scores, policy, thresholds)
-    earliest = first.cummin(0).values
-    sums = torch.zeros(2, count + 1, dtype=torch.float64)
-    following = torch.full((scores.shape[1],), early)
-    for e in reversed(range(early)):
-        # At its first step of exit e the sample moves there, from the exit where it left until then.
-        moves = earliest[e] < earliest[e - 1] if e else earliest[e] < count
-        before, after = losses.gather(0, following[None])[0][moves], losses[e][moves]
-        for row, sign in zip(sums, (1, -1), strict=True):
-            row.index_add_(0, earliest[e][moves], ((sign * after).clamp(min=0) - (sign * before).clamp(min=0)).double())
-        following = torch.where(moves, e, following)
-    lost, won = sums.cumsum(1)[:, :count]
+    lost, won = step_sums(first, (losses.double().clamp(min=0), (-losses.double()).clamp(min=0)), len(thresholds))
     return lost, won

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from erde_hub.errors import ConfigError, RecordsError, ThresholdError, unknown_name
+from erde_hub._arguments import check_choice, plain_numbers
+from erde_hub.errors import ConfigError, RecordsError, ThresholdError
 from erde_hub.held_out import check_calibration_data
 from erde_hub.policies import ExitPolicy
 
-from .choice import METHODS
+from .choice import METHODS, check_confidence, describe_bound
 
 if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
@@ -39,38 +40,51 @@ def read_target(targets: dict[str, float | None]) -> tuple[str, float]:
     return name, float(bound)
 
 
-def read_costs(records: ExitRecords, milliseconds: Sequence[float] | None, target: str) -> Tensor:
-    """Returns the cost of each exit, (E,) float64, in the unit of the target."""
+def read_costs(
+    cumulative_macs: Sequence[int], milliseconds: Sequence[float] | None, target: str, bound: float
+) -> Tensor:
+    """Returns the cost of each exit, (E,) float64, in the unit of the target; a budget must pay for the cheapest."""
+    times = read_milliseconds(milliseconds, target)
+    exits = len(cumulative_macs)
+    if times is not None and len(times) != exits:
+        raise ConfigError(
+            f"exit_milliseconds must be {exits} positive times, one per exit, the last one included, got {milliseconds}"
+        )
+    costs = torch.tensor(cumulative_macs if times is None else times, dtype=torch.float64)
+    if target in BUDGETS and bound < float(costs.min()):
+        given, least = describe_bound(target, bound), describe_bound(target, float(costs.min()))
+        raise ConfigError(f"a budget of {given} is below the cheapest exit's cost, {least}")
+    return costs
+
+
+def read_milliseconds(milliseconds: Sequence[float] | None, target: str) -> list[float] | None:
+    """Returns the times of the exits if there are any: what can be checked before the exits are known."""
     if milliseconds is None:
         if target == "mean_milliseconds":
             raise ConfigError("max_mean_milliseconds needs exit_milliseconds: the measured time of each exit")
-        return torch.tensor(records.cumulative_macs, dtype=torch.float64)
+        return None
     if target == "mean_macs":
         raise ConfigError("max_mean_macs counts MACs and takes no exit_milliseconds: use max_mean_milliseconds")
-    values = [float(value) for value in milliseconds]
-    if len(values) != records.num_exits or any(not math.isfinite(v) or v <= 0 for v in values):
+    times = plain_numbers(milliseconds)
+    if times is None or any(not math.isfinite(value) or value <= 0 for value in times):
         raise ConfigError(
-            f"exit_milliseconds must be {records.num_exits} positive times, one per exit, the last one included, got"
-            f" {list(milliseconds)}"
+            f"exit_milliseconds must be positive times, one per exit, the last one included, got {milliseconds!r:.80}"
         )
-    return torch.tensor(values, dtype=torch.float64)
+    return times
 
 
 def read_method(method: str | None, confidence: float | None, target: str) -> str:
     """Returns the method, which is ``search`` without a confidence and ``ltt`` with one where none is named."""
-    if method is not None and method not in METHODS:
-        raise unknown_name("method", method, METHODS)
+    if method is not None:
+        check_choice("method", method, list(METHODS))
     if confidence is not None:
-        number = isinstance(confidence, (int, float)) and not isinstance(confidence, bool)
-        if not number or not 0 < confidence < 1:
-            raise ConfigError(
-                f"confidence must be between 0 and 1, both excluded, got {confidence!r}: certainty needs infinitely"
-                " many samples; 0.9 is usual"
-            )
+        check_confidence(confidence)
     chosen = method or ("search" if confidence is None else "ltt")
     if target in BUDGETS and chosen != "search":
+        given = [] if confidence is None else [f"confidence {confidence}"]
+        given += [] if method is None else [f"method {method!r}"]
         raise ConfigError(
-            f"{chosen!r} bounds a loss, and max_{target} is a budget: leave confidence and method out; the mean cost on"
+            f"max_{target} is a budget, of which nothing is promised: leave {' and '.join(given)} out; the mean cost on"
             " the records is reported"
         )
     if chosen == "exact" and target not in BINARY:
@@ -84,11 +98,20 @@ def read_method(method: str | None, confidence: float | None, target: str) -> st
 
 def read_candidates(candidates: Sequence[float], policy: ExitPolicy, early: int) -> list[float]:
     """Returns the candidates as thresholds that the policy takes, with one where nobody leaves among them."""
-    values = [policy.check_threshold(float(threshold), early)[0] for threshold in candidates]
-    if not values:
+    given = plain_numbers(candidates)
+    if given is None:
+        raise ThresholdError(f"candidates must be thresholds, such as [0.1, 0.2], got {candidates!r:.80}")
+    if not given:
         raise ConfigError("candidates is empty: give at least one threshold, or None for all")
+    values = [policy.check_threshold(threshold, early)[0] for threshold in given]
     never = [] if any(policy.never_leaves(value) for value in values) else [policy.never_threshold]
     return [*never, *values]
+
+
+def check_has_threshold(policy: type[ExitPolicy]) -> None:
+    """Raises :class:`ThresholdError` where there is nothing to choose."""
+    if not policy.uses_threshold:
+        raise ThresholdError(f"{policy.__name__} has no threshold to choose: take entropy, confidence or margin")
 
 
 def check_records(
@@ -97,6 +120,9 @@ def check_records(
     """Refuses records and policies between which there is nothing to choose, and :func:`check_calibration_data`."""
     if records.num_exits == 1:
         raise RecordsError("the records have no early exit, so there is no threshold to choose")
-    if not policy.uses_threshold:
-        raise ThresholdError(f"{type(policy).__name__} has no threshold to choose: take entropy, confidence or margin")
+    check_has_threshold(type(policy))
+    if policy.uses_features:
+        raise ConfigError(
+            f"{type(policy).__name__} is for real numbers and reads no probabilities: take another policy"
+        )
     check_calibration_data(records, training_index, allow_missing_classes)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from erde_hub.policies import ExitPolicy
 
-from ._search import shared_curve
-
 #: Speeds of an exit relative to the fastest one; 0 keeps it shut.
 FACTORS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: Steps of a walk, and samples that search its factors, at most.
@@ -88,14 +86,15 @@ def find_factors(
     """
     scores, losses = scores[:, :_SAMPLES], losses[:, :_SAMPLES]
     early = len(scores)
-    # A walk is a shared threshold on the steps at which samples leave an exit: the earlier, the higher the rank.
-    ranks = {factor: _ranks_on_walk(scores, policy, grid, factor, between) for factor in FACTORS}
+    samples, flat = scores.shape[1], scores.reshape(1, -1)
+    # Of every exit in turn on each walk; a policy's own grid may have fewer steps than a walk.
+    walks = {factor: walk(policy, grid, [factor], between) for factor in FACTORS}
+    count = len(walks[1.0])
+    first = {factor: first_steps(flat, policy, rows).view_as(scores) for factor, rows in walks.items()}
+    tables = losses.double(), costs.double()[:, None].expand(-1, samples)
 
     def saving(factors: Sequence[float]) -> float:
-        chosen = torch.stack([ranks[factor][e] for e, factor in enumerate(factors)])
-        if not chosen.isfinite().any():
-            return -math.inf
-        _, loss, cost = shared_curve(chosen, losses, costs)
+        loss, cost = step_sums(torch.stack([first[f][e] for e, f in enumerate(factors)]), tables, count) / samples
         return -float(torch.where(loss <= levels, cost, math.inf).amin(1).sum())
 
     levels = torch.tensor(_LOSSES, dtype=torch.float64)[:, None] * bound + 1e-12
@@ -138,11 +137,29 @@ def first_steps(scores: Tensor, policy: ExitPolicy, thresholds: Sequence[Sequenc
     return first
 
 
-def _ranks_on_walk(scores: Tensor, policy: ExitPolicy, grid: Sequence[float], factor: float, between: bool) -> Tensor:
-    """Minus the step at which each sample leaves each exit that walks with a factor; minus infinity if at none."""
-    rows = walk(policy, grid, [factor], between)
-    first = torch.cat([first_steps(score[None], policy, rows) for score in scores])
-    return torch.where(first < len(rows), -first.double(), -math.inf)
+def step_sums(first: Tensor, tables: Sequence[Tensor], count: int) -> Tensor:
+    """What all samples together have at each step of a walk, in each of several tables of what an exit gives a sample.
+
+    Args:
+        first: Of :func:`first_steps`.
+        tables: Values of each exit, for each sample.
+        count: Number of steps.
+
+    Shape:
+        first: (E - 1, N). tables: T of (E, N) float64. Returns (T, count) float64.
+    """
+    early = len(first)
+    earliest = first.cummin(0).values
+    changes = torch.zeros(len(tables), count + 1, dtype=torch.float64)
+    following = torch.full((first.shape[1],), early)
+    for e in reversed(range(early)):
+        # At its first step of exit e the sample moves there, from the exit where it left until then.
+        moves = earliest[e] < earliest[e - 1] if e else earliest[e] < count
+        steps, rows, left = earliest[e][moves], moves.nonzero().flatten(), following[moves]
+        for row, table in zip(changes, tables, strict=True):
+            row.index_add_(0, steps, table[e, rows] - table[left, rows])
+        following = torch.where(moves, e, following)
+    return torch.stack([table[-1].sum() for table in tables])[:, None] + changes.cumsum(1)[:, :count]
 
 
 def _nearest_factor(value: float) -> float:

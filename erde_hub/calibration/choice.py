@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, nearest
 from erde_hub.fingerprint import check_fingerprint
 
@@ -23,10 +24,10 @@ TARGETS = {
 #: How each method speaks of its guarantee.
 METHODS = {
     "search": "the best on these samples; no guarantee for others",
-    "ltt": "Learn then Test: Hoeffding-Bentkus p-values, tested in a fixed order (arXiv 2110.01052)",
-    "exact": "exact test of losses minus gains, tested in a fixed order (Learn then Test, arXiv 2110.01052)",
-    "ucb": "upper confidence bound by betting, tested in a fixed order (arXiv 2010.09686)",
-    "crc": "conformal risk control: the bound holds on average over calibration sets (arXiv 2208.02814)",
+    "ltt": "Hoeffding-Bentkus tests of the losses in a fixed order: Learn then Test, arXiv 2110.01052",
+    "exact": "exact tests of losses minus gains in a fixed order: Learn then Test, arXiv 2110.01052",
+    "ucb": "upper confidence bounds by betting, tested in a fixed order: arXiv 2010.09686",
+    "crc": "conformal risk control, which holds on average over calibration sets: arXiv 2208.02814",
 }
 
 
@@ -46,8 +47,10 @@ class ThresholdChoice:
         samples: Number of calibration samples.
         tested: Number of these that the guarantee rests on; the others found the candidates.
         value: Mean of the target over the samples, below 0 where leaving early is better.
-        upper_bound: Smallest bound that the samples support for this threshold at this confidence. For ``ltt`` gains do
-            not make up for losses in it.
+        upper_bound: Smallest bound that a test of this threshold alone accepts on the samples, at this confidence; for
+            ``ltt`` without counting gains, for ``crc`` the estimate that it compares with the bound. What is promised
+            is ``bound``: the same samples picked the threshold, so that this number says no more than how much of the
+            bound is used up.
         accuracy: With this threshold, on the samples.
         full_accuracy: Of the last exit, on the samples.
         mean_macs: Multiply-accumulates per sample with this threshold.
@@ -117,7 +120,7 @@ class ThresholdChoice:
     def rule(self) -> str:
         """One sentence that says what the threshold was chosen for, for cards and logs."""
         amount = describe_bound(self.target, self.bound)
-        sure = "" if self.confidence is None else f" with {100 * self.confidence:.3g} % confidence"
+        sure = "" if self.confidence is None else f" with {describe_confidence(self.confidence)} confidence"
         return f"{TARGETS[self.target]} at most {amount}{sure} ({METHODS[self.method]})"
 
     def store(self, model: Any) -> None:
@@ -151,32 +154,68 @@ class ThresholdChoice:
             ),
         ]
         if self.upper_bound is not None and not self.never_exits:
-            lines.append(f"the samples support a bound of {describe_bound(self.target, self.upper_bound)} for it")
+            used = describe_bound(self.target, self.upper_bound)
+            alone = "this threshold" if self.method == "crc" else "a test of this threshold alone"
+            lines.append(f"promised is that bound; {alone} would pass down to {used}")
         if self.advice:
             lines.append(self.advice)
         return "\n".join(lines)
 
 
 def describe_bound(target: str, bound: float) -> str:
-    """Returns the bound of a target in its own unit: points of accuracy, % of the samples, or as it is.
+    """Returns the bound of a target in its own unit: points of accuracy, % of the samples, MACs, ms, or as it is.
 
     Example:
         >>> describe_bound("accuracy_drop", 0.03), describe_bound("disagreement", 0.03)
         ('3 points', '3 %')
+        >>> describe_bound("mean_macs", 2.5e6), describe_bound("mean_milliseconds", 1.5)
+        ('2,500,000', '1.5 ms')
     """
     if target == "accuracy_drop":
         points = f"{100 * bound:.4g}"
         return f"{points} point{'' if points == '1' else 's'}"
+    if target == "mean_macs":
+        return f"{bound:,.0f}"
+    if target == "mean_milliseconds":
+        return f"{bound:g} ms"
     return f"{100 * bound:.4g} %" if target == "disagreement" else f"{bound:g}"
+
+
+def describe_confidence(confidence: float) -> str:
+    """Returns a confidence in percent, rounded down to one decimal at most, or to what tells it from certainty.
+
+    Example:
+        >>> describe_confidence(0.9), describe_confidence(0.764783), describe_confidence(0.99999)
+        ('90 %', '76.4 %', '99.999 %')
+    """
+    decimals = max(1, math.ceil(-math.log10(1 - confidence) - 1e-6) - 2) if confidence < 1 else 0
+    scale = 10**decimals
+    return f"{math.floor(100 * confidence * scale + 1e-4) / scale:.12g} %"
+
+
+def check_confidence(confidence: object) -> float:
+    """Returns a confidence between 0 and 1, both excluded; raises :class:`ConfigError` otherwise."""
+    number = isinstance(confidence, (int, float)) and not isinstance(confidence, bool)
+    if not number or not 0 < confidence < 1:  # type: ignore[operator]
+        raise ConfigError(
+            f"confidence must be between 0 and 1, both excluded, got {confidence!r}: certainty needs infinitely many"
+            " samples; 0.9 is usual"
+        )
+    return float(confidence)  # type: ignore[arg-type]
 
 
 def samples_without_loss(bound: float, confidence: float) -> int:
     """Returns how many samples are needed to promise a bound if none of them loses anything: log(1 - c) / log(1 - a).
 
+    Raises:
+        ConfigError: Bound or confidence are not between 0 and 1, both excluded.
+        InputTypeError: The bound is no number.
+
     Example:
         >>> samples_without_loss(0.01, 0.9)
         230
     """
+    bound, confidence = check_number("bound", bound, zero=False, below=1), check_confidence(confidence)
     return math.ceil(math.log(1 - confidence) / math.log1p(-bound) - 1e-9)
 
 
@@ -185,8 +224,13 @@ def attainable_confidence(bound: float, samples: int) -> float:
 
     1 - (1 - a)^n. It depends on the number of samples alone, so that a guarantee at this confidence stays one.
 
+    Raises:
+        ConfigError: The bound is not between 0 and 1, both excluded, or the number of samples is negative.
+        InputTypeError: Either is no number.
+
     Example:
         >>> round(attainable_confidence(0.01, 144), 3)
         0.765
     """
+    bound, samples = check_number("bound", bound, zero=False, below=1), check_whole("samples", samples, 0)
     return max(0.0, -math.expm1(samples * math.log1p(-bound)) - 1e-9)  # rounded down, so that a test at it accepts

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_flag, check_whole
 from erde_hub.errors import ConfigError, InputTypeError, RecordsError
-from erde_hub.held_out import check_calibration_data
+from erde_hub.held_out import check_fit_data, check_kind
 
 from .base import Calibrator, log_of
 from .mie import ensemble_step, ensemble_weights
@@ -66,10 +67,11 @@ class LaplaceCalibrator(Calibrator):
         for name, value in (("num_classes", num_classes), ("draws", draws)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if len(feature_sizes) != num_exits or any(type(size) is not int or size < 1 for size in feature_sizes):
-            raise ConfigError(f"feature_sizes must be {num_exits} positive integers, got {list(feature_sizes)}")
+        given = list(feature_sizes) if isinstance(feature_sizes, Sequence) else []
+        if len(given) != num_exits or any(type(size) is not int or size < 1 for size in given):
+            raise ConfigError(f"feature_sizes must be {num_exits} positive integers, got {feature_sizes!r:.80}")
         self.num_classes, self.feature_sizes = num_classes, [int(size) for size in feature_sizes]
-        self.draws, self.ensemble = draws, bool(ensemble)
+        self.draws, self.ensemble = draws, check_flag("ensemble", ensemble)
         self.register_buffer("temperature", torch.ones(num_exits))
         self.register_buffer("weight", torch.ones(num_exits))
         self.register_buffer("normal", torch.zeros(draws, num_classes))
@@ -123,16 +125,27 @@ class LaplaceCalibrator(Calibrator):
             **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
 
         Raises:
-            RecordsError: Records without features.
-            ConfigError: A prior variance or temperature that is not positive.
+            RecordsError: Records without features, or training records of another model.
+            ConfigError: A prior variance, temperature or number that is not positive.
+            InputTypeError: An argument of another type.
         """
-        check_calibration_data(records, **checks)
+        check_fit_data(cls.fit, records, checks)
         source = records if training_records is None else training_records
+        check_kind(source, "training_records")
         if records.features is None or source.features is None:
             raise RecordsError("Laplace needs features: collect_exit_records(model, data, features=True)")
-        grid = [(t, v) for v in check_temperatures(prior_variances) for t in check_temperatures(temperatures)]
-        generator = torch.Generator().manual_seed(seed)
-        sizes = [feature.shape[1] for feature in records.features]
+        sizes, trained = ([feature.shape[1] for feature in part.features or []] for part in (records, source))
+        if (trained, source.num_outputs) != (sizes, records.num_outputs):
+            raise RecordsError(
+                f"training_records are of another model: {source.num_outputs} classes and features {trained}, the"
+                f" held-out records have {records.num_outputs} and {sizes}"
+            )
+        if batch_size is not None:
+            check_whole("batch_size", batch_size, 1)
+        check_whole("tuning_samples", tuning_samples, 1)
+        variances = check_temperatures(prior_variances, "prior_variances")
+        grid = [(t, v) for v in variances for t in check_temperatures(temperatures)]
+        generator = torch.Generator().manual_seed(check_whole("seed", seed, 0))
         found = cls(records.num_exits, records.num_classes, sizes, draws, ensemble)
         found.normal.copy_(torch.randn(draws, records.num_classes, generator=generator))
         found.weight.copy_(ensemble_weights(records.cumulative_macs))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from erde_hub.held_out import check_calibration_data
+from erde_hub.held_out import check_fit_data
 
 from .base import Calibrator, log_of
 from .temperature import TEMPERATURES, check_temperatures, nlpd
@@ -50,11 +50,11 @@ class MIECalibrator(Calibrator):
             grid: Temperatures to choose from; None leaves all at 1, as published without Laplace.
             **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
         """
-        check_calibration_data(records, **checks)
+        check_fit_data(cls.fit, records, checks)
         found = cls(records.num_exits)
         found.weight.copy_(ensemble_weights(records.cumulative_macs))
         if grid is not None:
-            found.temperature.copy_(ensemble_temperatures(records.logits, records.labels, found.weight, grid))
+            found.temperature.copy_(ensemble_temperatures(records.logits, records.labels, found.weight, grid)[0])
         return found
 
     def forward(self, exit_index: int, logits: Tensor, feature: Tensor | None, state: list[Tensor]) -> Tensor:
@@ -79,18 +79,22 @@ def ensemble_step(exit_index: int, probs: Tensor, weight: Tensor, state: list[Te
     return log_of(state[0] / weight[: exit_index + 1].to(probs.dtype).sum())
 
 
-def ensemble_temperatures(logits: Tensor, labels: Tensor, weight: Tensor, grid: Sequence[float]) -> Tensor:
+def ensemble_temperatures(
+    logits: Tensor, labels: Tensor, weight: Tensor, grid: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Temperatures chosen exit by exit, earlier ones fixed, by the NLPD of the ensemble up to that exit.
 
     Shape:
-        logits: (E, N, K). labels: (N,). weight: (E,). Returns (E,) float64.
+        logits: (E, N, K). labels: (N,). weight: (E,). Returns temperatures (E,) and what they were chosen by, the NLPD
+        of each exit at each value of the grid (E, values), both float64.
     """
     values = check_temperatures(grid)
-    chosen, total = [], torch.zeros_like(logits[0], dtype=torch.float64)
+    chosen, scores, total = [], [], torch.zeros_like(logits[0], dtype=torch.float64)
     for e, exit_logits in enumerate(logits.double()):
         norm = weight[: e + 1].double().sum()
         sums = [total + weight[e].double() * (exit_logits / t).softmax(-1) for t in values]
-        best = min(range(len(values)), key=lambda i: float(nlpd(log_of(sums[i] / norm), labels)))
+        scores.append(torch.stack([nlpd(log_of(own / norm), labels) for own in sums]))
+        best = int(scores[-1].argmin())
         chosen.append(values[best])
         total = sums[best]
-    return torch.tensor(chosen, dtype=torch.float64)
+    return torch.tensor(chosen, dtype=torch.float64), torch.stack(scores)

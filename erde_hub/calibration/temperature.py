@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import plain_numbers
 from erde_hub.errors import ConfigError
-from erde_hub.held_out import check_calibration_data
+from erde_hub.held_out import check_fit_data
 
 from .base import Calibrator
 
@@ -64,7 +65,7 @@ class TemperatureCalibrator(Calibrator):
             grid: Temperatures to choose from; None searches all between 0.02 and 50.
             **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
         """
-        check_calibration_data(records, **checks)
+        check_fit_data(cls.fit, records, checks)
         found = cls(records.num_exits)
         for e, logits in enumerate(records.logits):
             found.temperature[e] = best_temperature(logits, records.labels, grid, f"exit {records.exit_names[e]!r}")
@@ -141,9 +142,9 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
     return (low + high) / 2
 
 
-def check_temperatures(grid: Sequence[float]) -> list[float]:
+def check_temperatures(grid: Sequence[float], name: str = "temperatures") -> list[float]:
     """Returns the grid as floats, or raises :class:`ConfigError`."""
-    values = [float(value) for value in grid]
+    values = plain_numbers(grid)
     if not values or not all(0 < value < float("inf") for value in values):
-        raise ConfigError(f"temperatures must be positive numbers, got {list(grid)}")
+        raise ConfigError(f"{name} must be positive numbers, such as [0.5, 1, 2], got {grid!r:.80}")
     return values

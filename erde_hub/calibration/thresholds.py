@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_flag
 from erde_hub.errors import ConfigError
-from erde_hub.policies import ExitPolicy, create_policy, policy_name
+from erde_hub.held_out import check_kind
+from erde_hub.policies import ExitPolicy, as_policy, policy_name
 from erde_hub.policies.offline import exit_indices, score_exits
 
 from ._certify import candidate_losses, candidate_sums, certify, certify_sums, reads_sums, supported_bound
 from ._checks import BINARY, BUDGETS, check_records, read_candidates, read_costs, read_method, read_target
 from ._search import Wish, at_most, best_on_grid, best_per_exit, shared_curve, within
 from ._walk import STEPS, find_factors, walk
-from .choice import ThresholdChoice, samples_without_loss
+from .choice import ThresholdChoice, describe_bound, samples_without_loss
 
 if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
@@ -104,9 +106,11 @@ def choose_threshold(
         "mean_macs": max_mean_macs,
         "mean_milliseconds": max_mean_milliseconds,
     }
-    policy = create_policy(policy) if isinstance(policy, str) else policy
+    check_kind(records)
+    policy = as_policy(policy)
     target, bound = read_target(targets)
-    costs = read_costs(records, exit_milliseconds, target)
+    check_flag("per_exit", per_exit)
+    costs = read_costs(records.cumulative_macs, exit_milliseconds, target, bound)
     tested = records.num_samples - (int(_FINDING * records.num_samples) if per_exit else 0)
     if method is None and confidence is not None and target in BINARY:
         method = "exact" if tested * bound >= _MANY else "ltt"
@@ -116,8 +120,6 @@ def choose_threshold(
     scores = score_exits(records.logits, policy)
     losses, scale = exit_losses(records.logits, records.labels, target)
     wish = within(bound) if target in BUDGETS else at_most(bound / scale)
-    if target in BUDGETS and bound < float(costs.min()):
-        raise ConfigError(f"a budget of {bound:g} is below the cheapest exit's cost, {float(costs.min()):g}")
     grid = None if candidates is None else read_candidates(candidates, policy, early)
     if method != "search" and bound == 0:
         thresholds, tested, upper = [policy.never_threshold] * early, records.num_samples, None
@@ -284,8 +286,8 @@ def _report(
         value = float(costs @ shares)
         if value > bound * (1 + 1e-9):
             raise ConfigError(
-                f"no threshold of the policy {policy_name(policy)!r} keeps a mean cost of {bound:g} on these records:"
-                " ask for more, or take another policy"
+                f"no threshold of the policy {policy_name(policy)!r} keeps a mean cost of"
+                f" {describe_bound(target, bound)} on these records: ask for more, or take another policy"
             )
     else:
         _, loss, cost = shared_curve(_ranks(scores, policy), losses, costs)
@@ -337,22 +339,21 @@ def _advice(
         if method == "ucb":  # the wealth is spread over eight bets
             needed = samples_without_loss(bound, 1 - (1 - float(confidence or 0)) / 8)
     seen = (
-        f"On these {samples:,} samples a bolder threshold, which saves {100 * possible:.1f} %, keeps the bound as"
-        " well, but so few cannot show that it does on others too; with more, the promise comes nearer to that."
+        f"On these {samples:,} samples a bolder threshold, which saves {100 * possible:.1f} %, keeps the bound, but so"
+        " few cannot show that it does on others too; with more, the promise comes nearer to that."
     )
+    seen = seen if possible > saving + 0.005 else ""
     if bound == 0:
         return "Nobody leaves: a bound of 0 cannot be promised from any number of samples; give a positive one."
-    if tested < needed:
-        return (
+    reason = ""
+    if never and tested < needed:
+        reason = (
             f"Nobody leaves: even if no sample lost anything, {needed:,} are needed for this bound and confidence, and"
-            f" there are {tested:,}. Collect more, or ask for a wider bound or a lower confidence. {seen}"
+            f" there are {tested:,}. Collect more, or ask for a wider bound or a lower confidence."
         )
-    if never:
-        return (
-            f"Nobody leaves: the most careful candidate loses too much on {tested:,} samples to promise the bound."
-            f" {seen}"
-        )
-    return seen if possible > saving + 0.005 else ""
+    elif never:
+        reason = f"Nobody leaves: the most careful candidate loses too much on {tested:,} samples to promise the bound."
+    return " ".join(part for part in (reason, seen) if part)
 
 
 # Thresholds and ranks

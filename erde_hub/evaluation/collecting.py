@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from erde_hub._arguments import check_flag
 from erde_hub.errors import ConfigError, DataError, InputTypeError, ShapeError
 from erde_hub.fingerprint import model_fingerprint
 from erde_hub.fitted import last_linears
@@ -53,12 +54,14 @@ def collect_exit_records(
 
     Raises:
         DataError: The loader is empty, a batch has no inputs or no labels, or several processes run without an index.
-        InputTypeError: A batch is neither a dict nor a tuple, or labels are not integers (of a regression: floats).
+        InputTypeError: A batch is neither a dict nor a tuple, labels are not integers (of a regression: floats), or an
+            argument is of another type.
         ShapeError: The exits disagree with each other, the labels or the class names.
         LabelError: A label lies outside the model's classes.
         RecordsError: A logit is NaN or infinite.
         ConfigError: ``features`` where an exit ends in no linear layer.
     """
+    _check_options(dataloader, features, accelerator, autocast_dtype, info)
     core = _unwrapped(model, accelerator)
     # A distributed wrapper synchronises buffers in every forward, which hangs when processes have unequal numbers of
     # batches; sharded models, on the other hand, only run through their wrapper.
@@ -188,6 +191,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
                 module.train(training)
         for module, training in modes:  # and wakes what was frozen inside it
             module.training = training
+
+
+def _check_options(dataloader: object, features: object, accelerator: object, dtype: object, info: object) -> None:
+    check_flag("features", features)
+    for name, fits, wanted, value in (
+        ("dataloader", hasattr(dataloader, "__iter__"), "batches, such as a DataLoader", dataloader),
+        ("accelerator", accelerator is None or hasattr(accelerator, "unwrap_model"), "an Accelerator", accelerator),
+        ("autocast_dtype", dtype is None or isinstance(dtype, torch.dtype), "a dtype, such as torch.bfloat16", dtype),
+        ("info", info is None or isinstance(info, Mapping), "a dict of notes", info),
+    ):
+        if not fits:
+            raise InputTypeError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
 def _unwrapped(model: nn.Module, accelerator: Any | None) -> Any:

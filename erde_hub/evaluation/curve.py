@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError
-from erde_hub.policies import ExitPolicy, create_policy
+from erde_hub.held_out import check_kind
+from erde_hub.policies import ExitPolicy, as_policy
 from erde_hub.policies.offline import exit_indices
 
 from .records import ExitRecords
@@ -63,14 +65,15 @@ def curve_area(
         seed: Of the bootstrap.
 
     Raises:
-        ConfigError: An empty range, or one that begins below the first exit's cost, where there is no accuracy.
+        ConfigError: An empty range, or one that begins below the first exit's cost, where there is no accuracy; a
+            number out of its range.
+        InputTypeError: No records, or an argument of another type.
     """
+    check_kind(records)
+    _check_resampling(resamples, level, seed)
     hits, costs, reference = _curves(records, policy, full_macs)
     low, high = _range(records, low, high, reference)
-    areas = _areas(hits, costs / reference, low, high, resamples, seed)
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    bounds = areas[1:].quantile(ends) if resamples else areas[:1].expand(2)
-    return CurveArea(float(areas[0]), low, high, (float(bounds[0]), float(bounds[1])), level, resamples)
+    return _summary(_areas(hits, costs / reference, low, high, resamples, seed), low, high, level)
 
 
 def area_difference(
@@ -91,7 +94,12 @@ def area_difference(
 
     Raises:
         RecordsError: The records are of different samples.
+        ConfigError: As :func:`curve_area`.
+        InputTypeError: Likewise.
     """
+    check_kind(records)
+    check_kind(other_records, "other_records")
+    _check_resampling(resamples, level, seed)
     if not torch.equal(records.index, other_records.index) or not torch.equal(records.labels, other_records.labels):
         raise RecordsError("the two records are of different samples: collect both on the same split, in one order")
     hits, costs, reference = _curves(records, policy, None)
@@ -99,15 +107,27 @@ def area_difference(
     low, high = _range(records, low, high, reference)
     areas = _areas(hits, costs / reference, low, high, resamples, seed)
     areas = areas - _areas(others, other_costs / reference, low, high, resamples, seed)
+    return _summary(areas, low, high, level)
+
+
+def _summary(areas: Tensor, low: float, high: float, level: float) -> CurveArea:
+    """The area of the sample itself, which comes first, and the interval from those of its resamples, if any."""
+    resamples = len(areas) - 1
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     bounds = areas[1:].quantile(ends) if resamples else areas[:1].expand(2)
     return CurveArea(float(areas[0]), low, high, (float(bounds[0]), float(bounds[1])), level, resamples)
 
 
+def _check_resampling(resamples: int, level: float, seed: int) -> None:
+    check_whole("resamples", resamples, 0)
+    check_number("level", level, zero=False, below=1)
+    check_whole("seed", seed, 0)
+
+
 def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | None) -> tuple[Tensor, Tensor, float]:
     """Right answers (T, N) and costs (T, N) at every threshold, and the cost that shares refer to."""
     records.require_classes("the area under a curve of accuracy")
-    policy = create_policy(policy) if isinstance(policy, str) else policy
+    policy = as_policy(policy)
     scores, early = exit_scores(records, policy), records.num_exits - 1
     right = (records.logits.argmax(-1) == records.labels).float()
     macs = torch.tensor(records.cumulative_macs, dtype=torch.float32)
@@ -117,18 +137,20 @@ def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | N
     ]
     index = torch.stack(rows)
     hits = torch.stack([right.gather(0, row[None])[0] for row in index])
-    return hits, macs[index], float(records.cumulative_macs[-1] if full_macs is None else full_macs)
+    full = records.cumulative_macs[-1] if full_macs is None else check_number("full_macs", full_macs, zero=False)
+    return hits, macs[index], float(full)
 
 
 def _range(records: ExitRecords, low: float | None, high: float, reference: float) -> tuple[float, float]:
     cheapest = records.cumulative_macs[0] / reference
-    low = cheapest if low is None else float(low)
+    low = cheapest if low is None else check_number("low", low, zero=True)
+    high = check_number("high", high, zero=False)
     if not cheapest - 1e-9 <= low < high:
         raise ConfigError(
             f"the cost range {low:g} to {high:g} must rise and begin at the first exit's share of the cost,"
             f" {cheapest:.4g}, or above"
         )
-    return low, float(high)
+    return low, high
 
 
 def _areas(hits: Tensor, costs: Tensor, low: float, high: float, resamples: int, seed: int) -> Tensor:

@@ -14,13 +14,13 @@ import torch
 
 from erde_hub._files import replacing
 from erde_hub.errors import MissingDependencyError
-from erde_hub.policies import ExitPolicy, create_policy
+from erde_hub.policies import ExitPolicy, as_policy, policy_name
 from erde_hub.policies.offline import exit_indices
 
 from .formatting import threshold_label
 from .metrics import ECE_BINS, calibration_error
 from .records import ExitRecords
-from .sweep import exit_scores, fine_thresholds
+from .sweep import default_thresholds, exit_scores, fine_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,12 +117,13 @@ def plot_scores(
         MissingDependencyError: matplotlib is not installed.
         CheckpointWriteError: The file cannot be written.
     """
-    policy = create_policy(policy) if isinstance(policy, str) else policy
+    policy = as_policy(policy)
     early = records.num_exits - 1
     thresholds = policy.check_threshold(list(threshold) if isinstance(threshold, Sequence) else threshold, early)
     records.require_classes("plot_scores")
     scores = exit_scores(records, policy)
     index = exit_indices(scores, policy, thresholds)
+    name, among = policy_name(policy), [*default_thresholds(records, policy), *thresholds]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, early, sharey=True, squeeze=False)[0]
@@ -138,7 +139,9 @@ def plot_scores(
                 linewidth=0.4, hatch=["", "////"],
             )  # fmt: skip
             leave = "leave →" if policy.leaves_above else "← leave"
-            ax.set_title(f"{records.exit_names[e]}\n{leave} at θ = {threshold_label(thresholds[e])}")
+            label = threshold_label(thresholds[e], name, among)
+            nobody = policy.never_leaves(thresholds[e])
+            ax.set_title(f"{records.exit_names[e]}\n{'nobody leaves' if nobody else f'{leave} at θ = {label}'}")
             if low <= thresholds[e] <= high:
                 ax.axvline(thresholds[e], color="black", linewidth=2)
         axes[0].set_ylabel("samples that get here")
@@ -161,7 +164,7 @@ def plot_shares(records: ExitRecords, policy: str | ExitPolicy, path: str | os.P
         MissingDependencyError: matplotlib is not installed.
         CheckpointWriteError: The file cannot be written.
     """
-    policy = create_policy(policy) if isinstance(policy, str) else policy
+    policy = as_policy(policy)
     scores, early = exit_scores(records, policy), records.num_exits - 1
     macs = torch.tensor(records.cumulative_macs, dtype=torch.float64)
     points = []

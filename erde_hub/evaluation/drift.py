@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from erde_hub._arguments import check_choice, check_number
 from erde_hub.calibration._certify import supported_bound
-from erde_hub.calibration.choice import describe_bound
+from erde_hub.calibration.choice import check_confidence, describe_bound, describe_confidence
 from erde_hub.calibration.thresholds import exit_losses
-from erde_hub.errors import RecordsError, unknown_name
+from erde_hub.errors import RecordsError
 from erde_hub.fingerprint import check_fingerprint
-from erde_hub.policies import ExitPolicy, create_policy
+from erde_hub.held_out import check_kind
+from erde_hub.policies import ExitPolicy, as_policy
 from erde_hub.policies.offline import exit_indices
 
 from .records import ExitRecords
@@ -39,6 +41,7 @@ class Drift:
             which is what few samples give. Without a bound: ``changed`` or ``same``.
         target: What the bound is on: ``accuracy_drop``, ``disagreement`` or ``brier_increase``.
         loss: The target's mean, on either set.
+        exit_names: One per exit.
     """
 
     threshold: float | list[float]
@@ -54,17 +57,20 @@ class Drift:
     verdict: str
     target: str
     loss: tuple[float, float]
+    exit_names: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"threshold {self.threshold}", f"{'':22}{'before':>10}{'now':>10}"]
+        names = self.exit_names or [f"exit {e}" for e in range(len(self.exit_share[0]))]
+        width = max(22, *(len(f"leave at {name}, % ") for name in names))
+        lines = [f"threshold {self.threshold}", f"{'':{width}}{'before':>10}{'now':>10}"]
         for name, (before, now) in (
             ("accuracy %", self.accuracy),
             ("accuracy lost, points", self.accuracy_drop),
             ("cost, % of full", self.mean_cost),
         ):
-            lines.append(f"{name:22}{100 * before:10.2f}{100 * now:10.2f}")
-        for e, (before, now) in enumerate(zip(*self.exit_share, strict=True)):
-            lines.append(f"{f'leave at exit {e}, %':22}{100 * before:10.1f}{100 * now:10.1f}")
+            lines.append(f"{name:{width}}{100 * before:10.2f}{100 * now:10.2f}")
+        for name, before, now in zip(names, *self.exit_share, strict=True):
+            lines.append(f"{f'leave at {name}, %':{width}}{100 * before:10.1f}{100 * now:10.1f}")
         lines.append(f"same exits: p = {self.share_p_value:.3g}; no larger loss: p = {self.drop_p_value:.3g}")
         promised = "" if self.bound is None else f" (promised: {describe_bound(self.target, self.bound)})"
         if self.target != "accuracy_drop":
@@ -72,7 +78,7 @@ class Drift:
             lines.append(f"{self.target.replace('_', ' ')}: {then} before, {later} now")
         lines.append(
             f"the new samples support a bound of {describe_bound(self.target, self.supported_bound)} with"
-            f" {100 * self.confidence:g} % confidence{promised}: {_VERDICTS[self.verdict]}"
+            f" {describe_confidence(self.confidence)} confidence{promised}: {_VERDICTS[self.verdict]}"
         )
         return "\n".join(lines)
 
@@ -111,13 +117,19 @@ def compare_records(
         RecordsError: The records are of different models.
         ThresholdError: A threshold that the policy does not take.
         UnknownNameError: No such target.
+        ConfigError: A bound below 0, or a confidence that is not between 0 and 1.
+        InputTypeError: No records, or an argument of another type.
     """
+    check_kind(before, "before")
+    check_kind(now, "now")
     before.require_classes("compare_records")
+    now.require_classes("compare_records")
     check_same_model(before, now)
-    policy = create_policy(policy) if isinstance(policy, str) else policy
+    policy = as_policy(policy)
     thresholds = policy.check_threshold(threshold, before.num_exits - 1)
-    if target not in _TARGETS:
-        raise unknown_name("target", target, _TARGETS)
+    check_choice("target", target, _TARGETS)
+    confidence = check_confidence(confidence)
+    bound = None if bound is None else check_number("bound", bound, zero=True)
     drops, shares, costs, accuracy, lost, counts = [], [], [], [], [], []
     for records in (before, now):
         index = exit_indices(exit_scores(records, policy), policy, thresholds)
@@ -143,7 +155,7 @@ def compare_records(
         verdict = "broken" if mean - _quantile(confidence) * error > bound else "open"
     return Drift(
         threshold, _two(accuracy), _two(lost), _two(costs), (shares[0], shares[1]), share_p, drop_p, bound, upper,
-        confidence, verdict, target, _two([scale * float(d.mean()) for d in drops]),
+        confidence, verdict, target, _two([scale * float(d.mean()) for d in drops]), list(before.exit_names),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from erde_hub.policies import (
     MarginPolicy,
     NeverPolicy,
     PatiencePolicy,
-    create_policy,
+    as_policy,
 )
 from erde_hub.policies.base import plain_threshold
 from erde_hub.policies.offline import exit_indices, features_of, score_exits, score_features
@@ -44,7 +44,7 @@ def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
     Raises:
         ConfigError: Records of classes and a policy for real numbers, or the other way round.
     """
-    policy = _policy(policy)
+    policy = as_policy(policy)
     if policy.uses_features:
         return score_features(features_of(records, type(policy).__name__), policy)
     if not isinstance(policy, NeverPolicy):
@@ -69,7 +69,7 @@ def route_records(
         ThresholdError: NaN, outside the policy's range, or of the wrong length.
         UnknownNameError: There is no policy of that name.
     """
-    policy = _policy(policy)
+    policy = as_policy(policy)
     thresholds = policy.check_threshold(threshold, records.num_exits - 1)
     index = exit_indices(exit_scores(records, policy), policy, thresholds)
     return index, records.logits[index, torch.arange(records.num_samples)]
@@ -112,13 +112,13 @@ def sweep_thresholds(
         UnknownNameError: There is no policy of that name.
     """
     records.require_classes("sweep_thresholds")
-    policy = _policy(policy)
+    policy = as_policy(policy)
     early = records.num_exits - 1
     if thresholds is None:
-        thresholds = step_thresholds(policy, early, records.num_classes) or fine_thresholds(records, policy, _STEPS)
+        thresholds = default_thresholds(records, policy)
     if isinstance(thresholds, (int, float, str)):
         raise InputTypeError(f"thresholds must be a sequence with one entry per row, got {thresholds!r}: write [...]")
-    wanted = [plain_threshold(threshold) for threshold in thresholds]
+    wanted = [plain_threshold(_read_threshold(threshold)) for threshold in thresholds]
     if not wanted:
         raise ConfigError("there are no thresholds to sweep: give at least one, or None for the default steps")
     checked = [policy.check_threshold(threshold, early) for threshold in wanted]
@@ -185,7 +185,7 @@ def step_thresholds(policy: str | ExitPolicy, num_early_exits: int, num_classes:
         num_classes: Leaves out steps at which everybody leaves as at another one: beyond the first above log K for the
             entropy of K classes, and below 1/K for the confidence. None leaves all in.
     """
-    policy = _policy(policy)
+    policy = as_policy(policy)
     if not policy.uses_threshold:
         return [0.0]
     if isinstance(policy, EntropyPolicy):
@@ -200,6 +200,12 @@ def step_thresholds(policy: str | ExitPolicy, num_early_exits: int, num_classes:
     return []
 
 
+def default_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy") -> list[float]:
+    """Returns those of :func:`sweep_thresholds` where none are given: round ones or, if there are none, quantiles."""
+    round_ones = step_thresholds(policy, records.num_exits - 1, records.num_classes)
+    return round_ones or fine_thresholds(records, policy, _STEPS)
+
+
 def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", n: int = 100) -> list[float]:
     """Returns about ``n`` rising thresholds, from never leaving to always leaving or the other way round.
 
@@ -209,7 +215,7 @@ def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", 
     Raises:
         ConfigError: ``n`` is below 2.
     """
-    policy = _policy(policy)
+    policy = as_policy(policy)
     if isinstance(n, bool) or not isinstance(n, int) or n < 2:
         raise ConfigError(f"n must be an integer of at least 2, got {n!r}")
     if not policy.uses_threshold or records.num_exits == 1:
@@ -296,18 +302,17 @@ def write_sweep_csv(
     write_text(path, buffer.getvalue())
 
 
-def _policy(policy: str | ExitPolicy) -> ExitPolicy:
-    if isinstance(policy, ExitPolicy):
-        return policy
-    if isinstance(policy, str):
-        return create_policy(policy)
-    raise InputTypeError(f"policy must be a name or an ExitPolicy, got {type(policy).__name__}")
-
-
 def _json_threshold(threshold: float | list[float]) -> Any:
     if isinstance(threshold, list):
         return [_json_threshold(value) for value in threshold]
     return threshold if math.isfinite(threshold) else str(threshold)
+
+
+def _read_threshold(threshold: Any) -> Any:
+    """Undoes :func:`_json_threshold`: the rows of one sweep are thresholds of the next."""
+    if isinstance(threshold, list):
+        return [_read_threshold(value) for value in threshold]
+    return float(threshold) if isinstance(threshold, str) and threshold in ("inf", "-inf") else threshold
 
 
 def _beyond(value: float, side: int, integers: bool) -> float:

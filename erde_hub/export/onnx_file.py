@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,15 @@ import torch
 from torch import Tensor
 
 from erde_hub import __version__
+from erde_hub._files import set_default_mode
 from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.errors import CheckpointWriteError, ConfigError, ExportError, InputTypeError, ShapeError
+from erde_hub.inputs import check_pixel_values
 from erde_hub.modeling import EarlyExitWrapper
 from erde_hub.policies import get_policy, list_policies
 from erde_hub.regression import REGRESSION
 
+from ._inputs import file_path
 from ._requirements import require
 from .metadata import FileInfo
 from .session import EarlyExitSession
@@ -52,28 +53,31 @@ def export_onnx(
     Height and width are those of ``config.input_size``. An empty batch is answered by :class:`EarlyExitSession`;
     onnxruntime by itself cannot broadcast one.
 
-    The file is checked, then renamed into place: an export that is interrupted leaves what was there before.
+    The file is written beside its place, checked, loaded once where onnxruntime is installed, then renamed: an export
+    that is interrupted leaves what was there before. A file of that name is replaced, and with it the weights that it
+    had beside it.
 
     Args:
         model: In any mode, on any device; it is copied, not touched. Half-precision weights are written in float32.
         path: The file. Above 2 GB the weights go to ``<path>.data`` beside it.
-        opset: Version of the ONNX operator set.
+        opset: Version of the ONNX operator set; where onnxruntime is installed, one that it loads.
         calibration_data: Batches of ``pixel_values``, some hundred images of the training or validation split: the
             network is quantised to int8 with the ranges that they cause. The policy's decisions stay in float.
         calibration_method: ``minmax``, or ``entropy`` and ``percentile``, which cut rare large values off and need
-            memory for all activations.
+            memory for all activations. For calibration data only.
 
     Returns:
         The path.
 
     Raises:
         MissingDependencyError: onnx, onnxscript or, for int8, onnxruntime is not installed.
-        InputTypeError: Not an :class:`~erde_hub.EarlyExitWrapper`.
+        InputTypeError: Not an :class:`~erde_hub.EarlyExitWrapper`, or no path.
         ExportError: A policy that ONNX cannot express, or a network that torch's exporter cannot; the message names the
-            exit and the reason.
-        ConfigError: An operator set or a calibration method that does not exist.
+            exit and the reason. Or a file that onnxruntime does not load.
+        ConfigError: An operator set or a calibration method that does not exist, a method without calibration data, a
+            path that is a folder, or preprocessing that makes images of another size than the file takes.
         ShapeError, DataError: Calibration data that do not fit the model.
-        CheckpointWriteError: The file cannot be written.
+        CheckpointWriteError: The file cannot be written; before the work begins, where that can be seen then.
     """
     purpose = "exporting to ONNX"
     onnx: Any = require("onnx", purpose, INSTALL)
@@ -81,29 +85,32 @@ def export_onnx(
     require("onnxscript", purpose, INSTALL)
     if not isinstance(model, EarlyExitWrapper):
         raise InputTypeError(f"export_onnx takes an EarlyExitWrapper, got {type(model).__name__}: wrap it first")
-    newest = onnx.defs.onnx_opset_version()
-    if isinstance(opset, bool) or not isinstance(opset, int) or not OLDEST_OPSET <= opset <= newest:
-        raise ConfigError(f"opset must be {OLDEST_OPSET} to {newest}, got {opset!r}")
+
+    from ._runtime import check_opset  # noqa: PLC0415 - onnx is optional
+    from ._staging import staging, write_errors  # noqa: PLC0415 - as above
+    from .flat import flat_model  # noqa: PLC0415 - as above
+    from .nesting import nest_exits  # noqa: PLC0415 - as above
+    from .quantization import calibration_batches, check_method, quantize_flat  # noqa: PLC0415 - as above
+
+    opset = check_opset(opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
+    check_method(calibration_method, used=calibration_data is not None)
     _check_exportable(model)
     _check_calibrator(model)
-    target = Path(path)
-    if target.is_dir() or not target.name:
-        raise ConfigError(f"{str(path)!r} is a folder: give the name of the file, such as model.onnx")
-
-    from .flat import flat_model  # noqa: PLC0415 - onnx is optional
-    from .nesting import nest_exits  # noqa: PLC0415 - as above
-
-    batches = None
-    if calibration_data is not None:
-        from .quantization import calibration_batches, quantize_flat  # noqa: PLC0415 - as above
-
-        batches = calibration_batches(calibration_data, tuple(model.config.input_size or ()))
-    file = flat_model(model, opset)
-    if batches is not None:
-        file = quantize_flat(file, batches, calibration_method)
-    nested = nest_exits(file)
-    _describe(nested, model, "int8" if batches is not None else None)
-    _write(nested, target)
+    _check_preprocessing(model)
+    target = file_path(path)
+    with write_errors(target):
+        if target.is_dir() or not target.name:
+            raise ConfigError(f"{str(path)!r} is a folder: give the name of the file, such as model.onnx")
+    with staging(target) as folder:
+        batches = None
+        if calibration_data is not None:
+            batches = calibration_batches(calibration_data, tuple(model.config.input_size or ()))
+        file = flat_model(model, opset)
+        if batches is not None:
+            file = quantize_flat(file, batches, calibration_method)
+        nested = nest_exits(file)
+        _describe(nested, model, "int8" if batches is not None else None)
+        _write(nested, folder, target, opset)
     return target
 
 
@@ -112,10 +119,11 @@ class ExportCheck:
     """How far a file's answers are from the model's.
 
     Attributes:
-        max_difference: Largest absolute difference of a logit, over samples that took the same exit.
-        relative_difference: The same, in units of the largest logit.
+        max_difference: Largest absolute difference of a logit, over samples that took the same exit; infinite where one
+            of the two is NaN or infinite and the other is not.
+        relative_difference: The same, in units of the largest finite logit.
         same_exit: Fraction of samples that took the same exit.
-        same_answer: Fraction of samples with the same class.
+        same_answer: Fraction of samples with the same class, and NaN at the same places.
         samples: Number of samples.
     """
 
@@ -146,27 +154,43 @@ def check_onnx(
     Raises:
         MissingDependencyError: onnxruntime is not installed.
         ConfigError: The model is in train mode.
+        CheckpointError: No file that erde_hub wrote.
+        InputTypeError, ShapeError: Images that do not fit, or a file of a model with other exits or classes.
     """
     if model.training:
         raise ConfigError("the model is in train mode, where nothing is routed: call model.eval()")
+    pixel_values = check_pixel_values(pixel_values, model.config.input_size or ()).detach()
     if len(pixel_values) == 0:
         raise ShapeError("pixel_values holds no sample to compare")
-    session = EarlyExitSession(Path(path), threads=threads)
+    session = EarlyExitSession(path, threads=threads)
+    exits_and_classes = (model.exit_names, int(model.config.num_labels))
+    if exits_and_classes != (session.info.exit_names, len(session.info.id2label)):
+        raise ShapeError(
+            f"the file has exits {', '.join(session.info.exit_names)} and {len(session.info.id2label)} classes, the"
+            f" model {', '.join(model.exit_names)} and {model.config.num_labels}: it was not written from this model"
+        )
     largest = scale = 0.0
     exits = answers = total = 0
     for threshold in [None] if thresholds is None else thresholds:
         routed = model(pixel_values.to(model.device, model.dtype), threshold=threshold)
         expected = routed.logits.float().cpu()
-        got = session(pixel_values.float().cpu().numpy(), threshold)
+        got = session(pixel_values, threshold)
         logits = torch.from_numpy(got.logits)
         same = torch.from_numpy(got.exit_index) == routed.exit_index.cpu()
         total += len(same)
         exits += int(same.sum())
-        answers += int((logits.argmax(1) == expected.argmax(1)).sum())
+        alike = (logits.isnan() == expected.isnan()).all(1)  # argmax takes the first NaN for the largest
+        answers += int((alike & (logits.argmax(1) == expected.argmax(1))).sum())
         if same.any():
-            largest = max(largest, float((logits - expected)[same].abs().max()))
-        scale = max(scale, float(expected.abs().max()))
+            largest = max(largest, float(_differences(logits, expected)[same].max()))
+        scale = max(scale, float(expected.abs().nan_to_num(0.0, posinf=0.0).max()))
     return ExportCheck(largest, largest / max(scale, 1e-12), exits / total, answers / total, total)
+
+
+def _differences(a: Tensor, b: Tensor) -> Tensor:
+    """Absolute differences; 0 where both are NaN or the same infinity, infinite where only one is no number."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, (a - b).abs()).nan_to_num(torch.inf, posinf=torch.inf)
 
 
 def _check_exportable(model: EarlyExitWrapper) -> None:
@@ -197,6 +221,20 @@ def _check_calibrator(model: EarlyExitWrapper) -> None:
         )
 
 
+def _check_preprocessing(model: EarlyExitWrapper) -> None:
+    """A file answers one size only, and must get it from the images that its own metadata prepare."""
+    preprocessing = model.config.preprocessing
+    if preprocessing is None:
+        return
+    made, taken = [len(preprocessing["mean"]), *preprocessing["size"]], list(model.config.input_size or [])
+    if made != taken:
+        raise ConfigError(
+            f"the preprocessing makes images of shape {tuple(made)}, the model was wrapped for {tuple(taken)}, which is"
+            " what the file would take: call model.set_preprocessing(...) with that size, or wrap the model with"
+            f" input_size={tuple(made)}"
+        )
+
+
 def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | None) -> None:
     """Metadata in, traces of the exporting machine out."""
     from onnx_ir.passes import common as passes  # noqa: PLC0415 - onnx is optional
@@ -220,62 +258,30 @@ def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | Non
     nested.graph.name = "early_exit"
 
 
-def _write(nested: ir.Model, target: Path) -> None:
-    """Writes beside the target, checks, renames."""
+def _write(nested: ir.Model, folder: Path, target: Path, opset: int) -> None:
+    """Writes into the folder, checks, and moves what is there to the target."""
     import onnx  # noqa: PLC0415 - optional
     import onnx_ir as ir  # noqa: PLC0415 - optional
 
-    from .nesting import EXTERNAL_DATA_LIMIT, weight_bytes  # noqa: PLC0415 - onnx is optional
+    from ._runtime import check_loads  # noqa: PLC0415 - onnx is optional
+    from ._staging import move_in, sync, weights_of, weights_path, write_errors  # noqa: PLC0415 - as above
+    from .nesting import EXTERNAL_DATA_LIMIT, weight_bytes  # noqa: PLC0415 - as above
 
-    data = f"{target.name}.data" if weight_bytes(nested) > EXTERNAL_DATA_LIMIT else None
-    folder = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        ir.save(nested, folder / target.name, external_data=data)
+    beside, large = weights_path(target), weight_bytes(nested) > EXTERNAL_DATA_LIMIT
+    with write_errors(target):
+        if large and beside.exists() and weights_of(target) is None:
+            raise CheckpointWriteError(
+                f"the weights are above 2 GB and would lie in {beside.name}, which is there and does not belong to an"
+                f" earlier {target.name}: move it away, or choose another name"
+            )
+        ir.save(nested, folder / target.name, format="protobuf", external_data=beside.name if large else None)
         try:
             onnx.checker.check_model(str(folder / target.name), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the exported file is not valid ONNX: {error}") from error
-        names = [target.name] if data is None else [data, target.name]
+        check_loads(folder / target.name, opset)
+        names = [beside.name, target.name] if large else [target.name]
         for name in names:
-            _sync(folder / name)
-        _move_in(folder, target.parent, names)
-        if data is None:  # of a larger model that was there before
-            target.with_name(f"{target.name}.data").unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointWriteError(
-            f"cannot write {target.name} ({error.strerror or error}): check space and permissions of its folder; what"
-            " was there is unchanged"
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _move_in(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Moves files that belong together into a folder; where one cannot be moved, what was there before is put back."""
-    if len(names) == 1:
-        (source / names[0]).replace(folder / names[0])
-        return
-    aside = Path(tempfile.mkdtemp(prefix="old-", dir=source))
-    old = [name for name in names if (folder / name).exists()]
-    moved: list[str] = []
-    try:
-        for name in old:  # never an old file with new weights
-            (folder / name).replace(aside / name)
-        for name in names:
-            (source / name).replace(folder / name)
-            moved.append(name)
-    except OSError:
-        for name in moved:
-            (folder / name).unlink()
-        for name in old:
-            if (aside / name).exists():
-                (aside / name).replace(folder / name)
-        raise
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+            set_default_mode(folder / name)
+            sync(folder / name)
+        move_in(folder, target, names)

@@ -20,8 +20,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
-from erde_hub.errors import DataError, ExportError, InputTypeError, MissingDependencyError, ShapeError, unknown_name
+from erde_hub._arguments import check_choice
+from erde_hub.errors import ConfigError, DataError, ExportError, InputTypeError, MissingDependencyError, ShapeError
 
+from ._inputs import as_array
 from .nesting import EXTERNAL_DATA_LIMIT, weight_bytes
 
 #: Names of onnxruntime's calibration methods.
@@ -33,6 +35,35 @@ _OPERATORS = [
     *("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "Sigmoid", "Concat"),
     *("MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Pad"),
 ]
+
+
+def check_method(method: str, *, used: bool) -> None:
+    """Checks what the quantisation needs, before time is lost.
+
+    Args:
+        method: Name of a calibration method.
+        used: There are calibration data.
+
+    Raises:
+        UnknownNameError: No such method.
+        ConfigError: One that was chosen for nothing.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+    check_choice("calibration method", method, list(CALIBRATION_METHODS))
+    if used:
+        _tools()
+    elif method != "minmax":
+        raise ConfigError(
+            f"calibration_method={method!r} says how int8 takes its ranges from images: give calibration_data too, or"
+            " leave it out for a file in float"
+        )
+
+
+def _tools() -> Any:
+    try:
+        return importlib.import_module("onnxruntime.quantization")
+    except ImportError as error:
+        raise MissingDependencyError("int8 needs onnxruntime: pip install 'erde-hub[onnx]'") from error
 
 
 def calibration_batches(data: Iterable[Any], size: tuple[int, ...]) -> list[NDArray[np.float32]]:
@@ -58,10 +89,7 @@ def calibration_batches(data: Iterable[Any], size: tuple[int, ...]) -> list[NDAr
             value = item["pixel_values"]
         elif isinstance(item, (list, tuple)) and item:
             value = item[0]
-        if hasattr(value, "detach"):
-            value = value.detach().cpu()
-            value = value.float() if value.is_floating_point() else value
-        array = np.asarray(value)
+        array = as_array(value, f"calibration batch {number}")
         if not np.issubdtype(array.dtype, np.floating):
             raise InputTypeError(f"calibration batch {number} must hold normalised floats, got {array.dtype}")
         if array.shape[1:] != size:
@@ -85,16 +113,11 @@ def quantize_flat(flat: ir.Model, batches: list[NDArray[np.float32]], method: st
         method: How ranges come from the batches: ``minmax``, ``entropy`` or ``percentile``.
 
     Raises:
-        MissingDependencyError: onnxruntime is not installed.
-        UnknownNameError: No such method.
+        MissingDependencyError, UnknownNameError: See :func:`check_method`.
         ExportError: onnxruntime cannot quantise this graph.
     """
-    if method not in CALIBRATION_METHODS:
-        raise unknown_name("calibration method", method, CALIBRATION_METHODS)
-    try:
-        quantization: Any = importlib.import_module("onnxruntime.quantization")
-    except ImportError as error:
-        raise MissingDependencyError("int8 needs onnxruntime: pip install 'erde-hub[onnx]'") from error
+    check_method(method, used=True)
+    quantization = _tools()
     passes.NameFixPass()(flat)
     decisions = _decisions(flat)
     proto = ir.to_proto(flat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError, ThresholdError
+from erde_hub._arguments import plain_threshold
+from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError, ThresholdError, unknown_name
 
+from ._inputs import as_array, file_path
 from ._requirements import require
 from .metadata import FileInfo
 
@@ -44,15 +47,16 @@ class EarlyExitSession:
     Args:
         path: The ONNX file; one above 2 GB needs its ``.data`` file beside it.
         threads: Threads of onnxruntime; None leaves it to onnxruntime (one per core).
-        providers: Execution providers of onnxruntime, in order of preference.
+        providers: Execution providers of onnxruntime, in order of preference: names, or pairs of name and options.
 
     Attributes:
         info: What the file says of itself: exits, costs, class names, preprocessing.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
+        InputTypeError: The path is none.
         CheckpointError: No such file, a damaged one, or not one of erde_hub's.
-        ConfigError: A number of threads below 1.
+        ConfigError: A number of threads below 1, or a provider that this onnxruntime does not have.
 
     Example:
         >>> session = EarlyExitSession("model.onnx")  # doctest: +SKIP
@@ -61,13 +65,23 @@ class EarlyExitSession:
     """
 
     def __init__(
-        self, path: str | Path, *, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        providers: Sequence[str | tuple[str, dict[str, Any]]] = ("CPUExecutionProvider",),
     ) -> None:
         runtime: Any = require("onnxruntime", "EarlyExitSession", "onnxruntime")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be an integer of at least 1, or None for one per core, got {threads!r}")
-        if not Path(path).is_file():
+        file = file_path(path)
+        try:
+            found = file.is_file()
+        except OSError:  # a name that is too long
+            found = False
+        if not found:
             raise CheckpointError(f"no file {str(path)!r}: erde_hub.export.export_onnx(model, path) writes one")
+        _check_providers(providers, runtime.get_available_providers())
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -76,12 +90,12 @@ class EarlyExitSession:
         if _products_overflow():
             options.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            self._session = runtime.InferenceSession(str(path), options, providers=list(providers))
+            self._session = runtime.InferenceSession(str(file), options, providers=list(providers))
         except Exception as error:  # onnxruntime's own classes have no common base
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"onnxruntime cannot load {str(path)!r}: {reason}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.info = FileInfo.from_metadata(metadata, Path(path).name)
+        self.info = FileInfo.from_metadata(metadata, file.name)
 
     def __call__(
         self, images: ArrayLike | Sequence[ArrayLike], threshold: float | Sequence[float] | None = None
@@ -90,7 +104,8 @@ class EarlyExitSession:
 
         Args:
             images: Normalised floats (N, C, H, W), or uint8 pixels (N, H, W, C), or a list of uint8 images (H, W, C) of
-                any size. Pixels are resized, cropped and normalised as the model expects.
+                any size. Pixels are resized, cropped and normalised as the model expects. Arrays, or tensors of any
+                kind.
             threshold: One number for all early exits, or one per early exit; None takes the one stored in the file.
 
         Raises:
@@ -100,7 +115,8 @@ class EarlyExitSession:
             ConfigError: uint8 images for a file without preprocessing.
             MissingDependencyError: Images must be resized and Pillow is not installed.
         """
-        thresholds = np.asarray(self._thresholds(threshold), dtype=np.float32)
+        with np.errstate(over="ignore"):  # what lies above float32 is infinite, as in torch
+            thresholds = np.asarray(self._thresholds(threshold), dtype=np.float32)
         pixel_values = self.preprocess(images)
         if len(pixel_values) == 0:
             return SessionOutput(np.zeros((0, len(self.info.id2label)), np.float32), np.zeros(0, np.int64))
@@ -150,14 +166,10 @@ class EarlyExitSession:
     def _thresholds(self, threshold: Any) -> list[float]:
         if threshold is None:
             return self.info.threshold
-        plain = threshold.tolist() if hasattr(threshold, "tolist") else threshold
-        several = isinstance(plain, (list, tuple))
-        values = list(plain) if several else [plain]
-        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}")
-        early = self.info.num_early_exits
-        if several and len(values) != early:
-            raise ThresholdError(f"got {len(values)} thresholds for {early} early exits: give one number, or {early}")
+        plain, early = plain_threshold(threshold), self.info.num_early_exits
+        values = plain if isinstance(plain, list) else [plain]
+        if isinstance(plain, list) and len(plain) != early:
+            raise ThresholdError(f"got {len(plain)} thresholds for {early} early exits: give one number, or {early}")
         low, high = self.info.threshold_range
         for value in values:
             if math.isnan(value) or not low <= value <= high:
@@ -165,7 +177,21 @@ class EarlyExitSession:
                     f"threshold {value!r} is not allowed for policy {self.info.policy!r}: give a number in"
                     f" [{low:g}, {high:g}]"
                 )
-        return [float(v) for v in values]
+        return values
+
+
+def _check_providers(providers: Any, available: Sequence[str]) -> None:
+    """Refuses wrong names, for which onnxruntime takes the processor, with a banner on stdout."""
+    listed = isinstance(providers, (list, tuple)) and len(providers) > 0
+    for entry in providers if listed else [providers]:
+        name = entry[0] if listed and isinstance(entry, tuple) and len(entry) == 2 else entry
+        if not listed or not isinstance(name, str):
+            raise ConfigError(
+                f"providers must be a list of names such as ['CPUExecutionProvider'], got {providers!r} (available:"
+                f" {', '.join(available)})"
+            )
+        if name not in available:
+            raise unknown_name("execution provider", name, available)
 
 
 @functools.cache
@@ -184,9 +210,9 @@ def _products_overflow() -> bool:
 def _as_batch(images: Any) -> Any:
     """Returns one array, or a list of uint8 images (H, W, C)."""
     if not isinstance(images, (list, tuple)) or not images:
-        return np.asarray(images)
-    arrays = [np.asarray(image) for image in images]
-    if arrays and all(array.dtype == np.uint8 and array.ndim == 3 for array in arrays):
+        return as_array(images, "images")
+    arrays = [as_array(image, f"image {number}") for number, image in enumerate(images)]
+    if all(array.dtype == np.uint8 and array.ndim == 3 for array in arrays):
         return arrays
     try:
         return np.stack(arrays)
@@ -211,7 +237,11 @@ def _resize_and_crop(
         task = f"resizing an image of {before[0]}x{before[1]} pixels to {target[0]}x{target[1]}"
         if image.shape[2] not in _RESIZABLE:
             raise ShapeError(f"{task} is possible with 1 or 3 channels, not with {image.shape[2]}: resize it first")
-        pillow: Any = require("PIL.Image", task, "pillow")
+        instead = (
+            f"pillow; or pass normalised floats ({image.shape[2]}, {height}, {width}), or pixels of"
+            f" {target[0]}x{target[1]}, whose centre is taken (crop_pct is {preprocessing['crop_pct']:g})"
+        )
+        pillow: Any = require("PIL.Image", task, instead)
         picture = pillow.fromarray(image[..., 0] if image.shape[2] == 1 else image)
         resampling = pillow.Resampling[preprocessing["interpolation"].upper()]
         image = np.asarray(picture.resize(target[::-1], resampling)).reshape(*target, -1)

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from erde_hub.calibration.choice import describe_confidence
 from erde_hub.errors import ConfigError, MissingDependencyError
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
 from erde_hub.evaluation.results_file import validate_results
@@ -339,6 +340,7 @@ def _tick(name: str) -> str:
 
 _FILTERS = {
     "code": _code,
+    "confidence": describe_confidence,
     "decimal": _decimal,
     "duration": duration,
     "kwargs": _kwargs,
@@ -346,8 +348,8 @@ _FILTERS = {
     "number": _number,
     "percent": percent,
     "percent_or_dash": lambda fraction: "-" if fraction is None else percent(fraction),
-    "size_or_dash": lambda size: "-" if size is None else f"{size:.2f}",
     "percent_whole": lambda fraction: f"{100 * fraction:.0f}",
+    "size_or_dash": lambda size: "-" if size is None else f"{size:.2f}",
     "text": _text,
     "tick": _tick,
     "value": _value,

@@ -2,61 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from erde_hub.errors import ConfigError, InputTypeError, ShapeError, unknown_name
+from erde_hub._arguments import check_number
+from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 from erde_hub.inputs import check_class_labels
-
-
-def check_number(name: str, value: object, *, zero: bool, below: float = math.inf) -> float:
-    """Returns a finite number above 0 (or at 0, if ``zero``) and below ``below``.
-
-    Raises:
-        InputTypeError: Not a number (a text such as ``"1e-3"``, which YAML does not read as one, a bool).
-        ConfigError: Out of range, infinite or NaN.
-    """
-    allowed = ("at least 0" if zero else "above 0") + ("" if math.isinf(below) else f" and below {below:g}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputTypeError(f"{name} must be a number {allowed}, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or value >= below or (value == 0 and not zero):
-        raise ConfigError(f"{name} must be finite and {allowed}, got {value!r}")
-    return float(value)
-
-
-def check_whole(name: str, value: object, least: int) -> int:
-    """Returns a whole number of at least ``least``.
-
-    Raises:
-        InputTypeError: Not a whole number.
-        ConfigError: Out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputTypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ConfigError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> str:
-    """Returns the value if it is one of the allowed ones; a miss raises :class:`UnknownNameError`."""
-    if not isinstance(value, str) or value not in allowed:
-        raise unknown_name(name, value, allowed)
-    return value
-
-
-def check_flag(name: str, value: object) -> bool:
-    """Returns the value if it is a bool.
-
-    Raises:
-        InputTypeError: Anything else, since the text ``"false"`` would count as true.
-    """
-    if not isinstance(value, bool):
-        raise InputTypeError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def check_weights(loss: str, **weights: object) -> tuple[float, ...]:

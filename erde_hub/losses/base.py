@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from erde_hub._arguments import check_choice
 from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import InputTypeError
 from erde_hub.regression import REGRESSION
 
-from ._checks import check_choice, check_exit_logits, check_features, check_index, check_labels, check_same_classes
+from ._checks import check_exit_logits, check_features, check_index, check_labels, check_same_classes
 from .additions import Addition, SampleWeight, check_addition
 from .batch import ExitBatch, LossResult, Term, check_per_sample, check_terms
 from .exit_weights import check_epoch, check_exit_weights, weights_per_exit

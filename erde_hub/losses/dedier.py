@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from erde_hub._arguments import check_choice, check_flag, check_number, check_whole
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
-from ._checks import check_choice, check_flag, check_index, check_labels, check_number, check_whole
+from ._checks import check_index, check_labels
 from .additions import SampleWeight
 from .batch import ExitBatch
 from .kd import KDLoss

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_number, check_whole
+
 from . import functional
-from ._checks import check_number, check_smoothing, check_weights, check_whole
+from ._checks import check_smoothing, check_weights
 from .base import ExitLoss
 from .batch import ExitBatch, Term
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from erde_hub._arguments import check_choice, check_flag, check_number
+
 from . import functional
-from ._checks import check_choice, check_flag, check_number
 from .additions import SampleWeight
 from .batch import ExitBatch
 from .kd import KDLoss

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from erde_hub._arguments import check_choice, check_flag, check_number, check_whole
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
-from ._checks import check_choice, check_features, check_flag, check_number, check_weights, check_whole
+from ._checks import check_features, check_weights
 from ._token_inputs import IGNORE, check_tokens, check_vocabulary, flat_features, flat_logits, valid_labels
 from ._tokens import TokenLosses, token_entropy
 from .additions import Addition

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_choice, check_flag, check_number
+
 from . import functional
-from ._checks import check_choice, check_flag, check_number, check_smoothing, check_weights
+from ._checks import check_smoothing, check_weights
 from .base import ExitLoss
 from .batch import ExitBatch, Term
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from erde_hub._arguments import check_choice, check_number, check_whole
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
-from ._checks import check_choice, check_number, check_whole
 from .additions import ExtraTerm
 from .batch import ExitBatch, Term
 from .kd import KDLoss

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from erde_hub._arguments import check_number
+
 from . import functional
-from ._checks import check_number, check_smoothing, check_weights
+from ._checks import check_smoothing, check_weights
 from .base import ExitLoss
 from .batch import ExitBatch, Term
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_number
 from erde_hub.errors import ConfigError
 
 from . import functional
-from ._checks import check_number, check_smoothing
+from ._checks import check_smoothing
 from .additions import ExtraTerm
 from .base import ExitLoss
 from .batch import ExitBatch, Term

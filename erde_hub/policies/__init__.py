@@ -6,7 +6,7 @@ from typing import Any
 
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
-from erde_hub.errors import ConfigError
+from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.regression import REGRESSION, refuse_regression
 
 from .base import ExitPolicy, LearnedPolicy, plain_threshold
@@ -32,6 +32,7 @@ __all__ = [
     "NeverPolicy",
     "PatiencePolicy",
     "SetSizePolicy",
+    "as_policy",
     "check_answers",
     "create_policy",
     "get_policy",
@@ -73,6 +74,21 @@ register_regression_policy("never", NeverPolicy, "runs to the last exit")
 register_regression_policy(
     "set_size", IntervalWidthPolicy, "nested interval narrower than the threshold", "arXiv 2311.05931"
 )
+
+
+def as_policy(policy: str | ExitPolicy) -> ExitPolicy:
+    """Returns a policy as it is, and builds one that is named by its key in the table.
+
+    Raises:
+        UnknownNameError: There is no policy of that name.
+        InputTypeError: Neither a name nor a policy.
+    """
+    if isinstance(policy, ExitPolicy):
+        return policy
+    if isinstance(policy, str):
+        return create_policy(policy)
+    made = f"; write {policy.__name__}()" if isinstance(policy, type) else ""
+    raise InputTypeError(f"policy must be a name, such as 'entropy', or an ExitPolicy, got {policy!r:.80}{made}")
 
 
 def policy_for(problem_type: str | None, name: str, **kwargs: Any) -> ExitPolicy:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from erde_hub._arguments import plain_threshold
 from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError, ShapeError, ThresholdError
 
@@ -153,6 +154,8 @@ class LearnedPolicy(ExitPolicy):
     """A policy with parameters of its own, fitted on held-out records; its scores may be any real numbers."""
 
     threshold_range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    #: Its ``fit`` takes a ``budget``, and ``costs`` of the exits in the unit of the budget.
+    uses_budget: ClassVar[bool] = False
 
     def never_leaves(self, threshold: float) -> bool:
         """Nobody reaches 1e8."""
@@ -174,23 +177,3 @@ class LearnedPolicy(ExitPolicy):
         if isinstance(num_exits, bool) or not isinstance(num_exits, int) or num_exits < 2:
             raise ConfigError(f"num_exits must be an integer of at least 2, got {num_exits!r}")
         return num_exits
-
-
-def plain_threshold(threshold: Any) -> float | list[float]:
-    """Turns what a person may pass, numbers of numpy and tensors included, into a float or a list of floats.
-
-    ``"inf"`` is a number too: that is how the rows of a sweep, which are JSON, spell it.
-
-    Raises:
-        ThresholdError: Neither a number nor numbers.
-    """
-    plain = threshold.tolist() if hasattr(threshold, "tolist") else threshold
-    values = plain if isinstance(plain, (list, tuple)) else [plain]
-    values = [float(v) if isinstance(v, str) and v in ("inf", "-inf") else v for v in values]
-    try:
-        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
-            raise TypeError
-        floats = [float(v) for v in values]
-    except (TypeError, OverflowError):
-        raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}") from None
-    return floats if isinstance(plain, (list, tuple)) else floats[0]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from erde_hub._arguments import check_flag, check_number, check_whole, plain_numbers
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.held_out import check_calibration_data
+from erde_hub.held_out import check_fit_data
 
 from .base import LearnedPolicy
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
 
 #: Passes over the records where none are asked for, and steps above which there are fewer.
-_EPOCHS, _STEPS = 60, 1500
+_EPOCHS, _STEPS = 60, 1000
 
 
 class EENetPolicy(LearnedPolicy):
@@ -39,6 +40,8 @@ class EENetPolicy(LearnedPolicy):
         both heads are trained at once with a higher learning rate and fewer epochs; the last exit answers where no
         threshold is met.
     """
+
+    uses_budget: ClassVar[bool] = True
 
     q_prob: Tensor
     q_extra: Tensor
@@ -67,6 +70,7 @@ class EENetPolicy(LearnedPolicy):
         records: ExitRecords,
         budget: float | None = None,
         *,
+        costs: Sequence[float] | None = None,
         beta: float = 1.0,
         kl_weight: float = 1e-3,
         cost_weight: float = 1.0,
@@ -84,14 +88,16 @@ class EENetPolicy(LearnedPolicy):
 
         Args:
             records: Held-out.
-            budget: Mean multiply-accumulates per sample; None is half of the full model's.
+            budget: Mean cost per sample; None is half of the full model's.
+            costs: Of a sample that leaves at each exit, the last one included, in the unit of the budget, such as
+                milliseconds; None takes multiply-accumulates.
             beta: Sharpens the scores that shares are drawn towards.
             kl_weight: Of that pull.
             cost_weight: Of the distance from the budget; published: 1e-2, with more steps.
             hidden_ratio: Width of the share head's hidden layer, relative to its input.
             plain_logits: Shares come from plain numbers; False bounds these by a sigmoid as published, which keeps any
                 two shares within a factor e of each other and so cannot meet small budgets.
-            epochs: Passes over the records; None makes 60, or fewer where that is more than 1,500 steps.
+            epochs: Passes over the records; None makes 60, or fewer where that is more than 1,000 steps.
             batch_size: Samples per step.
             lr: Of Adam.
             weight_decay: Of Adam.
@@ -100,49 +106,50 @@ class EENetPolicy(LearnedPolicy):
             **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
 
         Raises:
-            ConfigError: A budget below the first exit's cost or above the last one's.
+            ConfigError: A budget below the cheapest exit's cost or above the dearest one's, costs that are not one
+                positive number per exit, or a number out of its range.
+            InputTypeError: An argument of another type.
             DataError: The records are of training data, too few, or lack a class.
         """
-        check_calibration_data(records, **checks)
-        costs = torch.tensor(records.cumulative_macs, dtype=torch.float64)
-        wanted = float(costs[-1]) / 2 if budget is None else float(budget)
-        wanted = max(wanted, float(costs[0])) if budget is None else wanted
-        if not float(costs[0]) <= wanted <= float(costs[-1]):
-            raise ConfigError(f"budget {wanted:g} is outside the costs of the exits, {costs[0]:g} to {costs[-1]:g}")
-        probs, labels = records.logits.softmax(-1), records.labels
-        correct = records.logits.argmax(-1) == labels
+        check_fit_data(cls.fit, records, checks)
+        for name, value in (("beta", beta), ("kl_weight", kl_weight), ("cost_weight", cost_weight)):
+            check_number(name, value, zero=True)
+        check_number("weight_decay", weight_decay, zero=True)
+        for name, value in (("hidden_ratio", hidden_ratio), ("lr", lr)):
+            check_number(name, value, zero=False)
+        for name, whole in (("batch_size", batch_size), ("restarts", restarts)):
+            check_whole(name, whole, 1)
+        check_whole("seed", seed, 0)
+        check_flag("plain_logits", plain_logits)
+        if epochs is not None:
+            check_whole("epochs", epochs, 1)
+        per_exit = _costs(records, costs)
+        wanted = _budget(per_exit, budget)
+        correct = records.logits.argmax(-1) == records.labels
+        # Sample by sample in memory, which is how batches are taken.
+        inputs, right = head_inputs(records.logits.softmax(-1)).transpose(0, 1).contiguous(), correct.T.float()
         if epochs is None:
             epochs = max(1, min(_EPOCHS, _STEPS // math.ceil(records.num_samples / batch_size)))
-        best: tuple[tuple[float, float], _Scheduler, list[float]] | None = None
-        for start in range(restarts):
-            generator = torch.Generator().manual_seed(seed + start)
-            scheduler = _Scheduler(records.num_exits, records.num_classes, hidden_ratio, plain_logits, generator)
-            optimizer = torch.optim.Adam(scheduler.parameters(), lr=lr, weight_decay=weight_decay)
-            with torch.enable_grad():
-                for _ in range(epochs):
-                    for rows in torch.randperm(len(labels), generator=generator).split(batch_size):
-                        terms = scheduler.losses(
-                            probs[:, rows], labels[rows], costs.float(), wanted, beta, kl_weight, cost_weight
-                        )
-                        optimizer.zero_grad()
-                        terms["total"].backward()
-                        optimizer.step()
-            with torch.no_grad():
-                scores, shares = scheduler(probs)
-            thresholds = share_thresholds(scores.T, shares.mean(0).tolist(), never=1.0)[:-1]
-            taken = _taken(scores, thresholds)
-            cost = float(costs[taken].mean())
-            accuracy = float(correct.gather(0, taken[None]).double().mean())
-            off = abs(cost - wanted) / wanted
-            key = (max(off - 0.1, 0.0), -accuracy)
-            if best is None or key < best[0]:
-                best = (key, scheduler, thresholds)
+        starts = [torch.Generator().manual_seed(seed + start) for start in range(restarts)]
+        scheduler = _Scheduler(records.num_exits, records.num_classes, hidden_ratio, plain_logits, starts)
+        optimizer = torch.optim.Adam(scheduler.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        with torch.enable_grad():
+            for _ in range(epochs):
+                for rows in torch.randperm(records.num_samples, generator=starts[0]).split(batch_size):
+                    batch = (inputs.index_select(0, rows).transpose(0, 1), right.index_select(0, rows).T)
+                    terms = scheduler.losses(*batch, per_exit.float(), wanted, beta, kl_weight, cost_weight)
+                    optimizer.zero_grad()
+                    terms["total"].sum().backward()
+                    optimizer.step()
+        with torch.no_grad():
+            scores, shares = scheduler(inputs.transpose(0, 1))
+        ends = [_end(*own, correct, per_exit, wanted) for own in zip(scores, shares, strict=True)]
+        start = min(range(restarts), key=lambda i: ends[i][0])
         policy = cls(records.num_exits, records.num_classes)
-        if best is not None:
-            _, scheduler, policy.fitted_thresholds = best
-            for e in range(records.num_exits - 1):
-                policy.q_prob[e] = scheduler.q_prob[e].detach()
-                policy.q_extra[e, : 2 + e] = scheduler.q_extra[e].detach()
+        policy.fitted_thresholds = ends[start][1]
+        for e in range(records.num_exits - 1):
+            policy.q_prob[e] = scheduler.q_prob[e][start].detach()
+            policy.q_extra[e, : 2 + e] = scheduler.q_extra[e][start].detach()
         return policy
 
     def score(self, log_probs: Tensor) -> Tensor:
@@ -163,14 +170,14 @@ class EENetPolicy(LearnedPolicy):
 
 
 class _Scheduler(nn.Module):
-    """Score and share heads of all exits, for fitting.
+    """Score and share heads of all exits, for fitting; several starts are trained side by side on the same batches.
 
     Args:
         num_exits: E.
         num_classes: K.
         hidden_ratio: Width of the hidden layer, relative to its input.
         plain_logits: No sigmoid before the softmax over exits.
-        generator: Of the initial weights.
+        generators: Of the initial weights, one per start.
     """
 
     def __init__(
@@ -179,59 +186,76 @@ class _Scheduler(nn.Module):
         num_classes: int,
         hidden_ratio: float,
         plain_logits: bool,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
         self.plain_logits = plain_logits
-
-        def normal(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape, generator=generator) * 0.1)
-
         widths = [num_classes + 2 + e for e in range(num_exits)]
         hidden = [max(1, int(hidden_ratio * width)) for width in widths]
-        self.q_prob = nn.ParameterList(normal(num_classes) for _ in widths)
-        self.q_extra = nn.ParameterList(normal(2 + e) for e in range(num_exits))
-        for extra in self.q_extra:
-            extra.data[0] += 1.0  # begins as the largest probability
-        self.h1_weight = nn.ParameterList(normal(h, w) for h, w in zip(hidden, widths, strict=True))
-        self.h1_bias = nn.ParameterList(normal(h) for h in hidden)
-        self.h2_weight = nn.ParameterList(normal(h) for h in hidden)
-        self.h2_bias = nn.ParameterList(normal(1) for _ in hidden)
 
-    def forward(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns scores (E, N), unclamped, and shares (N, E) of probabilities (E, N, K)."""
+        def normal(shapes: Iterable[tuple[int, ...]]) -> nn.ParameterList:
+            """One parameter per exit, (R, ...) for R starts."""
+            draws = [[torch.randn(*shape, generator=g) * 0.1 for g in generators] for shape in shapes]
+            return nn.ParameterList(nn.Parameter(torch.stack(own)) for own in draws)
+
+        self.q_prob = normal((num_classes,) for _ in widths)
+        self.q_extra = normal((2 + e,) for e in range(num_exits))
+        for extra in self.q_extra:
+            extra.data[:, 0] += 1.0  # begins as the largest probability
+        self.h1_weight = normal(zip(hidden, widths, strict=True))
+        self.h1_bias = normal((h,) for h in hidden)
+        self.h2_weight = normal((h,) for h in hidden)
+        self.h2_bias = normal((1,) for _ in hidden)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and assigns samples.
+
+        Shape:
+            inputs: (E, N, K + 2), from :func:`head_inputs`. Returns scores (R, E, N), unclamped, and shares (R, N, E).
+        """
         scores: list[Tensor] = []
         assigned = []
-        for e, own in enumerate(probs):
-            rest = torch.stack([*_summary(own), *(score.detach().clamp(0, 1) for score in scores)], -1)
-            x = torch.cat([own, rest], -1)
-            scores.append(own @ self.q_prob[e] + rest @ self.q_extra[e])
-            hidden = (x @ self.h1_weight[e].T + self.h1_bias[e]).sigmoid()
-            out = hidden @ self.h2_weight[e] + self.h2_bias[e]
+        for e, own in enumerate(inputs):
+            before = [score.detach().clamp(0, 1)[..., None] for score in scores]
+            x = torch.cat([own.expand(len(self.q_prob[e]), -1, -1), *before], -1)
+            # The score is one more column of the product with the hidden layer: thin products are slow.
+            weight = torch.cat([self.h1_weight[e], torch.cat([self.q_prob[e], self.q_extra[e]], -1)[:, None]], 1)
+            columns = torch.baddbmm(F.pad(self.h1_bias[e], (0, 1))[:, None], x, weight.mT)
+            scores.append(columns[..., -1])
+            out = (columns[..., :-1].sigmoid() * self.h2_weight[e][:, None]).sum(-1) + self.h2_bias[e]
             assigned.append(out if self.plain_logits else out.sigmoid())
-        return torch.stack(scores), torch.stack(assigned, -1).softmax(-1)
+        return torch.stack(scores, 1), torch.stack(assigned, -1).softmax(-1)
 
     def losses(
         self,
-        probs: Tensor,
-        labels: Tensor,
+        inputs: Tensor,
+        right: Tensor,
         costs: Tensor,
         budget: float,
         beta: float,
         kl_weight: float,
         cost_weight: float,
     ) -> dict[str, Tensor]:
-        """Returns ``score``, ``kl``, ``cost`` and their weighted sum ``total``."""
-        scores, shares = self(probs)
-        clamped = scores.T.clamp(0, 1)
-        right = (probs.argmax(-1) == labels).T.to(probs.dtype)
-        weights = (shares / shares.sum(0)).detach()
-        score = (weights * F.binary_cross_entropy(clamped, right, reduction="none")).sum() / len(probs)
+        """Computes ``score``, ``kl``, ``cost`` and their weighted sum ``total``.
+
+        Shape:
+            inputs: (E, N, K + 2). right: (E, N), 1 where an exit is. costs: (E,). Returns (R,) each.
+        """
+        scores, shares = self(inputs)
+        clamped = scores.transpose(1, 2).clamp(0, 1)
+        weights = (shares / shares.sum(1, keepdim=True)).detach()
+        missed = F.binary_cross_entropy(clamped, right.T.expand_as(clamped), reduction="none")
+        score = (weights * missed).sum((1, 2)) / len(right)
         pull = clamped.detach().pow(beta)
-        pull = pull / pull.sum(1, keepdim=True).clamp_min(torch.finfo(pull.dtype).tiny)
-        kl = (torch.special.xlogy(pull, pull) - pull * shares.log()).mean()
-        cost = ((shares @ costs.to(shares.dtype)).mean() - budget).abs() / budget
+        pull = pull / pull.sum(-1, keepdim=True).clamp_min(torch.finfo(pull.dtype).tiny)
+        kl = (torch.special.xlogy(pull, pull) - pull * shares.log()).mean((1, 2))
+        cost = ((shares @ costs.to(shares.dtype)).mean(1) - budget).abs() / budget
         return {"score": score, "kl": kl, "cost": cost, "total": score + kl_weight * kl + cost_weight * cost}
+
+
+def head_inputs(probs: Tensor) -> Tensor:
+    """What the heads read of an exit by itself, [p, max p, 1 - H(p) / log K]: (..., K) to (..., K + 2)."""
+    return torch.cat([probs, torch.stack(_summary(probs), -1)], -1)
 
 
 def share_thresholds(scores: Tensor, shares: Sequence[float], never: float = 1e8) -> list[float]:
@@ -260,14 +284,46 @@ def share_thresholds(scores: Tensor, shares: Sequence[float], never: float = 1e8
     return [*thresholds, 0.0]
 
 
+def _costs(records: ExitRecords, costs: Sequence[float] | None) -> Tensor:
+    """Costs of the exits, (E,) float64."""
+    if costs is None:
+        return torch.tensor(records.cumulative_macs, dtype=torch.float64)
+    values = plain_numbers(costs)
+    if values is None or len(values) != records.num_exits or not all(0 < value < math.inf for value in values):
+        raise ConfigError(
+            f"costs must be {records.num_exits} positive numbers, one per exit, the last one included, got"
+            f" {costs!r:.80}"
+        )
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _budget(costs: Tensor, budget: float | None) -> float:
+    """The budget, or half of the last exit's cost where there is none, at least the cheapest exit's."""
+    low, high = float(costs.min()), float(costs.max())
+    wanted = max(float(costs[-1]) / 2, low) if budget is None else check_number("budget", budget, zero=True)
+    if not low <= wanted <= high:
+        raise ConfigError(f"budget {wanted:g} is outside the costs of the exits, {low:g} to {high:g}")
+    return wanted
+
+
 def _summary(probs: Tensor) -> tuple[Tensor, Tensor]:
     """Largest probability, and one minus the normalised entropy."""
     entropy = -torch.special.xlogy(probs, probs).sum(-1)
     return probs.amax(-1), 1 - entropy / math.log(probs.shape[-1])
 
 
-def _taken(scores: Tensor, thresholds: Sequence[float]) -> Tensor:
+def _end(
+    scores: Tensor, shares: Tensor, correct: Tensor, costs: Tensor, budget: float
+) -> tuple[tuple[float, float], list[float]]:
+    """What a start has come to: a key, smaller for better ones, and thresholds.
+
+    Shape:
+        scores, correct: (E, N). shares: (N, E). costs: (E,).
+    """
+    thresholds = share_thresholds(scores.T, shares.mean(0).tolist(), never=1.0)[:-1]
     taken = torch.full((scores.shape[1],), len(thresholds))
     for e in reversed(range(len(thresholds))):
         taken[scores[e] >= thresholds[e]] = e
-    return taken
+    off = abs(float(costs[taken].mean()) - budget) / budget
+    accuracy = float(correct.gather(0, taken[None]).double().mean())
+    return (max(off - 0.1, 0.0), -accuracy), thresholds

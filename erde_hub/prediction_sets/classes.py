@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_whole
 from erde_hub.errors import ConfigError, RecordsError, ShapeError, unknown_name
-from erde_hub.held_out import check_held_out
+from erde_hub.held_out import check_held_out, check_kind
 
 from .base import SetMetrics, check_alpha
 
 if TYPE_CHECKING:
     from erde_hub.evaluation import ExitRecords
+
+#: Least number of draws of all labels together that the coverage of thresholds is measured on.
+_LABEL_DRAWS = 20_000
 
 
 def concentrations(logits: Tensor, relu_threshold: Sequence[float] | Tensor) -> Tensor:
@@ -81,8 +85,8 @@ class AVCSClassifier:
         seed: Of the draws. The sets are random; the same seed gives the same sets for the same logits.
 
     Attributes:
-        fitted_coverage: Smallest coverage of an exit on the records of the fit; below 1 - alpha where no thresholds
-            reach that.
+        fitted_coverage: Smallest coverage of an exit on the records of the fit, over the draws of the fit; below
+            1 - alpha where no thresholds reach that.
 
     References:
         Jazbec et al., Early-exit neural networks with nested prediction sets, 2024, arXiv 2311.05931, and its released
@@ -109,7 +113,9 @@ class AVCSClassifier:
         """Raises the thresholds, exit by exit, while the coverage at every exit stays above 1 - alpha.
 
         Where the first thresholds do not reach it, 0 is taken for all exits, which gives the widest sets there are;
-        with logits of a small scale these may still fall short, and ``fitted_coverage`` of the result says so.
+        with logits of a small scale these may still fall short, and ``fitted_coverage`` of the result says so. Coverage
+        is about the labels alone, so only their probabilities are drawn, with the distribution that
+        :func:`dirichlet_draws` gives them, several times where samples are few.
 
         Args:
             records: Held-out.
@@ -121,12 +127,15 @@ class AVCSClassifier:
         Raises:
             DataError: The records are of the training split, or too few.
         """
+        check_kind(records)
         records.require_classes("AVCSClassifier")
         check_held_out(records)
+        check_whole("seed", seed, 0)
+        held = _HeldLabels(records.logits, records.labels, seed)
+        limit = -math.log(check_alpha(alpha))
 
         def coverage(thresholds: Sequence[float]) -> float:
-            sets = cls(thresholds, alpha, seed).sets(records.logits)
-            return min(set_metrics(sets, records.labels).coverage)
+            return float(held.within(thresholds, limit)[-1].double().mean())
 
         first = start if coverage([start] * records.num_exits) > 1 - alpha else 0.0
         thresholds = search_relu_thresholds(coverage, records.num_exits, alpha, first, step)
@@ -148,6 +157,46 @@ class AVCSClassifier:
             generator = torch.Generator().manual_seed(self.seed)
             draws = dirichlet_draws(concentrations(logits, self.relu_threshold), generator)
         return running_intersection(avcs_sets(logits, self.relu_threshold, draws, self.alpha))
+
+
+class _HeldLabels:
+    """Whether labels are in the sets of all exits, for a search that changes the threshold of one exit at a time.
+
+    The probability of one class in a Dirichlet draw is a Beta draw, of its concentration and the sum of the others'.
+
+    Args:
+        logits: Of all exits.
+        labels: Of the samples.
+        seed: Of the draws.
+
+    Shape:
+        logits: (E, N, K). labels: (N,).
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor, seed: int) -> None:
+        self.logits, self.labels, self.seed = logits, labels, seed
+        self.draws = math.ceil(_LABEL_DRAWS / len(labels))
+        self.known: dict[tuple[int, float], Tensor] = {}
+
+    def within(self, thresholds: Sequence[float], limit: float) -> Tensor:
+        """Returns whether the logarithm of the ratio stayed at or below a limit up to each exit, (E, draws, N) bool."""
+        terms = torch.stack([self.log_factor(e, value) for e, value in enumerate(thresholds)])
+        return (terms.cumsum(0) <= limit).long().cummin(0).values.bool()
+
+    def log_factor(self, exit_index: int, threshold: float) -> Tensor:
+        """Returns the logarithm of the predictive over the drawn probability, (draws, N); infinite without evidence."""
+        key = (exit_index, threshold)
+        if key not in self.known:
+            evidence = concentrations(self.logits[exit_index, None], [threshold])[0]
+            own = evidence.gather(1, self.labels[:, None])[:, 0]
+            total = evidence.sum(1)
+            generator = torch.Generator().manual_seed(self.seed * len(self.logits) + exit_index)
+            shapes = torch.stack([own, total - own]).clamp_min(1e-300)[:, None].expand(2, self.draws, -1)
+            label, others = torch._standard_gamma(shapes.contiguous(), generator=generator)
+            drawn = label / (label + torch.where(total > own, others, 0.0)).clamp_min(1e-300)
+            factor = own / total.clamp_min(1e-300) / drawn.clamp_min(1e-300)
+            self.known[key] = torch.where((own > 0) & (drawn > 0), factor.log(), math.inf)
+        return self.known[key]
 
 
 def search_relu_thresholds(

@@ -28,14 +28,16 @@ class BayesianLinearRegression:
         mean: Of the weights, the one of the constant last.
         covariance: Of the weights.
         noise: Standard deviation of the targets around the line.
+        prior: Standard deviation of the weights in the prior, where known.
 
     References:
         MacKay, Bayesian interpolation, 1992; as in the released code of arXiv 2311.05931. Deviations: none; as there,
         mean and covariance belong to the values of a and b before the last update.
     """
 
-    def __init__(self, mean: Tensor, covariance: Tensor, noise: float) -> None:
+    def __init__(self, mean: Tensor, covariance: Tensor, noise: float, prior: float | None = None) -> None:
         self.mean, self.covariance, self.noise = mean.double(), covariance.double(), float(noise)
+        self.prior = prior
 
     @classmethod
     def fit(
@@ -86,7 +88,7 @@ class BayesianLinearRegression:
             a, b = new_a, new_b
             if close:
                 break
-        return cls(mean, torch.linalg.inv(precision), b**-0.5)
+        return cls(mean, torch.linalg.inv(precision), b**-0.5, a**-0.5)
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the mean and the variance of the line, without noise, each (N,)."""

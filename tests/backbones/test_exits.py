@@ -100,6 +100,48 @@ def test_tokens_are_pooled_as_the_backbone_pools_them(architecture):
     assert [(s.format, s.pool, s.prefix_tokens) for s in specs] == [("NLC", "avg", 0), ("NLC", *late)]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kwargs", "side"),
+    [
+        ("coat_tiny", {}, 224),  # embeds maps again, of 28 pixels and fewer
+        ("coat_lite_tiny", {"img_size": 64}, 64),
+        ("visformer_tiny", {}, 224),  # the first embedding lies behind a convolution
+        ("crossvit_9_240", {}, 240),
+        ("vit_tiny_patch16_224", {"img_size": 32}, 32),
+        ("swin_tiny_patch4_window7_224", {"img_size": 56}, 56),
+        ("resnet18", {}, 224),
+    ],
+)
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_size_that_a_model_was_created_for(architecture, kwargs, side, noted):
+    with torch.device("meta"):
+        module = timm.create_model(architecture, **kwargs)
+    if not noted:  # as earlier versions of timm leave it
+        vars(module).pop("_traits", None)
+    assert find_adapter(module).describe(module)["input_size"] == [3, side, side]
+
+
+def test_a_network_that_embeds_its_maps_again_needs_no_size():
+    with torch.device("meta"):
+        coat = timm.create_model("coat_lite_tiny", num_classes=3)
+    assert len(EarlyExitWrapper(coat, exits="auto").exit_names) > 1
+
+
+@pytest.mark.families
+def test_sizes_of_all_of_timm():
+    tried = 0
+    for name in timm.list_models():
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        if cfg is None:
+            continue
+        with torch.device("meta"):
+            module = timm.create_model(name)
+        if hasattr(module, "num_classes"):
+            assert find_adapter(module).describe(module)["input_size"] == list(cfg.input_size), name
+            tried += 1
+    assert tried > 1000
+
+
 def test_average_pooled_tokens_leave_the_class_token_out():
     kwargs = {**FAMILIES["vit"].kwargs, "global_pool": "avg"}
     module = timm.create_model("vit_tiny_patch16_224", num_classes=3, **kwargs)

@@ -6,6 +6,7 @@ marker ``families``, as are all of them as ONNX files.
 
 from __future__ import annotations
 
+import _support_page
 import pytest
 import timm
 import torch
@@ -117,6 +118,23 @@ def test_places_that_are_offered_can_be_used():
     names = [p.name for p in list_exit_points(twins)]
     assert "blocks.0.0" in names
     assert "pos_block.2" in names
+
+
+def test_a_check_of_later_has_a_column_once_a_row_was_tried_with_it(monkeypatch):
+    """The rows of the page may be older than a check: running all of them again takes hours."""
+    old = {"library": "timm", "model": "a", "exits": ["x"], "attach": "yes", "routing": "yes", "code": "1"}
+    families = {"a": dict(old), "b": {**old, "model": "b"}}
+    versions = {"timm": "1", "transformers": "5", "torch": "2"}
+    monkeypatch.setattr(_support_page, "matrix", lambda: {**versions, "families": families})
+    assert _support_page.columns() == ["attach", "routing"]
+    assert _support_page.support_rows("timm")[0] == ("`a`", "`a`", "`x`", "yes", "yes")
+    assert "in a stream" not in _support_page.support_summary()
+    families["b"]["stream"] = "differs by 3.0e-02 of the largest logit"
+    assert _support_page.columns() == ["attach", "routing", "stream"]
+    assert [row[-1] for row in _support_page.support_rows("timm")] == ["not tried", "no"]
+    summary = _support_page.support_summary()
+    assert "in a stream 0 of the 1 that were tried" in summary
+    assert "- `b`, stream: differs by 3.0e-02" in summary
 
 
 @pytest.mark.families

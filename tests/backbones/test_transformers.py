@@ -373,6 +373,8 @@ def test_images_of_another_size_or_type():
         vit(torch.randn(2, 3, 40, 40))
     with pytest.raises(InputTypeError, match=r"inputs are torch.float64, the weights torch.float32"):
         model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    with pytest.raises(InputTypeError, match="on the meta device, where tensors have a shape and no values"):
+        model(torch.empty(2, 3, 32, 32, device="meta"))
 
 
 def _multi_label() -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from erde_hub.calibration import attainable_confidence, samples_without_loss
 from erde_hub.calibration._bounds import (
+    AcceptanceRegion,
     betting_p_values,
     betting_p_values_of_counts,
     conformal_risk,
@@ -145,6 +148,21 @@ def test_the_exact_test_serves_high_confidences_too():
     losses = torch.cat([torch.zeros(1, 5000), torch.cat([torch.ones(5), torch.zeros(4995)])[None]])
     assert certify(losses, 0.01, 0.999, "exact") == 1
     assert supported_bound(losses, 0.999, "exact") < 0.01
+
+
+@pytest.mark.parametrize(("samples", "bound", "level"), [
+    (30, 0.02, 0.1), (250, 0.1, 0.4), (2000, 0.01, 0.1), (9000, 0.07, 0.001),
+])  # fmt: skip
+def test_the_region_holds_the_outcomes_whose_p_values_are_small(samples, bound, level):
+    region, rng = AcceptanceRegion(samples, bound, level), random.Random(samples)
+    for _ in range(12):
+        won = min(int(rng.expovariate(1 / (samples * bound))), samples)
+        edge = next(k for k in itertools.count() if (k, won) not in region)
+        for lost in {edge - 1, edge, rng.randint(0, edge), edge + rng.randint(0, samples // 10)} - {-1}:
+            small = difference_p_value(lost, won, samples, bound, level) <= level
+            assert ((lost, won) in region) == small, (lost, won)
+    assert (0, 0) not in AcceptanceRegion(20, 0.02, 0.1), "20 samples without a loss say nothing of 2 %"
+    assert (0, 20) in AcceptanceRegion(20, 0.02, 0.1)
 
 
 def test_samples_without_loss_is_where_the_test_begins_to_accept():

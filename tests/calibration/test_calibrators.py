@@ -35,6 +35,7 @@ from erde_hub.errors import (
     InputTypeError,
     RecordsError,
     ShapeError,
+    UnknownArgumentError,
     UnknownNameError,
 )
 from erde_hub.evaluation import ExitRecords, collect_exit_records
@@ -79,7 +80,9 @@ def test_golden_temperature(shared):
     torch.testing.assert_close(found, f64(expected["nlpd_per_exit"]), rtol=rtol, atol=atol)
     assert [best_temperature(z, labels, grid) for z in logits] == expected["temperature_per_exit"]
     weight = ensemble_weights(case["inputs"]["cumulative_cost"]).double()
-    assert ensemble_temperatures(logits, labels, weight, grid).tolist() == expected["temperature_mie_greedy"]
+    chosen, scores = ensemble_temperatures(logits, labels, weight, grid)
+    assert chosen.tolist() == expected["temperature_mie_greedy"]
+    torch.testing.assert_close(scores, f64(expected["nlpd_mie_greedy"]), rtol=1e-8, atol=atol)  # float32 weights
     for e, z in enumerate(logits):
         free = best_temperature(z, labels)
         assert nlpd((z / free).log_softmax(-1), labels) <= min(expected["nlpd_per_exit"][e]) + 1e-12
@@ -120,6 +123,9 @@ def test_golden_laplace(shared):
             found = predictive(z, h, v, noise, inputs["temperature"][e])
             torch.testing.assert_close(found, f64(expected["probs"][e]), rtol=1e-7, atol=atol)
             log_probs.append(found.log())
+            spread = predictive(torch.zeros(len(h), 2).double(), h, v, f64([[1.0, 0.0]]), 1.0)[:, 0].logit()
+            wanted = f64(expected["variance_scale"][e]).flatten()
+            torch.testing.assert_close(spread.square(), wanted, rtol=1e-7, atol=atol)
         ensemble = MIECalibrator(inputs["n_exits"])
         ensemble.weight = f64(expected["mie_weights"])
         torch.testing.assert_close(
@@ -379,3 +385,30 @@ def test_onnx_answers_with_calibrated_logits(model, tmp_path):
     model.set_calibrator(MIECalibrator(3))
     with pytest.raises(ExportError, match=r"calibrator 'mie' cannot be written .*those that can: temperature"):
         export_onnx(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("name", "args", "error", "message"), [
+    ("temperature", {"grid": "abc"}, ConfigError, "temperatures must be positive numbers, .* got 'abc'"),
+    ("temperature", {"grid": [None]}, ConfigError, r"temperatures must be positive numbers, .* got \[None\]"),
+    ("temperature", {"gird": [1.0]}, UnknownArgumentError, r"TemperatureCalibrator\.fit has no .* mean 'grid'"),
+    ("mie", {"grid": 1.5}, ConfigError, r"temperatures must be positive numbers, .* got 1\.5"),
+    ("mie", {"trainig_index": [1]}, UnknownArgumentError, "did you mean 'training_index'"),
+    ("laplace", {"prior_variances": "abc"}, ConfigError, "prior_variances must be positive numbers"),
+    ("laplace", {"batch_size": 0}, ConfigError, "batch_size must be at least 1, got 0"),
+    ("laplace", {"tuning_samples": 0}, ConfigError, "tuning_samples must be at least 1, got 0"),
+    ("laplace", {"seed": "abc"}, InputTypeError, "seed must be a whole number, got 'abc'"),
+    ("laplace", {"ensemble": "no"}, InputTypeError, "ensemble must be True or False, got 'no'"),
+    ("laplace", {"training_records": "train"}, InputTypeError, "training_records must be ExitRecords, .* got 'train'"),
+])  # fmt: skip
+def test_arguments_of_a_fit_that_make_no_sense_are_refused(name, args, error, message):
+    logits, labels = make_logits(60)
+    records = ExitRecords(
+        logits, labels, torch.arange(60), ["a", "b", "c"], [1, 2, 3], [str(k) for k in range(10)],
+        features=[torch.randn(60, 4) for _ in range(3)],
+    )  # fmt: skip
+    with pytest.raises(error, match=message):
+        get_calibrator(name).cls.fit(records, **args)
+    if "training_records" in args:
+        narrow = ExitRecords(**{**vars(records), "features": [f[:, :3] for f in records.features]})
+        with pytest.raises(RecordsError, match=r"another model: 10 classes and features \[3, 3, 3\]"):
+            LaplaceCalibrator.fit(records, narrow)

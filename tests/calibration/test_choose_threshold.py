@@ -6,14 +6,24 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from calibration_fakes import make_records
 from engine_fakes import resnet8
 
-from erde_hub.calibration import TemperatureCalibrator, ThresholdChoice, choose_threshold, thresholds
-from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
-from erde_hub.evaluation import ExitRecords, collect_exit_records, route_records
+from erde_hub.calibration import (
+    TemperatureCalibrator,
+    ThresholdChoice,
+    attainable_confidence,
+    check_calibration_data,
+    choose_threshold,
+    samples_without_loss,
+    thresholds,
+)
+from erde_hub.calibration.choice import describe_confidence
+from erde_hub.errors import ConfigError, DataError, InputTypeError, RecordsError, ThresholdError, UnknownNameError
+from erde_hub.evaluation import ExitRecords, collect_exit_records, curve_area, route_records
 from erde_hub.policies import EEFPPolicy, EENetPolicy, SetSizePolicy
 
 RECORDS = make_records(400)
@@ -35,6 +45,25 @@ def test_without_enough_samples_nobody_leaves_and_the_report_says_so():
     assert zero.never_exits
     assert "a bound of 0 cannot be promised" in zero.advice
     assert choose_threshold(RECORDS, max_accuracy_drop=0).accuracy >= zero.full_accuracy
+
+
+def test_advice_contradicts_neither_itself_nor_the_choice():
+    logits = torch.zeros(2, 200, 2)
+    logits[0, :, 0], logits[1, :, 0] = 5.0, 3.0
+    logits[1, :4] = torch.tensor([0.0, 3.0])  # the last exit is wrong where the first one is right
+    logits[:, 100:] = logits[:, 100:].flip(-1)
+    records = ExitRecords(logits, torch.arange(200) // 100, torch.arange(200), ["a", "b"], [1, 2], ["x", "y"])
+    args = {"max_accuracy_drop": 0.01, "confidence": 0.9}
+    better = choose_threshold(records, candidates=[0.5], method="exact", **args)
+    assert better.saving == 0.5, "gains make up for what 200 samples without a loss could not show"
+    assert better.advice == ""
+    never = choose_threshold(records, **args)
+    assert "230 are needed for this bound" in never.advice
+    assert "On these 200 samples a bolder threshold, which saves 50.0 %, keeps the bound, but" in never.advice
+    logits[0] = logits[0].flip(-1)
+    wrong = choose_threshold(dataclasses.replace(records, logits=logits), **args)
+    assert wrong.never_exits
+    assert "bolder" not in wrong.advice, "there is none that would save anything"
 
 
 def test_hopeless_exits_stay_shut():
@@ -138,7 +167,7 @@ def test_names_and_facts_of_the_records_are_in_the_report():
         ({"max_accuracy_drop": 0.1, "method": "lt", "confidence": 0.9}, UnknownNameError, "'lt'; did you mean 'ltt'"),
         ({"max_brier_increase": 0.1, "method": "exact", "confidence": 0.9}, ConfigError, "use 'ltt' or 'ucb'"),
         ({"max_mean_macs": 2500.0, "confidence": 0.9}, ConfigError, "max_mean_macs is a budget"),
-        ({"max_mean_macs": 100.0}, ConfigError, "budget of 100 is below the cheapest exit's cost, 2000"),
+        ({"max_mean_macs": 100.0}, ConfigError, "budget of 100 is below the cheapest exit's cost, 2,000"),
         ({"max_mean_milliseconds": 3.0}, ConfigError, "needs exit_milliseconds"),
         ({"max_mean_milliseconds": 3.0, "exit_milliseconds": [1.0, 2.0]}, ConfigError, "must be 3 positive times"),
         ({"max_mean_macs": 3e3, "exit_milliseconds": [1.0, 2.0, 3.0]}, ConfigError, "use max_mean_milliseconds"),
@@ -147,11 +176,73 @@ def test_names_and_facts_of_the_records_are_in_the_report():
         ({"max_accuracy_drop": 0.1, "policy": "never"}, ThresholdError, "NeverPolicy has no threshold to choose"),
         ({"max_accuracy_drop": 0.1, "policy": "entrop"}, UnknownNameError, "did you mean 'entropy'"),
         ({"max_accuracy_drop": 0.1, "training_index": [7, 3, 10_000]}, DataError, "2 of 400 samples were trained on"),
+        ({"max_accuracy_drop": 0.1, "training_index": "abc"}, InputTypeError, r"such as \[0, 5, 17\], got 'abc'"),
+        ({"max_accuracy_drop": 0.1, "training_index": [0.5]}, InputTypeError, r"numbers of samples, .* got \[0\.5\]"),
+        ({"max_accuracy_drop": 0.1, "training_index": torch.ones(9) > 0}, InputTypeError, r"take mask\.nonzero\(\)"),
+        ({"max_accuracy_drop": 0.1, "policy": 3}, InputTypeError, "policy must be a name, .* got 3"),
+        ({"max_accuracy_drop": 0.1, "policy": EEFPPolicy}, InputTypeError, r"write EEFPPolicy\(\)"),
+        ({"max_accuracy_drop": 0.1, "exit_milliseconds": "abc"}, ConfigError, "must be positive times, .* got 'abc'"),
+        ({"max_accuracy_drop": 0.1, "exit_milliseconds": 2.0}, ConfigError, r"must be positive times, .* got 2\.0"),
+        ({"max_accuracy_drop": 0.1, "exit_milliseconds": [1, None, 3]}, ConfigError, "must be positive times"),
+        ({"max_accuracy_drop": 0.1, "candidates": ["a"]}, ThresholdError, r"must be thresholds, .* got \['a'\]"),
+        ({"max_accuracy_drop": 0.1, "candidates": 0.5}, ThresholdError, r"must be thresholds, .* got 0\.5"),
+        ({"max_accuracy_drop": 0.1, "method": ["ltt"]}, UnknownNameError, r"unknown method \['ltt'\]"),
+        ({"max_accuracy_drop": 0.1, "per_exit": "no"}, InputTypeError, "per_exit must be True or False, got 'no'"),
+        ({"max_accuracy_drop": 0.1, "allow_missing_classes": "no"}, InputTypeError, "must be True or False, got 'no'"),
+        ({"max_mean_macs": 2500.0, "method": "crc"}, ConfigError, "leave method 'crc' out"),
+        ({"max_mean_macs": 2500.0, "confidence": 0.95}, ConfigError, r"leave confidence 0\.95 out"),
     ],
 )
 def test_what_makes_no_sense_is_refused(args, error, message):
     with pytest.raises(error, match=message):
         choose_threshold(RECORDS, **args)
+
+
+@pytest.mark.parametrize("function", [choose_threshold, TemperatureCalibrator.fit, check_calibration_data, curve_area])
+@pytest.mark.parametrize("given", [None, "records.safetensors", [RECORDS]])
+def test_what_are_no_records_is_refused(function, given):
+    with pytest.raises(InputTypeError, match=r"records must be ExitRecords, .* got (None|'records|\[)"):
+        function(given)
+
+
+@pytest.mark.parametrize(("function", "args", "error", "message"), [
+    (samples_without_loss, (0.0, 0.9), ConfigError, "bound must be finite and above 0 and below 1, got 0"),
+    (samples_without_loss, (0.01, 1.0), ConfigError, "confidence must be between 0 and 1"),
+    (attainable_confidence, ("0.01", 144), InputTypeError, "bound must be a number"),
+    (attainable_confidence, (0.01, 1.5), InputTypeError, r"samples must be a whole number, got 1\.5"),
+])  # fmt: skip
+def test_what_no_number_of_samples_answers_is_refused(function, args, error, message):
+    with pytest.raises(error, match=message):
+        function(*args)
+
+
+def test_numbers_of_numpy_and_tensors_are_numbers():
+    args = {"max_accuracy_drop": 0.1, "per_exit": True}
+    plain = choose_threshold(RECORDS, candidates=[0.1, 0.5], exit_milliseconds=[1.0, 2.0, 4.0], **args)
+    assert plain == choose_threshold(
+        RECORDS, candidates=torch.tensor([0.1, 0.5]).double(), exit_milliseconds=np.array([1, 2, 4]),
+        training_index=np.array([900, 901]), **args,
+    )  # fmt: skip
+
+
+def test_a_confidence_is_never_written_larger_than_it_is():
+    choice = choose_threshold(RECORDS, max_accuracy_drop=0.05, confidence=attainable_confidence(0.01, 144))
+    assert "at most 5 points with 76.4 % confidence" in choice.rule
+    written = {0.9: "90 %", 0.95: "95 %", 0.7999: "79.9 %", 0.9 - 1e-9: "90 %", 0.9996: "99.96 %", 0.6: "60 %"}
+    assert {confidence: describe_confidence(confidence) for confidence in written} == written
+
+
+def test_the_bound_is_the_promise_and_the_number_beside_it_none():
+    choice = choose_threshold(RECORDS, max_accuracy_drop=0.05, confidence=0.9)
+    args = {"confidence": 0.9, "method": choice.method}
+    assert 0 < choice.upper_bound < 0.05
+    alone = choose_threshold(
+        RECORDS, candidates=[choice.threshold], max_accuracy_drop=choice.upper_bound + 1e-6, **args
+    )
+    assert alone.threshold == choice.threshold, "a test of this threshold alone passes"
+    walked = choose_threshold(RECORDS, max_accuracy_drop=choice.upper_bound - 1e-5, **args)
+    assert walked.saving < choice.saving, "the walk would have ended earlier"
+    assert "promised is that bound; a test of this threshold alone would pass down to" in str(choice)
 
 
 def test_data_that_cannot_calibrate_are_refused():

@@ -20,7 +20,6 @@ from erde_hub.policies import create_policy
 from erde_hub.policies.offline import exit_indices, score_exits
 
 BOUND, CONFIDENCE, DRAWS = 0.01, 0.9, 500
-EXACT_DRAWS = 100  # sums over all counts take a while
 COSTS = torch.tensor([0.3, 0.65, 1.0], dtype=torch.float64)
 
 
@@ -44,6 +43,16 @@ class Population:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(len(self.labels), (samples,), generator=generator)
 
+    def select(self, rows):
+        return ExitRecords(
+            logits=self.logits[:, rows],
+            labels=self.labels[rows],
+            index=torch.arange(len(rows)),
+            exit_names=["a", "b", "classifier"],
+            cumulative_macs=[300, 650, 1000],
+            class_names=[str(k) for k in range(10)],
+        )
+
     def counts(self, rows):
         return torch.bincount(self.kind[rows], minlength=len(self.kinds)).double()
 
@@ -65,31 +74,22 @@ def test_the_bound_is_kept_in_the_promised_share_of_draws(population, samples):
     losses = population.kinds.T
     for seed in range(DRAWS):
         counts = population.counts(population.draw(samples, seed))
-        for method in broken if seed < EXACT_DRAWS else ("ltt", "ucb"):
+        for method in broken:
             index = certify(losses, BOUND, CONFIDENCE, method, weights=counts)
             broken[method] += bool(population.risks[index] > BOUND)
             if method == "ltt":
                 saving += 1 - float(population.costs[index])
-        if seed >= 100:
-            continue
         crc_risk += float(population.risks[certify(losses, BOUND, None, "crc", weights=counts)])
     for method, count in broken.items():
-        draws = EXACT_DRAWS if method == "exact" else DRAWS
-        assert count / draws <= allowed_share(draws), (method, samples, count)
-    assert crc_risk / 100 <= BOUND, "conformal risk control keeps it on average"
+        assert count / DRAWS <= allowed_share(DRAWS), (method, samples, count)
+    assert broken["exact"] > 0, "it comes near to what it promises"
+    assert crc_risk / DRAWS <= BOUND, "conformal risk control keeps it on average"
     assert saving / DRAWS > (0.08 if samples == 500 else 0.12), "and something is saved all the same"
 
 
 def test_one_draw_goes_the_same_way_through_the_public_function(population):
     rows = population.draw(2500, 0)
-    records = ExitRecords(
-        logits=population.logits[:, rows],
-        labels=population.labels[rows],
-        index=rows,
-        exit_names=["a", "b", "classifier"],
-        cumulative_macs=[300, 650, 1000],
-        class_names=[str(k) for k in range(10)],
-    )
+    records = population.select(rows)
     path = walk(population.policy, population.policy.grid(10, 2), [1.0, 1.0], steps=800)
     losses = candidate_losses(population.scores[:, rows], population.losses[:, rows], population.policy, path)
     for method in ("ltt", "exact", "ucb"):
@@ -133,20 +133,16 @@ def test_the_published_simulation_kept_every_promise():
 
 
 def test_thresholds_per_exit_keep_it_too_where_a_greedy_search_does_not(population):
-    """20 draws of 2,500: the greedy search breaks the bound in a good part of them."""
-    broken = {"greedy": 0, "ours": 0}
-    for seed in range(20):
+    """40 draws of 2,500; the published simulation has 500. The greedy search breaks the bound in half of them."""
+    draws, broken = 40, {"greedy": 0, "ours": 0}
+    for seed in range(draws):
         rows = population.draw(2500, seed)
-        scores, losses = population.scores[:, rows], population.losses[:, rows]
-        greedy = earlyon_thresholds(scores, losses, COSTS, BOUND)
-        records = make_records(2500)
-        object.__setattr__(records, "logits", population.logits[:, rows])
-        object.__setattr__(records, "labels", population.labels[rows])
+        greedy = earlyon_thresholds(population.scores[:, rows], population.losses[:, rows], COSTS, BOUND)
         ours = choose_threshold(
-            records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE, per_exit=True
+            population.select(rows), "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE, per_exit=True
         ).threshold
         for name, thresholds in (("greedy", greedy), ("ours", ours)):
             index = exit_indices(population.scores, population.policy, thresholds)
             broken[name] += float(population.losses.gather(0, index[None]).mean()) > BOUND
-    assert broken["ours"] <= 20 * allowed_share(20)
-    assert broken["greedy"] >= 5
+    assert broken["ours"] <= draws * allowed_share(draws)
+    assert broken["greedy"] >= draws / 4

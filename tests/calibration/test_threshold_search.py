@@ -168,7 +168,7 @@ def test_saves_at_least_what_a_greedy_search_on_the_same_grid_saves(seed):
 def test_the_report_is_what_routing_does(policy, per_exit, wanted):
     records = make_records(250, exits=4, classes=4)
     if policy == "patience" and "max_mean_macs" in wanted:
-        with pytest.raises(ConfigError, match="no threshold of the policy 'patience' keeps a mean cost of 3200"):
+        with pytest.raises(ConfigError, match="no threshold of the policy 'patience' keeps a mean cost of 3,200"):
             choose_threshold(records, policy, per_exit=per_exit, **wanted)
         wanted = {"max_mean_macs": 4000.0}
     choice = choose_threshold(records, policy, per_exit=per_exit, **wanted)

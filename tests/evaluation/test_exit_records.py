@@ -191,6 +191,14 @@ def test_empty_loader_and_models_without_exits():
         collect_exit_records(nn.Linear(2, 2), [], progress=False)
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("dataloader", None), ("features", "no"), ("accelerator", "cpu"), ("autocast_dtype", "bfloat16"), ("info", "notes"),
+])  # fmt: skip
+def test_options_of_another_type_are_refused_by_name(name, value):
+    with pytest.raises(InputTypeError, match=f"{name} must be .*, got {value!r}"):
+        collect_exit_records(**{"model": FakeExits(), "dataloader": batches(), "progress": False} | {name: value})
+
+
 def test_batches_must_agree_on_having_an_index():
     first, second = batches(8)
     del second["index"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from erde_hub.calibration import TemperatureCalibrator, choose_threshold
-from erde_hub.errors import ConfigError, RecordsError, ShapeError, ThresholdError, UnknownNameError
+from erde_hub.errors import ConfigError, InputTypeError, RecordsError, ShapeError, ThresholdError, UnknownNameError
 from erde_hub.evaluation import (
     ExitRecords,
     accuracy_at_cost,
@@ -166,6 +167,53 @@ def test_drift_is_found_and_its_absence_too():
         compare_records(before, dataclasses.replace(now, fingerprint="b" * 32), "entropy", 0.5)
     with pytest.raises(RecordsError, match="different models"):
         compare_records(before, make_records(30, exits=2), "entropy", 0.5)
+
+
+def test_drift_names_the_exits_and_writes_its_confidence_no_larger_than_it_is():
+    records = dataclasses.replace(make_records(300), exit_names=["backbone.stages.1.blocks", "b", "classifier"])
+    lines = str(compare_records(records, records, "entropy", 0.5, 0.2, 0.764783)).splitlines()
+    assert sum(line.startswith("leave at backbone.stages.1.blocks, % ") for line in lines) == 1
+    assert sum(line.startswith("leave at classifier, %") for line in lines) == 1
+    assert len({len(line) for line in lines[1:8]}) == 1, "columns stay below each other"
+    assert "with 76.4 % confidence" in lines[-1]
+
+
+@pytest.mark.parametrize(("args", "error", "message"), [
+    ({"policy": 3}, InputTypeError, "policy must be a name"),
+    ({"bound": "abc"}, InputTypeError, "bound must be a number at least 0, got 'abc'"),
+    ({"bound": math.nan}, ConfigError, "bound must be finite"),
+    ({"confidence": 1.5}, ConfigError, r"confidence must be between 0 and 1, both excluded, got 1\.5"),
+    ({"now": "now.safetensors"}, InputTypeError, "now must be ExitRecords"),
+    ({"before": None}, InputTypeError, "before must be ExitRecords"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_refused(args, error, message):
+    records = make_records(30)
+    with pytest.raises(error, match=message):
+        compare_records(**{"before": records, "now": records, "policy": "entropy", "threshold": 0.5} | args)
+
+
+@pytest.mark.parametrize(("args", "error", "message"), [
+    ({"policy": None}, InputTypeError, "policy must be a name"),
+    ({"low": "abc"}, InputTypeError, "low must be a number"),
+    ({"high": math.inf}, ConfigError, "high must be finite"),
+    ({"full_macs": 0}, ConfigError, "full_macs must be finite and above 0, got 0"),
+    ({"resamples": -1}, ConfigError, "resamples must be at least 0, got -1"),
+    ({"level": 1.5}, ConfigError, r"level must be finite and above 0 and below 1, got 1\.5"),
+    ({"seed": "abc"}, InputTypeError, "seed must be a whole number"),
+])  # fmt: skip
+def test_areas_of_nonsense_are_refused(args, error, message):
+    with pytest.raises(error, match=message):
+        curve_area(make_records(30), **args)
+
+
+def test_titles_of_scores_hold_the_threshold_as_tables_do(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes  # noqa: PLC0415
+
+    titles, draw = [], Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, *a, **k: titles.append(text) or draw(self, text, *a, **k))
+    plot_scores(make_records(60), "confidence", [0.9995, 2.0], tmp_path / "scores.png")
+    assert titles == ["layer0\nleave → at θ = 0.9995", "layer1\nnobody leaves"]
 
 
 def test_chi_squared_is_scipys():

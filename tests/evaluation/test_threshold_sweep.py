@@ -297,7 +297,7 @@ def test_thresholds_come_as_lists_tensors_and_rows_of_an_earlier_sweep():
         ([], "entropy", ConfigError, "no thresholds"),
         (0.5, "entropy", InputTypeError, "0.5"),
         ([0.5], "entrpy", UnknownNameError, "did you mean 'entropy'"),
-        ([0.5], 3, InputTypeError, "int"),
+        ([0.5], 3, InputTypeError, "got 3"),
     ],
 )
 def test_bad_sweeps(thresholds, policy, error, words):

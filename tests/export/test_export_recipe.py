@@ -1,11 +1,15 @@
 """recipes/export_onnx.py."""
 
+import subprocess
 import sys
 
 import export_onnx as recipe
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
+from _patterns import coarse_patterns
 from onnx_fakes import build
 
 from erde_hub.errors import ConfigError, ThresholdError
@@ -45,8 +49,34 @@ def test_float_against_random_images(call, tmp_path, capsys):
     assert EarlyExitSession(tmp_path / "float.onnx").info.exit_names == ["layer1", "layer2", "classifier"]
     assert "float.onnx: 0." in printed
     assert "classifier           2" in printed
-    assert "6 random images" in printed
+    assert "6 random patterns" in printed
     assert printed.count("100.0%      100.0%") == 2
+    assert "0 0 6" in printed, "where they leave at threshold 0"
+
+
+def test_the_printed_lines_run(call, capsys):
+    call("--output", "my file.onnx")
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert "uint8 (N, H, W, 3) or normalised floats (N, 3, 32, 32)" in lines[1]
+    for images in (np.zeros((2, 40, 50, 3), np.uint8), np.zeros((2, 3, 32, 32), np.float32)):
+        names = {"images": images}
+        exec("\n".join(line.strip() for line in lines), names)
+        assert names["out"].logits.shape == (2, 10)
+
+
+def test_patterns_differ_to_the_exits():
+    """White noise is the same to a network from image to image, and a comparison on it shows little."""
+    patterns = coarse_patterns(12, (3, 32, 32))
+    assert torch.equal(patterns, coarse_patterns(12, (3, 32, 32)))
+    coarse = torch.nn.functional.avg_pool2d(patterns, 4)
+    assert coarse.std((1, 2, 3)).max() > 2 * coarse.std((1, 2, 3)).min()
+
+
+def test_a_misspelt_flag_is_named():
+    command = [sys.executable, recipe.__file__, "--modle", "runs/digits-1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "export_onnx.py: error: unknown argument '--modle'; did you mean '--model'?" in done.stderr
 
 
 def test_int8_against_images(call, tmp_path, capsys):
@@ -62,6 +92,12 @@ def test_refusals_come_first(call, tmp_path):
         call("--int8")
     with pytest.raises(ConfigError, match="at least 0, got 256, -1 and 1"):
         call("--verify", "-1")
+    with pytest.raises(ConfigError, match="--calibration_method entropy is for --int8, which is not given"):
+        call("--calibration_method", "entropy")
+    with pytest.raises(ConfigError, match="--max_train_samples is not for this recipe: --calibration_samples says"):
+        call("--max_train_samples", "9", "--dataset", "digits")
+    with pytest.raises(ConfigError, match="--max_eval_samples is not for this recipe: --verify says"):
+        call("--max_eval_samples", "9", "--dataset", "digits")
     with pytest.raises(ThresholdError, match=r"threshold -1\.0 is not allowed"):
         call("--thresholds", "0.5", "-1")
     assert not list(tmp_path.iterdir())

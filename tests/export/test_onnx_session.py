@@ -1,6 +1,7 @@
 """The runtime without torch: what it takes, how it prepares images, what it refuses."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,11 @@ def test_floats_of_every_kind(tiny_file, session):
     model, _ = tiny_file
     x = images(model, 2)
     expected = session(x.numpy(), 0.0).logits
-    for same in (x.numpy().astype(np.float64), x, [x[0].numpy(), x[1].numpy()], x.numpy().tolist()):
+    learned = x.clone().requires_grad_()
+    for same in (x.numpy().astype(np.float64), x, learned, [*learned], [*x.numpy()], x.numpy().tolist()):
         np.testing.assert_allclose(session(same, 0.0).logits, expected, atol=1e-6)
+    half = x.bfloat16()
+    np.testing.assert_array_equal(session(half, 0.0).logits, session(half.float(), 0.0).logits)
     strided = np.asfortranarray(x.numpy())
     np.testing.assert_array_equal(session(strided, 0.0).logits, expected)
 
@@ -98,6 +102,8 @@ def test_no_image(session):
         (np.zeros((1, 0, 16, 3), np.uint8), ShapeError, r"got \(0, 16, 3\)"),
         ([np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16, 1), np.uint8)], ShapeError, r"got \(16, 16, 1\)"),
         ([np.zeros((3, 16, 16)), np.zeros((3, 8, 8))], ShapeError, "floats .* of one shape, got float64"),
+        (torch.zeros((1, 3, 16, 16), device="meta"), InputTypeError, "images cannot be made an array, got Tensor"),
+        ([[1.0, 2.0], [[3.0], 4.0]], InputTypeError, "image 1 cannot be made an array, got list"),
     ],
 )
 def test_images_that_it_refuses(session, images, error, message):
@@ -114,7 +120,11 @@ def test_images_that_it_refuses(session, images, error, message):
         ([0.1, 0.2, 0.3], "got 3 thresholds for 2"),
         ([0.1, float("nan")], "threshold nan"),
         ("0.5", "must be a number"),
+        ("inf", "must be a number.*got 'inf'; a text is no number: write float"),
+        (["inf", 0.3], "must be a number.*a text is no number"),
         (True, "must be a number"),
+        (10**400, "must be a number"),
+        (torch.zeros(2, device="meta"), "must be a number"),
         (np.zeros((2, 2)), "must be a number"),
     ],
 )
@@ -128,7 +138,10 @@ def test_thresholds_of_every_kind(session):
     expected = session(x, [1.0, 1.0]).exit_index.tolist()
     for threshold in (1, 1.0, np.float32(1), (1, 1.0), np.ones(2), torch.ones(2)):
         assert session(x, threshold).exit_index.tolist() == expected
-    assert session(x, float("inf")).exit_index.tolist() == [0, 0, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for above in (float("inf"), 1e39):
+            assert session(x, above).exit_index.tolist() == [0, 0, 0]
 
 
 @pytest.mark.usefixtures("flat_is_known")
@@ -156,9 +169,37 @@ def test_files_that_it_refuses(tiny_file, tmp_path):
     onnx.save(file, tmp_path / "damaged.onnx")
     with pytest.raises(CheckpointError, match=r"metadata of damaged\.onnx are damaged"):
         EarlyExitSession(tmp_path / "damaged.onnx")
+    for path in (None, 5, b"model.onnx"):
+        with pytest.raises(InputTypeError, match=f"path must be text or a pathlib.Path.* got {path!r}"):
+            EarlyExitSession(path)
+    with pytest.raises(CheckpointError, match="no file 'aaa"):
+        EarlyExitSession("a" * 300)
     for threads in (0, -1, 1.5, True):
         with pytest.raises(ConfigError, match="threads must be"):
             EarlyExitSession(tiny_file[1], threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("providers", "message"),
+    [
+        (["Foo"], r"unknown execution provider 'Foo' \(available: .*CPUExecutionProvider"),
+        (["CPUExecutionProvider", "CpuExecutionProvidr"], "did you mean 'CPUExecutionProvider'"),
+        ([("Foo", {})], "unknown execution provider 'Foo'"),
+        ("CPUExecutionProvider", r"must be a list of names .* got 'CPUExecutionProvider' \(available: .*CPUExec"),
+        ([], r"must be a list of names .* got \[\]"),
+        (None, "must be a list of names .* got None"),
+        ([3], r"must be a list of names .* got \[3\]"),
+    ],
+)
+def test_providers_that_are_none(tiny_file, capfd, providers, message):
+    with pytest.raises(ConfigError, match=message):
+        EarlyExitSession(tiny_file[1], providers=providers)
+    assert capfd.readouterr() == ("", ""), "onnxruntime would print that it takes another"
+
+
+def test_providers_with_options(tiny_file):
+    session = EarlyExitSession(tiny_file[1], threads=1, providers=[("CPUExecutionProvider", {})])
+    assert session(np.zeros((1, 3, 16, 16), np.float32), 0.0).exit_index.tolist() == [2]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +216,9 @@ def test_missing_packages(tiny_file, session, monkeypatch):
     (photo,) = photos((40, 40))
     with pytest.raises(MissingDependencyError, match="40x40 pixels to 18x18 needs PIL: pip install pillow"):
         session(photo[None])
+    instead = r"or pass normalised floats \(3, 16, 16\), or pixels of 18x18, whose centre is taken \(crop_pct is 0.875"
+    with pytest.raises(MissingDependencyError, match=instead):
+        session(np.zeros((1, 16, 16, 3), np.uint8))  # the very size of the model
     assert session(photos((18, 18))[0][None], 0.0).exit_index.tolist() == [2]  # nothing to resize
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match="EarlyExitSession needs onnxruntime: pip install onnxruntime"):

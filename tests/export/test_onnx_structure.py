@@ -14,8 +14,15 @@ import torch
 from onnx_fakes import TinyNet, images, safe_thresholds, tiny
 
 import erde_hub
-from erde_hub.errors import CheckpointWriteError, ConfigError, ExportError, InputTypeError, MissingDependencyError
-from erde_hub.export import EarlyExitSession, export_onnx, nesting, onnx_file
+from erde_hub.errors import (
+    CheckpointWriteError,
+    ConfigError,
+    ExportError,
+    InputTypeError,
+    MissingDependencyError,
+    ShapeError,
+)
+from erde_hub.export import EarlyExitSession, SessionOutput, export_onnx, nesting, onnx_file
 
 
 def levels(path):
@@ -252,3 +259,53 @@ def test_check_wants_something_to_compare(tiny_file):
     model, path = tiny_file
     with pytest.raises(ValueError, match="no sample"):
         onnx_file.check_onnx(model, path, images(model, 1)[:0])
+    with pytest.raises(InputTypeError, match="must be a tensor"):
+        onnx_file.check_onnx(model, path, images(model, 1).numpy())
+    with pytest.raises(ShapeError, match="stage1, stage2, classifier and 10 classes, the model stage1, class"):
+        onnx_file.check_onnx(tiny(("stage1",)), path, images(model, 1))
+
+
+def answers(monkeypatch, spoil):
+    """Lets files answer something else."""
+    honest = EarlyExitSession.__call__
+
+    def call(self, *given):
+        out = honest(self, *given)
+        logits = out.logits.copy()
+        spoil(logits)
+        return SessionOutput(logits, out.exit_index)
+
+    monkeypatch.setattr(EarlyExitSession, "__call__", call)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_check_of_a_file_that_answers_no_numbers(tiny_file, monkeypatch, wrong):
+    model, path = tiny_file
+    x = images(model, 4)
+    answers(monkeypatch, lambda logits: logits.fill(wrong))
+    check = onnx_file.check_onnx(model, path, x, [0.0])
+    assert check.max_difference == check.relative_difference == np.inf
+    assert check.same_exit == 1
+    if np.isnan(wrong):
+        assert check.same_answer == 0
+
+
+def test_check_of_one_answer_that_is_no_number(tiny_file, monkeypatch):
+    model, path = tiny_file
+    x = images(model, 4)
+    best = model(x, threshold=0.0).logits[1].argmax()  # NaN there is what argmax finds
+    answers(monkeypatch, lambda logits: logits[1].__setitem__(best, np.nan))
+    check = onnx_file.check_onnx(model, path, x, [0.0])
+    assert check.relative_difference == np.inf
+    assert check.same_answer == 0.75
+
+
+def test_check_where_both_answer_no_numbers(tiny_file):
+    model, path = tiny_file
+    x = images(model, 4)
+    x[2, 0, 0, 0] = torch.nan
+    check = onnx_file.check_onnx(model, path, x.requires_grad_(), [0.0, 50.0])
+    assert 0 < check.relative_difference < 1e-5
+    assert check.same_exit == check.same_answer == 1
+    x = torch.full((2, 3, 16, 16), torch.nan)
+    assert onnx_file.check_onnx(model, path, x).relative_difference == 0

@@ -55,6 +55,14 @@ def test_values_and_gradients(golden, precision, assert_matches):
         result.loss.backward()
         assert_matches(result.loss, expected["loss_ea_kd"], data["tolerance"], name)
         assert_matches(student.grad, expected["grad_ea_kd"], data["tolerance"], name)
+        student.grad = None
+        plain = KDLoss(given["kd_temperature"], kl_weight=1.0, ce_weight=0.0)([student], [teacher], labels)
+        plain.loss.backward()
+        assert_matches(plain.loss, expected["loss_plain_kd"], data["tolerance"], name)
+        assert_matches(student.grad, expected["grad_plain_kd"], data["tolerance"], name)
+        for key, logits in (("teacher_entropy", teacher), ("student_entropy", student.detach())):
+            softened = functional.log_probs(logits, given["entropy_temperature"])
+            assert_matches(functional.entropy(softened), expected[key], data["tolerance"], f"{name} {key}")
         total = ea_kd_loss([student], [teacher], labels, **temperatures)  # the defaults are 0.9 and 0.1
         assert_matches(total, expected["loss_total_ce0.1_kd0.9"], data["tolerance"], name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -11,11 +12,21 @@ from engine_fakes import resnet8
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError, ThresholdError
-from erde_hub.evaluation import ExitRecords, collect_exit_records, route_records
+from erde_hub.evaluation import ExitRecords, collect_exit_records, exit_metrics, route_records
 from erde_hub.evaluation.ranking import auroc, eefp, mean_of_defined
 from erde_hub.policies import EEFPPolicy, EENetPolicy, create_policy
-from erde_hub.policies.eefp import _logistic, gate_features, should_exit
-from erde_hub.policies.eenet import _Scheduler, share_thresholds
+from erde_hub.policies.eefp import (
+    WEIGHT_DECAYS,
+    _deal,
+    _gates,
+    _newton,
+    _unseen_gates,
+    gate_features,
+    platt,
+    should_exit,
+)
+from erde_hub.policies.eenet import _end, _Scheduler, head_inputs, share_thresholds
+from erde_hub.policies.offline import exit_indices, score_exits
 
 
 def golden(shared, name):
@@ -49,7 +60,9 @@ def test_golden_eefp(shared):
         expected = case["expected"]
         correct = logits.argmax(-1) == labels
         confidence = logits.softmax(-1).amax(-1)
+        assert correct.tolist() == expected["correct"]
         assert should_exit(correct).tolist() == expected["should_exit"]
+        assert should_exit(correct).double().mean(1).tolist() == pytest.approx(expected["base_rate"])
         plain = [auroc(c, right) for c, right in zip(confidence, correct, strict=True)]
         for found, wanted in ((eefp(confidence, correct), "eefp_auroc"), (plain, "failure_prediction_auroc")):
             assert [v is None for v in found] == [v is None for v in expected[wanted]]
@@ -58,22 +71,121 @@ def test_golden_eefp(shared):
         assert mean == (None if expected["eefp_mean"] is None else pytest.approx(expected["eefp_mean"], rel=1e-9))
 
 
-def test_the_gate_is_a_logistic_regression():
+def logistic_sample(samples=400):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 3, generator=generator, dtype=torch.float64)
-    truth = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
-    target = (torch.rand(400, generator=generator) < (x @ truth + 0.5).sigmoid()).double()
-    weight, bias = _logistic(x, target, 1e-2)
-    found = torch.cat([weight, bias[None]]).requires_grad_()
-    logits = x @ found[:3] + found[3]
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target) + 1e-2 * found[:3].square().sum() / 2
-    (gradient,) = torch.autograd.grad(loss, found)
-    assert gradient.abs().max() < 1e-6, "the minimum"
+    x = torch.randn(samples, 3, generator=generator, dtype=torch.float64)
+    odds = x @ torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64) + 0.5
+    return x, odds, torch.rand(samples, generator=generator) < odds.sigmoid()
+
+
+def test_newton_finds_a_logistic_regression_with_a_ridge():
+    x, _, target = logistic_sample()
+    design, target = torch.nn.functional.pad(x, (0, 1), value=1.0), target.double()
+    ridge, prior = f64([1e-2, 1e-2, 1e-2, 0.0]), f64([0.5, 0.5, 0.5, 0.0])
+    for around in (prior, torch.zeros(4).double()):
+        found = _newton(design, target, ridge, around).requires_grad_()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(design @ found, target)
+        (gradient,) = torch.autograd.grad(loss + (ridge * (found - around).square()).sum() / 2, found)
+        assert gradient.abs().max() < 1e-6, "the minimum"
+        again = _newton(design, target, ridge, around, start=found.detach() + 1)
+        torch.testing.assert_close(again, found.detach(), rtol=0, atol=1e-6)
     sklearn = pytest.importorskip("sklearn.linear_model")
     other = sklearn.LogisticRegression(C=1 / (400 * 1e-2), tol=1e-10, max_iter=1000).fit(x.numpy(), target.numpy())
-    assert weight.tolist() == pytest.approx(other.coef_[0].tolist(), abs=1e-4)
-    separable = _logistic(x, (x[:, 0] > 0).double(), 1e-3)
-    assert separable[0].isfinite().all()
+    assert found[:3].tolist() == pytest.approx(other.coef_[0].tolist(), abs=1e-4)
+    assert _newton(design, (x[:, 0] > 0).double(), ridge + 1e-6, prior).isfinite().all(), "separable"
+
+
+def test_platt_turns_gates_into_honest_odds():
+    _, odds, target = logistic_sample(4000)
+    slope, shift = platt(3 * odds + 1, target)
+    assert slope == pytest.approx(1 / 3, rel=0.1)
+    assert shift == pytest.approx(-1 / 3, abs=0.15)
+    assert platt(-odds, target)[0] == pytest.approx(0.01), "a surer gate never counts less"
+    assert float((0.01 * -odds + platt(-odds, target)[1]).sigmoid().mean()) == pytest.approx(
+        float(target.double().mean()), abs=0.01
+    )
+    for same in (torch.ones(50).bool(), torch.zeros(50).bool()):
+        slope, shift = platt(odds[:50], same)
+        assert slope == 1
+        assert math.isfinite(shift)
+
+
+def test_folds_are_even_and_a_gate_has_not_seen_what_it_scores():
+    records = records_of(103)
+    target = should_exit(records.logits.argmax(-1) == records.labels)[0]
+    fold = _deal(target, 5, torch.Generator().manual_seed(0))
+    for part in (fold, fold[target], fold[~target]):
+        counts = torch.bincount(part, minlength=5)
+        assert counts.max() - counts.min() <= 1
+    assert torch.equal(fold, _deal(target, 5, torch.Generator().manual_seed(0)))
+    x = gate_features(records.logits[0].log_softmax(-1)).double()
+    unseen = _unseen_gates(x, target, fold, (1.0, 0.001))
+    for k in range(5):
+        inside = fold == k
+        other = _unseen_gates(x, target ^ inside, fold, (1.0, 0.001))  # its own answers turned around
+        assert torch.equal(other[:, inside], unseen[:, inside])
+        assert not torch.isclose(other[:, ~inside], unseen[:, ~inside]).all(1).any()
+        weight, bias = next(_gates(x[~inside], target[~inside], (0.001,)))
+        torch.testing.assert_close(x[inside] @ weight + bias, unseen[1, inside], rtol=1e-5, atol=1e-5)
+
+
+def test_cross_fitted_scores_do_not_flatter():
+    seen, unseen = [], []
+    for seed in range(8):
+        records = records_of(60, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(60, generator=generator)  # labels that have nothing to do with the logits
+        noise = dataclasses.replace(records, labels=records.labels[order])
+        policy = EEFPPolicy.fit(noise, 1e-4, seed=seed)
+        target = should_exit(noise.logits.argmax(-1) == noise.labels)[0]
+        seen.append(auroc(policy.score(noise.logits[:1].log_softmax(-1)), target))
+        unseen.append(auroc(policy.cross_fitted_scores[0], target))
+    assert sum(seen) / 8 > 0.65
+    assert sum(unseen) / 8 == pytest.approx(0.5, abs=0.1)
+    assert policy.cross_fitted_scores.shape == (2, 60)
+    assert policy.fitted_weight_decay == 1e-4
+    assert EEFPPolicy.fit(noise).fitted_weight_decay == WEIGHT_DECAYS[0], "nothing to learn"
+    large = EEFPPolicy.fit(records_of(3000))
+    assert large.fitted_weight_decay <= 0.1, "much to learn"
+    again = EEFPPolicy.fit(records_of(3000))
+    assert torch.equal(large.cross_fitted_scores, again.cross_fitted_scores)
+    assert EEFPPolicy(3).cross_fitted_scores.shape == (2, 0)
+
+
+def test_one_threshold_means_the_same_at_every_exit():
+    records, fresh = records_of(2000), records_of(4000, seed=1)
+    policy = EEFPPolicy.fit(records)
+    targets = should_exit(fresh.logits.argmax(-1) == fresh.labels).double()
+    for e, score in enumerate(score_exits(fresh.logits, policy)):
+        for low, high in ((0.0, 0.7), (0.7, 0.9), (0.9, 0.97), (0.97, 1.0)):
+            inside = (score >= low) & (score < high)
+            if inside.sum() > 200:
+                assert float(targets[e][inside].mean()) == pytest.approx(float(score[inside].mean()), abs=0.07)
+
+
+@pytest.mark.parametrize("weight_decay", [None, 100.0])
+def test_the_gates_that_are_kept_score_like_those_that_had_not_seen_the_samples(weight_decay):
+    records = records_of(2000)
+    policy = EEFPPolicy.fit(records, weight_decay)
+    kept = score_exits(records.logits, policy)
+    assert (kept - policy.cross_fitted_scores).abs().mean(1).max() < 0.01
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 20])
+def test_few_samples_and_exits_that_are_always_right(wrong):
+    records = records_of(20, classes=4)
+    logits = 0.3 * records.logits
+    logits[:, torch.arange(20), records.labels] += 4.0
+    logits[0, torch.arange(wrong), (records.labels[:wrong] + 1) % 4] += 9.0
+    sure = dataclasses.replace(records, logits=logits)
+    for folds in (2, 20):
+        policy = EEFPPolicy.fit(sure, folds=folds, allow_missing_classes=True)
+        assert policy.weight.isfinite().all()
+        assert policy.cross_fitted_scores.isfinite().all()
+        levels = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.7, 0.1, 0.1, 0.1], [0.97, 0.01, 0.01, 0.01]]).log()
+        always = policy.score(levels.expand(2, -1, -1))  # the second exit
+        assert (always.diff() >= 0).all(), "surer answers leave first"
+        assert float(policy.cross_fitted_scores[1].mean()) > 0.9
 
 
 def test_gate_features_by_hand():
@@ -106,35 +218,47 @@ def test_golden_eenet(shared):
     for name in ("three_exits", "two_classes"):
         inputs, expected = cases[name]["inputs"], cases[name]["expected"]
         exits = inputs["n_exits"]
-        generator = torch.Generator().manual_seed(0)
-        scheduler = _Scheduler(exits, inputs["n_classes"], inputs["hidden_ratio"], False, generator).double()
+        scheduler = _Scheduler(exits, inputs["n_classes"], inputs["hidden_ratio"], False, [torch.Generator()]).double()
         with torch.no_grad():
             for e, values in enumerate(inputs["parameters"]):
                 for key, value in values.items():
                     getattr(scheduler, key)[e].copy_(f64(value).view(getattr(scheduler, key)[e].shape))
         probs, labels = f64(inputs["probs"]), torch.tensor(inputs["labels"])
-        scores, shares = scheduler(probs)
+        own = head_inputs(probs)
+        for e in range(exits):
+            torch.testing.assert_close(own[e], f64(expected["features"][e])[:, : own.shape[-1]], rtol=1e-9, atol=1e-11)
+        (scores,), (shares,) = scheduler(own)
         torch.testing.assert_close(scores.T, f64(expected["score"]), rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(shares, f64(expected["assignment"]), rtol=1e-9, atol=1e-11)
+        right = (probs.argmax(-1) == labels).double()
+        assert right.T.tolist() == f64(expected["correct"]).tolist()
+        costs = f64(inputs["cumulative_cost"])
         terms = scheduler.losses(
-            probs, labels, f64(inputs["cumulative_cost"]), inputs["budget"], inputs["beta"], inputs["alpha_kl"],
-            inputs["alpha_cost"],
-        )  # fmt: skip
+            own, right, costs, inputs["budget"], inputs["beta"], inputs["alpha_kl"], inputs["alpha_cost"]
+        )
         for key, value in (("score", "loss_score"), ("kl", "loss_kl_elementwise_mean"), ("cost", "loss_cost"),
                            ("total", "loss_total")):  # fmt: skip
             assert terms[key].item() == pytest.approx(expected[value], rel=1e-9), key
+        assert (shares @ costs).mean().item() == pytest.approx(expected["expected_cost"])
         policy = EENetPolicy(exits, inputs["n_classes"]).double()
         for e in range(exits - 1):
-            policy.q_prob[e] = scheduler.q_prob[e].detach()
-            policy.q_extra[e, : 2 + e] = scheduler.q_extra[e].detach()
+            policy.q_prob[e] = scheduler.q_prob[e][0].detach()
+            policy.q_extra[e, : 2 + e] = scheduler.q_extra[e][0].detach()
         for e in range(exits - 1):
             found = policy.score(probs[: e + 1].log())
             torch.testing.assert_close(found, f64(expected["score"])[:, e], rtol=1e-7, atol=1e-9)
-        assert share_thresholds(scores.T, shares.mean(0).tolist(), 1.0) == pytest.approx(expected["thresholds"])
+        thresholds = share_thresholds(scores.T, shares.mean(0).tolist(), 1.0)
+        assert thresholds == pytest.approx(expected["thresholds"])
+        last = [index if index >= 0 else exits - 1 for index in expected["exit_index"]]  # the last exit answers anyway
+        assert exit_indices(scores[:-1], policy, thresholds[:-1]).tolist() == last
     for name, case in cases.items():
         if name.startswith("thresholds"):
-            found = share_thresholds(f64(case["inputs"]["score"]), case["inputs"]["exit_fractions"], 1.0)
+            scores = f64(case["inputs"]["score"])
+            found = share_thresholds(scores, case["inputs"]["exit_fractions"], 1.0)
             assert found == pytest.approx(case["expected"]["thresholds"])
+            taken = exit_indices(scores.T[:-1], policy, found[:-1])
+            assert taken.tolist() == case["expected"]["exit_index"]
+            assert torch.bincount(taken, minlength=len(found)).tolist() == case["expected"]["exit_counts"]
 
 
 def test_golden_budget_thresholds(shared):
@@ -143,6 +267,17 @@ def test_golden_budget_thresholds(shared):
             scores = f64(case["inputs"]["val_logits"]).softmax(-1).amax(-1).T
             found = share_thresholds(scores, budget["exit_fractions"])
             assert found[:-1] == pytest.approx(budget["thresholds"][:-1], rel=1e-9)
+            for split in ("val", "test"):
+                logits, labels = (
+                    f64(case["inputs"][f"{split}_logits"]),
+                    torch.tensor(case["inputs"][f"{split}_labels"]),
+                )
+                taken = exit_indices(logits.softmax(-1).amax(-1)[:-1], create_policy("confidence"), found[:-1])
+                routed = exit_metrics(logits[taken, torch.arange(len(taken))], labels)
+                cost = float(f64(case["inputs"]["cumulative_cost"])[taken].mean())
+                assert 100 * routed["accuracy"] == pytest.approx(budget[f"{split}_accuracy_percent"])
+                assert cost == pytest.approx(budget[f"{split}_cost"])
+            assert routed["nll"] == pytest.approx(budget["test_nlpd"])
 
 
 def test_eenet_keeps_its_budget_about():
@@ -155,8 +290,55 @@ def test_eenet_keeps_its_budget_about():
         assert float((logits.argmax(-1) == records.labels).double().mean()) > 0.6
     again = EENetPolicy.fit(records, 200.0, epochs=3, restarts=1)
     assert torch.equal(again.q_prob, EENetPolicy.fit(records, 200.0, epochs=3, restarts=1).q_prob)
-    with pytest.raises(ConfigError, match="budget 90 is outside the costs of the exits, 100 to 300"):
-        EENetPolicy.fit(records, 90.0)
+    in_milliseconds = EENetPolicy.fit(records, 2.0, costs=[1, 2, 3], epochs=3, restarts=1)
+    torch.testing.assert_close(in_milliseconds.q_prob, again.q_prob, rtol=1e-3, atol=1e-4)
+    for budget, options, message in (
+        (90.0, {}, "budget 90 is outside the costs of the exits, 100 to 300"),
+        (3.5, {"costs": [1, 2, 3]}, "budget 3.5 is outside the costs of the exits, 1 to 3"),
+        (2.0, {"costs": [1, 2]}, "costs must be 3 positive numbers, one per exit"),
+        (2.0, {"costs": [0, 1, 2]}, "costs must be 3 positive numbers, one per exit"),
+        (200.0, {"restarts": 0}, "restarts must be at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            EENetPolicy.fit(records, budget, **options)
+
+
+def test_several_starts_are_trained_side_by_side():
+    records = records_of(200)
+    inputs = head_inputs(records.logits.softmax(-1))
+    right = (records.logits.argmax(-1) == records.labels).float()
+    terms = (right, torch.tensor([1.0, 2.0, 3.0]), 2.0, 1.0, 1e-3, 1.0)
+
+    def after_a_step(seeds):
+        scheduler = _Scheduler(3, 4, 0.5, True, [torch.Generator().manual_seed(seed) for seed in seeds])
+        optimizer = torch.optim.SGD(scheduler.parameters(), lr=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scheduler.losses(inputs, *terms)["total"].sum().backward()
+            optimizer.step()
+        return scheduler
+
+    together, alone = after_a_step([0, 1, 2]), after_a_step([1])
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[key][1], value[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(together.q_prob[0][0], together.q_prob[0][1])
+
+
+def test_the_best_start_is_kept(monkeypatch):
+    scores = torch.tensor([[0.9, 0.8, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5]])
+    shares, costs = torch.tensor([[0.5, 0.5]] * 4), torch.tensor([1.0, 3.0])
+    good, bad = (torch.tensor([[1, 1, 0, 0], [0, 0, own, own]]).bool() for own in (1, 0))
+    better, thresholds = _end(scores, shares, good, costs, 2.0)
+    assert better < _end(scores, shares, bad, costs, 2.0)[0] < _end(scores, shares, good, costs, 2.9)[0]
+    assert thresholds == pytest.approx([0.8])
+    found = []
+    for best in range(3):
+        ends = iter([((float(start != best), 0.0), [0.1 * start, 0.5]) for start in range(3)])
+        monkeypatch.setattr("erde_hub.policies.eenet._end", lambda *given, ends=ends: next(ends))
+        found.append(EENetPolicy.fit(records_of(100), epochs=1))
+        assert found[-1].fitted_thresholds == [0.1 * best, 0.5]
+    assert len({float(policy.q_prob.sum()) for policy in found}) == 3
+    assert len({float(policy.q_extra.sum()) for policy in found}) == 3
 
 
 @pytest.mark.parametrize("name", ["eefp", "eenet"])
@@ -194,6 +376,18 @@ def test_misuse():
         EENetPolicy(3, 4).score(torch.zeros(1, 2, 5).log_softmax(-1))
     with pytest.raises(ConfigError, match="num_exits must be an integer of at least 2, got 1"):
         create_policy("eefp", num_exits=1)
+    records = records_of(30)
+    for options, message in (
+        ({"folds": 1}, "folds must be at least 2, got 1"),
+        ({"folds": 31}, "folds must be at most the number of samples, 30, got 31"),
+        ({"weight_decay": 0.0}, "weight_decay must be finite and above 0"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            EEFPPolicy.fit(records, **options)
+    for options in ({"folds": 2.5}, {"folds": True}, {"weight_decay": "1"}):
+        with pytest.raises(InputTypeError, match=next(iter(options))):
+            EEFPPolicy.fit(records, **options)
     model = resnet8(4, exits=["layer1"])
     with pytest.raises(InputTypeError, match="a policy is needed, got str"):
         model.set_policy("eefp")

@@ -127,9 +127,11 @@ def test_thresholds_are_checked(name):
     for bad in ([1.0, 1.0], [1.0] * 4, []):
         with pytest.raises(ThresholdError, match=f"got {len(bad)} thresholds for 3 early exits"):
             policy.check_threshold(bad, 3)
-    for bad in ("1", None, True, [True, 1, 1], ["1", 1, 1], {}, {1.0, 2.0}, 10**400, 1j):
+    for bad in ("1", None, True, [True, 1, 1], ["1", 1, 1], {}, {1.0, 2.0}, 10**400, 1j, "inf", ["inf", 1.0, 1.0]):
         with pytest.raises(ThresholdError, match="must be a number or one number per early exit"):
             policy.check_threshold(bad, 3)
+    with pytest.raises(ThresholdError, match=r"got \['inf', 1\.0\]; a text is no number: write float\('inf'\)"):
+        plain_threshold(["inf", 1.0])
 
 
 def test_numbers_of_other_libraries_are_numbers():

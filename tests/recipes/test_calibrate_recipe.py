@@ -15,8 +15,9 @@ from accelerate.state import AcceleratorState
 from engine_fakes import resnet8
 
 from erde_hub import EarlyExitWrapper
-from erde_hub.errors import ConfigError, DataError, RecordsError, UnknownNameError
+from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
 from erde_hub.evaluation import build_results, collect_exit_records
+from erde_hub.policies import EENetPolicy
 from erde_hub.training import recipe
 from erde_hub.training.data import BatchLoader, load_image_data
 
@@ -94,6 +95,25 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     assert "Nobody leaves" in capsys.readouterr().out
 
 
+def test_eenet_is_trained_for_the_budget(call, run, monkeypatch):
+    fit, seen = EENetPolicy.fit.__func__, []
+
+    def short(cls, records, budget=None, *, costs=None, allow_missing_classes=False):
+        seen.append((budget, costs))
+        return fit(cls, records, budget, costs=costs, epochs=2, restarts=1, allow_missing_classes=allow_missing_classes)
+
+    monkeypatch.setattr(EENetPolicy, "fit", classmethod(short))
+    flags = ["--model", run, "--policy", "eenet", "--dry_run", "--cpu_threads", 1]
+    macs = [row["macs"] for row in json.loads((run / "results.json").read_text())["per_exit"]]
+    budget = (macs[0] + macs[-1]) // 2
+    call(calibrate, *flags, "--max_mean_macs", budget)
+    call(calibrate, *flags, "--max_mean_milliseconds", 2.5, "--exit_milliseconds", 1, 2, 3)
+    call(calibrate, *flags, "--max_accuracy_drop", 0.5)
+    assert seen == [(budget, None), (2.5, [1, 2, 3]), (None, None)]
+    with pytest.raises(ConfigError, match=r"budget .* is outside the costs of the exits"):
+        call(calibrate, *flags, "--max_mean_macs", 2 * macs[-1])
+
+
 def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     call(
         calibrate, "--model", run, "--max_accuracy_drop", 0.3, "--calibrator", "temperature", "--policy", "eefp",
@@ -157,13 +177,29 @@ def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, 
         call(evaluate, "--model", run, "--set_alpha", 1.5)
 
 
-def test_refusals_come_before_data_are_read(call, run):
+def test_refusals_come_before_data_are_read(call, run, monkeypatch):
     with pytest.raises(ConfigError, match="exactly one of max_accuracy_drop"):
         call(calibrate, "--model", run)
     with pytest.raises(UnknownNameError, match="unknown calibrator 'temp'; did you mean 'temperature'"):
         call(calibrate, "--model", run, "--max_accuracy_drop", 0.1, "--calibrator", "temp")
     with pytest.raises(ConfigError, match="is no folder: only a checkpoint on this machine"):
         call(calibrate, "--model", "org/name", "--max_accuracy_drop", 0.1)
+    with pytest.raises(ThresholdError, match="NeverPolicy has no threshold to choose"):
+        call(calibrate, "--model", "org/name", "--max_accuracy_drop", 0.1, "--policy", "never")
+    for flags, message in (
+        (("--max_accuracy_drop", 0.1, "--method", "crc", "--confidence", 0.9), "'crc' takes no confidence.* use 'ltt'"),
+        (("--max_accuracy_drop", 0.1, "--method", "search", "--confidence", 0.95), "'search' takes no confidence"),
+        (("--max_mean_macs", 1e6, "--confidence", 0.95), "max_mean_macs is a budget.* leave confidence 0.95 out"),
+        (("--max_mean_milliseconds", 2), "needs exit_milliseconds"),
+    ):
+        with pytest.raises(ConfigError, match=message):  # and not: there is no such folder
+            call(calibrate, "--model", "org/name", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate.recipe, "load_data_of", lambda *args: pytest.fail("data were loaded"))
+        with pytest.raises(ConfigError, match="must be 3 positive times, one per exit"):
+            call(calibrate, "--model", run, "--max_mean_milliseconds", 2, "--exit_milliseconds", 1, 2)
+        with pytest.raises(ConfigError, match="a budget of 10 is below the cheapest exit's cost"):
+            call(calibrate, "--model", run, "--max_mean_macs", 10)
 
 
 def test_the_simulation_writes_its_table(call, tmp_path):

@@ -225,7 +225,7 @@ def test_help_keeps_the_lines_of_the_description(capsys):
     assert "What it does.\n\n    a command\n    another one\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["distill", "train_teacher", "evaluate"])
+@pytest.mark.parametrize("script", ["distill", "train_teacher", "evaluate", "export_onnx"])
 def test_help_speaks_no_python(capsys, monkeypatch, script):
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):
@@ -257,7 +257,7 @@ def test_a_misspelt_flag_is_refused_before_anything_slow_is_imported(tmp_path, f
     assert f"distill.py: error: {message}" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["distill", "train_teacher", "evaluate"])
+@pytest.mark.parametrize("script", ["distill", "train_teacher", "evaluate", "export_onnx"])
 def test_every_flag_passes_the_early_look(capsys, monkeypatch, script):
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 
+import _pretrained_page
 import numpy as np
 import pretrained_exits
 import pytest
@@ -122,3 +123,9 @@ def test_heads_are_trained_and_nothing_else(network, weights, tmp_path, monkeypa
     assert [row["photograph"] for row in shown["photographs"]] == ["photograph.png"]
     assert len(shown["photographs"][0]["agrees"]) == 4
     assert "photograph.png" in capsys.readouterr().out
+
+
+def test_the_page_writes_thresholds_as_the_card_does():
+    near_one = {"student": {"policy": "confidence"}, "sweep": [{"threshold": 0.999}, {"threshold": 1.0}]}
+    assert _pretrained_page._stored(near_one | {"operating_point": {"threshold": 0.9995}}) == "0.9995"
+    assert _pretrained_page._stored(near_one | {"operating_point": {"threshold": [0.9, 2.0]}}) == "0.9 / 2"

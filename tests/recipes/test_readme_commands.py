@@ -89,7 +89,7 @@ def test_every_block_is_covered_here():
     covered = ["make demo", "make test", "pip install", "--dataset path", "train_teacher.py", "--num_processes 2"]
     assert len(BASH) == len(covered)
     assert all(block_with(part) for part in covered)
-    assert len(PYTHON) == 5
+    assert len(PYTHON) == 7
 
 
 def test_make_demo_leaves_everything_the_readme_promises(folder):
