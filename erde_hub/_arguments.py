@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,10 +65,13 @@ def plain_numbers(values: object) -> list[float] | None:
         >>> plain_numbers([1, 2.5]), plain_numbers("12"), plain_numbers(3)
         ([1.0, 2.5], None, None)
     """
-    plain = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(plain, Iterable) or isinstance(plain, (str, bytes, Mapping)):
+    try:
+        plain = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(plain, Iterable) or isinstance(plain, (str, bytes, Mapping)):
+            return None
+        found = [value.item() if getattr(value, "ndim", None) == 0 else value for value in plain]
+    except RuntimeError:  # a tensor on the meta device, which holds no number
         return None
-    found = list(plain)
     if any(isinstance(value, bool) or not isinstance(value, numbers.Real) for value in found):
         return None
     try:
@@ -84,17 +88,14 @@ def plain_threshold(threshold: object) -> float | list[float]:
     Raises:
         ThresholdError: Neither a number nor numbers.
     """
-    try:
-        plain: Any = threshold.tolist() if hasattr(threshold, "tolist") else threshold
-        values = list(plain) if isinstance(plain, (list, tuple)) else [plain]
-        if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
-            raise TypeError
-        floats = [float(value) for value in values]
-    except (TypeError, OverflowError, RuntimeError):  # RuntimeError: a tensor on the meta device, which holds no number
-        given = threshold if isinstance(threshold, (list, tuple)) else [threshold]
-        text = any(isinstance(value, str) for value in given)
+    plain: Any = threshold
+    if hasattr(threshold, "tolist"):
+        with contextlib.suppress(RuntimeError):  # see above
+            plain = threshold.tolist()
+    several = isinstance(plain, (list, tuple))
+    floats = plain_numbers(plain if several else [plain])
+    if floats is None:
+        text = any(isinstance(value, str) for value in (plain if several else [plain]))
         hint = "; a text is no number: write float('inf'), for example" if text else ""
-        raise ThresholdError(
-            f"threshold must be a number or one number per early exit, got {threshold!r}{hint}"
-        ) from None
-    return floats if isinstance(plain, (list, tuple)) else floats[0]
+        raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}{hint}")
+    return floats if several else floats[0]

@@ -142,7 +142,8 @@ def main() -> None:
     trained_on = recipe.rows_trained_on(wanted.model, records, getattr(data, wanted.split))
     check_calibration_data(records, trained_on, allow_missing_classes=wanted.allow_missing_classes)
     before = recipe.rows_fitted_on(wanted.model, records, getattr(data, wanted.split))
-    if before is None and keeps_fitted(wanted, model):
+    keep = keeps_fitted(wanted, model)
+    if before is None and keep:
         accelerator.print(
             f"Warning: what calibrator or policy of {wanted.model} were fitted on is not known. A promise holds only on"
             " other samples than those."
@@ -156,7 +157,7 @@ def main() -> None:
     folder = Path(wanted.model).expanduser()
     test = recipe.collect(run, model, "test", args.batch_size) if (folder / "results.json").is_file() else None
     run_on_main(accelerator, lambda: write(folder, model, choice, test, records))
-    run_on_main(accelerator, lambda: recipe.save_fitted_on(getattr(data, wanted.split), fitted_on, folder))
+    run_on_main(accelerator, lambda: recipe.save_fitted_on(getattr(data, wanted.split), fitted_on, folder, keep))
     accelerator.print(f"written into {folder}")
 
 
@@ -223,9 +224,8 @@ def fit_parts(
 
 def policy_budget(wanted: CalibrationArguments) -> dict[str, Any]:
     """Returns the budget that a policy is trained for, in MACs or milliseconds; without one it takes its own."""
-    if wanted.max_mean_milliseconds is not None:
-        return {"budget": wanted.max_mean_milliseconds, "costs": wanted.exit_milliseconds}
-    return {"budget": wanted.max_mean_macs}
+    budget = wanted.max_mean_macs if wanted.max_mean_milliseconds is None else wanted.max_mean_milliseconds
+    return {"budget": budget, "costs": wanted.exit_milliseconds}
 
 
 def target_options(wanted: CalibrationArguments) -> dict[str, Any]:

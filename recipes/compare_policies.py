@@ -101,7 +101,7 @@ def variants(
     found: dict[str, tuple[ExitPolicy, ExitRecords]] = {
         name: (create_policy(name), test) for name in ("entropy", "confidence", "margin", "patience")
     }
-    found["eefp (learned)"] = EEFPPolicy.fit(validation), test
+    found["eefp (learned)"] = EEFPPolicy.fit(validation, seed=args.seed), test
     for share in (0.5, 0.7):
         macs = share * validation.cumulative_macs[-1]
         if macs >= validation.cumulative_macs[0]:
@@ -110,7 +110,7 @@ def variants(
     found["entropy, temperature"] = create_policy("entropy"), calibrate_records(test, temperature)
     found["entropy, mie"] = create_policy("entropy"), calibrate_records(test, mie)
     found["eefp (learned), mie"] = (
-        EEFPPolicy.fit(calibrate_records(validation, mie)),
+        EEFPPolicy.fit(calibrate_records(validation, mie), seed=args.seed),
         calibrate_records(test, mie),
     )
     return found

@@ -140,6 +140,11 @@ class LaplaceCalibrator(Calibrator):
                 f"training_records are of another model: {source.num_outputs} classes and features {trained}, the"
                 f" held-out records have {records.num_outputs} and {sizes}"
             )
+        if source.fingerprint and records.fingerprint and source.fingerprint != records.fingerprint:
+            raise RecordsError(
+                f"training_records are of other weights ({source.fingerprint:.12}) than the held-out records"
+                f" ({records.fingerprint:.12}): collect both with the same model"
+            )
         if batch_size is not None:
             check_whole("batch_size", batch_size, 1)
         check_whole("tuning_samples", tuning_samples, 1)

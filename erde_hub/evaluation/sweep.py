@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import plain_threshold
 from erde_hub._files import write_text
 from erde_hub.errors import ConfigError, InputTypeError
+from erde_hub.held_out import check_kind
 from erde_hub.policies import (
     ConfidencePolicy,
     EntropyPolicy,
@@ -24,7 +26,6 @@ from erde_hub.policies import (
     PatiencePolicy,
     as_policy,
 )
-from erde_hub.policies.base import plain_threshold
 from erde_hub.policies.offline import exit_indices, features_of, score_exits, score_features
 
 from .metrics import ECE_BINS, SampleMetrics, sample_metrics
@@ -69,6 +70,7 @@ def route_records(
         ThresholdError: NaN, outside the policy's range, or of the wrong length.
         UnknownNameError: There is no policy of that name.
     """
+    check_kind(records)
     policy = as_policy(policy)
     thresholds = policy.check_threshold(threshold, records.num_exits - 1)
     index = exit_indices(exit_scores(records, policy), policy, thresholds)
@@ -108,9 +110,10 @@ def sweep_thresholds(
         ShapeError: The sets are not of these records.
         ThresholdError: NaN, outside the policy's range, or of the wrong length.
         ConfigError: There are no thresholds.
-        InputTypeError: ``thresholds`` is a single number.
+        InputTypeError: ``thresholds`` is a single number, or ``records`` are none.
         UnknownNameError: There is no policy of that name.
     """
+    check_kind(records)
     records.require_classes("sweep_thresholds")
     policy = as_policy(policy)
     early = records.num_exits - 1

@@ -37,8 +37,8 @@ class EEFPPolicy(LearnedPolicy):
 
     The gate of each exit reads the largest probability, the margin, the normalised entropy and the logarithms of the
     three largest probabilities. Its target is 1 if the exit is right, or wrong like all exits behind it: then going on
-    costs and changes nothing. The score is a probability, calibrated per exit on samples that its gate had not seen,
-    so that one threshold means the same at every exit.
+    costs and changes nothing. The score is a probability, calibrated per exit on what gates say of samples that
+    they had not seen, so that one threshold means the same at every exit.
 
     Args:
         num_exits: Number of exits, the last one included; the last has no gate.

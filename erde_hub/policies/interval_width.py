@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.held_out import check_held_out
+from erde_hub.held_out import check_held_out, check_kind
 from erde_hub.prediction_sets.base import check_alpha
 from erde_hub.prediction_sets.intervals import (
     BayesianLinearRegression,
@@ -145,6 +145,7 @@ class IntervalWidthPolicy(LearnedPolicy):
             RecordsError: Records without features, or with targets that no line can be fitted to.
             ConfigError: Records of classes, or a share outside [0, 1).
         """
+        check_kind(records)
         features_of(records, cls.__name__)
         check_held_out(records, training_index)
         if isinstance(level_share, bool) or not isinstance(level_share, (int, float)) or not 0 <= level_share < 1:

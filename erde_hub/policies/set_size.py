@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.held_out import check_calibration_data
+from erde_hub.held_out import check_fit_data
 
 from .base import GRID, LearnedPolicy
 
@@ -60,7 +60,7 @@ class SetSizePolicy(LearnedPolicy):
             ConfigError: ``alpha`` is not between 0 and 1.
             DataError: The records are of training data, too few, or lack a class.
         """
-        check_calibration_data(records, **checks)
+        check_fit_data(cls.fit, records, checks)
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
             raise ConfigError(f"alpha must be between 0 and 1, both excluded, got {alpha!r}")
         policy = cls(records.num_exits)

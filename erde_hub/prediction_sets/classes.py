@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from erde_hub._arguments import check_whole
+from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError, ShapeError, unknown_name
 from erde_hub.held_out import check_held_out, check_kind
 
@@ -137,6 +137,7 @@ class AVCSClassifier:
         def coverage(thresholds: Sequence[float]) -> float:
             return float(held.within(thresholds, limit)[-1].double().mean())
 
+        check_number("start", start, zero=True)
         first = start if coverage([start] * records.num_exits) > 1 - alpha else 0.0
         thresholds = search_relu_thresholds(coverage, records.num_exits, alpha, first, step)
         found = cls(thresholds, alpha, seed)
@@ -215,8 +216,7 @@ def search_relu_thresholds(
         start: First thresholds.
         step: By which one is raised.
     """
-    if not step > 0:
-        raise ConfigError(f"step must be positive, got {step}")
+    check_number("step", step, zero=False)
     found = [float(start)] * num_exits if isinstance(start, (int, float)) else [float(value) for value in start]
     if not coverage(found) > 1 - alpha:
         return found  # as wide as it gets
@@ -270,6 +270,7 @@ class ConformalClassifier:
         if method not in ("aps", "raps"):
             raise unknown_name("method", method, ("aps", "raps"))
         penalty, free = (0.01, 5) if method == "raps" else (0.0, 0)
+        check_kind(records)
         records.require_classes("ConformalClassifier")
         check_held_out(records)
         samples = records.num_samples

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import RecordsError, ShapeError
-from erde_hub.held_out import check_held_out
+from erde_hub.held_out import check_held_out, check_kind
 
 from .base import SetMetrics, check_alpha
 
@@ -238,6 +238,7 @@ class ConformalRegressor:
             alpha: Error rate, of each target.
             all_exits: Give every exit the E-th part of it, so that the intervals of all exits hold the truth at once.
         """
+        check_kind(records)
         records.require_regression("ConformalRegressor")
         check_held_out(records)
         share = check_alpha(alpha) / (records.num_exits if all_exits else 1)

@@ -223,6 +223,9 @@ def test_numbers_of_numpy_and_tensors_are_numbers():
         RECORDS, candidates=torch.tensor([0.1, 0.5]).double(), exit_milliseconds=np.array([1, 2, 4]),
         training_index=np.array([900, 901]), **args,
     )  # fmt: skip
+    assert plain == choose_threshold(
+        RECORDS, candidates=list(torch.tensor([0.1, 0.5]).double()), exit_milliseconds=list(np.array([1, 2, 4])), **args
+    )
 
 
 def test_a_confidence_is_never_written_larger_than_it_is():

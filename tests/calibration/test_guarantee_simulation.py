@@ -13,7 +13,7 @@ from calibration_fakes import earlyon_thresholds, make_logits, make_records
 
 from erde_hub.calibration import choose_threshold
 from erde_hub.calibration._certify import candidate_losses, candidate_sums, certify
-from erde_hub.calibration._walk import walk
+from erde_hub.calibration._walk import first_steps, step_sums, walk
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
@@ -115,6 +115,11 @@ def test_sums_of_a_walk_are_those_of_its_table(name):
         lost, won = candidate_sums(scores, losses, policy, path)
         torch.testing.assert_close(lost, table.clamp(min=0).sum(1), atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(won, (-table).clamp(min=0).sum(1), atol=1e-4, rtol=1e-5)
+    first = first_steps(scores, policy, path)
+    costs = torch.tensor([1.0, 2.5, 4.0, 8.0], dtype=torch.float64)
+    (sums,) = step_sums(first, [costs[:, None].expand(-1, 400)], len(path))  # a last row that is not 0
+    taken = [costs[exit_indices(scores, policy, thresholds)].sum() for thresholds in path]
+    torch.testing.assert_close(sums, torch.stack(taken))
 
 
 def test_the_published_simulation_kept_every_promise():

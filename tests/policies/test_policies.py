@@ -138,6 +138,7 @@ def test_numbers_of_other_libraries_are_numbers():
     for given_, plain in (
         (np.float32(0.5), 0.5), (np.int64(2), 2.0), (np.array([0.5, 1.0]), [0.5, 1.0]), (torch.tensor(0.5), 0.5),
         (torch.tensor([0.5]), [0.5]), (3, 3.0), ((1, 2.5), [1.0, 2.5]),
+        ([torch.tensor(0.5), np.float32(1)], [0.5, 1.0]),
     ):  # fmt: skip
         found = plain_threshold(given_)
         assert found == plain

@@ -158,10 +158,15 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     again = ("--max_disagreement", 0.3, "--confidence", 0.7, "--cpu_threads", 1)
     call(calibrate, "--model", run, *again)
     assert config_of(run)["threshold_profile"]["samples"] == 87, "what parts were fitted on proves nothing of them"
+    call(calibrate, "--model", run, *again, "--split", "test")
+    call(calibrate, "--model", run, *again)
+    assert config_of(run)["threshold_profile"]["samples"] == 87, "other images in between do not make one forget them"
     (run / "fitted_on.safetensors").unlink()
     capsys.readouterr()
     call(calibrate, "--model", run, *again, "--dry_run")
     assert "were fitted on is not known" in capsys.readouterr().out
+    call(calibrate, "--model", run, *again, "--policy", "eefp")
+    assert not (run / "fitted_on.safetensors").exists(), "it would make the calibrator look known too"
     call(calibrate, "--model", run, *again, "--calibrator", "none", "--policy", "entropy")
     assert config_of(run)["threshold_profile"]["samples"] == 144
     assert not (run / "fitted_on.safetensors").exists()

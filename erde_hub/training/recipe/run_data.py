@@ -90,21 +90,30 @@ def save_trained_on(data: LabelledData, folder: Path) -> None:
     _save_hashes(data.train.content_hashes(), folder / TRAINED_ON_FILE)
 
 
-def save_fitted_on(split: Split | StreamSplit, rows: torch.Tensor, folder: Path) -> None:
-    """Writes hashes of those samples of a split that parts of a checkpoint were fitted on; nothing for a stream.
+def save_fitted_on(split: Split | StreamSplit, rows: torch.Tensor, folder: Path, keep: bool = False) -> None:
+    """Writes hashes of the samples that parts of a checkpoint were fitted on; of a stream's samples nothing is known.
 
     Args:
-        split: Where they come from.
-        rows: Their sample indices; none removes the file.
+        split: Where those of new parts come from.
+        rows: Their sample indices.
         folder: Of the checkpoint.
+        keep: The checkpoint keeps a part that was fitted before, perhaps on other data: what the file says stays in
+            it, and where there is none, none is written that would make that part look known.
 
     Raises:
         CheckpointWriteError: The file cannot be written.
     """
-    if len(rows) == 0 or not isinstance(split, Split):
-        (folder / FITTED_ON_FILE).unlink(missing_ok=True)
+    path, hashes = folder / FITTED_ON_FILE, []
+    if keep and not path.is_file():
         return
-    _save_hashes(split.content_hashes()[torch.isin(split.indices, rows).numpy()], folder / FITTED_ON_FILE)
+    if keep:
+        hashes.append(load_file(path)["hashes"].numpy())
+    if len(rows) and isinstance(split, Split):
+        hashes.append(split.content_hashes()[torch.isin(split.indices, rows).numpy()])
+    if hashes:
+        _save_hashes(np.concatenate(hashes), path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def rows_fitted_on(model: str, records: ExitRecords, split: Split | StreamSplit) -> torch.Tensor | None:
