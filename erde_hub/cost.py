@@ -8,7 +8,7 @@ does not see on a CPU (pytorch issue 195460).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -80,7 +80,8 @@ class Trace:
     batch: int = 1
 
 
-def _tensor_attributes(module: nn.Module) -> Iterable[Tensor]:
+def tensor_attributes(module: nn.Module) -> Iterable[Tensor]:
+    """All tensors that a module holds: parameters, buffers, and those in other attributes."""
     for child in module.modules():
         yield from child.parameters(recurse=False)
         yield from child.buffers(recurse=False)
@@ -92,11 +93,29 @@ def _tensor_attributes(module: nn.Module) -> Iterable[Tensor]:
 def meta_copy(module: M) -> M:
     """Copies a module without its weights: the same structure, every tensor on the meta device, in eval mode."""
     memo: dict[int, Any] = {}
-    for tensor in _tensor_attributes(module):
+    for tensor in tensor_attributes(module):
         empty = torch.empty_like(tensor, device="meta")
         # Without gradients: torch's counter asserts where a module gets a parameter as an argument.
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo).eval()
+
+
+def copy_around(module: M, given: Mapping[int, Tensor]) -> M:
+    """Copies a module, in eval mode, around given tensors; all others are cloned.
+
+    What runs on the copy leaves no trace in the module, and weights that are given take no memory.
+
+    Args:
+        module: It is not touched.
+        given: Tensors to stand in the copy, by the ``id`` of those in whose place.
+    """
+    memo: dict[int, Any] = dict(given)
+    for tensor in tensor_attributes(module):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
+    # What a layer works out from its weights and keeps while it is in eval mode (attention biases in levit) may belong
+    # to other weights; train() forgets it.
+    return copy.deepcopy(module, memo).train().eval()
 
 
 def weightless_copy(module: M) -> tuple[M, torch.device]:

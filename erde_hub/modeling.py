@@ -25,7 +25,7 @@ from .outputs import EarlyExitOutput
 from .passes import route, run_all
 from .policies import ExitPolicy, check_answers, plain_threshold, policy_for
 from .pretrained import EarlyExitPreTrainedModel
-from .recomputation import is_recomputing
+from .recomputation import is_recomputing, recomputing
 from .regression import REGRESSION
 from .routing import Drive, ExitTap, StagedDrive
 from .stages import StepCache
@@ -213,10 +213,12 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             fitted.check_policy(self, self.policy)
         fitted.watch_features(self)
         self._keep_weights(on_meta, adopted)
-        recomputes = self.is_activation_checkpointing
+        recomputed = recomputing(backbone)
         self.supports_gradient_checkpointing = adapter.set_gradient_checkpointing(backbone, False)
-        if recomputes:
-            adapter.set_gradient_checkpointing(backbone, True)
+        if recomputed:
+            adapter.set_gradient_checkpointing(backbone, True)  # in the form that exits need
+            for module, flag in recomputing(backbone):
+                setattr(module, flag, (module, flag) in recomputed)
         self._find_shared_weights()
         self.post_init()
         # The backbone keeps its modes, layer by layer: somebody may have put some of them in eval mode.

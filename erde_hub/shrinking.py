@@ -2,8 +2,8 @@
 
 A staged forward does by construction. Elsewhere the stage may lie inside a residual block, or the forward may keep the
 number of samples, or the whole batch, aside; then the pass fails or returns other rows than were left, and that shows
-here. A weightless copy is run. A text model reads the values of masks, so it is run itself, on a few short padded
-texts, and the samples that are left must get the answers that they get in the whole batch.
+here. A weightless copy is run. A text model reads the values of masks, so a copy with its weights is run, on a few
+short padded texts, and the samples that are left must get the answers that they get in the whole batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ._tree import shrink
 from .backbones import BackboneAdapter, ExitPoint, ExitPoints
 from .backbones.base import tap_exits
-from .cost import example_batch, weightless_copy
+from .cost import copy_around, example_batch, weightless_copy
 from .errors import ExitPointError
 from .heads import FeatureSpec
 from .recomputation import without_recomputation
@@ -55,7 +55,7 @@ def check_shrinks(
 
     Args:
         adapter: Of the backbone.
-        module: The backbone; it is left as it came.
+        module: The backbone; copies of it are run.
         exits: Names, shallow to deep.
         specs: What each exit reads.
         inputs: Example inputs, batch first.
@@ -148,18 +148,12 @@ def _run_texts(
     """Number of rows left, after comparing them with those of the whole batch."""
     device = next(iter(module.parameters())).device
     kwargs = _padded_texts(module.config.get_text_config(), batch, min(int(inputs[0].shape[1]), 6), device)  # type: ignore[union-attr,operator]
-    modes = [(m, m.training) for m in module.modules()]
-    taps = tap_exits(module, exits)
-    followers = adapter.follow(module, exits)
-    try:
-        module.eval()
-        with without_recomputation(module):
-            whole = adapter.logits(module(**kwargs))
-            left = adapter.logits(adapter.drive(module, taps, followers)(_DropLast(batch, specs, device), (), kwargs))
-    finally:
-        remove_hooks(module, [*taps, *followers])
-        for child, training in modes:
-            child.training = training
+    clone = copy_around(module, {id(weight): weight for weight in module.parameters()})
+    taps = tap_exits(clone, exits)
+    followers = adapter.follow(clone, exits)
+    with without_recomputation(clone):
+        whole = adapter.logits(clone(**kwargs))
+        left = adapter.logits(adapter.drive(clone, taps, followers)(_DropLast(batch, specs, device), (), kwargs))
     scale = whole.abs().max().clamp_min(1e-6)
     tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
     if not torch.allclose(left / scale, whole[: len(left)] / scale, 0, tolerance, equal_nan=True):
@@ -178,15 +172,3 @@ def _padded_texts(config: Any, batch: int, length: int, device: torch.device) ->
         mask[row, length - row % max(length - 1, 1) :] = 0
     ids[mask == 0] = int(config.pad_token_id or 0)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def remove_hooks(module: nn.Module, own: Sequence[object]) -> None:
-    """Takes these hooks, and no others, off a module and its submodules."""
-    for child in module.modules():
-        for hooks, named in (
-            (child._forward_hooks, child._forward_hooks_with_kwargs),
-            (child._forward_pre_hooks, child._forward_pre_hooks_with_kwargs),
-        ):
-            for key in [key for key, hook in hooks.items() if any(hook is mine for mine in own)]:
-                del hooks[key]
-                named.pop(key, None)

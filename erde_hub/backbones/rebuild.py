@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erde_hub.cost import copy_around
 from erde_hub.errors import RebuildError
 
 
@@ -24,10 +25,11 @@ def check_same_network(
     """Compares the answers of two networks to one random input with the same random weights in both.
 
     Weights of a fresh network hide whole branches behind zeros and tiny layer scales, and what differs inside them
-    would show after training only.
+    would show after training only. A copy of the module runs with the weights of the rebuilt network, so the weights
+    are in memory once more and not twice.
 
     Args:
-        module: The living backbone; it is left as it came.
+        module: The backbone; it is neither run nor written to.
         rebuilt: What its config builds; its weights are overwritten.
         make_input: Makes one input of batch size 1 on the CPU.
         logits: Reads the logits from an output.
@@ -35,12 +37,18 @@ def check_same_network(
         advice: What to do about a difference.
 
     Raises:
-        RebuildError: Other weights or another answer.
+        RebuildError: Other weights, other shared weights or another answer.
     """
     differs = _differing_weights(module, rebuilt)
     if differs:
         raise RebuildError(
             f"{name} rebuilt from its config has other weights ({len(differs)} differ, first {differs[0]!r}){advice}"
+        )
+    shared = sorted(_shared_weights(module) ^ _shared_weights(rebuilt), key=sorted)
+    if shared:
+        raise RebuildError(
+            f"{name} rebuilt from its config shares other weights between its layers than this one (first"
+            f" {sorted(shared[0])}){advice}"
         )
     mine_off, theirs_off = _random_rates(module), _random_rates(rebuilt)
     for place in sorted({*mine_off, *theirs_off}):
@@ -52,12 +60,14 @@ def check_same_network(
     weight = next(iter(module.parameters()))
     if weight.device.type == "meta":
         return
-    rebuilt.to(weight.device, weight.dtype).eval()
     generator = torch.Generator().manual_seed(0)
     x = make_input(generator)
     x = x.to(weight.device, weight.dtype) if x.is_floating_point() else x.to(weight.device)
-    weights = _scatter_weights(rebuilt, generator)
-    ours, other = logits(_answer(module, weights, x)), logits(rebuilt(x))
+    _cast_like(rebuilt.eval(), module)
+    _scatter_weights(rebuilt, generator)
+    theirs = _stored_tensors(rebuilt)
+    same = copy_around(module, {id(tensor): theirs[name] for name, tensor in _stored_tensors(module).items()})
+    ours, other = logits(same(x)), logits(rebuilt(x))
     scale = other.abs().max().clamp_min(1e-6)
     # Another memory format or kernel differs in the last bits; another network differs visibly.
     tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
@@ -115,7 +125,7 @@ def _plain_layers(module: nn.Module) -> dict[str, type[nn.Module]]:
 def _random_rates(module: nn.Module) -> dict[str, float]:
     """Rates of dropout and stochastic depth above 0 by their places: they change nothing in eval mode."""
     rates: dict[str, float] = {}
-    for name, child in module.named_modules():
+    for name, child in module.named_modules(remove_duplicate=False):
         for attribute in ("p", "drop_prob", "drop_rate"):
             value = getattr(child, attribute, None)
             if attribute == "p" and not isinstance(child, nn.modules.dropout._DropoutNd):
@@ -125,12 +135,34 @@ def _random_rates(module: nn.Module) -> dict[str, float]:
     return rates
 
 
-def _scatter_weights(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Sets all weights and stored buffers to random values that let every layer show; returns them by name."""
+def _shared_weights(module: nn.Module) -> set[frozenset[str]]:
+    """The groups of names that stand for one parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def _stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the buffers that a checkpoint holds, by each of their names."""
     stored = set(module.state_dict())
-    weights: dict[str, Tensor] = dict(module.named_parameters())
-    weights |= {name: buffer for name, buffer in module.named_buffers() if name in stored}
-    for tensor in weights.values():
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    buffers = module.named_buffers(remove_duplicate=False)
+    return tensors | {name: buffer for name, buffer in buffers if name in stored}
+
+
+def _cast_like(module: nn.Module, other: nn.Module) -> None:
+    """Gives every tensor the device and the type that it has in the other network: some keep buffers in float32."""
+    tensors = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    module.to(next(iter(other.parameters())).device)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in tensors:
+            tensor.data = tensor.data.to(tensors[name].dtype)
+
+
+def _scatter_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Sets all weights and stored buffers to random values that let every layer show."""
+    for tensor in {id(tensor): tensor for tensor in _stored_tensors(module).values()}.values():
         if not tensor.is_floating_point():
             continue
         if tensor.ndim < 2:  # gains, biases, statistics: variances must be positive
@@ -138,17 +170,3 @@ def _scatter_weights(module: nn.Module, generator: torch.Generator) -> dict[str,
         else:
             values = torch.randn(tensor.shape, generator=generator) * (len(tensor) / tensor.numel()) ** 0.5
         tensor.copy_(values)
-    return weights
-
-
-def _answer(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Any:
-    """Output with other weights, in eval mode; leaves no trace in the module."""
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        # What a layer works out from its weights and keeps while it is in eval mode (attention biases in levit) belongs
-        # to other weights, before this call and after it; train() forgets it.
-        return torch.func.functional_call(module.train().eval(), weights, (x,))
-    finally:
-        module.train()
-        for child, training in modes:
-            child.training = training

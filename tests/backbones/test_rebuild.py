@@ -7,6 +7,7 @@ import timm
 import torch
 from engine_fakes import FAMILIES
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, RebuildError
@@ -97,3 +98,14 @@ def test_low_precision_and_meta_backbones(dtype):
     with torch.device("meta"):
         module = timm.create_model("resnet8_cifar", num_classes=3, width=4)
     assert EarlyExitWrapper(module, exits=1, backbone_kwargs={"width": 4}).device.type == "meta"
+
+
+def test_weights_that_the_config_would_share_are_found():
+    """Loading, and transformers' own set-up of the wrapper, would put one in the place of the other."""
+    config = GPT2Config(vocab_size=99, n_embd=16, n_layer=2, n_head=2, n_positions=40)
+    module = GPT2LMHeadModel(config)
+    module.lm_head.weight = nn.Parameter(module.lm_head.weight + 1)
+    own = module.lm_head.weight
+    with pytest.raises(RebuildError, match=r"shares other weights .*'lm_head\.weight', 'transformer\.wte\.weight'"):
+        EarlyExitWrapper(module, exits=1)
+    assert module.lm_head.weight is own
