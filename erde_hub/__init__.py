@@ -6,9 +6,8 @@ Without torch and transformers (``pip install --no-deps erde-hub``) this still i
 
 from typing import Any
 
+from ._version import __version__ as __version__
 from .allocator import keep_freed_memory
-
-__version__ = "0.1.0"
 
 _NEEDED = ("torch", "torchvision", "timm", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _missing: str | None = None
@@ -16,13 +15,13 @@ _missing: str | None = None
 try:
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    from . import networks
-    from .attach import list_exit_points
+    from .backbones import cifar_resnet as networks
     from .config import EarlyExitConfig
-    from .modeling import EarlyExitWrapper
+    from .engine.streaming import route_batches
+    from .modeling.attach import list_exit_points
+    from .modeling.truncated import TruncatedConfig, TruncatedModel
+    from .modeling.wrapper import EarlyExitWrapper
     from .outputs import EarlyExitOutput
-    from .streaming import route_batches
-    from .truncation import TruncatedConfig, TruncatedModel
 except ModuleNotFoundError as error:
     if error.name not in _NEEDED:
         raise

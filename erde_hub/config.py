@@ -11,21 +11,22 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .attention import ATTENTION
+from ._published_weights import check_backbone_weights
 from .calibration import get_calibrator
 from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
 from .heads import FeatureSpec, get_head
-from .heads_only import check_backbone_weights
 from .losses.exit_weights import check_exit_weights, weights_per_exit
-from .policies import plain_threshold, policy_for
+from .policies import check_nobody_leaves, plain_threshold, policy_for
 from .preprocessing import check_preprocessing
-from .regression import REGRESSION, refuse_regression
-from .token_level import check_nobody_leaves
+from .tasks import REGRESSION, refuse_regression
 
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 TASKS = ("classification", "causal_lm")
+#: Implementations of attention that a stored config may name: they come with torch and transformers, or with a package
+#: of that name; any other name would be fetched from the Hub.
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 PROBLEM_TYPES = (None, "single_label_classification", REGRESSION)
 
 #: Keys that transformers itself passes or stores and that are not fields of a config.
@@ -97,7 +98,7 @@ class EarlyExitConfig(PreTrainedConfig):
         input_size: Shape of one input without the batch, (C, H, W) for images.
         preprocessing: ``{"mean", "std", "interpolation", "crop_pct", "size"}`` of the images the model was trained on.
         backbone_weights: Where the backbone's weights are published, in a checkpoint of the heads alone; see
-            :func:`~erde_hub.heads_only.check_backbone_weights`.
+            :func:`~erde_hub._published_weights.check_backbone_weights`.
         erde_hub_version: Version that wrote the file.
 
     Raises:

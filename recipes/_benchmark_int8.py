@@ -23,11 +23,11 @@ from _results import write_results
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
+from erde_hub.data.images import BatchLoader
 from erde_hub.errors import ConfigError
 from erde_hub.export import EarlyExitSession, export_onnx
-from erde_hub.training import recipe
-from erde_hub.training.data import BatchLoader
-from erde_hub.training.recipe_arguments import DataArguments
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import DataArguments
 
 KINDS = ("float", "int8")
 

@@ -24,9 +24,9 @@ from transformers import HfArgumentParser
 
 from erde_hub.allocator import keep_freed_memory
 from erde_hub.errors import ConfigError, ErdeError, nearest
+from erde_hub.scripts.common import Interrupted
+from erde_hub.scripts.common.arguments import plain_text
 from erde_hub.training.arguments import OTHER_NAMES, nearest_argument
-from erde_hub.training.recipe import Interrupted
-from erde_hub.training.recipe_arguments import plain_text
 
 # Every recipe is a program of its own, which may set up its process; the library leaves that to its user.
 keep_freed_memory()

@@ -21,11 +21,11 @@ from _patterns import coarse_patterns
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
-from erde_hub._tree import shrink
+from erde_hub.engine.routing import StageStep, read_feature
+from erde_hub.engine.rows import shrink
 from erde_hub.errors import ConfigError, ErdeError
 from erde_hub.policies import create_policy
-from erde_hub.routing import StageStep, read_feature
-from erde_hub.training import recipe
+from erde_hub.scripts import common as recipe
 
 #: A threshold that nobody passes, but for which every head is run: zero would skip them.
 NOBODY = 1e-30

@@ -27,7 +27,7 @@ from _inference_contestants import (
 from _inference_turns import Contestant, summary, take_turns
 from _memory import forget_peak, process_memory
 
-from erde_hub.streaming import route_batches
+from erde_hub.engine.streaming import route_batches
 
 if TYPE_CHECKING:
     from _inference_benchmark import InferenceBenchmark

@@ -16,7 +16,7 @@ import transformers
 from timm.models import _registry
 from torch import nn
 
-from erde_hub.cost import trace
+from erde_hub.backbones.tracing import trace
 from erde_hub.errors import ErdeError
 
 CLASSES = 5

@@ -42,17 +42,18 @@ from _memory import forget_peak, process_memory
 from _results import write_results
 
 from erde_hub import EarlyExitWrapper, __version__
+from erde_hub.data.images import BatchLoader, ImageData
 from erde_hub.errors import ConfigError, nearest
 from erde_hub.losses import ExitLoss, create_loss
-from erde_hub.training import DistillationArguments, Distiller, DistillerCallback, create_accelerator, recipe
-from erde_hub.training.data import BatchLoader, ImageData
-from erde_hub.training.recipe_arguments import (
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import (
     DataArguments,
     ExitArguments,
     StudentArguments,
     TeacherArguments,
     loss_arguments_class,
 )
+from erde_hub.training import DistillationArguments, Distiller, DistillerCallback, create_accelerator
 
 #: Networks of the benchmark where no --config says otherwise; the data are digits where no --dataset does.
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar10_resnet18_resnet10-small.yaml"

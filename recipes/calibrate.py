@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import torch
 from _cli import clean_errors, parse_arguments
+from erde_hub.scripts.common.default_threshold import CONFIDENCE
 
 from erde_hub._files import write_text
 from erde_hub.calibration import (
@@ -34,11 +35,11 @@ from erde_hub.calibration import (
 from erde_hub.calibration._checks import check_has_threshold, read_costs, read_method, read_milliseconds, read_target
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
-from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
-from erde_hub.training import DistillationArguments, create_accelerator, recipe, run_on_main
-from erde_hub.training.recipe.default_threshold import CONFIDENCE
-from erde_hub.training.recipe_arguments import TrainedDataArguments
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import TrainedDataArguments
+from erde_hub.training import DistillationArguments, create_accelerator, run_on_main
 
 
 @dataclass

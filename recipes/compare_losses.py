@@ -22,6 +22,9 @@ from _results import means_and_deviations, open_results, write_results
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
+from erde_hub.data.base import LabelledData
+from erde_hub.data.coloured import DATASET as COLOURED
+from erde_hub.data.coloured import GroupedImages, coloured_digits
 from erde_hub.errors import ConfigError, ResultsError, nearest
 from erde_hub.evaluation import (
     accuracy_at_cost,
@@ -32,11 +35,8 @@ from erde_hub.evaluation import (
 )
 from erde_hub.evaluation.report import published_arguments
 from erde_hub.losses import ExitLoss
-from erde_hub.training import DistillationArguments, Distiller, create_accelerator, recipe
-from erde_hub.training.data_base import LabelledData
-from erde_hub.training.data_coloured import DATASET as COLOURED
-from erde_hub.training.data_coloured import GroupedImages, coloured_digits
-from erde_hub.training.recipe_arguments import (
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import (
     DataArguments,
     ExitArguments,
     StudentArguments,
@@ -48,6 +48,7 @@ from erde_hub.training.recipe_arguments import (
     plain_weights,
     teacher_training_arguments,
 )
+from erde_hub.training import DistillationArguments, Distiller, create_accelerator
 
 
 @dataclass

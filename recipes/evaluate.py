@@ -33,10 +33,11 @@ from erde_hub.evaluation import (
 )
 from erde_hub.evaluation.diagnostics import plot_reliability, plot_scores, plot_shares
 from erde_hub.evaluation.report import SET_ALPHA
-from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import get_policy
-from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
-from erde_hub.training.recipe_arguments import TrainedDataArguments
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import TrainedDataArguments
+from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, run_on_main
 
 
 @dataclass

@@ -25,11 +25,11 @@ from _patterns import coarse_patterns
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
+from erde_hub.data.images import BatchLoader, ImageData
 from erde_hub.errors import ConfigError
 from erde_hub.export import EarlyExitSession, check_onnx, export_onnx
-from erde_hub.training import recipe
-from erde_hub.training.data import BatchLoader, ImageData
-from erde_hub.training.recipe_arguments import DataArguments
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import DataArguments
 
 
 @dataclass

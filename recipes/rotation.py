@@ -28,16 +28,17 @@ from torch import Tensor
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
+from erde_hub.data.images import ImageData
+from erde_hub.data.rotated import TARGET, rotated_images
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, exit_scores, regression_per_exit, sweep_widths
 from erde_hub.evaluation.formatting import mmacs, percent
 from erde_hub.policies import IntervalWidthPolicy
 from erde_hub.prediction_sets import ConformalRegressor, intersect_intervals
 from erde_hub.prediction_sets.base import check_alpha
-from erde_hub.training import DistillationArguments, Distiller, create_accelerator, recipe, run_on_main
-from erde_hub.training.data import ImageData
-from erde_hub.training.data_rotated import TARGET, rotated_images
-from erde_hub.training.recipe_arguments import DataArguments, exit_places
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import DataArguments, exit_places
+from erde_hub.training import DistillationArguments, Distiller, create_accelerator, run_on_main
 
 #: Quantiles of the widths of all early exits on validation images that are swept where no widths are given.
 QUANTILES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)

@@ -19,14 +19,15 @@ if __name__ == "__main__":
 
 from _cli import base_config, clean_errors, describe_settings, parse_arguments
 
-from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, recipe, run_on_main
-from erde_hub.training.recipe_arguments import (
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common.arguments import (
     DataArguments,
     ExitArguments,
     StudentArguments,
     TeacherArguments,
     loss_arguments_class,
 )
+from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, run_on_main
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from engine_fakes import all_logits, images, quantile_thresholds, wrap
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
-from erde_hub.compilation import CompiledSteps
+from erde_hub.engine.compilation import CompiledSteps
 from erde_hub.errors import ExitPointError
 
 

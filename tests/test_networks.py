@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import erde_hub.networks
+import erde_hub.backbones.cifar_resnet
 from erde_hub.errors import ConfigError
 
 # methods.md, section 2: cumulative MMACs after the stages, total MMACs, millions of parameters, at width 64
@@ -151,7 +151,7 @@ def test_arguments_that_width_decides_are_refused():
 def test_importing_again_is_silent_and_a_stolen_name_is_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        importlib.reload(erde_hub.networks)
+        importlib.reload(erde_hub.backbones.cifar_resnet)
     assert timm.create_model("resnet8_cifar", width=8).num_classes == 10
 
     def resnet8_cifar():
@@ -161,7 +161,7 @@ def test_importing_again_is_silent_and_a_stolen_name_is_not():
         timm.models.register_model(resnet8_cifar)
     try:
         with pytest.warns(UserWarning, match="Overwriting resnet8_cifar"):
-            importlib.reload(erde_hub.networks)
+            importlib.reload(erde_hub.backbones.cifar_resnet)
     finally:
-        importlib.reload(erde_hub.networks)
+        importlib.reload(erde_hub.backbones.cifar_resnet)
     assert timm.create_model("resnet8_cifar", width=8).num_classes == 10

@@ -32,8 +32,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, list_exit_points
+from erde_hub.backbones.tracing import flop_counter
 from erde_hub.calibration import choose_threshold
-from erde_hub.cost import flop_counter
 from erde_hub.errors import CheckpointError, ExportError, InputTypeError, LabelError
 from erde_hub.evaluation import ExitRecords
 

@@ -3,7 +3,7 @@ import threading
 import pytest
 from torch import nn
 
-from erde_hub.recomputation import is_recomputing, recomputing, without_recomputation
+from erde_hub.engine.recomputation import is_recomputing, recomputing, without_recomputation
 
 
 def flagged():

@@ -24,9 +24,9 @@ from policy_fakes import make_policy
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
+from erde_hub.engine.routing import Route
 from erde_hub.errors import ExitNotReachedError, ShapeError, ThresholdError
 from erde_hub.policies import ExitPolicy, list_policies
-from erde_hub.routing import Route
 
 SCORED = ["entropy", "confidence", "margin", "patience"]
 

@@ -30,7 +30,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from erde_hub import EarlyExitWrapper, routing
+from erde_hub import EarlyExitWrapper
+from erde_hub.engine import routing
 from erde_hub.errors import ConfigError, ExitNotReachedError
 
 DRIVEN = ["resnet", "plain"]  # one staged, one by hooks

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
-from erde_hub._tree import cut_rows, join_rows, shrink
-from erde_hub.backbones.followers import Carried
 from erde_hub.calibration import create_calibrator
+from erde_hub.engine.features import last_linears
+from erde_hub.engine.followers import Carried
+from erde_hub.engine.rows import cut_rows, join_rows, shrink
 from erde_hub.errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError, ThresholdError
-from erde_hub.fitted import last_linears
 
 SIZES = [1, 7, 0, 11, 3, 1, 1, 6]  # 30 images
 

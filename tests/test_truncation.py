@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, TruncatedConfig, TruncatedModel
 from erde_hub.errors import CheckpointError, ConfigError, ExitNotReachedError, ExitPointError, InputTypeError
-from erde_hub.truncation import RemovedModule
+from erde_hub.modeling.truncated import RemovedModule
 
 
 @pytest.fixture(autouse=True)

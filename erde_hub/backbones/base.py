@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from erde_hub._tree import tensors
-from erde_hub.cost import StageCall, Trace
+from erde_hub.engine.routing import ExitTap, HookDrive, StageStep
+from erde_hub.engine.rows import tensors
 from erde_hub.errors import CheckpointError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
-from erde_hub.routing import ExitTap, HookDrive, StageStep
+
+from .tracing import StageCall, Trace
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from erde_hub.cost import StageCall, Trace
+from erde_hub.engine.routing import StageStep
 from erde_hub.errors import CheckpointError, ExitPointError
 from erde_hub.heads import FeatureSpec
-from erde_hub.routing import StageStep
 
 from .base import BackboneAdapter, first_leaf
 from .timm import staged_steps
+from .tracing import StageCall, Trace
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig

@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from erde_hub._tree import map_tensors, select_rows
-from erde_hub.inputs import TEXT_INPUTS
-from erde_hub.routing import HookDrive, Pass, pass_of
-
-from .followers import Follower
+from erde_hub.engine.followers import Follower
+from erde_hub.engine.inputs import TEXT_INPUTS
+from erde_hub.engine.routing import HookDrive, Pass, pass_of
+from erde_hub.engine.rows import map_tensors, select_rows
 
 #: Arguments of layers that have one row per sample, with the number of axes from which on they do: a table of 64
 #: positions is not a batch of 64 samples, and tables have fewer axes.

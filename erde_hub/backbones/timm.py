@@ -17,15 +17,15 @@ from timm.models.xception import Xception
 from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
 
-from erde_hub.cost import StageCall, Trace
+from erde_hub.engine.followers import Follower
+from erde_hub.engine.routing import StageStep
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
-from erde_hub.routing import StageStep
 
 from .base import BackboneAdapter, first_leaf
-from .followers import Follower
 from .rebuild import check_same_network
 from .timm_staged import carried_steps, carries, step_names
+from .tracing import StageCall, Trace
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig

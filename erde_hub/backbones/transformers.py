@@ -15,17 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperForImageClassification
 from transformers.models.auto import modeling_auto
 
-from erde_hub.attention import ATTENTION
-from erde_hub.cost import StageCall, Trace
+from erde_hub.config import ATTENTION
+from erde_hub.engine.routing import ExitTap, HookDrive, StageStep
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
-from erde_hub.regression import REGRESSION
-from erde_hub.routing import ExitTap, HookDrive, StageStep
+from erde_hub.tasks import REGRESSION
 
 from .base import BackboneAdapter, first_leaf, parse_exit
 from .rebuild import check_same_network
 from .sequences import SequenceDrive, follow
 from .timm import TimmAdapter, check_backbone_kwargs, check_storable
+from .tracing import StageCall, Trace
 from .transformers_families import EXTRA_KEYS, TEXT, VISION, Family
 from .transformers_preprocessing import known_preprocessing
 from .transformers_staged import pvt_steps

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from erde_hub.routing import StageStep
+from erde_hub.engine.routing import StageStep
 
 
 def pvt_steps(module: nn.Module, exits: Sequence[str]) -> list[StageStep] | None:

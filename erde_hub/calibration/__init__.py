@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
-from erde_hub.held_out import check_calibration_data
+from erde_hub.records import check_calibration_data
 
 from .base import Calibrator
 from .choice import ThresholdChoice, attainable_confidence, samples_without_loss

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from erde_hub._arguments import check_choice, plain_numbers
 from erde_hub.errors import ConfigError, RecordsError, ThresholdError
-from erde_hub.held_out import check_calibration_data
 from erde_hub.policies import ExitPolicy
+from erde_hub.records import check_calibration_data
 
 from .choice import METHODS, check_confidence, describe_bound
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Targets that bound a cost instead of a loss.
 BUDGETS = ("mean_macs", "mean_milliseconds")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from erde_hub.errors import ConfigError, RecordsError, ShapeError
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Rows that are calibrated at a time where records are.
 _ROWS = 4096

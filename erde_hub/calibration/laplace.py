@@ -10,14 +10,14 @@ from torch import Tensor
 
 from erde_hub._arguments import check_flag, check_whole
 from erde_hub.errors import ConfigError, InputTypeError, RecordsError
-from erde_hub.held_out import check_fit_data, check_kind
+from erde_hub.records import check_fit_data, check_kind
 
 from .base import Calibrator, log_of
 from .mie import ensemble_step, ensemble_weights
 from .temperature import TEMPERATURES, check_temperatures, nlpd
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Prior variances that the released code tries.
 PRIOR_VARIANCES = (0.5, 0.7, 1.0, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from erde_hub.held_out import check_fit_data
+from erde_hub.records import check_fit_data
 
 from .base import Calibrator, log_of
 from .temperature import TEMPERATURES, check_temperatures, nlpd
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 
 class MIECalibrator(Calibrator):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from erde_hub._arguments import plain_numbers
 from erde_hub.errors import ConfigError
-from erde_hub.held_out import check_fit_data
+from erde_hub.records import check_fit_data
 
 from .base import Calibrator
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: The temperatures that the released code of arXiv 2302.06359 tries.
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from erde_hub._arguments import check_flag
 from erde_hub.errors import ConfigError
-from erde_hub.held_out import check_kind
 from erde_hub.policies import ExitPolicy, as_policy, policy_name
 from erde_hub.policies.offline import exit_indices, score_exits
+from erde_hub.records import check_kind
 
 from ._certify import candidate_losses, candidate_sums, certify, certify_sums, reads_sums, supported_bound
 from ._checks import BINARY, BUDGETS, check_records, read_candidates, read_costs, read_method, read_target
@@ -22,7 +22,7 @@ from ._walk import STEPS, find_factors, walk
 from .choice import ThresholdChoice, describe_bound, samples_without_loss
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Share of the samples that finds the candidates of a per-exit search with a guarantee, and the seed of that split.
 _FINDING, _SPLIT_SEED = 0.2, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub.fingerprint import model_fingerprint
+from erde_hub.records import ExitRecords
 
 from .calibrated import calibrate_records
 from .collecting import collect_exit_records
@@ -13,7 +14,6 @@ from .groups import group_accuracies, group_metrics
 from .metrics import calibration_error, exit_metrics
 from .plots import plot_frontier
 from .ranking import aurc, auroc, eefp
-from .records import ExitRecords
 from .report import build_results, describe_data, describe_model
 from .results_file import load_results, save_results, validate_results
 from .sweep import (

@@ -6,8 +6,7 @@ import dataclasses
 
 from erde_hub.calibration import Calibrator, calibrator_name
 from erde_hub.errors import RecordsError
-
-from .records import ExitRecords
+from erde_hub.records import ExitRecords
 
 
 def calibrate_records(records: ExitRecords, calibrator: Calibrator) -> ExitRecords:

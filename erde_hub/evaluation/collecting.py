@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from erde_hub._arguments import check_flag
+from erde_hub.engine.features import last_linears
 from erde_hub.errors import ConfigError, DataError, InputTypeError, ShapeError
 from erde_hub.fingerprint import model_fingerprint
-from erde_hub.fitted import last_linears
-from erde_hub.regression import REGRESSION, check_targets
-
-from .records import ExitRecords
+from erde_hub.records import ExitRecords
+from erde_hub.tasks import REGRESSION, check_targets
 
 #: Keyword inputs of the model that batches may hold; everything else in a batch is left alone.
 _INPUTS = ("pixel_values", "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")

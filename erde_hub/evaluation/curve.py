@@ -9,11 +9,10 @@ from torch import Tensor
 
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError
-from erde_hub.held_out import check_kind
 from erde_hub.policies import ExitPolicy, as_policy
 from erde_hub.policies.offline import exit_indices
+from erde_hub.records import ExitRecords, check_kind
 
-from .records import ExitRecords
 from .sweep import exit_scores, fine_thresholds
 
 

@@ -16,10 +16,10 @@ from erde_hub._files import replacing
 from erde_hub.errors import MissingDependencyError
 from erde_hub.policies import ExitPolicy, as_policy, policy_name
 from erde_hub.policies.offline import exit_indices
+from erde_hub.records import ExitRecords
 
 from .formatting import threshold_label
 from .metrics import ECE_BINS, calibration_error
-from .records import ExitRecords
 from .sweep import default_thresholds, exit_scores, fine_thresholds
 
 if TYPE_CHECKING:

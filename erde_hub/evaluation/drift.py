@@ -14,11 +14,10 @@ from erde_hub.calibration.choice import check_confidence, describe_bound, descri
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.errors import RecordsError
 from erde_hub.fingerprint import check_fingerprint
-from erde_hub.held_out import check_kind
 from erde_hub.policies import ExitPolicy, as_policy
 from erde_hub.policies.offline import exit_indices
+from erde_hub.records import ExitRecords, check_kind
 
-from .records import ExitRecords
 from .sweep import exit_scores
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import InputTypeError, ShapeError
-
-from .records import ExitRecords
+from erde_hub.records import ExitRecords
 
 
 def group_accuracies(right: Tensor, groups: Tensor, num_groups: int | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erde_hub.errors import ConfigError, InputTypeError, LabelError, RecordsError, ShapeError
+from erde_hub.errors import ConfigError, InputTypeError, RecordsError, ShapeError
+from erde_hub.tasks import check_labels
 
 from .ranking import aurc
 
@@ -187,27 +188,6 @@ def _check(logits: Tensor, labels: Tensor) -> None:
     bad = logits.isnan().any(1).nonzero()
     if len(bad):
         raise RecordsError(f"logits of row {bad[0].item()} hold NaN ({len(bad)} of {len(logits)} rows do)")
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Checks class indices (N,).
-
-    Raises:
-        InputTypeError: Not integers.
-        LabelError: One lies outside [0, ``num_classes``); the message names the row.
-    """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InputTypeError(
-            f"labels must be class indices of an integer type, got {labels.dtype}: soft labels have no accuracy"
-        )
-    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise LabelError(
-            f"label {int(labels[row])} of row {row} lies outside the model's {num_classes} classes, 0 to"
-            f" {num_classes - 1} ({len(outside)} of {len(labels)} labels do): give labels of the classes that the model"
-            " was trained on"
-        )
 
 
 def _rows(logits: Tensor, labels: Tensor) -> SampleMetrics:

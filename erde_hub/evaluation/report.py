@@ -19,17 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from erde_hub import __version__
+from erde_hub._version import __version__
 from erde_hub.backbones import get_adapter
 from erde_hub.errors import RecordsError, ResultsError
-from erde_hub.held_out import MIN_SAMPLES
 from erde_hub.prediction_sets import ConformalClassifier
+from erde_hub.records import MIN_SAMPLES, ExitRecords
 
 from .calibrated import calibrate_records
 from .drift import check_same_model
 from .formatting import percent
 from .metrics import ECE_BINS
-from .records import ExitRecords
 from .results_file import PLACE, validate_results
 from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds
 

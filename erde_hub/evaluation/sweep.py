@@ -16,7 +16,6 @@ from torch import Tensor
 from erde_hub._arguments import plain_threshold
 from erde_hub._files import write_text
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.held_out import check_kind
 from erde_hub.policies import (
     ConfidencePolicy,
     EntropyPolicy,
@@ -27,10 +26,10 @@ from erde_hub.policies import (
     as_policy,
 )
 from erde_hub.policies.offline import exit_indices, features_of, score_exits, score_features
+from erde_hub.records import ExitRecords, check_kind
 
 from .metrics import ECE_BINS, SampleMetrics, sample_metrics
 from .ranking import Decisions, eefp
-from .records import ExitRecords
 
 #: Quantiles that stand in for round thresholds in the default sweep of a learned policy.
 _STEPS = 11

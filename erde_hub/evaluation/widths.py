@@ -14,8 +14,8 @@ from erde_hub.policies import ExitPolicy
 from erde_hub.policies.interval_width import IntervalWidthPolicy
 from erde_hub.policies.offline import exit_indices
 from erde_hub.prediction_sets import interval_metrics
+from erde_hub.records import ExitRecords
 
-from .records import ExitRecords
 from .sweep import exit_scores, fine_thresholds
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from erde_hub.engine.routing import RunAll
 from erde_hub.errors import ExportError
-from erde_hub.modeling import EarlyExitWrapper
-from erde_hub.routing import RunAll
+from erde_hub.modeling.wrapper import EarlyExitWrapper
 
 if TYPE_CHECKING:
     import onnx_ir as ir

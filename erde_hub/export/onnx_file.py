@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from erde_hub import __version__
 from erde_hub._files import set_default_mode
+from erde_hub._version import __version__
 from erde_hub.calibration import get_calibrator, list_calibrators
+from erde_hub.engine.inputs import check_pixel_values
 from erde_hub.errors import CheckpointWriteError, ConfigError, ExportError, InputTypeError, ShapeError
-from erde_hub.inputs import check_pixel_values
-from erde_hub.modeling import EarlyExitWrapper
+from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import get_policy, list_policies
-from erde_hub.regression import REGRESSION
+from erde_hub.tasks import REGRESSION
 
 from ._inputs import file_path
 from ._requirements import require

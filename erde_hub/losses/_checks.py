@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erde_hub._arguments import check_number
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError
-from erde_hub.inputs import check_class_labels
+from erde_hub.tasks import check_class_labels
 
 
 def check_weights(loss: str, **weights: object) -> tuple[float, ...]:

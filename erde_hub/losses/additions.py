@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.regression import refuse_regression
+from erde_hub.tasks import refuse_regression
 
 if TYPE_CHECKING:
     from .base import ExitLoss

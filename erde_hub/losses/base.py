@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from erde_hub._arguments import check_choice
 from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import InputTypeError
-from erde_hub.regression import REGRESSION
+from erde_hub.tasks import REGRESSION
 
 from ._checks import check_exit_logits, check_features, check_index, check_labels, check_same_classes
 from .additions import Addition, SampleWeight, check_addition

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import InputTypeError
-from erde_hub.regression import REGRESSION, check_targets
+from erde_hub.tasks import REGRESSION, check_targets
 
 from .base import ExitLoss
 from .batch import ExitBatch, Term

@@ -7,9 +7,9 @@ from typing import Any
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.regression import REGRESSION, refuse_regression
+from erde_hub.tasks import REGRESSION, refuse_regression
 
-from .base import ExitPolicy, LearnedPolicy, plain_threshold
+from .base import ExitPolicy, LearnedPolicy, check_nobody_leaves, plain_threshold
 from .confidence import ConfidencePolicy, MarginPolicy
 from .constant import AlwaysPolicy, NeverPolicy
 from .eefp import EEFPPolicy
@@ -34,6 +34,7 @@ __all__ = [
     "SetSizePolicy",
     "as_policy",
     "check_answers",
+    "check_nobody_leaves",
     "create_policy",
     "get_policy",
     "get_regression_policy",

@@ -177,3 +177,12 @@ class LearnedPolicy(ExitPolicy):
         if isinstance(num_exits, bool) or not isinstance(num_exits, int) or num_exits < 2:
             raise ConfigError(f"num_exits must be an integer of at least 2, got {num_exits!r}")
         return num_exits
+
+
+def check_nobody_leaves(policy: ExitPolicy, thresholds: Sequence[float]) -> None:
+    """Raises :class:`ThresholdError` for a threshold at which a token could leave early."""
+    if not all(policy.never_leaves(threshold) for threshold in thresholds):
+        raise ThresholdError(
+            f"threshold={list(thresholds)}: exits of a language model give logits for every token and are not routed;"
+            " use threshold=0 with policy='entropy', and output_all_exits=True for the logits of every exit"
+        )

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.held_out import check_fit_data
+from erde_hub.records import check_fit_data
 
 from .base import LearnedPolicy
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Weight decays that :meth:`EEFPPolicy.fit` chooses from, strong ones first.
 WEIGHT_DECAYS = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from erde_hub._arguments import check_flag, check_number, check_whole, plain_numbers
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.held_out import check_fit_data
+from erde_hub.records import check_fit_data
 
 from .base import LearnedPolicy
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Passes over the records where none are asked for, and steps above which there are fewer.
 _EPOCHS, _STEPS = 60, 1000

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.held_out import check_held_out, check_kind
 from erde_hub.prediction_sets.base import check_alpha
 from erde_hub.prediction_sets.intervals import (
     BayesianLinearRegression,
@@ -20,12 +19,13 @@ from erde_hub.prediction_sets.intervals import (
     solve_intervals,
     with_constant,
 )
+from erde_hub.records import check_held_out, check_kind
 
 from .base import LearnedPolicy
 from .offline import features_of
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Widest features that a posterior over their weights is kept of: its square is stored for every exit.
 MAX_FEATURES = 8192

@@ -13,7 +13,7 @@ from erde_hub.errors import RecordsError
 from .base import ExitPolicy
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Samples that are scored at a time, so that a large set needs no second copy of itself.
 _ROWS = 8192

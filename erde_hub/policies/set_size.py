@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.held_out import check_fit_data
+from erde_hub.records import check_fit_data
 
 from .base import GRID, LearnedPolicy
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 
 class SetSizePolicy(LearnedPolicy):

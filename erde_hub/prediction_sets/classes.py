@@ -11,12 +11,12 @@ from torch import Tensor
 
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError, ShapeError, unknown_name
-from erde_hub.held_out import check_held_out, check_kind
+from erde_hub.records import check_held_out, check_kind
 
 from .base import SetMetrics, check_alpha
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 #: Least number of draws of all labels together that the coverage of thresholds is measured on.
 _LABEL_DRAWS = 20_000

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import RecordsError, ShapeError
-from erde_hub.held_out import check_held_out, check_kind
+from erde_hub.records import check_held_out, check_kind
 
 from .base import SetMetrics, check_alpha
 
 if TYPE_CHECKING:
-    from erde_hub.evaluation import ExitRecords
+    from erde_hub.records import ExitRecords
 
 
 class BayesianLinearRegression:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erde_hub.data.base import LabelledData
 from erde_hub.errors import ConfigError, InputTypeError, LabelError
 from erde_hub.losses import ExitLoss
-from erde_hub.pretrained import EarlyExitPreTrainedModel
-from erde_hub.regression import REGRESSION, check_targets
+from erde_hub.modeling.pretrained import EarlyExitPreTrainedModel
+from erde_hub.tasks import REGRESSION, check_targets
 
 from .arguments import DistillationArguments
-from .data_base import LabelledData
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def all_exits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Sequence[Tensor
 
     Args:
         model: Images alone are its first argument; everything else is passed by name.
-        inputs: See :func:`~erde_hub.training.data_loader.network_inputs`.
+        inputs: See :func:`~erde_hub.data.loader.network_inputs`.
     """
     images = tuple(inputs.values()) if set(inputs) == {"pixel_values"} else ()
     named = {} if images else dict(inputs)

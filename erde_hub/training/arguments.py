@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from timm.optim import get_optimizer_info, list_optimizers
 
+from erde_hub.data.augment import get_augmentation
 from erde_hub.errors import ConfigError, InputTypeError, nearest, unknown_argument, unknown_name
 
-from .augment import get_augmentation
 from .schedules import list_schedulers
 
 T = TypeVar("T")

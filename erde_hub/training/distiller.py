@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from erde_hub.data.loader import BatchLoader, network_inputs
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
 from erde_hub.losses import ExitLoss, LossResult, create_loss
-from erde_hub.regression import REGRESSION
+from erde_hub.tasks import REGRESSION
 
 from ._checks import all_exits, check_data, check_kinds, check_loss, check_models, exit_names, has_targets
 from ._launch import StopRequest, create_accelerator, run_on_main, share_buffers
@@ -38,12 +39,11 @@ from ._progress import flatten, progress_bar, show
 from ._run_state import Position, gather, identity, restore, save
 from ._setup import count_steps, create_optimizer, place_models
 from .arguments import DistillationArguments
-from .data_loader import BatchLoader, network_inputs
 from .run_folder import CHECKPOINTS, LOGS, check_run_folder
 from .schedules import create_schedule
 
 if TYPE_CHECKING:
-    from .data_base import LabelledData
+    from erde_hub.data.base import LabelledData
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class Distiller:
 
     Args:
         student: An :class:`~erde_hub.EarlyExitWrapper`, or any module that maps images, or texts, to logits (one exit).
-        data: Training and validation split (:func:`~erde_hub.training.data.load_image_data`,
-            :func:`~erde_hub.training.data_text.load_text_data`).
+        data: Training and validation split (:func:`~erde_hub.data.images.load_image_data`,
+            :func:`~erde_hub.data.texts.load_text_data`).
         args: Everything else.
         loss: A loss or its key; ``"ce"`` with ``teacher=None`` trains a teacher or a static student, ``"mse"`` a model
             with ``problem_type="regression"`` on data whose labels are floats.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from erde_hub.data.loader import network_inputs
 from erde_hub.errors import ConfigError
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
 from erde_hub.heads.base import ToNCHW
@@ -18,7 +19,6 @@ from erde_hub.losses import ReadoutWeight
 
 from ._checks import all_exits
 from ._launch import share_buffers
-from .data_loader import network_inputs
 from .features import ExitFeatures
 
 if TYPE_CHECKING:

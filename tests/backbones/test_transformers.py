@@ -16,8 +16,8 @@ from torch import nn
 from transformers_fakes import CLASSES, TEXT, VISION, inputs, side, text, vision, wrap
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, list_exit_points
+from erde_hub.backbones.tracing import flop_counter
 from erde_hub.backbones.transformers_preprocessing import known_preprocessing
-from erde_hub.cost import flop_counter
 from erde_hub.errors import (
     CheckpointError,
     ConfigError,
@@ -327,7 +327,9 @@ def test_unknown_preprocessing_is_said_once(make, warned, tmp_path, caplog):
     model = EarlyExitWrapper(module, exits=1, input_size=size)
     for _ in range(2):
         model.save_pretrained(tmp_path / "a")
-    said = [r.getMessage() for r in caplog.records if r.name == "erde_hub.pretrained" and r.levelname == "WARNING"]
+    said = [
+        r.getMessage() for r in caplog.records if r.name == "erde_hub.modeling.pretrained" and r.levelname == "WARNING"
+    ]
     assert len(said) == (warned is not None)
     if warned:
         assert warned in said[0]
@@ -336,7 +338,7 @@ def test_unknown_preprocessing_is_said_once(make, warned, tmp_path, caplog):
         again.set_preprocessing(mean=[0.5] * 3, std=[0.5] * 3, size=[side, side])
         caplog.clear()
         again.save_pretrained(tmp_path / "b")
-        assert [r for r in caplog.records if r.name == "erde_hub.pretrained"] == []
+        assert [r for r in caplog.records if r.name == "erde_hub.modeling.pretrained"] == []
         assert (tmp_path / "b" / "preprocessor_config.json").is_file()
 
 

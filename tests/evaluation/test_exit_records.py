@@ -307,7 +307,7 @@ def test_a_failed_save_keeps_the_earlier_file(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("erde_hub.evaluation.records.save_file", full_disk)
+    monkeypatch.setattr("erde_hub.records.save_file", full_disk)
     with pytest.raises(CheckpointWriteError, match="No space left"):
         make_records().save(path)
     assert path.read_bytes() == before

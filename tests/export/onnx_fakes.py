@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor
 
-import erde_hub.networks  # noqa: F401 - registers resnet*_cifar
+import erde_hub.backbones.cifar_resnet  # noqa: F401 - registers resnet*_cifar
 from erde_hub import EarlyExitWrapper
 
 #: Families that are exported on every run: architecture, size of the image, creation arguments, exits.

@@ -22,10 +22,10 @@ from hub_server import Hub, environment, running
 from huggingface_hub.utils import httpx
 from safetensors.torch import save
 
-import erde_hub.networks  # noqa: F401 - registers resnet*_cifar
+import erde_hub.backbones.cifar_resnet  # noqa: F401 - registers resnet*_cifar
 from erde_hub import EarlyExitWrapper
+from erde_hub._published_weights import check_backbone_weights
 from erde_hub.errors import CheckpointError, ConfigError
-from erde_hub.heads_only import check_backbone_weights
 from erde_hub.hub import publish_checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -10,7 +10,7 @@ import pytest
 import timm
 from _benchmark_int8 import int8_table
 
-import erde_hub.networks  # noqa: F401 - registers resnet*_cifar
+import erde_hub.backbones.cifar_resnet  # noqa: F401 - registers resnet*_cifar
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError

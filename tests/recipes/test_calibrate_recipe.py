@@ -15,11 +15,11 @@ from accelerate.state import AcceleratorState
 from engine_fakes import resnet8
 
 from erde_hub import EarlyExitWrapper
+from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
 from erde_hub.evaluation import build_results, collect_exit_records
 from erde_hub.policies import EENetPolicy
-from erde_hub.training import recipe
-from erde_hub.training.data import BatchLoader, load_image_data
+from erde_hub.scripts import common as recipe
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_heads_are_trained_and_nothing_else(network, weights, tmp_path, monkeypa
             Image.fromarray(pixels).save(folder / f"{number}.png")
     published = tmp_path / "published.safetensors"
     save_file(network.state_dict(), published)
-    monkeypatch.setattr("erde_hub.heads_only.hf_hub_download", lambda *args, **kwargs: str(published))
+    monkeypatch.setattr("erde_hub._published_weights.hf_hub_download", lambda *args, **kwargs: str(published))
     photograph = tmp_path / "photograph.png"
     Image.fromarray(generator.integers(0, 256, (80, 70, 3), dtype=np.uint8)).save(photograph)
     monkeypatch.chdir(tmp_path)

@@ -24,9 +24,9 @@ from text_fakes import columns, write_encoder, write_texts
 from transformers import pipeline
 
 from erde_hub.errors import ConfigError, DataError, RunExistsError
+from erde_hub.scripts.common import THRESHOLD_RULE, Interrupted
 from erde_hub.training import Distiller
 from erde_hub.training.checkpointing import newest_checkpoint
-from erde_hub.training.recipe import THRESHOLD_RULE, Interrupted
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))

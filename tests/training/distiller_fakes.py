@@ -8,9 +8,9 @@ from engine_fakes import resnet8
 from torch import nn
 
 from erde_hub import EarlyExitWrapper
+from erde_hub.data.images import ImageData, image_data_from_arrays
 from erde_hub.outputs import EarlyExitOutput
 from erde_hub.training import DistillationArguments
-from erde_hub.training.data import ImageData, image_data_from_arrays
 
 CLASSES = ["red", "green", "blue"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from erde_hub import EarlyExitWrapper
+from erde_hub.data.images import load_image_data
 from erde_hub.errors import NonFiniteLossError
 from erde_hub.losses import CELoss, FeatureTerm, LossResult, ReadoutWeight, create_loss
 from erde_hub.training import DistillationArguments, Distiller, DistillerCallback, create_accelerator, readout
-from erde_hub.training.data import load_image_data
 
 
 def digits():

@@ -14,12 +14,12 @@ import torch
 from data_fakes import encode, rows, write_parquet
 from PIL import Image
 
+from erde_hub.data import decoding as data_images
+from erde_hub.data.decoding import decode
+from erde_hub.data.images import BatchLoader, image_data_from_arrays, load_image_data
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError, UnknownNameError
-from erde_hub.training import data_images
-from erde_hub.training.data import BatchLoader, image_data_from_arrays, load_image_data
-from erde_hub.training.data_images import decode
-from erde_hub.training.recipe import build_model
-from erde_hub.training.recipe_arguments import ExitArguments
+from erde_hub.scripts.common import build_model
+from erde_hub.scripts.common.arguments import ExitArguments
 
 
 @pytest.fixture

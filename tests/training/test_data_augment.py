@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erde_hub.errors import ConfigError, UnknownNameError
-from erde_hub.training.augment import (
+from erde_hub.data.augment import (
     AUGMENT_STREAM,
     ORDER_STREAM,
     Augmentation,
@@ -23,6 +22,7 @@ from erde_hub.training.augment import (
     list_augmentations,
     register_augmentation,
 )
+from erde_hub.errors import ConfigError, UnknownNameError
 
 seeds = st.integers(-(2**70), 2**70)
 

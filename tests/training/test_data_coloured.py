@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from erde_hub.data.coloured import COLOURS, coloured_digits
 from erde_hub.errors import ConfigError
-from erde_hub.training.data_coloured import COLOURS, coloured_digits
 
 SPLITS = ("train", "validation", "test")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from data_fakes import rows, write_parquet
 
+from erde_hub.data import integrity as data_integrity
+from erde_hub.data.decoding import EncodedImages, decode, header_size, spread
+from erde_hub.data.images import load_image_data
 from erde_hub.errors import DataError, UnknownNameError
-from erde_hub.training import data_integrity
-from erde_hub.training.data import load_image_data
-from erde_hub.training.data_images import EncodedImages, decode, header_size, spread
 
 LARGE = {"size": (120, 100)}
 FEATURES = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}

@@ -11,8 +11,8 @@ from data_fakes import rows, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
+from erde_hub.data.images import BatchLoader, image_data_from_arrays, load_image_data
 from erde_hub.errors import ConfigError, DataError, UnknownNameError
-from erde_hub.training.data import BatchLoader, image_data_from_arrays, load_image_data
 
 KEYS = ("pixel_values", "labels", "index")
 

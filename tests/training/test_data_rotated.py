@@ -8,9 +8,9 @@ import torch
 from distiller_fakes import make_data
 from PIL import Image
 
+from erde_hub.data.images import BatchLoader
+from erde_hub.data.rotated import TARGET, rotate, rotated_images
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.training.data import BatchLoader
-from erde_hub.training.data_rotated import TARGET, rotate, rotated_images
 
 
 def test_images_are_turned_as_pillow_turns_them():

@@ -10,9 +10,9 @@ import pytest
 from data_fakes import picture, rows, write_parquet
 from PIL import Image
 
+from erde_hub.data.columns import find_columns
+from erde_hub.data.images import load_image_data
 from erde_hub.errors import DataError, LabelError
-from erde_hub.training.data import load_image_data
-from erde_hub.training.data_source import find_columns
 
 IMAGE, CLASSES = datasets.Image(), datasets.ClassLabel(names=["a", "b"])
 

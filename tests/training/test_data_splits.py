@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from erde_hub.data.splits import halve_split, hold_out, load_plan, plan_splits, stratified_sample
 from erde_hub.errors import DataError
-from erde_hub.training.data_splits import halve_split, hold_out, load_plan, plan_splits, stratified_sample
 
 label_lists = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(np.array)
 

@@ -8,9 +8,9 @@ import torch
 from data_fakes import picture, rows, write_parquet
 from test_data_loader import joined, same
 
+from erde_hub.data.images import BatchLoader, load_image_data
+from erde_hub.data.splits import bucket_of
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError
-from erde_hub.training.data import BatchLoader, load_image_data
-from erde_hub.training.data_splits import bucket_of
 
 
 @pytest.fixture(scope="module")

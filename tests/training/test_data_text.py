@@ -8,9 +8,9 @@ import pytest
 import torch
 from text_fakes import columns, make_tokenizer, write_encoder, write_texts
 
+from erde_hub.data.images import BatchLoader
+from erde_hub.data.texts import load_text_data
 from erde_hub.errors import ConfigError, DataError, InputTypeError
-from erde_hub.training.data import BatchLoader
-from erde_hub.training.data_text import load_text_data
 
 
 @pytest.fixture(scope="module")

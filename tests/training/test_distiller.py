@@ -17,6 +17,7 @@ from distiller_fakes import CLASSES, TinyExits, assert_same, make_args, make_dat
 from torch import nn
 from torch.nn import functional as F
 
+from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.errors import (
     CheckpointError,
     CheckpointWriteError,
@@ -28,7 +29,6 @@ from erde_hub.errors import (
 )
 from erde_hub.losses import CELoss, ERDELoss, ExitLoss, LossResult
 from erde_hub.training import Distiller, DistillerCallback
-from erde_hub.training.data import BatchLoader, load_image_data
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from distiller_fakes import TinyExits, assert_same, make_args, make_data, networ
 
 from erde_hub.errors import ConfigError
 from erde_hub.losses import CELoss, EntropyWeight, ERDELoss, ExitLoss, FeatureKDLoss, FeatureTerm, Term, create_loss
+from erde_hub.scripts.common.arguments import StudentArguments, build_loss, loss_arguments_class
 from erde_hub.training import Distiller, ExitFeatures
 from erde_hub.training._loss_inputs import LossInputs
-from erde_hub.training.recipe_arguments import StudentArguments, build_loss, loss_arguments_class
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from distiller_fakes import make_args, make_data
 from engine_fakes import resnet8
 from torch import nn
 
+from erde_hub.data.images import BatchLoader
 from erde_hub.errors import ConfigError, LabelError
 from erde_hub.evaluation import collect_exit_records
 from erde_hub.losses import MSELoss
 from erde_hub.training import Distiller
 from erde_hub.training._meter import StepMeter
-from erde_hub.training.data import BatchLoader
 
 
 def make_numbers():

@@ -5,16 +5,16 @@ import json
 
 import pytest
 import torch
+from erde_hub.scripts.common.resuming import check_finished
 
+from erde_hub.data.images import load_image_data
 from erde_hub.errors import CheckpointError, ConfigError
 from erde_hub.evaluation import ExitRecords, route_records
 from erde_hub.losses import ERDELoss, list_losses
 from erde_hub.policies import create_policy
-from erde_hub.training import DistillationArguments, recipe
-from erde_hub.training.data import load_image_data
-from erde_hub.training.recipe import steps
-from erde_hub.training.recipe.resuming import check_finished
-from erde_hub.training.recipe_arguments import (
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common import steps
+from erde_hub.scripts.common.arguments import (
     DataArguments,
     ExitArguments,
     StudentArguments,
@@ -24,6 +24,7 @@ from erde_hub.training.recipe_arguments import (
     loss_arguments_class,
     teacher_training_arguments,
 )
+from erde_hub.training import DistillationArguments
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from erde_hub.calibration import check_calibration_data
+from erde_hub.data.images import load_image_data
+from erde_hub.data.rotated import rotated_images
+from erde_hub.data.texts import TextSplit, TokenizedTexts
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import ExitRecords, save_results
-from erde_hub.training import recipe
-from erde_hub.training.data import load_image_data
-from erde_hub.training.data_rotated import rotated_images
-from erde_hub.training.data_text import TextSplit, TokenizedTexts
-from erde_hub.training.recipe import run_data, steps
-from erde_hub.training.recipe_arguments import TrainedDataArguments
+from erde_hub.scripts import common as recipe
+from erde_hub.scripts.common import run_data, steps
+from erde_hub.scripts.common.arguments import TrainedDataArguments
 
 
 @pytest.fixture(scope="module")

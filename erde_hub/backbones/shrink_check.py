@@ -1,0 +1,175 @@
+"""Whether a backbone goes on with fewer samples behind an exit, found before it is used.
+
+A staged forward does by construction. Elsewhere the stage may lie inside a residual block, or the forward may keep the
+number of samples, or the whole batch, aside; then the pass fails or returns other rows than were left, and that shows
+here. A weightless copy is run. A text model reads the values of masks, so a copy with its weights is run, on a few
+short padded texts, and the samples that are left must get the answers that they get in the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erde_hub.engine.recomputation import without_recomputation
+from erde_hub.engine.routing import HookDrive
+from erde_hub.engine.rows import shrink
+from erde_hub.errors import ExitPointError
+from erde_hub.heads import FeatureSpec
+
+from . import BackboneAdapter, ExitPoint, ExitPoints
+from .base import tap_exits
+from .tracing import copy_around, example_batch, weightless_copy
+
+#: What backbones raise when tensors of the whole batch meet tensors of the samples left.
+_FAILURES = (RuntimeError, IndexError, ValueError, AssertionError, TypeError)
+
+
+class _DropLast:
+    """Takes one sample out at every exit."""
+
+    def __init__(self, batch: int, specs: Sequence[FeatureSpec], device: torch.device) -> None:
+        self.batch = self.count = batch
+        self.specs = specs
+        self.device = device
+        self.live: Tensor | None = None
+        self.lives: dict[int, Tensor] = {}
+
+    def visit(self, exit_index: int, output: Any) -> Any:
+        self.lives[self.count] = torch.arange(self.count, device=self.device)
+        self.count -= 1
+        rows = self.live = torch.arange(self.count, device=self.device)
+        return shrink(output, rows, self.count + 1, self.specs[exit_index].batched)
+
+
+def check_shrinks(
+    adapter: BackboneAdapter,
+    module: nn.Module,
+    exits: Sequence[str],
+    specs: Sequence[FeatureSpec],
+    inputs: Sequence[Tensor],
+) -> None:
+    """Runs the backbone with a batch that loses a sample at every exit.
+
+    Args:
+        adapter: Of the backbone.
+        module: The backbone; copies of it are run.
+        exits: Names, shallow to deep.
+        specs: What each exit reads.
+        inputs: Example inputs, batch first.
+
+    Raises:
+        ExitPointError: The backbone cannot go on with fewer samples behind one of the exits.
+    """
+    if adapter.task(module) != "classification" or adapter.steps(module, exits, checkpointed=False) is not None:
+        return
+    text, batch = adapter.is_text(module), len(exits) + 3
+    weight = next(iter(module.parameters()), None)
+    if text and weight is not None and weight.device.type == "meta":
+        return
+    try:
+        run = _run_texts if text else _run_copy
+        rows = run(adapter, module, exits, specs, inputs, batch)
+    except ExitPointError:
+        raise
+    except _FAILURES as error:
+        raise ExitPointError(
+            f"the batch cannot shrink behind all of {list(exits)} ({type(error).__name__}: {error}): an exit inside a"
+            " residual block, or a backbone that keeps the whole batch aside; name the enclosing block, or take one of"
+            " erde_hub.list_exit_points(model)"
+        ) from error
+    if rows != batch - len(exits):
+        raise ExitPointError(
+            f"after {len(exits)} samples of {batch} had left, {type(module).__name__} returned {rows} rows: an exit of"
+            f" {list(exits)} lies inside a residual block; name the enclosing block"
+        )
+
+
+def feasible_points(
+    adapter: BackboneAdapter, module: nn.Module, points: ExitPoints, inputs: Sequence[Tensor]
+) -> ExitPoints:
+    """Returns the points behind which the backbone goes on with fewer samples, all of them at a time where that works.
+
+    Raises:
+        ExitPointError: There are points, but none of them can have an exit; the message says why.
+    """
+    if _works(adapter, module, points, inputs):
+        return points
+    found: list[ExitPoint] = []
+    reason: ExitPointError | None = None
+    for point in points:
+        try:
+            check_shrinks(adapter, module, [point.name], [point.spec], inputs)
+        except ExitPointError as error:
+            reason = error
+        else:
+            found.append(point)
+    if points and not found and reason is not None:
+        raise ExitPointError(f"{type(module).__name__} can have no exits at its stages: {reason}") from reason
+    return ExitPoints(found)
+
+
+def _works(adapter: BackboneAdapter, module: nn.Module, points: ExitPoints, inputs: Sequence[Tensor]) -> bool:
+    try:
+        check_shrinks(adapter, module, [p.name for p in points], [p.spec for p in points], inputs)
+    except ExitPointError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _run_copy(
+    adapter: BackboneAdapter,
+    module: nn.Module,
+    exits: Sequence[str],
+    specs: Sequence[FeatureSpec],
+    inputs: Sequence[Tensor],
+    batch: int,
+) -> int:
+    clone, device = weightless_copy(module)
+    taps = tap_exits(clone, exits)
+    drive = HookDrive(clone, taps, adapter.follow(clone, exits))
+    with device:
+        output = drive(_DropLast(batch, specs, device), example_batch(inputs, batch, device), {})
+    return int(adapter.logits(output).shape[0])
+
+
+@torch.no_grad()
+def _run_texts(
+    adapter: BackboneAdapter,
+    module: nn.Module,
+    exits: Sequence[str],
+    specs: Sequence[FeatureSpec],
+    inputs: Sequence[Tensor],
+    batch: int,
+) -> int:
+    """Number of rows left, after comparing them with those of the whole batch."""
+    device = next(iter(module.parameters())).device
+    kwargs = _padded_texts(module.config.get_text_config(), batch, min(int(inputs[0].shape[1]), 6), device)  # type: ignore[union-attr,operator]
+    clone = copy_around(module, {id(weight): weight for weight in module.parameters()})
+    taps = tap_exits(clone, exits)
+    followers = adapter.follow(clone, exits)
+    with without_recomputation(clone):
+        whole = adapter.logits(clone(**kwargs))
+        left = adapter.logits(adapter.drive(clone, taps, followers)(_DropLast(batch, specs, device), (), kwargs))
+    scale = whole.abs().max().clamp_min(1e-6)
+    tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
+    if not torch.allclose(left / scale, whole[: len(left)] / scale, 0, tolerance, equal_nan=True):
+        raise ExitPointError(
+            f"samples that stay in {type(module).__name__} get other answers when others leave at {list(exits)}:"
+            " something behind these exits reads the whole batch"
+        )
+    return len(left)
+
+
+def _padded_texts(config: Any, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+    """Texts of different lengths."""
+    ids = torch.randint(0, int(config.vocab_size), (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row in range(batch):
+        mask[row, length - row % max(length - 1, 1) :] = 0
+    ids[mask == 0] = int(config.pad_token_id or 0)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

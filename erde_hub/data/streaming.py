@@ -1,0 +1,221 @@
+"""Data read one row after another, for sets larger than the disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import datasets
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from erde_hub.errors import DataError, InputTypeError, LabelError
+
+from .columns import find_columns, open_dataset
+from .decoding import HASHED_ROWS, content_digest, decode, stored_bytes
+from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes, channel_statistics
+from .splits import EVERY_BUCKET, SPLIT_NAMES, Buckets, SplitPlan, StoredSplit, bucket_info, bucket_of, split_buckets
+
+_logger = logging.getLogger(__name__)
+
+_STREAM_SAMPLE = 1_000
+
+
+class StreamSplit:
+    """Rows read one after another, for sets larger than the disk: no list of labels, and perhaps no known length.
+
+    A shuffled pass takes the files in random order and mixes rows in a buffer. A sample's index is its row in its file
+    plus 2**32 times the number of the file, the same in every pass. A part of a source split is chosen by a hash of the
+    image bytes, which needs no second look at the data: rows whose hash modulo 100 lies in ``buckets``.
+
+    Args:
+        name: "train", "validation" or "test".
+        stream: A ``datasets.IterableDataset`` whose image column is not decoded.
+        columns: Names of the image and of the label column.
+        classes: Number of classes, for checking labels.
+        preprocessing: Turns images into the network's input.
+        dataset: Name of the data set, for messages.
+        buckets: First and last (exclusive) bucket of the rows that belong to this split.
+        num_samples: Number of rows where it is known.
+        limit: Read only so many rows of the stream.
+        buffer: Encoded rows that are mixed with each other.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stream: Any,
+        columns: tuple[str, str],
+        classes: int,
+        preprocessing: Preprocessing,
+        dataset: str,
+        buckets: Buckets = EVERY_BUCKET,
+        num_samples: int | None = None,
+        limit: int | None = None,
+        buffer: int = 2048,
+    ) -> None:
+        self.name, self.preprocessing, self.num_samples = name, preprocessing, num_samples
+        self._stream, self._columns, self._classes, self._dataset = stream, columns, classes, dataset
+        self._buckets, self._limit, self._buffer = buckets, limit, buffer
+
+    def __len__(self) -> int:
+        if self.num_samples is None:
+            # a TypeError, so that list(loader) and the like take it for "length unknown"
+            raise InputTypeError(f"the number of rows of the streamed split {self.name!r} is unknown: set max_steps")
+        return self.num_samples
+
+    def __repr__(self) -> str:
+        return f"StreamSplit({self.name!r}, {self.num_samples or 'unknown number of'} rows)"
+
+    @property
+    def labels(self) -> Tensor:
+        """Not available: a stream is not read as a whole."""
+        raise DataError(f"the streamed split {self.name!r} has no list of labels: load the data without streaming")
+
+    @property
+    def indices(self) -> Tensor:
+        """Not available: a stream is not read as a whole."""
+        raise DataError(f"the streamed split {self.name!r} has no list of rows: load the data without streaming")
+
+    def rows(self, shuffle_seed: int | None = None) -> Iterator[tuple[int, bytes, int]]:
+        """Yields index, encoded image and label of every row; the order depends on ``shuffle_seed`` alone."""
+        if shuffle_seed is None:
+            yield from self._read(range(self._files))
+            return
+        generator = random.Random(shuffle_seed)
+        files = list(range(self._files))
+        generator.shuffle(files)
+        held: list[tuple[int, bytes, int]] = []
+        for row in self._read(files):
+            if len(held) < self._buffer:
+                held.append(row)
+            else:
+                place = generator.randrange(self._buffer)
+                yield held[place]
+                held[place] = row
+        generator.shuffle(held)
+        yield from held
+
+    def where(self, index: int) -> str:
+        """Names a row for a message."""
+        file = f"file {index >> 32} of " if self._files > 1 else ""
+        return f"row {index & 0xFFFFFFFF} of {file}split {self.name!r} of {self._dataset!r} (streamed)"
+
+    @property
+    def _files(self) -> int:
+        # a limited stream is one piece: its first rows, in the order of the files
+        return 1 if self._limit is not None else int(self._stream.num_shards)
+
+    def _read(self, files: Iterable[int]) -> Iterator[tuple[int, bytes, int]]:
+        image_column, label_column = self._columns
+        for file in files:
+            if self._limit is not None:
+                rows = self._stream.take(self._limit)
+            else:
+                rows = self._stream if self._files == 1 else self._stream.shard(self._files, file)
+            for number, row in enumerate(rows):
+                index = (file << 32) + number
+                content, label = stored_bytes(row[image_column], self.where(index)), row[label_column]
+                if not self._buckets[0] <= bucket_of(content) < self._buckets[1]:
+                    continue
+                if label is None or not 0 <= label < self._classes:
+                    raise LabelError(
+                        f"label {label!r} in {self.where(index)} is outside the {self._classes} classes (0 to"
+                        f" {self._classes - 1})"
+                    )
+                yield index, content, int(label)
+
+
+def open_stream(
+    dataset: str,
+    image_column: str | None,
+    label_column: str | None,
+    config_name: str | None,
+    wishes: PreprocessingWishes,
+    cache_dir: str | None,
+    max_train_samples: int | None = None,
+    split_file: str | os.PathLike[str] | None = None,
+) -> tuple[str, str, list[str], dict[str, StreamSplit], SplitPlan]:
+    """Opens a data set as streams; returns name, fingerprint, class names, splits and how they were made.
+
+    Missing splits are cut as for data that are loaded (:func:`~erde_hub.data.splits.split_rules`), but by a
+    hash of the image bytes instead of row by row. Where the first image is small, mean and standard deviation are
+    measured on the first 1,000 training rows.
+
+    Raises:
+        DataError: No such data, a column missing or in doubt, labels without class names, an unreadable image, a split
+            file of other data or with row numbers.
+    """
+    name, streams = open_dataset(dataset, config_name, streaming=True, cache_dir=cache_dir)
+    features = streams["train"].features or streams["train"]._resolve_features().features
+    image, label = find_columns(features, name, image_column, label_column)
+    if not isinstance(features[label], datasets.ClassLabel):
+        raise DataError(
+            f"label column {label!r} of {name!r} does not name its classes, and a stream is not read ahead to find"
+            " them: load without streaming, or store the column as ClassLabel"
+        )
+    class_names = list(features[label].names)
+    streams = {split: stream.cast_column(image, datasets.Image(decode=False)) for split, stream in streams.items()}
+
+    if "test" in streams and _unlabelled(streams["test"], label):
+        _logger.info("split 'test' of %s is not used: it has no labels", name)
+        del streams["test"]
+
+    digest = content_digest(
+        class_names,
+        [(stored_bytes(row[image], "the first rows"), row[label]) for row in streams["train"].take(HASHED_ROWS)],
+    )
+    parts = split_buckets(streams)
+    if split_file is not None:
+        stored = StoredSplit.read(split_file)
+        stored.check_data(digest, digest, streamed=True)
+        parts = stored.buckets()
+        for source in {source for source, _ in parts.values()} - streams.keys():
+            raise DataError(f"split file {stored.name!r} takes rows from {source!r}, which these data do not have")
+
+    def split(part: str, preprocessing: Preprocessing, limit: int | None = None) -> StreamSplit:
+        source, buckets = parts[part]
+        size = _known_size(streams[source]) if buckets == EVERY_BUCKET else None
+        if size is not None and limit is not None:
+            size = min(size, limit)
+        columns, classes = (image, label), len(class_names)
+        return StreamSplit(part, streams[source], columns, classes, preprocessing, name, buckets, size, limit)
+
+    unset = wishes.complete((3, 224, 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bicubic", 0.875)
+    probe = split("train", unset)
+    sample = list(islice(probe.rows(), _STREAM_SAMPLE))
+    if not sample:
+        raise DataError(f"split 'train' of {name!r} is empty: give one with rows")
+    preprocessing = _preprocessing(probe, sample, wishes, unset)
+    limits = {"train": max_train_samples}
+    splits = {part: split(part, preprocessing, limits.get(part)) for part in SPLIT_NAMES}
+    info = {part: {"rows": splits[part].num_samples, **bucket_info(*parts[part])} for part in SPLIT_NAMES}
+    return name, digest, class_names, splits, SplitPlan({}, info)
+
+
+def _unlabelled(stream: Any, label: str) -> bool:
+    """Tells whether the first row has no label, as in the test splits of many benchmarks."""
+    return any(row[label] in (None, -1) for row in stream.take(1))
+
+
+def _known_size(stream: Any) -> int | None:
+    """Number of rows as far as the metadata tell it."""
+    splits, split = stream.info.splits, stream.split
+    return splits[str(split)].num_examples if splits and split is not None and str(split) in splits else None
+
+
+def _preprocessing(
+    probe: StreamSplit, head: list[tuple[int, bytes, int]], wishes: PreprocessingWishes, unset: Preprocessing
+) -> Preprocessing:
+    images = [decode(content, probe.where(index)) for index, content, _ in head[:HASHED_ROWS]]
+    sizes = {image.size for image in images}
+    width, height = images[0].size
+    if len(sizes) > 1 or width * height > SMALL_IMAGE_PIXELS or wishes.input_size not in (None, (3, height, width)):
+        return unset
+    native = wishes.complete((3, height, width), unset.mean, unset.std)
+    images += [decode(content, probe.where(index)) for index, content, _ in head[HASHED_ROWS:]]
+    return wishes.complete((3, height, width), *channel_statistics(native.pixels(images)))

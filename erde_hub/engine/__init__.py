@@ -1,0 +1,1 @@
+"""Runs a network and lets samples exit; knows no model class."""

@@ -1,0 +1,457 @@
+"""The wrapper: a backbone with exits, as a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from erde_hub._version import __version__
+from erde_hub.backbones import BackboneAdapter, get_adapter
+from erde_hub.backbones.base import parse_exit, tap_exits
+from erde_hub.backbones.rebuild import check_config_builds
+from erde_hub.backbones.tracing import trace
+from erde_hub.calibration import Calibrator, create_calibrator
+from erde_hub.config import EarlyExitConfig, read_field
+from erde_hub.engine import features as fitted
+from erde_hub.engine.compilation import CompiledSteps, no_stages
+from erde_hub.engine.forward import route, run_all
+from erde_hub.engine.inputs import ModelInputs, explain_failure
+from erde_hub.engine.recomputation import is_recomputing, recomputing
+from erde_hub.engine.routing import Drive, ExitTap, StagedDrive
+from erde_hub.engine.steps import StepCache
+from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
+from erde_hub.heads import ExitHead, FeatureSpec, create_head
+from erde_hub.outputs import EarlyExitOutput
+from erde_hub.policies import ExitPolicy, check_answers, check_nobody_leaves, plain_threshold, policy_for
+from erde_hub.tasks import REGRESSION
+
+from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone
+from .pretrained import EarlyExitPreTrainedModel
+from .truncated import TruncatedModel, truncate
+
+logger = logging.get_logger(__name__)
+
+CLASSIFIER = "classifier"
+
+
+class EarlyExitWrapper(EarlyExitPreTrainedModel):
+    """A backbone with early exits.
+
+    In train mode, and with ``output_all_exits=True``, one pass runs every exit. In eval mode each sample leaves at the
+    first exit that the policy is sure of; what lies behind runs on the samples that are left, and not at all when there
+    are none. Wrapping changes no weight and no output: where nobody can leave early, the answer is the backbone's own,
+    bit for bit.
+
+    Args:
+        model: A timm model, an image or text classifier of transformers, any nn.Module that maps a batch to logits
+            (N, K), or an :class:`EarlyExitConfig` to build the same model from.
+        exits: Module names, shallow to deep (:func:`list_exit_points` lists the usual ones); an int n for n places
+            evenly spaced in MACs; ``"auto"`` for a good choice, which is logged with its reason.
+        head: Key of the heads table.
+        policy: Key of the policies table; None is ``entropy``, and ``never`` for a regression.
+        threshold: One number, or one per early exit; None takes the policy's default.
+        input_size: Shape of one input without the batch; for texts the number of tokens that costs are counted at.
+            Known for models of timm and transformers.
+        example_inputs: Batch-first tensors instead of ``input_size``.
+        backbone_kwargs: What the backbone was created with, the number of classes aside. They cannot be read off a timm
+            model, so wrapping rebuilds it from the config and compares. Not for transformers models, which know theirs.
+        head_kwargs: Arguments of the head.
+        policy_kwargs: Arguments of the policy.
+        exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last, or a preset's name
+            (:func:`erde_hub.losses.exit_weights_preset`); None is all 1.
+        id2label: Class names, as a list or as ``{0: "cat", ...}``; a transformers model brings its own.
+        problem_type: ``"regression"`` for a backbone that answers with D real numbers, (N, D): ``loss`` is the mean
+            squared error, and the policies are ``never`` and ``set_size``. None is a classifier, or what the config of
+            a transformers model says.
+        backbone: With a config: the living backbone, for configs that cannot rebuild it.
+
+    Raises:
+        ExitPointError: See :func:`~erde_hub.backbones.base.resolve_exits`; also exits inside residual blocks.
+        RebuildError: The config would build another backbone; the message names ``backbone_kwargs``.
+        ConfigError: Unknown head, policy or argument.
+        ThresholdError: A threshold that the policy does not take.
+        InputTypeError: Not a classifier.
+
+    Example:
+        >>> model = EarlyExitWrapper(timm.create_model("resnet18", num_classes=10), exits=["layer1", "layer2"])
+        >>> out = model.eval()(torch.randn(8, 3, 224, 224), threshold=1.0)
+        >>> out.logits.shape, out.exit_index.shape
+        (torch.Size([8, 10]), torch.Size([8]))
+    """
+
+    #: Why the exits sit where they do, in words; None where they were named, and for a loaded checkpoint.
+    exits_reason: str | None = None
+    #: Thresholds of the last call: what was given and by which policy, their types, and what they came to.
+    _checked: tuple[tuple[Any, ...], list[type], list[float]] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module | EarlyExitConfig,
+        exits: Sequence[str] | int | str = "auto",
+        *,
+        head: str = "fc",
+        policy: str | None = None,
+        threshold: float | Sequence[float] | None = None,
+        input_size: Sequence[int] | None = None,
+        example_inputs: Sequence[Tensor] | Tensor | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        head_kwargs: dict[str, Any] | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        exit_weights: str | Sequence[float] | None = None,
+        id2label: Sequence[str] | dict[int, str] | None = None,
+        problem_type: str | None = None,
+        backbone: nn.Module | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            key = next(iter(unknown))
+            allowed = [n for n in EarlyExitWrapper.__init__.__annotations__ if n not in ("unknown", "return", "model")]
+            raise ConfigError(
+                f"EarlyExitWrapper has no argument {key!r}{nearest(key, allowed)} (it takes: {', '.join(allowed)})"
+            )
+        if isinstance(model, EarlyExitConfig):
+            self._build(model, backbone)
+            return
+        if backbone is not None:
+            raise ConfigError("backbone= goes with a config; hand the module in as the first argument instead")
+        adapter, facts, inputs = inspect_backbone(model, input_size, example_inputs)
+        traced = trace(model, inputs)
+        problem_type = check_problem_type(problem_type, facts.get("problem_type"))
+        num_labels = count_classes(model, adapter, traced, problem_type)
+        points, reason = choose_exits(adapter, model, exits, traced, inputs)
+        if isinstance(exits, (int, str)):
+            logger.info(f"exits={exits!r}: {reason}")
+        names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]
+        config = EarlyExitConfig(
+            library=adapter.library,
+            architecture=facts["architecture"],
+            backbone_kwargs=adapter.creation_arguments(model, backbone_kwargs),
+            task=adapter.task(model),
+            problem_type=problem_type,
+            exits=names,
+            exit_features=[p.spec.to_dict() for p in points],
+            head=head,
+            head_kwargs=head_kwargs,
+            policy=policy,
+            policy_kwargs=policy_kwargs,
+            threshold=threshold if threshold is None else plain_threshold(threshold),
+            exit_weights=exit_weights if exit_weights is None or isinstance(exit_weights, str) else list(exit_weights),
+            input_size=facts["input_size"],
+            preprocessing=facts["preprocessing"],
+            erde_hub_version=__version__,
+            **class_names(id2label if id2label is not None else facts.get("id2label"), num_labels, adapter.task(model)),
+        )
+        adapter.check_rebuild(model, config)
+        super().__init__(config)
+        self.exits_reason = reason if isinstance(exits, (int, str)) else None
+        self._assemble(adapter, model, adopted=True)
+
+    def _build(self, config: EarlyExitConfig, backbone: nn.Module | None) -> None:
+        if backbone is not None and not isinstance(backbone, nn.Module):
+            raise InputTypeError(f"backbone must be an nn.Module, got {type(backbone).__name__}")
+        config.check()
+        if not config.exits:
+            raise ExitPointError("the config names no exits: set exits=['stage', ...]")
+        adapter = get_adapter(config.library)
+        super().__init__(config)
+        module = adapter.build(config) if backbone is None else backbone
+        self._assemble(adapter, module, adopted=backbone is not None)
+
+    def _assemble(self, adapter: BackboneAdapter, backbone: nn.Module, adopted: bool) -> None:
+        config = self.config
+        names = list(config.exits or [])
+        modules = dict(backbone.named_modules())
+        for name in names:
+            path, _ = parse_exit(name)
+            if path not in modules:
+                raise ExitPointError(f"{type(backbone).__name__} has no stage {name!r}{nearest(path, modules)}")
+        if config.exit_features:
+            specs = [FeatureSpec.from_dict(values) for values in config.exit_features]
+        else:
+            specs = [adapter.declared_spec(backbone, name) for name in names]
+            right = [name for name in modules if name in names]
+            if names != right:
+                raise ExitPointError(f"exits must run from shallow to deep: got {names}, the order is {right}")
+            config.exit_features = [spec.to_dict() for spec in specs]
+        self._adapter = adapter
+        self.backbone = backbone
+        self.heads = nn.ModuleList(
+            create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {})) for spec in specs
+        )
+        self.policy = policy_for(config.problem_type, str(config.policy), **(config.policy_kwargs or {}))
+        self._regression = config.problem_type == REGRESSION
+        self.calibrator: Calibrator | None = None
+        if config.calibrator is not None:
+            self.calibrator = create_calibrator(config.calibrator, **(config.calibrator_kwargs or {}))
+            self.calibrator.check_exits(config.num_exits)
+        self._backbone_frozen = False
+        self._costs = {}
+        self._steps = StepCache()
+        self._exits = names
+        self._taps: list[ExitTap] = []
+        self._followers: list[Any] = []
+        self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
+        if _hooks_would_be_skipped(backbone, names) or adapter.steps(backbone, names, checkpointed=False) is None:
+            self._taps = tap_exits(backbone, names)
+            self._followers = adapter.follow(backbone, names)
+        on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
+        if on_meta and not adopted:
+            self._check_is_as_large_as_its_file()
+        if not adopted:
+            for name, spec in zip(names, specs, strict=True):
+                adapter.check_spec(backbone, name, spec)
+        weight = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+        if adopted and weight is not None and not on_meta:
+            self.heads.to(weight.device, weight.dtype)
+            self.policy.to(weight.device)
+            if self.calibrator is not None:
+                self.calibrator.to(weight.device)
+        if self._regression:
+            fitted.check_policy(self, self.policy)
+        fitted.watch_features(self)
+        self._keep_weights(on_meta, adopted)
+        recomputed = recomputing(backbone)
+        self.supports_gradient_checkpointing = adapter.set_gradient_checkpointing(backbone, False)
+        if recomputed:
+            adapter.set_gradient_checkpointing(backbone, True)  # in the form that exits need
+            for module, flag in recomputing(backbone):
+                setattr(module, flag, (module, flag) in recomputed)
+        self._find_shared_weights()
+        self.post_init()
+        # The backbone keeps its modes, layer by layer: somebody may have put some of them in eval mode.
+        self.training = backbone.training
+        self.heads.train(self.training)
+        self.policy.train(self.training)
+
+    # What the model is
+
+    @property
+    def exit_names(self) -> list[str]:
+        """Names of all exits, shallow to deep; the last is the backbone's own classifier."""
+        return [*(self.config.exits or []), CLASSIFIER]
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the backbone's own classifier included."""
+        return self.config.num_exits
+
+    @property
+    def threshold(self) -> float | list[float]:
+        """The stored threshold: one number, or one per early exit. Setting it checks it."""
+        return self.config.threshold  # type: ignore[return-value]
+
+    @threshold.setter
+    def threshold(self, value: float | Sequence[float]) -> None:
+        self._thresholds(value)
+        self.config.threshold = plain_threshold(value)
+        self.config.threshold_profile = None  # how an earlier one was chosen
+
+    def _thresholds(self, threshold: float | Sequence[float]) -> list[float]:
+        policy: Any = self._modules["policy"]
+        several = isinstance(threshold, list)  # [0.5] is not 0.5
+        key = (policy, several, *(threshold if several else [threshold]))  # type: ignore[misc]
+        kept, types = self._checked, [*map(type, key)]
+        if kept is not None and kept[1] == types and kept[0] == key:  # a call may take less than a millisecond
+            return kept[2]
+        if self._regression:  # model.policy may have been set by hand
+            check_answers(REGRESSION, policy)
+        thresholds = policy.check_threshold(threshold, len(self.heads))
+        if self.config.task == "causal_lm":
+            check_nobody_leaves(policy, thresholds)
+        if set(types[2:]) <= {int, float}:
+            self._checked = (key, types, thresholds)
+        return thresholds
+
+    def set_calibrator(self, calibrator: Calibrator | None) -> None:
+        """Stores a fitted calibrator with the model, or takes it off; routed logits are calibrated from then on.
+
+        A stored threshold speaks of the probabilities before: choose it anew on calibrated records.
+
+        Raises:
+            InputTypeError: Not a calibrator of the table.
+            ShapeError: Fitted for another number of exits.
+        """
+        fitted.set_calibrator(self, calibrator)
+
+    def set_policy(self, policy: ExitPolicy, threshold: float | Sequence[float] | None = None) -> None:
+        """Replaces the policy, by a fitted one for example, and its threshold.
+
+        Args:
+            policy: Of the table.
+            threshold: One number, or one per early exit; None takes the policy's default.
+
+        Raises:
+            InputTypeError: Not a policy.
+            UnknownNameError: A class that is not in the table, which no checkpoint could name.
+            ThresholdError: A threshold that the policy does not take.
+        """
+        fitted.set_policy(self, policy, threshold)
+
+    def truncate(self, exit: int | str) -> TruncatedModel:
+        """Returns the static network up to an exit, given by index or name, as a model of its own.
+
+        See :class:`~erde_hub.TruncatedModel`: it is saved, loaded, exported and compiled like any model.
+
+        Raises:
+            ExitPointError: No such exit.
+        """
+        return truncate(self, exit)
+
+    def compile_stages(self, **options: Any) -> None:
+        """Compiles what lies between the exits, for inference; see :mod:`erde_hub.engine.compilation`.
+
+        Answers stay what they are, to the accuracy of the compiler's arithmetic. Parts are compiled when they first
+        run. Checkpoints, pickles, copies and training know nothing of it.
+
+        Args:
+            **options: Keyword arguments of ``torch.compile``, such as ``backend`` and ``mode``.
+
+        Raises:
+            ExitPointError: A backbone without a staged forward, whose parts cannot be told apart.
+        """
+        if self._taps:
+            raise ExitPointError(no_stages(self.backbone))
+        self._steps = CompiledSteps(options)
+
+    # Training
+
+    def freeze_backbone(self) -> None:
+        """Trains the heads alone: no gradients in the backbone, and its layers stay in eval mode under ``train()``."""
+        self.backbone.requires_grad_(False)
+        self._backbone_frozen = True
+        self.backbone.eval()
+
+    def train(self, mode: bool = True) -> EarlyExitWrapper:
+        """Sets the mode of everything but a frozen backbone, whose batch-norm statistics would move."""
+        super().train(mode)
+        if getattr(self, "_backbone_frozen", False):
+            self.backbone.eval()
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
+        self._adapter.set_gradient_checkpointing(self.backbone, enable)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the backbone recomputes activations in the backward pass."""
+        return is_recomputing(self.backbone)
+
+    # The forward pass
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        threshold: float | Sequence[float] | None = None,
+        output_all_exits: bool = False,
+        return_dict: bool | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> EarlyExitOutput | tuple[Any, ...]:
+        """Routes in eval mode; runs every exit in train mode and with ``output_all_exits``.
+
+        Args:
+            pixel_values: (N, C, H, W) float, preprocessed; for image models.
+            labels: (N,) int64 class indices, for language models (N, L) token ids, for a regression (N, D) floats; with
+                them ``loss`` is set.
+            threshold: For this call only: one number, or one per early exit.
+            output_all_exits: No routing: every exit, in eval mode too.
+            return_dict: False returns a tuple of what is set.
+            input_ids: (N, L) integers from the tokenizer; for text models.
+            attention_mask: (N, L), 0 where a text is padded.
+            token_type_ids: (N, L), for backbones that take them.
+            position_ids: (N, L) or (1, L), for backbones that take them.
+            inputs_embeds: (N, L, C), instead of ``input_ids``.
+            **kwargs: Passed on to the backbone's own forward, where it is not staged.
+
+        Raises:
+            ShapeError: Inputs or labels of the wrong shape.
+            InputTypeError: Inputs or labels of the wrong type, or that the backbone does not take.
+            LabelError: Labels outside the classes.
+            ThresholdError: A threshold that the policy does not take, or one where every exit runs.
+            ExitNotReachedError: An exit did not fire.
+        """
+        texts = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        inputs = self._inputs(pixel_values, texts, kwargs)
+        if labels is not None:
+            labels = self._labels(labels, inputs)
+        try:
+            if self.training or output_all_exits:
+                if threshold is not None:
+                    raise ThresholdError(
+                        f"threshold={threshold!r} has no effect where every exit runs: call model.eval() and leave"
+                        " output_all_exits out to route"
+                    )
+                output = run_all(self, inputs, labels)
+            else:
+                thresholds = self._thresholds(self.threshold if threshold is None else threshold)
+                output = route(self, inputs, thresholds)
+        except (ErdeError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            typed = explain_failure(error, inputs, self.config.input_size or (), self.dtype)
+            if typed is error:
+                raise
+            raise typed from error
+        if labels is not None and output.loss is None and output.logits is not None:
+            output.loss = self._loss_of(output.logits, labels)
+        if return_dict is None:
+            return_dict = read_field(self.config, "return_dict")
+        return output if return_dict else output.to_tuple()
+
+    def _calibration(self) -> fitted.LiveCalibration | None:
+        return None if self.calibrator is None else fitted.LiveCalibration(self.calibrator)
+
+    def _token_mask(self, inputs: ModelInputs) -> Tensor | None:
+        """The tokens that heads pool, where they pool a padded sequence."""
+        if self.main_input_name != "input_ids":
+            return None
+        mask = self._adapter.token_mask(self.backbone, inputs.kwargs)
+        if mask is not None and mask.ndim != 2:
+            raise ShapeError(f"heads pool tokens by an attention_mask of shape (N, L), got {tuple(mask.shape)}")
+        return mask
+
+    def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+        heads: Any = self.heads
+        return list(zip(self.exit_names, [*heads, None], strict=True))
+
+    def _check_config_builds_it(self) -> None:
+        check_config_builds(self, self._adapter)
+
+    def _drive(self, checkpointed: bool) -> Drive:
+        if self._taps:
+            return self._adapter.drive(self.backbone, self._taps, self._followers)
+        backbone: Any = self._modules["backbone"]
+        backbone = backbone._modules.get("_orig_mod", backbone)  # what torch.compile wraps
+        if checkpointed:
+            steps = self._adapter.steps(backbone, self._exits, checkpointed)
+        else:
+            steps = self._steps.get(self._adapter, backbone, self._exits)
+        if steps is None:
+            raise ExitPointError(
+                f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"
+            )
+        return StagedDrive(steps)
+
+
+def _hooks_would_be_skipped(backbone: nn.Module, names: Sequence[str]) -> bool:
+    """Whether somebody's hooks sit on modules that a staged forward takes apart instead of calling them."""
+    paths = {parse_exit(name)[0] for name in names}
+    ancestors = {path.rpartition(".")[0] for path in paths if "." in path}
+    taken_apart = [backbone, *(backbone.get_submodule(path) for path in ancestors)]
+    return any(module._forward_hooks or module._forward_pre_hooks for module in taken_apart)

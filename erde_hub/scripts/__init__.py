@@ -1,0 +1,1 @@
+"""What a person runs: one readable file per command, and what they share."""

@@ -1,0 +1,164 @@
+"""What a run says on the terminal, and what it is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as hf_logging
+
+from erde_hub.backbones import get_adapter
+from erde_hub.backbones.base import format_table
+from erde_hub.calibration.choice import describe_bound
+from erde_hub.data.base import LabelledData
+from erde_hub.data.preprocessing import SMALL_IMAGE_PIXELS
+from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
+from erde_hub.losses import ExitLoss
+from erde_hub.modeling.wrapper import EarlyExitWrapper
+from erde_hub.training._checks import describe_exit_map
+from erde_hub.training.arguments import DistillationArguments
+
+
+def run_name(config: str, default_config: Path, data: LabelledData) -> str:
+    """Returns what a run is called: by its configuration, or by its data where only these differ from the default's."""
+    own = Path(data.name).name
+    return own if config == default_config.stem and own else config
+
+
+def settings_dict(config: str, *parts: Any) -> dict[str, Any]:
+    """Returns everything that a recipe was told, as one flat mapping for ``results.json``."""
+    settings: dict[str, Any] = {"config": config}
+    for part in parts:
+        values = part.public_dict() if isinstance(part, DistillationArguments) else dataclasses.asdict(part)
+        settings |= {key: value for key, value in values.items() if key != "cache_dir"}
+    return settings
+
+
+def format_results(results: Mapping[str, Any]) -> str:
+    """Formats the numbers of a run for the terminal: exits, operating points, networks."""
+    per_exit, names = results["per_exit"], [row["exit"] for row in results["per_exit"]]
+    full = per_exit[-1]
+    networks = [("(teacher)", results.get("teacher")), ("(static student)", results.get("static_student"))]
+    rows = [
+        (name, percent(part["accuracy"]), mmacs(part["macs"]), f"{part['macs'] / full['macs']:.0%}")
+        for name, part in [*((row["exit"], row) for row in per_exit), *networks]
+        if part is not None
+    ]
+    tables = [format_table(("always leave at", "accuracy %", "MMACs", "cost"), rows)]
+    point = results.get("operating_point")
+    if len(per_exit) > 1:
+        points = with_point(results["sweep"], point)
+        policy, among = results["student"].get("policy"), thresholds_of(results)
+        tables.append(
+            format_table(
+                ("threshold", "accuracy %", "mean MMACs", "cost", f"leave at {' / '.join(names)} (%)"),
+                [
+                    (
+                        threshold_label(row["threshold"], policy, among) + " *" * stored,
+                        percent(row["accuracy"]),
+                        mmacs(row["mean_macs"]),
+                        f"{row['mean_macs'] / full['macs']:.0%}",
+                        " / ".join(f"{100 * share:.0f}" for share in row["exit_share"]),
+                    )
+                    for row, stored in points
+                ],
+            )
+        )
+        how = results.get("threshold_choice", {})
+        if point is not None and how.get("never_exits"):
+            tables.append(f"* stored threshold. {how['advice']}")
+        elif point is not None and how.get("split"):
+            tables.append(f"* stored threshold, chosen on {how['samples']:,} {how['split']} samples{_promise(how)}")
+            if how.get("advice"):
+                tables.append(how["advice"])
+        elif point is not None:
+            tables.append("* stored threshold")
+    tables += [f"Warning: {text}" for text in results.get("warnings", [])]
+    times = results.get("training") or {}
+    if times.get("run_seconds") is not None:
+        whole, own = duration(times["run_seconds"]), duration(times["seconds"])
+        tables.append(f"time: {whole} in all, {own} of it the training of this network")
+    return "\n\n".join(tables)
+
+
+def _promise(how: Mapping[str, Any]) -> str:
+    """What the choice of a threshold promises, in words; empty where it promises nothing."""
+    sure, bound = how.get("confidence"), how.get("bound", 0.01)
+    if sure is None or how.get("target", "accuracy_drop") != "accuracy_drop":
+        return ""
+    points = describe_bound("accuracy_drop", bound)
+    return f" to lose at most {points} of accuracy with {100 * sure:.0f} % confidence"
+
+
+def how_to_load(folder: Path) -> str:
+    """Says where the files are and gives the lines of Python that load the checkpoint."""
+    lines = [
+        "from erde_hub import EarlyExitWrapper",
+        f'model = EarlyExitWrapper.from_pretrained("{folder}")',
+        'out = model(model.image_processor()(images, return_tensors="pt")["pixel_values"])',
+    ]
+    if (folder / "tokenizer_config.json").is_file():
+        lines[0] += "; from transformers import AutoTokenizer"
+        lines.insert(2, f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
+        lines[3] = 'out = model(**tokenizer(texts, padding=True, return_tensors="pt"))'
+    code = "\n".join(f"    {line}" for line in lines)
+    return f"checkpoint, model card and picture: {folder}\n\n{code}  # out.logits, out.exit_index"
+
+
+def describe_network(
+    role: str, model: EarlyExitWrapper, loss: ExitLoss | None = None, teacher: EarlyExitWrapper | None = None
+) -> str:
+    """Says what is about to be trained, in a line each: network, why its exits sit there, which exits teach which.
+
+    Args:
+        role: "student" or "teacher".
+        model: The network; a line is added where it is none for such images.
+        loss: What a student learns from.
+        teacher: Whom it learns from.
+    """
+    config, table = model.config, model.exit_table()
+    kwargs = "".join(f", {key}={value}" for key, value in get_adapter(config.library).notable_arguments(config).items())
+    costs = ", ".join(f"{row.exit} {mmacs(row.cumulative_macs)}" for row in table)
+    text = f"{role}: {config.architecture}{kwargs}; MMACs up to each exit: {costs}"
+    if model.exits_reason is not None:
+        text += f"\nexits of the {role}: {model.exits_reason}"
+    if loss is not None and teacher is not None:
+        pairs = loss.teacher_exit_map(len(model.exit_names), len(teacher.exit_names))
+        text += f"\nexit of the {role} <- exit of the teacher: {describe_exit_map(model, teacher, pairs)}"
+    height, width = (config.input_size or (3, 32, 32))[1:] if model.main_input_name == "pixel_values" else (1, 1)
+    if str(config.architecture).endswith("_cifar") and height * width > SMALL_IMAGE_PIXELS:
+        text += (
+            f"\n{role}: {config.architecture} is made for images of about 32x32 and costly at {height}x{width};"
+            f" --{role}_architecture resnet18, say, or a smaller --image_size would suit these"
+        )
+    return text
+
+
+def describe_data(data: LabelledData, trained: str | None = None) -> str:
+    """One line that says what the data are.
+
+    Args:
+        data: All three splits.
+        trained: The model whose run says which data these are; None where the user named them.
+    """
+    shape = data.input_size
+    size = f"up to {shape[0]} tokens" if data.kind == "text" else f"{shape[1]}x{shape[2]}"
+    counts = {name: getattr(data, name).num_samples for name in ("train", "validation", "test")}
+    known = None not in counts.values()
+    sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items()) if known else "streamed"
+    origin = "" if trained is None else f" (what {trained} was trained on)"
+    return f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes{origin}"
+
+
+def configure_logging(main_process: bool) -> None:
+    """Shows the library's own messages, one line each, and quiets what talks beside them."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    hf_logging.disable_progress_bar()  # of writing weights: over before it can be read
+    own = logging.getLogger("erde_hub")
+    own.handlers[:], own.propagate = [handler], False
+    own.setLevel(logging.WARNING if main_process else logging.ERROR)

@@ -1,0 +1,128 @@
+"""What a trained model leaves behind: its threshold, its checkpoint, and everything that describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from erde_hub._files import write_text
+from erde_hub.evaluation import (
+    build_results,
+    plot_frontier,
+    save_results,
+    write_sweep_csv,
+)
+from erde_hub.hub import render_model_card
+from erde_hub.losses import ExitLoss
+from erde_hub.modeling.wrapper import EarlyExitWrapper
+from erde_hub.training._launch import run_on_main
+from erde_hub.training.arguments import DistillationArguments
+from erde_hub.training.distiller import TrainResult
+
+from .arguments import ExitArguments
+from .default_threshold import store_default_threshold
+from .encoders import published_base
+from .run_data import SPLIT_FILE, save_trained_on
+from .steps import Run, collect
+
+
+def report(
+    run: Run,
+    folder: Path,
+    model: EarlyExitWrapper,
+    exits: ExitArguments,
+    loss: tuple[str, ExitLoss],
+    result: TrainResult,
+    *,
+    teacher: EarlyExitWrapper | None = None,
+    static: Mapping[str, Any] | None = None,
+    args: DistillationArguments | None = None,
+) -> dict[str, Any]:
+    """Measures a trained model, stores its threshold, and writes the checkpoint and everything that describes it.
+
+    Threshold and prediction sets are fitted on validation, everything that is reported comes from test.
+    ``results.json`` is written last, so that a report that was cut off is made again.
+
+    Args:
+        run: Data, arguments, processes.
+        folder: Where the files go.
+        model: The trained model.
+        exits: The threshold that the user asked for, if any.
+        loss: Its key and the object.
+        result: Of the training.
+        teacher: Measured on the same test samples.
+        static: Part ``static_student`` of the results, see :func:`train_static_student`.
+        args: Training arguments of this model; those of the run if None.
+
+    Raises:
+        CheckpointWriteError: A file cannot be written.
+    """
+    args = args or run.args
+    choice: dict[str, Any] = {"rule": "given by the user"}
+    held_out = collect(run, model, "validation")
+    if exits.threshold is None:
+        choice = store_default_threshold(model, held_out)
+    records = collect(run, model, "test")
+    teacher_records = None if teacher is None else collect(run, teacher, "test")
+
+    def write() -> dict[str, Any]:
+        results = build_results(
+            records,
+            model,
+            run.data,
+            run.settings,
+            held_out=held_out,
+            teacher=teacher,
+            teacher_records=teacher_records,
+            teacher_exits=result.teacher_exits,
+            loss={"name": loss[0], **loss[1].settings(), **loss[1].added()},
+            training=_training_facts(result, args, run.accelerator) | {"run_seconds": run.seconds},
+        )
+        results["threshold_choice"] = choice
+        base = published_base(model)
+        if base is not None:
+            results["student"]["base_model"] = base
+        if static is not None:
+            results["static_student"] = dict(static)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        run.data.save_preprocessing(folder)
+        if run.data.plan is not None:
+            run.data.save_split(folder / SPLIT_FILE)
+        save_trained_on(run.data, folder)
+        write_report(results, folder)
+        return results
+
+    return run_on_main(run.accelerator, write)
+
+
+def write_report(results: Mapping[str, Any], folder: Path, card: bool = True) -> None:
+    """Writes sweep.csv, frontier.png, README.md (the model card) and, last, results.json.
+
+    Raises:
+        CheckpointWriteError: A file cannot be written.
+    """
+    rows = [*results["sweep"], *results.get("fine_sweep", [])]
+    write_sweep_csv(rows, folder / "sweep.csv", [row["exit"] for row in results["per_exit"]])
+    plot_frontier(results, folder / "frontier.png")
+    if card:
+        write_text(folder / "README.md", render_model_card(results))
+    save_results(results, folder / "results.json")
+
+
+def _training_facts(result: TrainResult, args: DistillationArguments, accelerator: Accelerator) -> dict[str, Any]:
+    last: Sequence[dict[str, Any]] = result.history[-1:]
+    return {
+        "epochs": last[0]["epoch"] if last else None,
+        "steps": result.step,
+        "batch_size": args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "device": accelerator.device.type,
+        "cpu_threads": torch.get_num_threads(),
+        "seconds": result.seconds,
+    }
