@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from erde_hub._progress import passing_bar
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError, DataError, unknown_name
 from erde_hub.losses import EGADLoss
 from erde_hub.scripts.common.arguments import loss_arguments_class, plain_weights
-from erde_hub.training._progress import passing_bar
 
 SPLITS = ("train", "validation", "test")
 

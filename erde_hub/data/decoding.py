@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from erde_hub._files import set_default_mode
+from erde_hub._progress import passing_bar
 from erde_hub.errors import DataError
-from erde_hub.training._progress import passing_bar
 
 from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from erde_hub._cores import available_cores
+from erde_hub._progress import passing_bar
 from erde_hub.errors import unknown_name
-from erde_hub.training._launch import available_cores
-from erde_hub.training._progress import passing_bar
 
 from .decoding import EncodedImages, header_size, spread
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from erde_hub._progress import passing_bar
 from erde_hub.errors import ConfigError, DataError, InputTypeError
-from erde_hub.training._progress import passing_bar
 
 from .base import LabelledData, check_limits
 from .columns import find_text_columns, open_tables, read_labels

@@ -33,6 +33,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 from torch import nn
 
+from erde_hub._cores import available_cores
 from erde_hub.errors import ConfigError, LaunchError
 
 from .arguments import DistillationArguments
@@ -127,16 +128,6 @@ def set_cpu_threads(threads: int) -> int:
 
 def _on_cpu(env: Mapping[str, str]) -> bool:
     return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "t", "y")
-
-
-def available_cores() -> int:
-    """Returns how many cores this process may use: its affinity mask, and a container's CPU quota if there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores
 
 
 def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -32,21 +32,6 @@ def progress_bar(distiller: Distiller) -> tqdm[Any]:
         maxinterval=10.0 if terminal else 60.0,
         disable=not (distiller.args.progress_bar and distiller.accelerator.is_main_process),
     )
-
-
-def passing_bar(
-    over: Iterable[Any] | None, title: str, total: int | None = None, *, shown: bool = True, **options: Any
-) -> tqdm[Any]:
-    """Returns a bar that is gone when it is done; into a log file, which takes nothing back, it writes nothing.
-
-    Args:
-        over: What it runs over; None where the caller moves it.
-        title: What is being done.
-        total: How many there are; None where ``over`` knows.
-        shown: False for no bar.
-        **options: Of tqdm.
-    """
-    return tqdm(over, title, total, disable=not (shown and sys.stderr.isatty()), leave=False, **options)
 
 
 def show(bar: tqdm[Any], title: str, values: Mapping[str, Any]) -> None:

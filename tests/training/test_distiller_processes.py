@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from distiller_fakes import assert_same, weights
 from distiller_process import one_step, train
 
+from erde_hub._cores import available_cores
 from erde_hub.errors import LaunchError
 from erde_hub.training import _launch
 
@@ -212,7 +213,7 @@ def test_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert _launch.set_cpu_threads(0) == 1, "what the user told the launcher stays"
     monkeypatch.undo()
-    assert 1 <= _launch.available_cores() <= (os.cpu_count() or 1)
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
 def test_a_launcher_that_dies_is_noticed(monkeypatch):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from erde_hub._progress import passing_bar
 from erde_hub.training import _progress
 
 VALUES = {
@@ -60,10 +61,10 @@ def test_what_a_passing_bar_leaves_behind(monkeypatch, terminal):
     seen = io.StringIO()
     seen.isatty = lambda: terminal
     monkeypatch.setattr("sys.stderr", seen)
-    assert list(_progress.passing_bar(range(3), "hashing images")) == [0, 1, 2]
+    assert list(passing_bar(range(3), "hashing images")) == [0, 1, 2]
     written = seen.getvalue()
     assert ("hashing images" in written) == terminal
     assert written.split("\r")[-2:] == (["".ljust(len(written.split("\r")[-2])), ""] if terminal else [""])
-    with _progress.passing_bar(None, "checking images", 3, shown=False) as bar:
+    with passing_bar(None, "checking images", 3, shown=False) as bar:
         bar.update(3)
     assert seen.getvalue() == written
