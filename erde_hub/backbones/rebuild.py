@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erde_hub.cost import copy_around
 from erde_hub.errors import RebuildError
+
+from .tracing import copy_around
 
 
 @torch.no_grad()
