@@ -84,6 +84,8 @@ class EarlyExitConfig(PreTrainedConfig):
         exits: Names of the modules behind which an early exit sits, shallow to deep.
         exit_features: What each early exit reads: ``{"width", "format", "size"}``. Written when a living model is
             wrapped; optional for families whose ``feature_info`` says it.
+        exit_hooks: The exits sit on forward hooks although the order of the stages is known for this kind of network:
+            run one by one, they gave another answer than its own forward when it was wrapped.
         head: Key of the heads table.
         head_kwargs: Arguments of the head.
         policy: Key of the policies table; None is ``entropy``, and ``never`` for a regression.
@@ -116,6 +118,7 @@ class EarlyExitConfig(PreTrainedConfig):
     task: str = "classification"
     exits: list[str] | tuple[str, ...] | None = None
     exit_features: list[dict[str, Any]] | None = None
+    exit_hooks: bool = False
     head: str = "fc"
     head_kwargs: dict[str, Any] | None = None
     policy: str | None = None

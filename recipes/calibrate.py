@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 import torch
 from _cli import clean_errors, parse_arguments
-from erde_hub.scripts.common.default_threshold import CONFIDENCE
 
 from erde_hub._files import write_text
 from erde_hub.calibration import (
@@ -39,6 +38,7 @@ from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import TrainedDataArguments
+from erde_hub.scripts.common.default_threshold import CONFIDENCE
 from erde_hub.training import DistillationArguments, create_accelerator, run_on_main
 
 

@@ -112,8 +112,13 @@ class BackboneAdapter:
         """Builds the backbone from a config alone; runs nothing."""
         raise NotImplementedError
 
-    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> None:
-        """Raises :class:`~erde_hub.errors.RebuildError` if ``build`` would give another network than ``module``."""
+    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> nn.Module | None:
+        """Raises :class:`~erde_hub.errors.RebuildError` if ``build`` would give another network than ``module``.
+
+        Returns:
+            What was built, with random weights that let every layer show; None where there is nothing to build from.
+        """
+        return None
 
     def candidates(self, module: nn.Module, traced: Trace) -> list[str]:
         """Names of the modules worth offering as exits."""
@@ -379,7 +384,7 @@ def tap_module(module: nn.Module, name: str) -> nn.Module:
     target = module.get_submodule(name)
     while type(target) is nn.Sequential and len(target):
         child = target[len(target) - 1]
-        if sum(1 for m in module.modules() if any(c is child for c in m.children())) > 1:
+        if sum(c is child for m in module.modules() for c in m._modules.values()) > 1:
             break  # used elsewhere too
         target = child
     return target

@@ -78,7 +78,7 @@ class PlainAdapter(BackboneAdapter):
         raise ExitPointError(f"exit {name!r}: an output of shape {shape} is neither a map, tokens nor a vector")
 
     def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
-        """A Sequential is its own staged forward."""
+        """A Sequential is its own staged forward, modules that stand in it twice included."""
         if type(module) is not nn.Sequential:
             return None
-        return staged_steps(module, [name for name, _ in module.named_children()], exits, False)
+        return staged_steps(module, list(module._modules), exits, False)

@@ -1,16 +1,22 @@
-"""Whether a config would build the same network again: compared on random weights, which let every layer show."""
+"""Whether a config builds the same network again, and whether its stages one by one give what its own forward gives.
+
+Compared on random weights, which let every layer show.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from erde_hub.engine.routing import HookDrive, StagedDrive, read_feature
 from erde_hub.errors import RebuildError
+from erde_hub.heads import FeatureSpec
 
+from .base import BackboneAdapter, tap_exits
 from .tracing import copy_around
 
 
@@ -22,7 +28,7 @@ def check_same_network(
     logits: Callable[[Any], Tensor],
     name: str,
     advice: str,
-) -> None:
+) -> nn.Module:
     """Compares the answers of two networks to one random input with the same random weights in both.
 
     Weights of a fresh network hide whole branches behind zeros and tiny layer scales, and what differs inside them
@@ -36,6 +42,9 @@ def check_same_network(
         logits: Reads the logits from an output.
         name: What to call the network in messages.
         advice: What to do about a difference.
+
+    Returns:
+        ``rebuilt``, in eval mode and with the random weights.
 
     Raises:
         RebuildError: Other weights, other shared weights or another answer.
@@ -60,7 +69,7 @@ def check_same_network(
             )
     weight = next(iter(module.parameters()))
     if weight.device.type == "meta":
-        return
+        return rebuilt
     generator = torch.Generator().manual_seed(0)
     x = make_input(generator)
     x = x.to(weight.device, weight.dtype) if x.is_floating_point() else x.to(weight.device)
@@ -69,11 +78,91 @@ def check_same_network(
     theirs = _stored_tensors(rebuilt)
     same = copy_around(module, {id(tensor): theirs[name] for name, tensor in _stored_tensors(module).items()})
     ours, other = logits(same(x)), logits(rebuilt(x))
-    scale = other.abs().max().clamp_min(1e-6)
-    # Another memory format or kernel differs in the last bits; another network differs visibly.
-    tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
-    if ours.shape != other.shape or not torch.allclose(ours / scale, other / scale, 0, tolerance, equal_nan=True):
+    if not _same_values(ours, other):
         raise RebuildError(f"{name} rebuilt from its config gives another output with the same weights{advice}")
+    return rebuilt
+
+
+@torch.no_grad()
+def stages_give_the_same(
+    adapter: BackboneAdapter,
+    module: nn.Module,
+    rebuilt: nn.Module | None,
+    exits: Sequence[str],
+    specs: Sequence[FeatureSpec],
+    inputs: Sequence[Tensor],
+) -> bool:
+    """Tells whether the stages of a backbone, run one by one, give what its own forward gives, at each exit too.
+
+    Args:
+        adapter: Of the backbone.
+        module: The backbone; it is neither run nor written to.
+        rebuilt: The same network with random weights, which is run; None runs a copy of the backbone, with its own
+            weights and with random ones.
+        exits: Names, shallow to deep.
+        specs: What each exit reads.
+        inputs: Example inputs, batch first; of those without values, random ones of their shapes.
+    """
+    if adapter.steps(module, exits, checkpointed=False) is None or any(p.is_meta for p in module.parameters()):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    batch = [(_random_like(x, generator) if x.is_meta else x[:1]).to(weight.device) for x in inputs]
+    network = rebuilt if rebuilt is not None else copy_around(module, {})
+    if not _stages_agree(adapter, network, exits, specs, batch):
+        return False
+    if rebuilt is None:
+        _scatter_weights(network, generator)
+        return _stages_agree(adapter, network, exits, specs, batch)
+    return True
+
+
+class _Features:
+    """A pass that keeps what each exit reads, and lets nobody leave."""
+
+    def __init__(self, specs: Sequence[FeatureSpec]) -> None:
+        self.specs = specs
+        self.seen: list[tuple[int, Tensor]] = []
+
+    def visit(self, exit_index: int, output: Any) -> Any:
+        self.seen.append((exit_index, read_feature(output, self.specs[exit_index].leaf).clone()))
+        return output
+
+
+def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """One input of that shape and type."""
+    shape = (1, *x.shape[1:])
+    if not x.is_floating_point():
+        return torch.zeros(shape, dtype=x.dtype)
+    return torch.randn(shape, generator=generator).to(x.dtype)
+
+
+def _stages_agree(
+    adapter: BackboneAdapter,
+    network: nn.Module,
+    exits: Sequence[str],
+    specs: Sequence[FeatureSpec],
+    batch: Sequence[Tensor],
+) -> bool:
+    own, staged = _Features(specs), _Features(specs)
+    steps = adapter.steps(network, exits, checkpointed=False) or []
+    try:
+        ours = adapter.logits(HookDrive(network, tap_exits(network, exits))(own, tuple(batch), {}))
+        theirs = adapter.logits(StagedDrive(steps)(staged, tuple(batch), {}))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
+        return False
+    if [index for index, _ in own.seen] != [index for index, _ in staged.seen]:
+        return False
+    return all(
+        _same_values(a, b) for (_, a), (_, b) in zip([*own.seen, (0, ours)], [*staged.seen, (0, theirs)], strict=True)
+    )
+
+
+def _same_values(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two outputs differ by rounding at most: another memory format or kernel differs in the last bits."""
+    scale = theirs.abs().max().clamp_min(1e-6)
+    tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
+    return ours.shape == theirs.shape and torch.allclose(ours / scale, theirs / scale, 0, tolerance, equal_nan=True)
 
 
 def check_config_builds(model: Any, adapter: Any) -> None:

@@ -125,14 +125,14 @@ class TimmAdapter(BackboneAdapter):
             raise unknown_name("architecture (timm model)", name, timm.list_models())
         return name
 
-    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> None:
+    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> nn.Module:
         """Rebuilds from the config and compares; see :func:`~erde_hub.backbones.rebuild.check_same_network`.
 
         Raises:
             RebuildError: Other weights or another answer; the message names ``backbone_kwargs``.
         """
         size = (1, *(config.input_size or ()))
-        check_same_network(
+        return check_same_network(
             module,
             self.build(config),
             lambda generator: torch.randn(size, generator=generator),
@@ -417,7 +417,7 @@ def staged_steps(
     def add(name: str, child: nn.Module) -> None:
         inside = any(e.startswith(name + ".") for e in exits)
         if type(child) is nn.Sequential and inside:
-            for part, grandchild in child.named_children():
+            for part, grandchild in child._modules.items():  # a module may stand there twice
                 add(f"{name}.{part}", grandchild)
             if name not in exits:
                 return

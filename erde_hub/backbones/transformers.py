@@ -169,7 +169,7 @@ class TransformersAdapter(BackboneAdapter):
         except (*_UNFIT, StrictDataclassError) as error:
             raise ConfigError(f"backbone_kwargs do not fit {name}: {error}") from error
 
-    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> None:
+    def check_rebuild(self, module: nn.Module, config: EarlyExitConfig) -> nn.Module:
         """Rebuilds from the config and compares; see :func:`~erde_hub.backbones.rebuild.check_same_network`.
 
         Raises:
@@ -183,7 +183,7 @@ class TransformersAdapter(BackboneAdapter):
                 return torch.randint(0, vocabulary, (1, min(size[1], 16)), generator=generator)
             return torch.randn(size, generator=generator)
 
-        check_same_network(
+        return check_same_network(
             module,
             self.build(config),
             make_input,

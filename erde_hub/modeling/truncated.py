@@ -124,7 +124,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
         names = list(self.config.exits or ())
         self._taps: list[ExitTap] = []
-        if names and adapter.steps(backbone, names, checkpointed=False) is None:
+        if names and (self.config.exit_hooks or adapter.steps(backbone, names, checkpointed=False) is None):
             self._taps = tap_exits(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.parameters())
         self._keep_weights(on_meta, adopted)
@@ -332,9 +332,9 @@ def _behind(model: EarlyExitWrapper, index: int) -> list[str]:
 
 
 def _never_started(module: nn.Module, prefix: str, started: set[int], finished: set[int]) -> Iterator[str]:
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # under each of its names
         path = f"{prefix}{name}"
-        if id(child) in finished:
+        if child is None or id(child) in finished:
             continue  # its parts may be used without being called
         listed = isinstance(child, (nn.ModuleList, nn.ModuleDict))  # code walks along these, and calls what is in them
         if listed or any(id(part) in started for part in child.modules()):

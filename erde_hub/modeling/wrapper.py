@@ -12,7 +12,8 @@ from transformers.utils import logging
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
 from erde_hub.backbones.base import parse_exit, tap_exits
-from erde_hub.backbones.rebuild import check_config_builds
+from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
+from erde_hub.backbones.shrink_check import check_shrinks
 from erde_hub.backbones.tracing import trace
 from erde_hub.calibration import Calibrator, create_calibrator
 from erde_hub.config import EarlyExitConfig, read_field
@@ -145,7 +146,12 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             erde_hub_version=__version__,
             **class_names(id2label if id2label is not None else facts.get("id2label"), num_labels, adapter.task(model)),
         )
-        adapter.check_rebuild(model, config)
+        specs = [p.spec for p in points]
+        rebuilt = adapter.check_rebuild(model, config)
+        config.exit_hooks = not stages_give_the_same(adapter, model, rebuilt, names, specs, inputs)
+        del rebuilt  # as large as the model
+        if config.exit_hooks or _hooks_would_be_skipped(model, names):
+            check_shrinks(adapter, model, names, specs, inputs, hooked=True)
         super().__init__(config)
         self.exits_reason = reason if isinstance(exits, (int, str)) else None
         self._assemble(adapter, model, adopted=True)
@@ -195,7 +201,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._taps: list[ExitTap] = []
         self._followers: list[Any] = []
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
-        if _hooks_would_be_skipped(backbone, names) or adapter.steps(backbone, names, checkpointed=False) is None:
+        hooked = config.exit_hooks or _hooks_would_be_skipped(backbone, names)
+        if hooked or adapter.steps(backbone, names, checkpointed=False) is None:
             self._taps = tap_exits(backbone, names)
             self._followers = adapter.follow(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from erde_hub.scripts.common.resuming import check_finished
 
 from erde_hub.data.images import load_image_data
 from erde_hub.errors import CheckpointError, ConfigError
@@ -24,6 +23,7 @@ from erde_hub.scripts.common.arguments import (
     loss_arguments_class,
     teacher_training_arguments,
 )
+from erde_hub.scripts.common.resuming import check_finished
 from erde_hub.training import DistillationArguments
 
 
