@@ -31,7 +31,7 @@ from erde_hub.calibration import (
     get_calibrator,
     list_calibrators,
 )
-from erde_hub.calibration._checks import check_has_threshold, read_costs, read_method, read_milliseconds, read_target
+from erde_hub.calibration.objective import check_has_threshold, read_costs, read_method, read_milliseconds, read_target
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
 from erde_hub.modeling.wrapper import EarlyExitWrapper

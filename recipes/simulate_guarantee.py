@@ -30,11 +30,11 @@ from tqdm.auto import tqdm
 
 from erde_hub import __version__
 from erde_hub.calibration import ThresholdChoice, choose_threshold
-from erde_hub.calibration._search import at_most, best_per_exit
+from erde_hub.calibration.search import at_most, best_per_exit
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
-from erde_hub.policies.offline import exit_indices, score_exits
+from erde_hub.policies.recorded import exit_indices, score_exits
 
 #: Confidence thresholds of earlyon 0.3.0, careful to bold.
 EARLYON_GRID = (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)

@@ -12,14 +12,14 @@ from torch import Tensor
 from erde_hub._arguments import check_flag
 from erde_hub.errors import ConfigError
 from erde_hub.policies import ExitPolicy, as_policy, policy_name
-from erde_hub.policies.offline import exit_indices, score_exits
+from erde_hub.policies.recorded import exit_indices, score_exits
 from erde_hub.records import check_kind
 
-from ._certify import candidate_losses, candidate_sums, certify, certify_sums, reads_sums, supported_bound
-from ._checks import BINARY, BUDGETS, check_records, read_candidates, read_costs, read_method, read_target
-from ._search import Wish, at_most, best_on_grid, best_per_exit, shared_curve, within
-from ._walk import STEPS, find_factors, walk
 from .choice import ThresholdChoice, describe_bound, samples_without_loss
+from .guarantees import candidate_losses, candidate_sums, certify, certify_sums, reads_sums, supported_bound
+from .objective import BINARY, BUDGETS, check_records, read_candidates, read_costs, read_method, read_target
+from .search import Wish, at_most, best_on_grid, best_per_exit, shared_curve, within
+from .threshold_path import STEPS, find_factors, walk
 
 if TYPE_CHECKING:
     from erde_hub.records import ExitRecords

@@ -10,7 +10,7 @@ from torch import Tensor
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError
 from erde_hub.policies import ExitPolicy, as_policy
-from erde_hub.policies.offline import exit_indices
+from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords, check_kind
 
 from .sweep import exit_scores, fine_thresholds

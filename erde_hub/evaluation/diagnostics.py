@@ -15,7 +15,7 @@ import torch
 from erde_hub._files import replacing
 from erde_hub.errors import MissingDependencyError
 from erde_hub.policies import ExitPolicy, as_policy, policy_name
-from erde_hub.policies.offline import exit_indices
+from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords
 
 from .formatting import threshold_label

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub._arguments import check_choice, check_number
-from erde_hub.calibration._certify import supported_bound
 from erde_hub.calibration.choice import check_confidence, describe_bound, describe_confidence
+from erde_hub.calibration.guarantees import supported_bound
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.errors import RecordsError
 from erde_hub.fingerprint import check_fingerprint
 from erde_hub.policies import ExitPolicy, as_policy
-from erde_hub.policies.offline import exit_indices
+from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords, check_kind
 
 from .sweep import exit_scores

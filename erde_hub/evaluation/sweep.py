@@ -25,7 +25,7 @@ from erde_hub.policies import (
     PatiencePolicy,
     as_policy,
 )
-from erde_hub.policies.offline import exit_indices, features_of, score_exits, score_features
+from erde_hub.policies.recorded import exit_indices, features_of, score_exits, score_features
 from erde_hub.records import ExitRecords, check_kind
 
 from .metrics import ECE_BINS, SampleMetrics, sample_metrics

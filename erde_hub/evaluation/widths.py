@@ -12,7 +12,7 @@ from erde_hub._arguments import plain_threshold
 from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.policies import ExitPolicy
 from erde_hub.policies.interval_width import IntervalWidthPolicy
-from erde_hub.policies.offline import exit_indices
+from erde_hub.policies.recorded import exit_indices
 from erde_hub.prediction_sets import interval_metrics
 from erde_hub.records import ExitRecords
 

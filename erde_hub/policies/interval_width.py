@@ -22,7 +22,7 @@ from erde_hub.prediction_sets.intervals import (
 from erde_hub.records import check_held_out, check_kind
 
 from .base import LearnedPolicy
-from .offline import features_of
+from .recorded import features_of
 
 if TYPE_CHECKING:
     from erde_hub.records import ExitRecords

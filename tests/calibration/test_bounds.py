@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from erde_hub.calibration import attainable_confidence, samples_without_loss
-from erde_hub.calibration._bounds import (
+from erde_hub.calibration.guarantees import certify, supported_bound
+from erde_hub.calibration.p_values import (
     AcceptanceRegion,
     betting_p_values,
     betting_p_values_of_counts,
@@ -20,7 +21,6 @@ from erde_hub.calibration._bounds import (
     hoeffding_bentkus_p_values,
     smallest_bound,
 )
-from erde_hub.calibration._certify import certify, supported_bound
 
 mapie = pytest.importorskip("mapie.risk_control.methods")
 fwer = pytest.importorskip("mapie.risk_control.fwer_control")
@@ -82,7 +82,7 @@ def multinomial_mass(pairs, samples, lose, win):
     (0, 0, 30, 0.02, 0.01),
 ])  # fmt: skip
 def test_the_tail_of_a_score_is_the_sum_over_all_counts(lost, won, samples, bound, wins):
-    from erde_hub.calibration._bounds import _tails  # noqa: PLC0415
+    from erde_hub.calibration.p_values import _tails  # noqa: PLC0415
 
     deviation = math.sqrt(max(lost + won, samples * bound) - samples * bound**2)
     score = (lost - won - samples * bound) / deviation
@@ -183,7 +183,7 @@ def test_the_smallest_bound_is_the_inverse():
 
 
 def test_fixed_sequence_is_mapies():
-    from erde_hub.calibration._certify import certify  # noqa: PLC0415
+    from erde_hub.calibration.guarantees import certify  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):

@@ -12,12 +12,12 @@ import torch
 from calibration_fakes import earlyon_thresholds, make_logits, make_records
 
 from erde_hub.calibration import choose_threshold
-from erde_hub.calibration._certify import candidate_losses, candidate_sums, certify
-from erde_hub.calibration._walk import first_steps, step_sums, walk
+from erde_hub.calibration.guarantees import candidate_losses, candidate_sums, certify
+from erde_hub.calibration.threshold_path import first_steps, step_sums, walk
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
-from erde_hub.policies.offline import exit_indices, score_exits
+from erde_hub.policies.recorded import exit_indices, score_exits
 
 BOUND, CONFIDENCE, DRAWS = 0.01, 0.9, 500
 COSTS = torch.tensor([0.3, 0.65, 1.0], dtype=torch.float64)

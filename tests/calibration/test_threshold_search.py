@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erde_hub.calibration import choose_threshold
-from erde_hub.calibration._search import (
+from erde_hub.calibration.search import (
     _pruned_front,
     at_most,
     best_per_exit,
@@ -20,12 +20,12 @@ from erde_hub.calibration._search import (
     shared_curve,
     within,
 )
-from erde_hub.calibration._walk import find_factors, walk
+from erde_hub.calibration.threshold_path import find_factors, walk
 from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import route_records, sweep_thresholds
 from erde_hub.policies import create_policy
-from erde_hub.policies.offline import exit_indices, score_exits
+from erde_hub.policies.recorded import exit_indices, score_exits
 
 
 def evaluate(ranks, losses, costs, levels):

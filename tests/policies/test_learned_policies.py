@@ -26,7 +26,7 @@ from erde_hub.policies.eefp import (
     should_exit,
 )
 from erde_hub.policies.eenet import _end, _Scheduler, head_inputs, share_thresholds
-from erde_hub.policies.offline import exit_indices, score_exits
+from erde_hub.policies.recorded import exit_indices, score_exits
 
 
 def golden(shared, name):

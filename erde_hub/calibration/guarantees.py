@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from erde_hub.policies import ExitPolicy
-from erde_hub.policies.offline import exit_indices
+from erde_hub.policies.recorded import exit_indices
 
-from ._bounds import (
+from .p_values import (
     acceptance_region,
     betting_p_values,
     betting_p_values_of_counts,
@@ -20,7 +20,7 @@ from ._bounds import (
     hoeffding_bentkus_p_values,
     smallest_bound,
 )
-from ._walk import first_steps, step_sums
+from .threshold_path import first_steps, step_sums
 
 
 def certify(
