@@ -30,7 +30,7 @@ def refuse_unknown_flags(script: str) -> None:
     if spec is None or spec.origin is None:
         return
     package = Path(spec.origin).parent
-    training = [package / "training" / name for name in ("arguments.py", "recipe_arguments.py")]
+    training = [package / "training" / "arguments.py", package / "scripts" / "common" / "arguments.py"]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (Path(script), *training)]
     losses = [ast.parse(path.read_text(encoding="utf-8")) for path in (package / "losses").glob("*.py")]
     known = {"help", "config", *_fields(trees), *_arguments(losses)}
