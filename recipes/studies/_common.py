@@ -1,0 +1,138 @@
+"""What the studies share: images in memory, augmentation, checkpoints that survive a kill, result files.
+
+Everything random depends on the seed and the number of the step alone, so a run that was killed continues from its last
+checkpoint with the batches, crops and dropout masks that it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import timm
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+import erde_hub
+
+log = logging.getLogger("study")
+
+# Asked for when the program starts: the checkout may have moved on when it ends.
+_GIT = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+COMMIT = subprocess.run(_GIT, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def start_log(path: Path) -> None:
+    """Logs to the terminal and to a file, with the time of day."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handlers = [logging.StreamHandler(), logging.FileHandler(path)]
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%d %H:%M:%S", handlers=handlers
+    )
+    log.setLevel(logging.INFO)
+
+
+# Files
+
+
+def save(path: Path, state: Any) -> None:
+    """Writes a file that is either complete or not there, also when the process is killed while it writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f"{path.suffix}.tmp")
+    torch.save(state, unfinished)
+    unfinished.replace(path)
+
+
+def load(path: Path) -> Any:
+    """Reads what :func:`save` wrote; None where there is no file yet."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def write_result(path: Path, arguments: dict[str, Any], seconds: float, measured: dict[str, Any]) -> None:
+    """Writes the small JSON of a run: what was asked for, with which versions, what came out."""
+    result = {
+        "arguments": {
+            key: Path(value).name if key in ("dataset", "output") else value for key, value in arguments.items()
+        },
+        "commit": COMMIT,
+        "versions": {
+            "erde_hub": erde_hub.__version__,
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, timm, transformers, datasets)},
+        },
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds),
+        **measured,
+    }
+    unfinished = path.with_suffix(".tmp")
+    rounded = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 6))
+    unfinished.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    log.info("wrote %s", path.name)
+
+
+# Images
+
+
+def load_images(dataset: str, cache: Path, limit: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns (images, labels) of the splits train, validation and test; validation is the last tenth of train.
+
+    Args:
+        dataset: Folder or Hub name of a set like CIFAR: columns ``img`` and ``label`` or ``fine_label``.
+        cache: Folder for the decoded images, so that they are decoded once.
+        limit: Keep this many training images, and a fifth of it in the other splits; for a quick look.
+
+    Shape:
+        images: (N, 3, 32, 32) uint8. labels: (N,) int64.
+    """
+    file = cache / f"{Path(dataset).name}.pt"
+    stored = load(file)
+    if stored is None:
+        stored = {}
+        for split, rows in datasets.load_dataset(dataset).items():
+            rows = rows.with_format("numpy")
+            images = np.stack([row["img"] for row in rows])
+            labels = rows["fine_label" if "fine_label" in rows.column_names else "label"][:]
+            stored[split] = (torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(labels))
+        save(file, stored)
+    (images, labels), test = stored["train"], stored["test"]
+    held_out = len(images) // 10
+    splits = {
+        "train": (images[:-held_out], labels[:-held_out]),
+        "validation": (images[-held_out:], labels[-held_out:]),
+        "test": test,
+    }
+    if limit is not None:
+        sizes = {"train": limit, "validation": limit // 5, "test": limit // 5}
+        splits = {split: (x[: sizes[split]], y[: sizes[split]]) for split, (x, y) in splits.items()}
+    return splits
+
+
+def batch_indices(samples: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Returns the rows of the batch of a step: a new order in every epoch, incomplete batches are dropped."""
+    epoch, batch = divmod(step, samples // batch_size)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+    return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def crop_and_flip(images: Tensor, seed: int, step: int, padding: int = 4) -> Tensor:
+    """Crops out of the zero-padded images at random and flips half of them; (N, 3, H, W) to the same."""
+    samples, _, height, width = images.shape
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+    top, left = torch.randint(0, 2 * padding + 1, (2, samples, 1), generator=generator)
+    columns = left + torch.arange(width)
+    flipped = torch.rand(samples, 1, generator=generator) < 0.5
+    columns = torch.where(flipped, columns.flip(1), columns)
+    rows = top + torch.arange(height)
+    padded = F.pad(images, [padding] * 4)
+    cropped = padded[torch.arange(samples)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return cropped.permute(0, 3, 1, 2)  # indexing put the channels last, which is how convolutions like them

