@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -25,6 +26,8 @@ import erde_hub
 
 log = logging.getLogger("study")
 
+CHECKPOINT_SECONDS = 180.0  # what a kill costs at most
+
 # Asked for when the program starts: the checkout may have moved on when it ends.
 _GIT = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
 COMMIT = subprocess.run(_GIT, capture_output=True, text=True, check=False).stdout.strip() or None
@@ -38,6 +41,16 @@ def start_log(path: Path) -> None:
         level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%d %H:%M:%S", handlers=handlers
     )
     log.setLevel(logging.INFO)
+
+
+def share_cores() -> None:
+    """Computes on the cores that other programs leave free, at least on one: threads that wait for each other are slow.
+
+    Call it once a minute or so; the load average looks back as far.
+    """
+    cores = os.cpu_count() or 1
+    others = os.getloadavg()[0] - torch.get_num_threads()
+    torch.set_num_threads(max(1, min(cores, round(cores - others))))
 
 
 # Files
@@ -69,7 +82,7 @@ def write_result(path: Path, arguments: dict[str, Any], seconds: float, measured
             **{module.__name__: module.__version__ for module in (torch, timm, transformers, datasets)},
         },
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "seconds": round(seconds),
         **measured,
     }
