@@ -1,4 +1,4 @@
-"""What the studies share: images in memory, augmentation, checkpoints that survive a kill, result files.
+"""What the studies share: images in memory, augmentation, a training loop that survives a kill, result files.
 
 Everything random depends on the seed and the number of the step alone, so a run that was killed continues from its last
 checkpoint with the batches, crops and dropout masks that it would have seen.
@@ -11,6 +11,9 @@ import logging
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,17 @@ import numpy as np
 import timm
 import torch
 import transformers
-from torch import Tensor
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import erde_hub
+from erde_hub import EarlyExitWrapper
+from erde_hub.losses import ExitLoss
 
 log = logging.getLogger("study")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKPOINT_SECONDS = 180.0  # what a kill costs at most
 
 # Asked for when the program starts: the checkout may have moved on when it ends.
@@ -81,7 +88,7 @@ def write_result(path: Path, arguments: dict[str, Any], seconds: float, measured
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (torch, timm, transformers, datasets)},
         },
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": DEVICE,
         "cores": os.cpu_count(),
         "seconds": round(seconds),
         **measured,
@@ -149,3 +156,103 @@ def crop_and_flip(images: Tensor, seed: int, step: int, padding: int = 4) -> Ten
     padded = F.pad(images, [padding] * 4)
     cropped = padded[torch.arange(samples)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return cropped.permute(0, 3, 1, 2)  # indexing put the channels last, which is how convolutions like them
+
+
+# Training
+
+
+@dataclass
+class Learner:
+    """A model with what it takes to train it. What is measured in the end is ``average``."""
+
+    model: nn.Module
+    loss: ExitLoss
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    average: ModelEmaV3
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "average": self.average.module,
+        }
+
+
+def exit_logits(model: nn.Module, x: Tensor, bf16: bool = True) -> tuple[Tensor, ...]:
+    """Logits of every exit, of a model without exits just its own; gradients only in train mode."""
+    options = {"output_all_exits": True} if isinstance(model, EarlyExitWrapper) else {}
+    with torch.set_grad_enabled(model.training), torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+        out = model(x, **options)
+    logits = out.exit_logits if options else [getattr(out, "logits", out)]
+    return tuple(one.float() for one in logits)
+
+
+def train(
+    learners: Mapping[str, Learner],
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    steps: int,
+    folder: Path,
+    *,
+    seed: int,
+    teacher: nn.Module | None = None,
+    bf16: bool = True,
+    look: tuple[int, Callable[[nn.Module], str]],
+) -> None:
+    """Trains models side by side on the same batches.
+
+    Every few minutes everything is written to ``folder``; what is there already is not trained again.
+
+    Args:
+        learners: Each trains by itself; a teacher's forward is paid once for all.
+        batch: From the number of a step to (inputs, labels).
+        steps: Number of steps.
+        folder: Of the checkpoint.
+        seed: Of dropout.
+        teacher: Its logits go to the losses that read them.
+        bf16: Compute in bfloat16 where autocast does.
+        look: Every so many steps, what this says about each averaged model is logged.
+    """
+    checkpoint, first = folder / "checkpoint.pt", 0
+    if (state := load(checkpoint)) is not None:
+        first = state["step"]
+        for name, learner in learners.items():
+            for part, value in learner.parts().items():
+                value.load_state_dict(state[name][part])
+        log.info("%s continues at step %d of %d", folder.name, first, steps)
+    for learner in learners.values():
+        learner.model.train()
+    saved = shown = time.perf_counter()
+    shown_step, sums = first, dict.fromkeys(learners, 0.0)
+    for step in range(first, steps):
+        x, y = batch(step)
+        teacher_logits = None if teacher is None else exit_logits(teacher.eval(), x, bf16)
+        for name, learner in learners.items():
+            torch.manual_seed(1_000_003 * seed + step)  # for dropout
+            given = teacher_logits if learner.loss.reads_teacher else None
+            loss = learner.loss(exit_logits(learner.model, x, bf16), given, y).loss
+            loss.backward()
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+            learner.schedule.step()
+            learner.average.update(learner.model, step)
+            sums[name] += loss.item()
+        done, looks = step + 1 == steps, (step + 1) % look[0] == 0
+        if done or looks or time.perf_counter() - shown > 120:
+            count, seconds = step + 1 - shown_step, time.perf_counter() - shown
+            means = ", ".join(f"{name} {total / count:.3f}" for name, total in sums.items())
+            log.info("step %d of %d, %.2f s each, mean loss: %s", step + 1, steps, seconds / count, means)
+            if done or looks:
+                texts = (f"{name} {look[1](learner.average.module.eval())}" for name, learner in learners.items())
+                log.info("validation: %s", ", ".join(texts))
+            share_cores()
+            shown, shown_step, sums = time.perf_counter(), step + 1, dict.fromkeys(learners, 0.0)
+        if done or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            states = {
+                name: {part: value.state_dict() for part, value in learner.parts().items()}
+                for name, learner in learners.items()
+            }
+            save(checkpoint, {"step": step + 1, **states})
+            saved = time.perf_counter()

@@ -21,19 +21,20 @@ from typing import Any
 import timm
 import torch
 from _common import (
-    CHECKPOINT_SECONDS,
+    DEVICE,
+    Learner,
     batch_indices,
     crop_and_flip,
-    load,
+    exit_logits,
     load_images,
     log,
     save,
-    share_cores,
     start_log,
+    train,
     write_result,
 )
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper, keep_freed_memory
 from erde_hub.calibration import choose_threshold
@@ -49,7 +50,6 @@ from erde_hub.evaluation import (
 )
 from erde_hub.losses import ExitLoss, create_addition, create_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXITS = ["layer1", "layer2", "layer3"]
 BATCH_SIZE, LR, WEIGHT_DECAY, EMA_DECAY = 128, 0.2, 5e-4, 0.999
 
@@ -97,15 +97,18 @@ def main() -> None:
 
     teacher = network("resnet18_cifar", 32, num_classes, seed=0)
     teacher_folder = args.output / f"{dataset}_teacher_{args.teacher_epochs}epochs"
-    trained = train({"teacher": teacher}, {"teacher": create_loss("ce")}, None, data, args, teacher_folder,
-                    args.teacher_epochs, seed=0)  # fmt: skip
-    teacher = trained["teacher"]
+    ce = {"teacher": create_loss("ce")}
+    teacher = learn(
+        {"teacher": teacher}, ce, data, teacher_folder, epochs=args.teacher_epochs, seed=0, max_steps=args.max_steps
+    )["teacher"]
 
     losses = build_losses(num_classes)
     losses = {name: losses[name] for name in args.methods or losses}
     students = {name: network(args.student, args.width, num_classes, args.seed) for name in losses}
     started = time.perf_counter()
-    trained = train(students, losses, teacher, data, args, folder, args.epochs, args.seed)
+    trained = learn(
+        students, losses, data, folder, epochs=args.epochs, seed=args.seed, max_steps=args.max_steps, teacher=teacher
+    )
     rows, records_folder = {}, folder / "records"
     records_folder.mkdir(exist_ok=True)
     for name, model in {"teacher": teacher, **trained}.items():
@@ -133,102 +136,40 @@ def normalise(images: Tensor) -> Tensor:
     return (images.to(DEVICE).contiguous(memory_format=torch.channels_last).float() - 120.0) / 64.0
 
 
-def train(
+def learn(
     models: Mapping[str, EarlyExitWrapper],
     losses: Mapping[str, ExitLoss],
-    teacher: EarlyExitWrapper | None,
     data: Mapping[str, tuple[Tensor, Tensor]],
-    args: argparse.Namespace,
     folder: Path,
+    *,
     epochs: int,
     seed: int,
+    max_steps: int | None,
+    teacher: EarlyExitWrapper | None = None,
 ) -> dict[str, EarlyExitWrapper]:
-    """Trains models side by side on the same batches and returns the averages of their weights.
-
-    Every few minutes everything is written to ``folder``; what is there already is not trained again.
-    """
+    """Trains models side by side and returns the averages of their weights."""
     images, labels = data["train"]
     steps_of_epoch = len(images) // BATCH_SIZE
-    steps = min(epochs * steps_of_epoch, args.max_steps or epochs * steps_of_epoch)
-    optimizers = {
-        name: torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
-        for name, model in models.items()
-    }
-    schedules = {
-        name: torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1, cycle_momentum=False)
-        for name, optimizer in optimizers.items()
-    }
-    averages = {name: ModelEmaV3(model, decay=EMA_DECAY, use_warmup=True) for name, model in models.items()}
-    parts = {
-        name: {"model": models[name], "average": averages[name].module, "optimizer": optimizers[name],
-               "schedule": schedules[name]}
-        for name in models
-    }  # fmt: skip
-    checkpoint, first = folder / "checkpoint.pt", 0
-    if (state := load(checkpoint)) is not None:
-        first = state.pop("step")
-        for name, own in parts.items():
-            for part, value in own.items():
-                value.load_state_dict(state[name][part])
-        log.info("%s continues at step %d of %d", folder.name, first, steps)
-    if teacher is not None:
-        teacher.eval()
-    for model in models.values():
-        model.train()
+    steps = min(epochs * steps_of_epoch, max_steps or epochs * steps_of_epoch)
+    learners = {}
+    for name, model in models.items():
+        optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1, cycle_momentum=False)
+        average = ModelEmaV3(model, decay=EMA_DECAY, use_warmup=True)
+        learners[name] = Learner(model, losses[name], optimizer, schedule, average)
 
-    saved = shown = time.perf_counter()
-    shown_step, sums = first, dict.fromkeys(models, 0.0)
-    for step in range(first, steps):
+    def batch(step: int) -> tuple[Tensor, Tensor]:
         rows = batch_indices(len(images), BATCH_SIZE, seed, step)
-        x, y = normalise(crop_and_flip(images[rows], seed, step)), labels[rows].to(DEVICE)
-        teacher_logits = None if teacher is None else forward(teacher, x)
-        for name, model in models.items():
-            torch.manual_seed(1_000_003 * seed + step)  # for dropout
-            loss = losses[name](
-                forward(model, x), teacher_logits if losses[name].reads_teacher else None, y
-            ).loss  # fmt: skip
-            loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            schedules[name].step()
-            averages[name].update(model, step)
-            sums[name] += loss.item()
-        done = step + 1 == steps
-        if (step + 1) % steps_of_epoch == 0 or done or time.perf_counter() - shown > 120:
-            count, seconds = step + 1 - shown_step, time.perf_counter() - shown
-            text = ", ".join(f"{name} {total / count:.3f}" for name, total in sums.items())
-            log.info("step %d of %d, %.2f s each, mean loss: %s", step + 1, steps, seconds / count, text)
-            share_cores()
-            shown, shown_step, sums = time.perf_counter(), step + 1, dict.fromkeys(models, 0.0)
-            if (step + 1) % steps_of_epoch == 0 or done:
-                log.info(
-                    "epoch %d, %% of 1000 validation images: %s", (step + 1) // steps_of_epoch, look(averages, data)
-                )
-        if done or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-            own = {name: {part: value.state_dict() for part, value in mine.items()} for name, mine in parts.items()}
-            save(checkpoint, {"step": step + 1, **own})
-            saved = time.perf_counter()
-    return {name: average.module for name, average in averages.items()}
+        return normalise(crop_and_flip(images[rows], seed, step)), labels[rows].to(DEVICE)
 
+    def look(model: nn.Module) -> str:
+        some_images, some_labels = (part[:1000] for part in data["validation"])
+        logits = exit_logits(model, normalise(some_images))
+        accuracies = [(one.cpu().argmax(1) == some_labels).float().mean() for one in (logits[0], logits[-1])]
+        return " to ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
 
-def forward(model: EarlyExitWrapper, x: Tensor) -> tuple[Tensor, ...]:
-    """Logits of every exit, in bfloat16 where that is faster; gradients only in train mode."""
-    with torch.set_grad_enabled(model.training), torch.autocast(DEVICE, torch.bfloat16):
-        logits = model(x, output_all_exits=True).exit_logits
-    return tuple(exit_logits.float() for exit_logits in logits)
-
-
-def look(averages: Mapping[str, ModelEmaV3], data: Mapping[str, tuple[Tensor, Tensor]]) -> str:
-    """First and last exit on a few validation images, for the log."""
-    images, labels = (part[:1000] for part in data["validation"])
-    texts = []
-    for name, average in averages.items():
-        logits = forward(average.module.eval(), normalise(images))
-        first, last = (
-            100 * (exit_logits.cpu().argmax(1) == labels).float().mean() for exit_logits in logits[:: len(EXITS)]
-        )
-        texts.append(f"{name} {first:.1f} {last:.1f}")
-    return ", ".join(texts)
+    train(learners, batch, steps, folder, seed=seed, teacher=teacher, look=(steps_of_epoch, look))
+    return {name: learner.average.module for name, learner in learners.items()}
 
 
 def collect(model: EarlyExitWrapper, images: Tensor, labels: Tensor) -> ExitRecords:

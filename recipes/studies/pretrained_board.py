@@ -24,19 +24,33 @@ from typing import Any
 
 import timm
 import torch
-from _common import batch_indices, load, load_images, log, save, start_log, write_result
+from _common import (
+    DEVICE,
+    Learner,
+    batch_indices,
+    crop_and_flip,
+    exit_logits,
+    load,
+    load_images,
+    log,
+    save,
+    start_log,
+    train,
+    write_result,
+)
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from erde_hub import EarlyExitWrapper, keep_freed_memory
 from erde_hub.calibration import choose_threshold
-from erde_hub.evaluation import ExitRecords, collect_exit_records, per_exit_metrics, sweep_thresholds
+from erde_hub.evaluation import ExitRecords, per_exit_metrics, sweep_thresholds
 from erde_hub.heads import ExitHead, FeatureSpec, create_head, register_head
+from erde_hub.losses import create_loss
 
 PLACES = [
     f"blocks.{stage}.{block}" for stage, blocks in {2: 2, 3: 3, 4: 3, 5: 4, 6: 1}.items() for block in range(blocks)
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class AvgMaxHead(ExitHead):
@@ -103,10 +117,19 @@ def upscale(images: Tensor, size: int) -> Tensor:
     return large.float() / 127.5 - 1.0
 
 
-def collect(model: nn.Module, images: Tensor, labels: Tensor, size: int, bf16: bool = False) -> ExitRecords:
-    """Runs every exit on the images."""
-    batches = ((upscale(x, size), y) for x, y in zip(images.split(100), labels.split(100), strict=True))
-    return collect_exit_records(model, batches, progress=False, autocast_dtype=torch.bfloat16 if bf16 else None)
+def records_of(
+    model: nn.Module, images: Tensor, labels: Tensor, size: int, names: list[str], macs: list[int]
+) -> ExitRecords:
+    """Runs every exit on the images, in float32; a model without exits has one."""
+    parts = [exit_logits(model, upscale(x, size), bf16=False) for x in images.split(100)]
+    logits = torch.stack([torch.cat(one).cpu() for one in zip(*parts, strict=True)])
+    classes = [str(k) for k in range(logits.shape[2])]
+    return ExitRecords(logits, labels, torch.arange(len(labels)), names, macs, classes)
+
+
+def exit_rows(test: ExitRecords) -> list[dict[str, Any]]:
+    """One row per exit."""
+    return [{key: row[key] for key in ("exit", "accuracy", "macs", "ece", "nll")} for row in per_exit_metrics(test)]
 
 
 def summarize(validation: ExitRecords, test: ExitRecords) -> dict[str, Any]:
@@ -129,8 +152,7 @@ def summarize(validation: ExitRecords, test: ExitRecords) -> dict[str, Any]:
             "validation": {"accuracy": choice.accuracy, "mean_macs": round(choice.mean_macs)},
             "test": {key: row[key] for key in ("accuracy", "mean_macs", "exit_share", "ece")},
         }
-    exits = [{key: row[key] for key in ("exit", "accuracy", "macs", "ece", "nll")} for row in per_exit_metrics(test)]
-    return {"per_exit": exits, "points": points}
+    return {"per_exit": exit_rows(test), "points": points}
 
 
 # Study 1: the backbone stays as it is
@@ -181,8 +203,9 @@ def frozen(args: argparse.Namespace) -> None:
         log.info("%s behind %s: %.1f %% of validation images", kind, place, 100 * table[-1]["validation_accuracy"])
 
     # Which places? Cheapest way to lose at most one point against the best of all heads.
-    head_macs = [(2 * row.width + num_classes) * 512 for row in model.exit_table()[:-1]]
-    macs = [row.macs - own for row, own in zip(model.exit_table(), [*head_macs, 0], strict=True)]
+    table_of_costs = model.exit_table()
+    heads_macs = [head_macs(row.width, num_classes) for row in table_of_costs[:-1]]
+    macs = [row.macs - own for row, own in zip(table_of_costs, [*heads_macs, 0], strict=True)]
     best = max(row["validation_accuracy"] for row in table if row["head"] == "avg_max")
     choices = []
     for number in (1, 2, 3):
@@ -193,7 +216,7 @@ def frozen(args: argparse.Namespace) -> None:
                 labels["validation"],
                 torch.arange(len(labels["validation"])),
                 [*names, "classifier"],
-                [sum(macs[: i + 1]) + sum(head_macs[j] for j in chosen if j <= i) for i in (*chosen, len(PLACES))],
+                [sum(macs[: i + 1]) + sum(heads_macs[j] for j in chosen if j <= i) for i in (*chosen, len(PLACES))],
                 [str(k) for k in range(num_classes)],
             )
             # The deepest early exit keeps everybody: behind it, the frozen layers only make things worse.
@@ -213,7 +236,10 @@ def frozen(args: argparse.Namespace) -> None:
     for place, head in zip(chosen, final.heads, strict=True):
         head.load_state_dict(heads["avg_max", place].state_dict())
     final.to(DEVICE).eval()
-    validation, test = (collect(final, *data[split], args.size) for split in ("validation", "test"))
+    costs = final.exit_table().cumulative_macs
+    validation, test = (
+        records_of(final, *data[split], args.size, final.exit_names, costs) for split in ("validation", "test")
+    )
     measured = {"places": table, "choices": choices[:10], "full_macs": sum(macs), **summarize(validation, test)}
     test.save(folder / "test_records.safetensors")
     write_result(folder / "result.json", vars(args), time.perf_counter() - started, measured)
@@ -270,9 +296,78 @@ def train_head(head: nn.Module, features: Tensor, labels: Tensor, args: argparse
         schedule.step()
 
 
+# Study 2: the whole network learns
+
+
 def finetune(args: argparse.Namespace) -> None:
-    """Not yet."""
-    raise SystemExit("unfinished")
+    """Trains a network with exits, one without, or one cut off at a place, and measures it on test images."""
+    with_exits = args.truncate is None and args.exits != ["none"]
+    kind = f"until_{args.truncate}" if args.truncate else "exits" if with_exits else "plain"
+    folder = (
+        args.output / f"finetune_{Path(args.dataset).name}_{args.size}_{kind}_{args.epochs or 6}epochs_seed{args.seed}"
+    )
+    if (folder / "result.json").exists():
+        raise SystemExit(f"{folder.name} is complete")
+    start_log(folder / "log.txt")
+    started = time.perf_counter()
+    data = load_images(args.dataset, args.output, args.limit)
+    images, labels = data["train"]
+    num_classes = int(labels.max()) + 1
+    torch.manual_seed(args.seed)
+    network = pretrained_network(num_classes)
+    # Built in every case, to tell what exits and network cost.
+    exits = args.exits if with_exits else [args.truncate or PLACES[-1]]
+    wrapper = EarlyExitWrapper(network, exits, head="avg_max", input_size=(3, args.size, args.size))
+    costs = wrapper.exit_table().cumulative_macs
+    model: nn.Module = wrapper
+    if args.truncate:
+        model, costs = wrapper.truncate(args.truncate), costs[:1]
+    elif not with_exits:
+        model, costs = network, [costs[-1] - head_macs(320, num_classes)]
+    bf16 = not args.no_bf16
+    model.to(DEVICE, memory_format=torch.channels_last if bf16 or DEVICE == "cuda" else torch.contiguous_format)
+
+    batch_size = 64
+    steps_of_epoch = len(images) // batch_size
+    steps = min((args.epochs or 6) * steps_of_epoch, args.max_steps or 10**9)
+    groups: list[dict[str, Any]] = [{"params": [], "lr": args.lr}, {"params": [], "lr": 3 * args.lr}]
+    for name, parameter in model.named_parameters():
+        is_new = name.startswith(("head.", "heads.")) or "classifier" in name
+        groups[is_new]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+    learner = Learner(
+        model,
+        create_loss("self" if with_exits else "ce", label_smoothing=0.1),
+        optimizer,
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [group["lr"] for group in groups], total_steps=steps + 1, pct_start=0.2, cycle_momentum=False
+        ),
+        ModelEmaV3(model, decay=0.998, use_warmup=True),
+    )
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        rows = batch_indices(len(images), batch_size, args.seed, step)
+        return upscale(crop_and_flip(images[rows], args.seed, step), args.size), labels[rows].to(DEVICE)
+
+    def look(average: nn.Module) -> str:
+        some_images, some_labels = (part[:1000] for part in data["validation"])
+        parts = [exit_logits(average, upscale(x, args.size), bf16) for x in some_images.split(100)]
+        right = [(torch.cat(one).cpu().argmax(1) == some_labels).float().mean() for one in zip(*parts, strict=True)]
+        return " ".join(f"{100 * accuracy:.1f}" for accuracy in right)
+
+    train({kind: learner}, batch, steps, folder, seed=args.seed, bf16=bf16, look=(steps_of_epoch, look))
+    average = learner.average.module.eval()
+    save(folder / "weights.pt", average.state_dict())
+    names = [*exits, "classifier"] if with_exits else [kind]
+    validation, test = (records_of(average, *data[split], args.size, names, costs) for split in ("validation", "test"))
+    test.save(folder / "test_records.safetensors")
+    measured = summarize(validation, test) if with_exits else {"per_exit": exit_rows(test)}
+    write_result(folder / "result.json", vars(args), time.perf_counter() - started, measured)
+
+
+def head_macs(width: int, num_classes: int) -> int:
+    """Multiply-accumulates of an :class:`AvgMaxHead`."""
+    return (2 * width + num_classes) * 512
 
 
 if __name__ == "__main__":
