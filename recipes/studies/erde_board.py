@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from _common import (
+from _study import (
     DEVICE,
     Learner,
     batch_indices,
