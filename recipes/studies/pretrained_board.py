@@ -44,7 +44,7 @@ from torch.nn import functional as F
 
 from erde_hub import EarlyExitWrapper, keep_freed_memory
 from erde_hub.calibration import choose_threshold
-from erde_hub.evaluation import ExitRecords, per_exit_metrics, sweep_thresholds
+from erde_hub.evaluation import ExitRecords, per_exit_metrics, route_records, sweep_thresholds
 from erde_hub.heads import ExitHead, FeatureSpec, create_head, register_head
 from erde_hub.losses import create_loss
 
@@ -85,7 +85,7 @@ def main() -> None:
                         help="finetune: places of the exits, or none")  # fmt: skip
     parser.add_argument("--truncate", choices=PLACES, help="finetune: train a static network that ends at this place")
     parser.add_argument("--lr", type=float, default=1e-3, help="finetune: highest learning rate, of AdamW")
-    parser.add_argument("--no-bf16", action="store_true", help="compute in float32, without autocast to bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="finetune: autocast to bfloat16, slower on most CPUs")
     parser.add_argument("--max-steps", type=int, help="stop there, for a quick look")
     parser.add_argument("--limit", type=int, help="number of training images, for a quick look")
     args = parser.parse_args()
@@ -142,15 +142,20 @@ def summarize(validation: ExitRecords, test: ExitRecords) -> dict[str, Any]:
     wishes["one point lost"] = {"max_accuracy_drop": 0.01}
     wishes["nothing lost"] = {"max_accuracy_drop": 0.0}
     wishes["one point lost, promised at 90 %"] = {"max_accuracy_drop": 0.01, "confidence": 0.9}
+    last = test.logits[-1].argmax(-1) == test.labels
     points = {}
     for wish, target in wishes.items():
         # A quick look at few images may lack a class; all validation images lack none.
         choice = choose_threshold(validation, per_exit="confidence" not in target, allow_missing_classes=True, **target)
         (row,) = sweep_thresholds(test, [choice.threshold])
+        routed = route_records(test, "entropy", choice.threshold)[1].argmax(-1) == test.labels
         points[wish] = {
             "threshold": choice.threshold,
             "validation": {"accuracy": choice.accuracy, "mean_macs": round(choice.mean_macs)},
             "test": {key: row[key] for key in ("accuracy", "mean_macs", "exit_share", "ece")},
+            # For a paired comparison with everybody at the last exit.
+            "only_routed_right": int((routed & ~last).sum()),
+            "only_last_exit_right": int((last & ~routed).sum()),
         }
     return {"per_exit": exit_rows(test), "points": points}
 
@@ -186,6 +191,9 @@ def frozen(args: argparse.Namespace) -> None:
     model = EarlyExitWrapper(network, exits=PLACES, **shape).float()
     heads = {("avg_max", place): head for place, head in zip(PLACES, model.heads, strict=True)}
     heads["linear", "classifier"] = network.get_classifier()
+    heads["mlp", "classifier"] = create_head(
+        "mlp", FeatureSpec(network.head_hidden_size, "NC"), num_classes, hidden=512
+    )
     for kind, place in itertools.product(("linear", "mlp"), PLACES[1::3]):  # for comparison
         spec = FeatureSpec(features["train"][place].shape[1], "NCHW", (1, 2))
         heads[kind, place] = create_head(kind, spec, num_classes, **({"hidden": 512} if kind == "mlp" else {}))
@@ -324,8 +332,7 @@ def finetune(args: argparse.Namespace) -> None:
         model, costs = wrapper.truncate(args.truncate), costs[:1]
     elif not with_exits:
         model, costs = network, [costs[-1] - head_macs(320, num_classes)]
-    bf16 = not args.no_bf16
-    model.to(DEVICE, memory_format=torch.channels_last if bf16 or DEVICE == "cuda" else torch.contiguous_format)
+    model.to(DEVICE, memory_format=torch.channels_last)
 
     batch_size = 64
     steps_of_epoch = len(images) // batch_size
@@ -351,11 +358,11 @@ def finetune(args: argparse.Namespace) -> None:
 
     def look(average: nn.Module) -> str:
         some_images, some_labels = (part[:1000] for part in data["validation"])
-        parts = [exit_logits(average, upscale(x, args.size), bf16) for x in some_images.split(100)]
+        parts = [exit_logits(average, upscale(x, args.size), args.bf16) for x in some_images.split(100)]
         right = [(torch.cat(one).cpu().argmax(1) == some_labels).float().mean() for one in zip(*parts, strict=True)]
         return " ".join(f"{100 * accuracy:.1f}" for accuracy in right)
 
-    train({kind: learner}, batch, steps, folder, seed=args.seed, bf16=bf16, look=(steps_of_epoch, look))
+    train({kind: learner}, batch, steps, folder, seed=args.seed, bf16=args.bf16, look=(steps_of_epoch, look))
     average = learner.average.module.eval()
     save(folder / "weights.pt", average.state_dict())
     names = [*exits, "classifier"] if with_exits else [kind]
