@@ -16,7 +16,7 @@ from .calibration import get_calibrator
 from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
 from .heads import FeatureSpec, get_head
 from .losses.exit_weights import check_exit_weights, weights_per_exit
-from .policies import check_nobody_leaves, plain_threshold, policy_for
+from .policies import check_no_early_exit, plain_threshold, policy_for
 from .preprocessing import check_preprocessing
 from .tasks import REGRESSION, refuse_regression
 
@@ -232,7 +232,7 @@ class EarlyExitConfig(PreTrainedConfig):
         self.threshold = default if self.threshold is None else plain_threshold(self.threshold)
         thresholds = policy.check_threshold(self.threshold, len(self.exits))
         if self.task == "causal_lm":
-            check_nobody_leaves(policy, thresholds)
+            check_no_early_exit(policy, thresholds)
         if (self.threshold_profile or {}).get("threshold") != self.threshold:
             self.threshold_profile = None  # it speaks of another threshold
 

@@ -226,7 +226,7 @@ def _contestants(
         full: The static networks up to each exit as well.
     """
     model, early = subject.model, len(subject.model.heads)
-    staged = subject.steps() is not None
+    staged = subject.stages() is not None
     everywhere, nowhere = [True] * early, [None] * early
     runs: dict[str, Contestant] = {
         "bare": lambda: model.backbone(x),

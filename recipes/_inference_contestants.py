@@ -21,7 +21,7 @@ from _patterns import coarse_patterns
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
-from erde_hub.engine.routing import StageStep, read_feature
+from erde_hub.engine.routing import Stage, read_feature
 from erde_hub.engine.rows import shrink
 from erde_hub.errors import ConfigError, ErdeError
 from erde_hub.policies import create_policy
@@ -73,11 +73,11 @@ class Subject:
         x = coarse_patterns(batch, self.model.config.input_size or ())
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
-    def steps(self) -> list[StageStep] | None:
+    def stages(self) -> list[Stage] | None:
         """The stages to call by hand; None where the backbone is driven by hooks and has none."""
         if self.model._taps:
             return None
-        return self.model._adapter.steps(self.model.backbone, list(self.model.config.exits or []), False)
+        return self.model._adapter.stages(self.model.backbone, list(self.model.config.exits or []), False)
 
 
 def load_subject(name: str, exits: int) -> Subject:
@@ -192,24 +192,24 @@ def by_hand(subject: Subject, x: Tensor, stays: Sequence[Tensor | None], heads: 
         stays: See :class:`Plan`.
         heads: Whether each exit's head is run.
     """
-    steps, model = subject.steps() or [], subject.model
+    stages, model = subject.stages() or [], subject.model
     own: list[Any] = list(model.heads)
 
     def run() -> Tensor | None:
         h: Any = x
         count = len(x)
-        for step in steps:
-            h = step.run(h)
-            e = step.exit_index
+        for stage in stages:
+            h = stage.run(h)
+            e = stage.exit_index
             if e is None:
                 continue
             if heads[e]:
-                logits = own[e](read_feature(h, own[e].spec.leaf))
+                logits = own[e](read_feature(h, own[e].spec.output_index))
             rows = stays[e]
             if rows is not None:
                 if len(rows) == 0:
                     return logits
-                h = shrink(h, rows, count, own[e].spec.batched)
+                h = shrink(h, rows, count, own[e].spec.batch_outputs)
                 count = len(rows)
         return model._adapter.logits(h)
 

@@ -24,7 +24,7 @@ from policy_fakes import make_policy
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
-from erde_hub.engine.routing import Route
+from erde_hub.engine.routing import Router
 from erde_hub.errors import ExitNotReachedError, ShapeError, ThresholdError
 from erde_hub.policies import ExitPolicy, list_policies
 
@@ -218,7 +218,7 @@ def test_everything_in_the_live_batch_shrinks_and_nothing_else(kind, batch):
     # With 8 samples the table of 8 rows looks like a batch; it must stay whole.
     torch.manual_seed(0)
     model = spread(EarlyExitWrapper(StructureNet(kind), exits=["a", "b"], input_size=(3, 8, 8))).eval()
-    assert model.heads[0].spec.leaf == 0
+    assert model.heads[0].spec.output_index == 0
     x = torch.randn(batch, 3, 8, 8)
     logits = all_logits(model, x)
     thresholds = quantile_thresholds(model, x, 0.4)
@@ -414,8 +414,8 @@ def test_one_sample_is_decided_as_in_a_batch(policy, threshold, beside, monkeypa
 
 def test_nothing_is_copied_where_nobody_leaves():
     model = model_of("plain")
-    visitor = Route(model.heads, model.policy, [1e-30] * 3, 4, torch.device("cpu"))
+    visitor = Router(model.heads, model.policy, [1e-30] * 3, 4, torch.device("cpu"))
     feature = torch.randn(4, 4, 8, 8)
-    assert visitor.visit(0, feature) is feature
-    half = Route(model.heads, model.policy, [100.0] * 3, 4, torch.device("cpu"))
-    assert half.visit(0, feature) is None
+    assert visitor.on_exit(0, feature) is feature
+    half = Router(model.heads, model.policy, [100.0] * 3, 4, torch.device("cpu"))
+    assert half.on_exit(0, feature) is None

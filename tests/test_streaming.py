@@ -15,8 +15,8 @@ from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.calibration import create_calibrator
+from erde_hub.engine.batch_sync import Carried
 from erde_hub.engine.features import last_linears
-from erde_hub.engine.followers import Carried
 from erde_hub.engine.rows import cut_rows, join_rows, shrink
 from erde_hub.errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError, ThresholdError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import ExitTap, HookDrive, StageStep
+from erde_hub.engine.routing import ExitHook, HookRunner, Stage
 from erde_hub.engine.rows import tensors
 from erde_hub.errors import CheckpointError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
@@ -183,19 +183,19 @@ class BackboneAdapter:
             return torch.int64
         return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
-    def follow(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
+    def add_sync_hooks(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
         """Puts hooks into the module that keep what it carries beside its features in step with the batch."""
         return []
 
-    def drive(self, module: nn.Module, taps: Sequence[ExitTap], followers: Sequence[Any]) -> HookDrive:
+    def hook_runner(self, module: nn.Module, exit_hooks: Sequence[ExitHook], sync_hooks: Sequence[Any]) -> HookRunner:
         """Returns the drive for modules whose forward is not staged."""
-        return HookDrive(module, taps, followers)
+        return HookRunner(module, exit_hooks, sync_hooks)
 
     def token_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
         """Returns the mask (N, L) of the tokens that the model's own pooling counts, from its inputs."""
         return None
 
-    def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
+    def stages(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[Stage] | None:
         """Returns the staged forward if this backbone has one that stops at all of ``exits``, else None."""
         return None
 
@@ -342,7 +342,7 @@ def spread_exits(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint],
     return picked, f"{number} of {len(points)} places, nearest to even shares of the computation: {places}"
 
 
-def first_leaf(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor, int | None, tuple[int, ...]]:
+def find_feature(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor, int | None, tuple[int, ...]]:
     """Returns the tensor of a stage's output that a head can read, its position, and those of all batch-first tensors.
 
     Where the output is one tensor, the position is None and there are no others.
@@ -368,15 +368,15 @@ def first_leaf(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor, 
     )
 
 
-def tap_exits(module: nn.Module, exits: Sequence[str]) -> list[ExitTap]:
-    """Puts a tap behind every exit and returns the taps, in the order of ``exits``."""
-    taps = [ExitTap(i, parse_exit(name)[1] or 0) for i, name in enumerate(exits)]
-    for tap, name in zip(taps, exits, strict=True):
-        tap_module(module, parse_exit(name)[0]).register_forward_hook(tap)
-    return taps
+def add_exit_hooks(module: nn.Module, exits: Sequence[str]) -> list[ExitHook]:
+    """Puts a tap behind every exit and returns the exit_hooks, in the order of ``exits``."""
+    exit_hooks = [ExitHook(i, parse_exit(name)[1] or 0) for i, name in enumerate(exits)]
+    for tap, name in zip(exit_hooks, exits, strict=True):
+        hooked_module(module, parse_exit(name)[0]).register_forward_hook(tap)
+    return exit_hooks
 
 
-def tap_module(module: nn.Module, name: str) -> nn.Module:
+def hooked_module(module: nn.Module, name: str) -> nn.Module:
     """Returns the module whose output is that of ``name`` and which activation checkpointing still calls.
 
     timm's checkpointing calls the children of a Sequential and never the Sequential, so its last child is tapped.

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from erde_hub.engine.routing import StageStep
+from erde_hub.engine.routing import Stage
 from erde_hub.errors import CheckpointError, ExitPointError
 from erde_hub.heads import FeatureSpec
 
-from .base import BackboneAdapter, first_leaf
-from .timm import staged_steps
+from .base import BackboneAdapter, find_feature
+from .timm import staged_stages
 from .tracing import StageCall, Trace
 
 if TYPE_CHECKING:
@@ -67,18 +67,18 @@ class PlainAdapter(BackboneAdapter):
         Raises:
             ExitPointError: The output has none of the known numbers of axes.
         """
-        feature, leaf, batched = first_leaf(call.output, traced.batch)
+        feature, leaf, batched = find_feature(call.output, traced.batch)
         shape = tuple(int(s) for s in feature.shape)
         if feature.ndim == 4:
-            return FeatureSpec(shape[1], "NCHW", shape[2:], leaf=leaf, batched=batched)
+            return FeatureSpec(shape[1], "NCHW", shape[2:], output_index=leaf, batch_outputs=batched)
         if feature.ndim == 3:
-            return FeatureSpec(shape[2], "NLC", shape[1:2], leaf=leaf, batched=batched)
+            return FeatureSpec(shape[2], "NLC", shape[1:2], output_index=leaf, batch_outputs=batched)
         if feature.ndim == 2:
-            return FeatureSpec(shape[1], "NC", leaf=leaf, batched=batched)
+            return FeatureSpec(shape[1], "NC", output_index=leaf, batch_outputs=batched)
         raise ExitPointError(f"exit {name!r}: an output of shape {shape} is neither a map, tokens nor a vector")
 
-    def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
+    def stages(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[Stage] | None:
         """A Sequential is its own staged forward, modules that stand in it twice included."""
         if type(module) is not nn.Sequential:
             return None
-        return staged_steps(module, list(module._modules), exits, False)
+        return staged_stages(module, list(module._modules), exits, False)

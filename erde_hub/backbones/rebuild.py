@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import HookDrive, StagedDrive, read_feature
+from erde_hub.engine.routing import HookRunner, StageRunner, read_feature
 from erde_hub.errors import RebuildError
 from erde_hub.heads import FeatureSpec
 
-from .base import BackboneAdapter, tap_exits
+from .base import BackboneAdapter, add_exit_hooks
 from .tracing import copy_around
 
 
@@ -103,7 +103,7 @@ def stages_give_the_same(
         specs: What each exit reads.
         inputs: Example inputs, batch first; of those without values, random ones of their shapes.
     """
-    if adapter.steps(module, exits, checkpointed=False) is None or any(p.is_meta for p in module.parameters()):
+    if adapter.stages(module, exits, checkpointed=False) is None or any(p.is_meta for p in module.parameters()):
         return True
     generator = torch.Generator().manual_seed(0)
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
@@ -124,8 +124,8 @@ class _Features:
         self.specs = specs
         self.seen: list[tuple[int, Tensor]] = []
 
-    def visit(self, exit_index: int, output: Any) -> Any:
-        self.seen.append((exit_index, read_feature(output, self.specs[exit_index].leaf).clone()))
+    def on_exit(self, exit_index: int, output: Any) -> Any:
+        self.seen.append((exit_index, read_feature(output, self.specs[exit_index].output_index).clone()))
         return output
 
 
@@ -145,10 +145,10 @@ def _stages_agree(
     batch: Sequence[Tensor],
 ) -> bool:
     own, staged = _Features(specs), _Features(specs)
-    steps = adapter.steps(network, exits, checkpointed=False) or []
+    stages = adapter.stages(network, exits, checkpointed=False) or []
     try:
-        ours = adapter.logits(HookDrive(network, tap_exits(network, exits))(own, tuple(batch), {}))
-        theirs = adapter.logits(StagedDrive(steps)(staged, tuple(batch), {}))
+        ours = adapter.logits(HookRunner(network, add_exit_hooks(network, exits))(own, tuple(batch), {}))
+        theirs = adapter.logits(StageRunner(stages)(staged, tuple(batch), {}))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
         return False
     if [index for index, _ in own.seen] != [index for index, _ in staged.seen]:

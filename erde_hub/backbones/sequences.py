@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from erde_hub.engine.followers import Follower
+from erde_hub.engine.batch_sync import BatchSyncHook
 from erde_hub.engine.inputs import TEXT_INPUTS
-from erde_hub.engine.routing import HookDrive, Pass, pass_of
+from erde_hub.engine.routing import ExitVisitor, HookRunner, running_visitor
 from erde_hub.engine.rows import map_tensors, select_rows
 
 #: Arguments of layers that have one row per sample, with the number of axes from which on they do: a table of 64
@@ -38,7 +38,7 @@ _PER_SAMPLE = {
 class _BodyDone(BaseException):
     """Ends a pass behind the body of the network, whose batch has shrunk."""
 
-    def __init__(self, visitor: Pass, output: Any) -> None:
+    def __init__(self, visitor: ExitVisitor, output: Any) -> None:
         super().__init__()
         self.visitor = visitor
         self.output = output
@@ -49,22 +49,22 @@ class BodyEnd:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hands the body's output to the drive."""
-        visitor, _ = pass_of(self)
-        if getattr(visitor, "live", None) is not None:
+        visitor, _ = running_visitor(self)
+        if getattr(visitor, "active", None) is not None:
             raise _BodyDone(visitor, output)
 
 
-class SequenceDrive(HookDrive):
+class SequenceRunner(HookRunner):
     """Runs a transformers text model; see the module."""
 
-    def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Runs the model up to its body's end and, where samples have left, the rest for those that stay."""
         try:
             return super().__call__(visitor, inputs, kwargs)
         except _BodyDone as done:
             if done.visitor is not visitor:  # of a pass around this one
                 raise
-            live, batch = visitor.live, visitor.batch  # type: ignore[attr-defined]
+            live, batch = visitor.active, visitor.batch  # type: ignore[attr-defined]
             left = {
                 name: map_tensors(lambda t: _rows(t, live, batch, 2), value) if name in TEXT_INPUTS else value
                 for name, value in kwargs.items()
@@ -73,24 +73,24 @@ class SequenceDrive(HookDrive):
             return _with_body(self.backbone, done.output).forward(*args, **left)
 
 
-def follow(backbone: nn.Module, body: str, exits: Sequence[str]) -> list[Any]:
-    """Puts followers in front of the modules that the loops around the exits call, and one behind the body.
+def add_sync_hooks(backbone: nn.Module, body: str, exits: Sequence[str]) -> list[Any]:
+    """Puts sync_hooks in front of the modules that the loops around the exits call, and one behind the body.
 
     Args:
         backbone: A text model.
         body: Name of the submodule that holds the layers.
         exits: Module names of the exits.
     """
-    followers: list[Any] = [BodyEnd()]
-    backbone.get_submodule(body).register_forward_hook(followers[0])
+    sync_hooks: list[Any] = [BodyEnd()]
+    backbone.get_submodule(body).register_forward_hook(sync_hooks[0])
     seen: set[int] = set()
     for path in _loops(body, exits):
         for child in _called_children(backbone.get_submodule(path)):
             if id(child) not in seen:
                 seen.add(id(child))
-                followers.append(Follower(_PER_SAMPLE))
-                child.register_forward_pre_hook(followers[-1], with_kwargs=True)
-    return followers
+                sync_hooks.append(BatchSyncHook(_PER_SAMPLE))
+                child.register_forward_pre_hook(sync_hooks[-1], with_kwargs=True)
+    return sync_hooks
 
 
 def _loops(body: str, exits: Sequence[str]) -> list[str]:

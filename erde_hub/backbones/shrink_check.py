@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub.engine.recomputation import without_recomputation
-from erde_hub.engine.routing import HookDrive
+from erde_hub.engine.routing import HookRunner
 from erde_hub.engine.rows import shrink
 from erde_hub.errors import ExitPointError
 from erde_hub.heads import FeatureSpec
 
 from . import BackboneAdapter, ExitPoint, ExitPoints
-from .base import tap_exits
+from .base import add_exit_hooks
 from .tracing import copy_around, example_batch, weightless_copy
 
 #: What backbones raise when tensors of the whole batch meet tensors of the samples left.
@@ -35,14 +35,14 @@ class _DropLast:
         self.batch = self.count = batch
         self.specs = specs
         self.device = device
-        self.live: Tensor | None = None
-        self.lives: dict[int, Tensor] = {}
+        self.active: Tensor | None = None
+        self.active_by_size: dict[int, Tensor] = {}
 
-    def visit(self, exit_index: int, output: Any) -> Any:
-        self.lives[self.count] = torch.arange(self.count, device=self.device)
+    def on_exit(self, exit_index: int, output: Any) -> Any:
+        self.active_by_size[self.count] = torch.arange(self.count, device=self.device)
         self.count -= 1
-        rows = self.live = torch.arange(self.count, device=self.device)
-        return shrink(output, rows, self.count + 1, self.specs[exit_index].batched)
+        rows = self.active = torch.arange(self.count, device=self.device)
+        return shrink(output, rows, self.count + 1, self.specs[exit_index].batch_outputs)
 
 
 def check_shrinks(
@@ -68,7 +68,7 @@ def check_shrinks(
     """
     if adapter.task(module) != "classification":
         return
-    if not hooked and adapter.steps(module, exits, checkpointed=False) is not None:
+    if not hooked and adapter.stages(module, exits, checkpointed=False) is not None:
         return
     text, batch = adapter.is_text(module), len(exits) + 3
     weight = next(iter(module.parameters()), None)
@@ -134,10 +134,10 @@ def _run_copy(
     batch: int,
 ) -> int:
     clone, device = weightless_copy(module)
-    taps = tap_exits(clone, exits)
-    drive = HookDrive(clone, taps, adapter.follow(clone, exits))
+    exit_hooks = add_exit_hooks(clone, exits)
+    runner = HookRunner(clone, exit_hooks, adapter.add_sync_hooks(clone, exits))
     with device:
-        output = drive(_DropLast(batch, specs, device), example_batch(inputs, batch, device), {})
+        output = runner(_DropLast(batch, specs, device), example_batch(inputs, batch, device), {})
     return int(adapter.logits(output).shape[0])
 
 
@@ -154,11 +154,13 @@ def _run_texts(
     device = next(iter(module.parameters())).device
     kwargs = _padded_texts(module.config.get_text_config(), batch, min(int(inputs[0].shape[1]), 6), device)  # type: ignore[union-attr,operator]
     clone = copy_around(module, {id(weight): weight for weight in module.parameters()})
-    taps = tap_exits(clone, exits)
-    followers = adapter.follow(clone, exits)
+    exit_hooks = add_exit_hooks(clone, exits)
+    sync_hooks = adapter.add_sync_hooks(clone, exits)
     with without_recomputation(clone):
         whole = adapter.logits(clone(**kwargs))
-        left = adapter.logits(adapter.drive(clone, taps, followers)(_DropLast(batch, specs, device), (), kwargs))
+        left = adapter.logits(
+            adapter.hook_runner(clone, exit_hooks, sync_hooks)(_DropLast(batch, specs, device), (), kwargs)
+        )
     scale = whole.abs().max().clamp_min(1e-6)
     tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
     if not torch.allclose(left / scale, whole[: len(left)] / scale, 0, tolerance, equal_nan=True):

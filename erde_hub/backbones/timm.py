@@ -17,14 +17,14 @@ from timm.models.xception import Xception
 from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
 
-from erde_hub.engine.followers import Follower
-from erde_hub.engine.routing import StageStep
+from erde_hub.engine.batch_sync import BatchSyncHook
+from erde_hub.engine.routing import Stage
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
 
-from .base import BackboneAdapter, first_leaf
+from .base import BackboneAdapter, find_feature
 from .rebuild import check_same_network
-from .timm_staged import carried_steps, carries, step_names
+from .timm_staged import carried_stages, carries, stage_names
 from .tracing import StageCall, Trace
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class TimmAdapter(BackboneAdapter):
         """``feature_info``'s modules where they exist, else the children of the trunk's sequences."""
         names = {n for n in _feature_info(module) if n in traced.calls}
         if carries(module):
-            names = set(step_names(module))
+            names = set(stage_names(module))
         elif pattern := next((p for cls, p in _ENCLOSING.items() if isinstance(module, cls)), None):
             names = {n for n in traced.calls if re.fullmatch(pattern, n)}
         elif len(names) < 2:
@@ -159,9 +159,9 @@ class TimmAdapter(BackboneAdapter):
         Raises:
             ExitPointError: The channels that ``feature_info`` declares are on no axis where the layout puts them.
         """
-        feature, leaf, batched = first_leaf(call.output, traced.batch, grouped=isinstance(module, tnt.TNT))
+        feature, leaf, batched = find_feature(call.output, traced.batch, grouped=isinstance(module, tnt.TNT))
         if carries(module) and leaf is None:
-            leaf, batched = 0, (0,)  # the first of what goes from step to step
+            leaf, batched = 0, (0,)  # the first of what goes from stage to stage
         declared = _feature_info(module).get(name)
         layout = _layout(module, feature, declared, traced)
         axis = {"NCHW": 1, "NHWC": 3, "NLC": 2, "NC": 1}[layout]
@@ -195,25 +195,25 @@ class TimmAdapter(BackboneAdapter):
         inside = [name for name, _ in module.named_modules() if name.partition(".")[0] in tops]
         return [*inside, *(name for name in _POOLING if name in module._modules)]
 
-    def follow(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
+    def add_sync_hooks(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
         """NASNet's cells read the outputs of the two cells before them, the first of which may be of a larger batch."""
         if not isinstance(module, _CELLS):
             return []
-        followers = []
+        sync_hooks = []
         for name, child in module.named_children():
             if "cell" in name:
-                followers.append(Follower(dict.fromkeys(("x", "x_prev", "x_left", "x_right"), 4)))
-                child.register_forward_pre_hook(followers[-1], with_kwargs=True)
-        return followers
+                sync_hooks.append(BatchSyncHook(dict.fromkeys(("x", "x_prev", "x_left", "x_right"), 4)))
+                child.register_forward_pre_hook(sync_hooks[-1], with_kwargs=True)
+        return sync_hooks
 
-    def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
+    def stages(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[Stage] | None:
         """Staged forward of the families in :data:`_STAGED`, expanded where an exit lies inside a Sequential."""
         if carries(module):
-            return carried_steps(module, exits)
+            return carried_stages(module, exits)
         for cls, (_, parts) in _STAGED.items():
             same = all(getattr(type(module), f) is getattr(cls, f) for f in ("forward", "forward_features"))
             if isinstance(module, cls) and same:
-                return staged_steps(module, parts(module), exits, checkpointed)
+                return staged_stages(module, parts(module), exits, checkpointed)
         return None
 
     def logits(self, output: Any) -> Tensor:
@@ -352,7 +352,7 @@ def _token_pool(module: nn.Module, feature: Tensor | None = None, traced: Trace 
     prefix = int(getattr(module, "num_prefix_tokens", 0) or 0)
     embedded = traced.calls.get("patch_embed") if traced else None
     if prefix and feature is not None and traced and embedded:
-        patches = first_leaf(embedded[0].output, traced.batch)[0]
+        patches = find_feature(embedded[0].output, traced.batch)[0]
         if patches.numel() == feature.numel():
             prefix = 0  # patches alone: the class token joins later, behind the embedding or near the end (cait)
     pool = getattr(module, "global_pool", "avg")
@@ -399,10 +399,10 @@ _STAGED: dict[type[nn.Module], tuple[str, Callable[[Any], list[_Part]]]] = {
 _RECOMPUTED = frozenset({"layer1", "layer2", "layer3", "layer4", "blocks"})
 
 
-def staged_steps(
+def staged_stages(
     module: nn.Module, parts: Sequence[_Part], exits: Sequence[str], checkpointed: bool
-) -> list[StageStep] | None:
-    """Expands parts into steps that end at every exit, or returns None where an exit lies inside a block.
+) -> list[Stage] | None:
+    """Expands parts into stages that end at every exit, or returns None where an exit lies inside a block.
 
     Args:
         module: The backbone.
@@ -410,7 +410,7 @@ def staged_steps(
         exits: Names of the early exits.
         checkpointed: Recompute the activations of the blocks in the backward pass, as timm does.
     """
-    steps: list[StageStep] = []
+    stages: list[Stage] = []
     found: list[int] = []
     checkpointed = checkpointed and bool(getattr(module, "grad_checkpointing", False))
 
@@ -421,20 +421,20 @@ def staged_steps(
                 add(f"{name}.{part}", grandchild)
             if name not in exits:
                 return
-            steps.append(StageStep(_identity))
+            stages.append(Stage(_identity))
         else:
             recomputed = checkpointed and name.partition(".")[0] in _RECOMPUTED
-            steps.append(StageStep(_checkpointed(child) if recomputed else child))
+            stages.append(Stage(_checkpointed(child) if recomputed else child))
         if name in exits:
-            steps[-1].exit_index = exits.index(name)
+            stages[-1].exit_index = exits.index(name)
             found.append(exits.index(name))
 
     for part in parts:
         if isinstance(part, str):
             add(part, module.get_submodule(part))
         else:
-            steps.append(StageStep(part))
-    return steps if found == list(range(len(exits))) else None
+            stages.append(Stage(part))
+    return stages if found == list(range(len(exits))) else None
 
 
 def _identity(x: Tensor) -> Tensor:

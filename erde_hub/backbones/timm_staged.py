@@ -1,6 +1,6 @@
 """Staged forwards of the timm families that keep the number of samples, or the size of the map, aside while they run.
 
-What goes from one step to the next is the feature with what belongs to it, so an exit reads the first of several.
+What goes from one stage to the next is the feature with what belongs to it, so an exit reads the first of several.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from timm.models import twins
 from torch import nn
 
-from erde_hub.engine.routing import StageStep
+from erde_hub.engine.routing import Stage
 
 try:  # later than the oldest timm that is supported
     from timm.models import deepseek_vit, qwen3_vit
@@ -20,36 +20,36 @@ except ImportError:
 else:
     _ENCODED = (deepseek_vit.DeepseekVitClassifier, qwen3_vit.Qwen3VitClassifier)
 
-Step = tuple[str, Callable[[Any], Any]]
+NamedStage = tuple[str, Callable[[Any], Any]]
 
 
 def carries(module: nn.Module) -> bool:
-    """Tells whether the module is of one of these families, whose steps hand on more than the feature."""
+    """Tells whether the module is of one of these families, whose stages hand on more than the feature."""
     return isinstance(module, (twins.Twins, *_ENCODED))
 
 
-def step_names(module: nn.Module) -> list[str]:
+def stage_names(module: nn.Module) -> list[str]:
     """Names of the places behind which these families can have an exit."""
     return [name for name, _ in _parts(module) if name]
 
 
-def carried_steps(module: nn.Module, exits: Sequence[str]) -> list[StageStep] | None:
-    """Returns the staged forward, or None where an exit does not lie behind one of its steps."""
-    steps: list[StageStep] = []
+def carried_stages(module: nn.Module, exits: Sequence[str]) -> list[Stage] | None:
+    """Returns the staged forward, or None where an exit does not lie behind one of its stages."""
+    stages: list[Stage] = []
     found: list[int] = []
     for name, run in _parts(module):
-        steps.append(StageStep(run))
+        stages.append(Stage(run))
         if name in exits:
-            steps[-1].exit_index = exits.index(name)
+            stages[-1].exit_index = exits.index(name)
             found.append(exits.index(name))
-    return steps if found == list(range(len(exits))) else None
+    return stages if found == list(range(len(exits))) else None
 
 
-def _parts(module: nn.Module) -> Iterator[Step]:
+def _parts(module: nn.Module) -> Iterator[NamedStage]:
     return _twins(module) if isinstance(module, twins.Twins) else _encoded(module)
 
 
-def _twins(module: Any) -> Iterator[Step]:
+def _twins(module: Any) -> Iterator[NamedStage]:
     def embed(embedding: Any, drop: Any) -> Callable[[Any], Any]:
         def run(x: Any) -> Any:
             x, size = embedding(x)
@@ -76,7 +76,7 @@ def _twins(module: Any) -> Iterator[Step]:
     yield "", lambda state: module.forward_head(module.norm(state[0]))
 
 
-def _encoded(module: Any) -> Iterator[Step]:
+def _encoded(module: Any) -> Iterator[NamedStage]:
     encoder = module.encoder
 
     def embed(x: Any) -> Any:

@@ -16,19 +16,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperForImageC
 from transformers.models.auto import modeling_auto
 
 from erde_hub.config import ATTENTION
-from erde_hub.engine.routing import ExitTap, HookDrive, StageStep
+from erde_hub.engine.routing import ExitHook, HookRunner, Stage
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
 from erde_hub.tasks import REGRESSION
 
-from .base import BackboneAdapter, first_leaf, parse_exit
+from .base import BackboneAdapter, find_feature, parse_exit
 from .rebuild import check_same_network
-from .sequences import SequenceDrive, follow
+from .sequences import SequenceRunner, add_sync_hooks
 from .timm import TimmAdapter, check_backbone_kwargs, check_storable
 from .tracing import StageCall, Trace
 from .transformers_families import EXTRA_KEYS, TEXT, VISION, Family
 from .transformers_preprocessing import known_preprocessing
-from .transformers_staged import pvt_steps
+from .transformers_staged import pvt_stages
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig
@@ -213,7 +213,7 @@ class TransformersAdapter(BackboneAdapter):
             inner = name.removeprefix(_INSIDE)
             return self._timm.feature_spec(module.timm_model, inner, call, _inside(traced))
         family, path = self._family(module), parse_exit(name)[0]
-        feature, leaf, batched = first_leaf(call.output, traced.batch)
+        feature, leaf, batched = find_feature(call.output, traced.batch)
         shape = tuple(int(s) for s in feature.shape)
         layout = {2: "NC", 3: "NLC", 4: "NCHW" if family.format == "NCHW" else None}.get(feature.ndim)
         if layout is None or shape[0] != traced.batch:
@@ -246,9 +246,9 @@ class TransformersAdapter(BackboneAdapter):
             return [_INSIDE + n for n in self._timm.classifier_names(module.timm_model)]
         return [name for name in _CLASSIFIERS if isinstance(getattr(module, name, None), nn.Module)]
 
-    def steps(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[StageStep] | None:
+    def stages(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[Stage] | None:
         """PVT reshapes between its stages with the number of samples that it began with, so it runs step by step."""
-        return pvt_steps(module, exits)
+        return pvt_stages(module, exits)
 
     def logits(self, output: Any) -> Tensor:
         """``logits`` of the output, whose first element they are in tuple form."""
@@ -284,15 +284,15 @@ class TransformersAdapter(BackboneAdapter):
         """Language models are told by their class."""
         return "causal_lm" if type(module).__name__ in _CAUSAL_CLASSES else "classification"
 
-    def follow(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
+    def add_sync_hooks(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
         """Followers of the batch, for text models."""
         if not self.is_text(module) or self.task(module) == "causal_lm":
             return []
-        return follow(module, self._body(module), [parse_exit(name)[0] for name in exits])
+        return add_sync_hooks(module, self._body(module), [parse_exit(name)[0] for name in exits])
 
-    def drive(self, module: nn.Module, taps: Sequence[ExitTap], followers: Sequence[Any]) -> HookDrive:
+    def hook_runner(self, module: nn.Module, exit_hooks: Sequence[ExitHook], sync_hooks: Sequence[Any]) -> HookRunner:
         """Text models run by the drive that keeps masks in step with the batch."""
-        return (SequenceDrive if followers else HookDrive)(module, taps, followers)
+        return (SequenceRunner if sync_hooks else HookRunner)(module, exit_hooks, sync_hooks)
 
     def token_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
         """Tokens that the model's own pooling counts: unmasked ones, or those up to the last that is no padding."""
@@ -333,7 +333,7 @@ class TransformersAdapter(BackboneAdapter):
         batched: tuple[int, ...],
     ) -> FeatureSpec:
         if layout != "NLC":
-            return FeatureSpec(width, layout, size, leaf=leaf, batched=batched)
+            return FeatureSpec(width, layout, size, output_index=leaf, batch_outputs=batched)
         pool, prefix = self._family(module).pooling(module.config, path)
         if self.task(module) == "causal_lm":
             return FeatureSpec(width, layout, (), "none", 0, leaf, batched)

@@ -7,25 +7,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import StageStep
+from erde_hub.engine.routing import Stage
 
 
-def pvt_steps(module: nn.Module, exits: Sequence[str]) -> list[StageStep] | None:
+def pvt_stages(module: nn.Module, exits: Sequence[str]) -> list[Stage] | None:
     """PVT and PVT v2 reshape between their stages with the number of samples that they began with.
 
-    What goes from one step to the next is what their layers return: tokens, height and width.
+    What goes from one stage to the next is what their layers return: tokens, height and width.
     """
     parts = _PARTS.get(type(module).__name__)
     if parts is None:
         return None
-    steps: list[StageStep] = []
+    stages: list[Stage] = []
     found: list[int] = []
     for name, run in parts(module):
-        steps.append(StageStep(run))
+        stages.append(Stage(run))
         if name in exits:
-            steps[-1].exit_index = exits.index(name)
+            stages[-1].exit_index = exits.index(name)
             found.append(exits.index(name))
-    return steps if found == list(range(len(exits))) else None
+    return stages if found == list(range(len(exits))) else None
 
 
 def _pvt(module: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from erde_hub.heads import ExitHead
 
-from .routing import StageStep
+from .routing import Stage
 from .rows import tensors
 from .steps import StepCache
 
@@ -43,14 +43,14 @@ class CompiledSteps(StepCache):
     def __reduce__(self) -> tuple[Any, ...]:
         return StepCache, ()
 
-    def prepare(self, steps: list[StageStep]) -> list[StageStep]:
+    def prepare(self, steps: list[Stage]) -> list[Stage]:
         """Joins the steps between two exits into one compiled function."""
-        regions: list[StageStep] = []
+        regions: list[Stage] = []
         functions: list[Callable[[Any], Any]] = []
         for step in steps:
             functions.append(step.run)
             if step.exit_index is not None or step is steps[-1]:
-                regions.append(StageStep(self._region(functions, f"stages_{len(regions)}"), step.exit_index))
+                regions.append(Stage(self._region(functions, f"stages_{len(regions)}"), step.exit_index))
                 functions = []
         return regions
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _captured: contextvars.ContextVar[dict[int, Tensor] | None] = contextvars.ContextVar("erde_hub_features", default=None)
 
 
-class FeatureTap:
+class FeatureHook:
     """Hook before an exit's last linear layer; a plain object that copies and pickles with the layer."""
 
     def __init__(self, exit_index: int) -> None:
@@ -38,7 +38,7 @@ class FeatureTap:
             features[self.exit_index] = args[0].detach()
 
 
-class LiveCalibration:
+class CalibratedExits:
     """A calibrator during one pass: its state, for the samples that are still there.
 
     Args:
@@ -72,7 +72,7 @@ def _collecting(features: dict[int, Tensor]) -> Iterator[None]:
         _captured.reset(token)
 
 
-def watching(policy: ExitPolicy, calibration: LiveCalibration | None) -> AbstractContextManager[None] | None:
+def watching(policy: ExitPolicy, calibration: CalibratedExits | None) -> AbstractContextManager[None] | None:
     """Returns what collects features during a routed pass, None where nobody reads them."""
     if calibration is not None:
         return calibration.watching()
@@ -110,11 +110,11 @@ def last_linears(model: Any) -> dict[str, nn.Linear]:
 def watch_features(model: EarlyExitWrapper) -> None:
     """Puts hooks on the last linear layers where calibrator or policy read features, and takes earlier ones off."""
     for module in model.modules():
-        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, FeatureTap)]:
+        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, FeatureHook)]:
             del module._forward_pre_hooks[key]
     if model.policy.uses_features or (model.calibrator is not None and model.calibrator.uses_features):
         for index, layer in enumerate(last_linears(model).values()):
-            layer.register_forward_pre_hook(FeatureTap(index))
+            layer.register_forward_pre_hook(FeatureHook(index))
 
 
 def set_calibrator(model: EarlyExitWrapper, calibrator: Calibrator | None) -> None:

@@ -17,7 +17,7 @@ from erde_hub.outputs import EarlyExitOutput
 from . import features as fitted
 from .inputs import ModelInputs
 from .recomputation import without_recomputation
-from .routing import Route, RunAll, route_one
+from .routing import AllExits, Router, route_one
 
 if TYPE_CHECKING:
     from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -31,7 +31,7 @@ def run_all(model: EarlyExitWrapper, inputs: ModelInputs, labels: Tensor | None)
             "reentrant activation checkpointing records no gradients for exits inside a recomputed region: switch"
             " it off, timm.layers.set_reentrant_ckpt(False)"
         )
-    visitor = RunAll(model.heads, deferred, model._token_mask(inputs))  # type: ignore[arg-type]
+    visitor = AllExits(model.heads, deferred, model._token_mask(inputs))  # type: ignore[arg-type]
     drive = model._drive(checkpointed=model.training and torch.is_grad_enabled())
     calibration = None if model.training else model._calibration()
     with calibration.watching() if calibration else contextlib.nullcontext():
@@ -81,7 +81,7 @@ def route(model: EarlyExitWrapper, inputs: ModelInputs, thresholds: Sequence[flo
         if taken == len(heads):
             logits = model._adapter.logits(logits)
         return EarlyExitOutput(logits=logits, exit_index=torch.full((1,), taken, dtype=torch.int64, device=device))
-    visitor = Route(heads, policy, thresholds, batch, device, mask, calibration)
+    visitor = Router(heads, policy, thresholds, batch, device, mask, calibration)
     with contextlib.ExitStack() as stack:
         if model._taps and torch.is_grad_enabled():  # recomputation would run a hook's shrinking again
             stack.enter_context(without_recomputation(model.backbone))

@@ -24,25 +24,25 @@ from erde_hub.errors import ExitNotReachedError, ShapeError
 from erde_hub.heads import ExitHead
 from erde_hub.policies import ExitPolicy
 
-from .features import LiveCalibration, read_evidence
+from .features import CalibratedExits, read_evidence
 from .rows import shrink, tensors
 
 
-class Pass(Protocol):
+class ExitVisitor(Protocol):
     """What happens at the exits during one forward pass."""
 
-    def visit(self, exit_index: int, output: Any) -> Any | None:
+    def on_exit(self, exit_index: int, output: Any) -> Any | None:
         """Takes the output of an exit's stage, returns what the next layers get, or None when nobody is left."""
 
 
-class Drive(Protocol):
+class Runner(Protocol):
     """How the backbone is run so that a pass sees every exit."""
 
-    def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Returns the backbone's output, or None if the pass ended early."""
 
 
-class StageStep:
+class Stage:
     """One step of a staged forward: a callable, and the exit behind it if there is one."""
 
     __slots__ = ("exit_index", "run")
@@ -52,60 +52,60 @@ class StageStep:
         self.exit_index = exit_index
 
 
-class StagedDrive:
+class StageRunner:
     """Runs a backbone step by step. Holds callables, so it is built for a call and never stored in a model."""
 
-    def __init__(self, steps: Sequence[StageStep]) -> None:
+    def __init__(self, steps: Sequence[Stage]) -> None:
         self.steps = steps
 
-    def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Runs the steps in order; the staged families take one input tensor and no keyword arguments."""
         (x,) = inputs
         for step in self.steps:
             x = step.run(x)
             if step.exit_index is not None:
-                x = visitor.visit(step.exit_index, x)
+                x = visitor.on_exit(step.exit_index, x)
                 if x is None:
                     return None
         return x
 
 
-class _NobodyLeft(BaseException):
+class _AllExited(BaseException):
     """Ends a pass inside somebody else's forward; not an Exception, so that no backbone swallows it."""
 
-    def __init__(self, live: _Live) -> None:
+    def __init__(self, running: _RunningPass) -> None:
         super().__init__()
-        self.live = live
+        self.running = running
 
 
-class _Live:
-    """A running hook pass: whose taps and followers it answers, and how often each tap was reached."""
+class _RunningPass:
+    """A running hook pass: whose exit_hooks and sync_hooks it answers, and how often each tap was reached."""
 
-    __slots__ = ("calls", "followers", "memory", "taps", "visitor")
+    __slots__ = ("calls", "exit_hooks", "memory", "sync_hooks", "visitor")
 
-    def __init__(self, taps: Sequence[ExitTap], visitor: Pass, followers: Sequence[object] = ()) -> None:
-        self.taps = taps
+    def __init__(self, exit_hooks: Sequence[ExitHook], visitor: ExitVisitor, sync_hooks: Sequence[object] = ()) -> None:
+        self.exit_hooks = exit_hooks
         self.visitor = visitor
-        self.followers = followers
+        self.sync_hooks = sync_hooks
         self.memory: dict[Any, Any] = {}
-        self.calls = [0] * len(taps)
+        self.calls = [0] * len(exit_hooks)
 
 
-_running: contextvars.ContextVar[tuple[_Live, ...]] = contextvars.ContextVar("erde_hub_running", default=())
+_running: contextvars.ContextVar[tuple[_RunningPass, ...]] = contextvars.ContextVar("erde_hub_running", default=())
 
 
-def pass_of(follower: object) -> tuple[Any, dict[Any, Any]]:
-    """Returns the pass that owns this follower, if one is running in this context, and what its followers remember.
+def running_visitor(follower: object) -> tuple[Any, dict[Any, Any]]:
+    """Returns the pass that owns this follower, if one is running in this context, and what its sync_hooks remember.
 
-    Followers are hooks other than taps: they keep what a backbone carries beside its features in step with the batch.
+    Followers are hooks other than exit_hooks: they keep other tensors in step with the batch.
     """
-    for live in reversed(_running.get()):
-        if any(own is follower for own in live.followers):
-            return live.visitor, live.memory
+    for running in reversed(_running.get()):
+        if any(own is follower for own in running.sync_hooks):
+            return running.visitor, running.memory
     return None, {}
 
 
-class ExitTap:
+class ExitHook:
     """Forward hook behind one exit; a plain object that copies and pickles with the module it sits on.
 
     Args:
@@ -119,38 +119,38 @@ class ExitTap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any | None:
         """Shows the output to the pass that owns this tap, if one is running in this context."""
-        for live in reversed(_running.get()):
-            for position, tap in enumerate(live.taps):
-                if tap is self:
-                    call = live.calls[position]
-                    live.calls[position] += 1
+        for running in reversed(_running.get()):
+            for position, hook in enumerate(running.exit_hooks):
+                if hook is self:
+                    call = running.calls[position]
+                    running.calls[position] += 1
                     if call != self.call:
                         return None
-                    seen = live.visitor.visit(self.exit_index, output)
+                    seen = running.visitor.on_exit(self.exit_index, output)
                     if seen is None:
-                        raise _NobodyLeft(live)
+                        raise _AllExited(running)
                     return seen
         return None
 
 
-class HookDrive:
-    """Runs a backbone's own forward; taps on its modules call the pass."""
+class HookRunner:
+    """Runs a backbone's own forward; exit_hooks on its modules call the pass."""
 
-    def __init__(self, backbone: nn.Module, taps: Sequence[ExitTap], followers: Sequence[object] = ()) -> None:
+    def __init__(self, backbone: nn.Module, exit_hooks: Sequence[ExitHook], sync_hooks: Sequence[object] = ()) -> None:
         self.backbone = backbone
-        self.taps = taps
-        self.followers = followers
+        self.exit_hooks = exit_hooks
+        self.sync_hooks = sync_hooks
 
-    def __call__(self, visitor: Pass, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Runs the backbone; the pass's own exception, and nothing else, ends it early."""
-        live = _Live(self.taps, visitor, self.followers)
+        running = _RunningPass(self.exit_hooks, visitor, self.sync_hooks)
         exported = _modules_under_export()
         depth = len(exported)
-        token = _running.set((*_running.get(), live))
+        token = _running.set((*_running.get(), running))
         try:
             return self.backbone(*inputs, **kwargs)
-        except _NobodyLeft as end:
-            if end.live is not live:  # of a pass around this one
+        except _AllExited as end:
+            if end.running is not running:  # of a pass around this one
                 raise
             while len(exported) > depth:  # torch.export takes no module off its stack that an exception leaves
                 exported.popitem()
@@ -185,7 +185,7 @@ def run_head(head: ExitHead, feature: Tensor, mask: Tensor | None) -> Tensor:
     return head(feature, mask) if head.spec.masked else head(feature)
 
 
-def judge(
+def score_exit(
     head: ExitHead,
     policy: ExitPolicy,
     feature: Tensor,
@@ -215,9 +215,9 @@ def judge(
 
 
 def route_one(
-    steps: Sequence[StageStep], heads: Sequence[ExitHead], policy: ExitPolicy, thresholds: Sequence[float], x: Any
+    steps: Sequence[Stage], heads: Sequence[ExitHead], policy: ExitPolicy, thresholds: Sequence[float], x: Any
 ) -> tuple[Any, int]:
-    """Takes a single sample through a staged backbone: what :class:`Route` does, where nothing can shrink.
+    """Takes a single sample through a staged backbone: what :class:`Router` does, where nothing can shrink.
 
     A short network leaves nothing of the interpreter's work in the caches, so that every function called at an exit
     costs microseconds of the few hundred that a stage takes; one loop calls as few as it can, and decides in Python.
@@ -238,7 +238,7 @@ def route_one(
         if e is None or policy.never_leaves(thresholds[e]):
             continue
         head = heads[e]
-        leaf = head.spec.leaf
+        leaf = head.spec.output_index
         logits = head(x if leaf is None and isinstance(x, Tensor) else read_feature(x, leaf))
         log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
         # With the threshold as a tensor would round it.
@@ -247,7 +247,7 @@ def route_one(
     return x, len(heads)
 
 
-def who_leaves(policy: ExitPolicy, scores: Tensor, threshold: float, logits: Tensor) -> Tensor:
+def exit_mask(policy: ExitPolicy, scores: Tensor, threshold: float, logits: Tensor) -> Tensor:
     """Returns the mask (N,) of samples that leave: who is sure, and whose answer is one.
 
     Logits that overflowed to NaN or infinity answer nothing, whatever their score: such a sample goes on.
@@ -261,13 +261,13 @@ def all_finite(logits: Tensor) -> bool:
     return math.isfinite(logits.sum().item()) or bool(logits.isfinite().all())
 
 
-class RunAll:
+class AllExits:
     """Runs every exit; the output of each stage goes on unchanged.
 
     Args:
         heads: The early exits' heads.
         deferred: Run the heads when the backbone is done, for passes with hooks and gradients. Inside a region that
-            activation checkpointing recomputes, a head would leave tensors that the recomputation, where taps are
+            activation checkpointing recomputes, a head would leave tensors that the recomputation, where exit_hooks are
             silent, does not make again; and such a region is not announced by every backbone.
         mask: (N, L), which tokens of a padded sequence count; for heads that pool them.
     """
@@ -280,12 +280,12 @@ class RunAll:
         self.exit_logits: list[Tensor] = []
         self.features: list[tuple[Tensor, int]] = []  # each with the version that its head should read
 
-    def visit(self, exit_index: int, output: Any) -> Any:
+    def on_exit(self, exit_index: int, output: Any) -> Any:
         """Stores the head's logits, or the feature for later."""
         check_due(exit_index, self.next_exit)
         self.next_exit += 1
         head = self.heads[exit_index]
-        feature = read_feature(output, head.spec.leaf)
+        feature = read_feature(output, head.spec.output_index)
         if not self.deferred:
             self.exit_logits.append(run_head(head, feature, self.mask))
         else:
@@ -323,7 +323,7 @@ def check_all_reached(next_exit: int, names: Sequence[str]) -> None:
         )
 
 
-class Route:
+class Router:
     """Lets each sample leave at the first exit that is sure of it and hands the rest of the batch on.
 
     Args:
@@ -344,7 +344,7 @@ class Route:
         batch: int,
         device: torch.device,
         mask: Tensor | None = None,
-        calibration: LiveCalibration | None = None,
+        calibration: CalibratedExits | None = None,
     ) -> None:
         self.calibration = calibration
         self.needs_every_exit = policy.uses_history or (calibration is not None and calibration.calibrator.uses_history)
@@ -355,8 +355,8 @@ class Route:
         self.batch = batch
         self.device = device
         self.next_exit = 0
-        self.live: Tensor | None = None  # indices of the live samples, None while that is all of them
-        self.lives: dict[int, Tensor] = {}  # and those of larger batches before, by their size
+        self.active: Tensor | None = None  # indices of the live samples, None while that is all of them
+        self.active_by_size: dict[int, Tensor] = {}  # and those of larger batches before, by their size
         self.count = batch
         self.history: list[Tensor] = []
         self.rows: list[Tensor] = []
@@ -369,7 +369,7 @@ class Route:
         self.logits.append(logits)
         self.exits.append(exit_index)
 
-    def visit(self, exit_index: int, output: Any) -> Any | None:
+    def on_exit(self, exit_index: int, output: Any) -> Any | None:
         """Runs the head, takes out who leaves, returns the output of those who stay, or None."""
         check_due(exit_index, self.next_exit)
         self.next_exit += 1
@@ -377,33 +377,33 @@ class Route:
         if self.policy.never_leaves(threshold) and not self.needs_every_exit:
             return output
         head = self.heads[exit_index]
-        feature = read_feature(output, head.spec.leaf)
+        feature = read_feature(output, head.spec.output_index)
         if feature.shape[0] != self.count:
             raise ExitNotReachedError(
                 f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are alive"
             )
         calibrate = None if self.calibration is None else functools.partial(self.calibration, exit_index)
-        logits, scores = judge(head, self.policy, feature, self.mask, self.history, calibrate)
-        leaves = who_leaves(self.policy, scores, threshold, logits)
+        logits, scores = score_exit(head, self.policy, feature, self.mask, self.history, calibrate)
+        leaves = exit_mask(self.policy, scores, threshold, logits)
         gone = leaves.nonzero()
         leaving = gone.shape[0]
         if leaving == 0:
             return output
         if leaving == self.count:
-            self._leave(self.live, logits, exit_index)
+            self._leave(self.active, logits, exit_index)
             self.count = 0
             return None
         gone, stay = gone.squeeze(1), leaves.logical_not().nonzero().squeeze(1)
-        live = torch.arange(self.batch, device=self.device) if self.live is None else self.live
-        self.lives[self.count] = live
+        live = torch.arange(self.batch, device=self.device) if self.active is None else self.active
+        self.active_by_size[self.count] = live
         self._leave(live.index_select(0, gone), logits.index_select(0, gone), exit_index)
-        self.live = live.index_select(0, stay)
+        self.active = live.index_select(0, stay)
         if self.mask is not None:
             self.mask = self.mask.index_select(0, stay)
         self.history = [h.index_select(0, stay) for h in self.history]
         if self.calibration is not None:
             self.calibration.keep(stay)
-        output = shrink(output, stay, self.count, head.spec.batched)
+        output = shrink(output, stay, self.count, head.spec.batch_outputs)
         self.count -= leaving
         return output
 
@@ -418,7 +418,7 @@ class Route:
                 )
             if self.calibration is not None:
                 final = self.calibration(len(self.heads), final)
-            self._leave(self.live, final, len(self.heads))
+            self._leave(self.active, final, len(self.heads))
         if len(self.logits) == 1:
             return self.logits[0], torch.full((self.batch,), self.exits[0], dtype=torch.int64, device=self.device)
         order = torch.cat(self.rows)

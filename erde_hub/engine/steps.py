@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .routing import StageStep
+from .routing import Stage
 
 if TYPE_CHECKING:
     from erde_hub.backbones import BackboneAdapter
@@ -18,7 +18,7 @@ class _Kept:
 
     __slots__ = ("backbone", "exits", "holders", "steps")
 
-    def __init__(self, backbone: nn.Module, exits: list[str], steps: list[StageStep] | None) -> None:
+    def __init__(self, backbone: nn.Module, exits: list[str], steps: list[Stage] | None) -> None:
         self.backbone = backbone
         self.exits = exits
         self.steps = steps
@@ -60,16 +60,16 @@ class StepCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def get(self, adapter: BackboneAdapter, backbone: nn.Module, exits: list[str]) -> list[StageStep] | None:
+    def get(self, adapter: BackboneAdapter, backbone: nn.Module, exits: list[str]) -> list[Stage] | None:
         """Returns the staged forward without recomputation, or None where the backbone has none."""
         kept = self._kept
         if kept is None or not kept.fits(backbone, exits):
-            steps = adapter.steps(backbone, exits, checkpointed=False)
+            steps = adapter.stages(backbone, exits, checkpointed=False)
             kept = _Kept(backbone, list(exits), self.prepare(steps) if steps is not None else None)
             self._kept = kept
         return kept.steps
 
-    def prepare(self, steps: list[StageStep]) -> list[StageStep]:
+    def prepare(self, steps: list[Stage]) -> list[Stage]:
         """Returns what is run in place of the steps; here themselves."""
         return steps
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from erde_hub.errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 
+from .batch_sync import Carried
 from .features import watching
-from .followers import Carried
 from .inputs import check_pixel_values
-from .routing import StagedDrive, check_all_reached, check_due, judge, read_feature, who_leaves
+from .routing import StageRunner, check_all_reached, check_due, exit_mask, read_feature, score_exit
 from .rows import cut_rows, join_rows, select_rows, shrink
 
 
@@ -148,15 +148,15 @@ class _Group:
         tree: What the next stage gets.
         history: Log-probabilities of the exits before, for policies that read them.
         state: What a calibrator keeps of the exits before.
-        batched: Positions of the batch-first tensors of ``tree``.
-        carried: What later layers read beside ``tree``; see :class:`~erde_hub.engine.followers.Carried`.
+        batch_outputs: Positions of the batch-first tensors of ``tree``.
+        carried: What later layers read beside ``tree``; see :class:`~erde_hub.engine.batch_sync.Carried`.
     """
 
     tickets: Tensor
     tree: Any
     history: list[Tensor]
     state: list[Tensor]
-    batched: Sequence[int] = ()
+    batch_outputs: Sequence[int] = ()
     carried: dict[int, Tensor] = field(default_factory=dict)
 
     def split(self, samples: int) -> tuple[_Group, _Group]:
@@ -166,10 +166,10 @@ class _Group:
         first, second = (
             _Group(
                 self.tickets[i:j],
-                cut_rows(self.tree, i, j, count, self.batched),
+                cut_rows(self.tree, i, j, count, self.batch_outputs),
                 [h[i:j] for h in self.history],
                 [s[i:j] for s in self.state],
-                self.batched,
+                self.batch_outputs,
                 {place: t[i:j] for place, t in self.carried.items()},
             )
             for i, j in parts
@@ -202,7 +202,7 @@ class _Queue:
         self.count -= limit - room
         if len(taken) == 1:
             return taken[0]
-        batched = taken[0].batched
+        batched = taken[0].batch_outputs
         histories = [torch.cat(parts) for parts in zip(*(group.history for group in taken), strict=True)]
         states = [torch.cat(parts) for parts in zip(*(group.state for group in taken), strict=True)]
         tree = join_rows([group.tree for group in taken], batched)
@@ -283,9 +283,9 @@ class _Stream:
         visitor = _StreamPass(self, stage - 1, group)
         drive = self.model._drive(checkpointed=False)
         inputs = group.tree
-        if isinstance(drive, StagedDrive) and stage > 0:
+        if isinstance(drive, StageRunner) and stage > 0:
             start = next(i for i, step in enumerate(drive.steps) if step.exit_index == stage - 1) + 1
-            drive = StagedDrive(drive.steps[start:])
+            drive = StageRunner(drive.steps[start:])
             visitor.entered, visitor.next_exit = True, stage
         elif stage > 0:
             inputs = self.like
@@ -328,7 +328,7 @@ class _StreamPass:
         self.needs_every_exit = reads_all
         self.carried = Carried()
 
-    def visit(self, exit_index: int, output: Any) -> Any | None:
+    def on_exit(self, exit_index: int, output: Any) -> Any | None:
         check_due(exit_index, self.next_exit)
         self.next_exit += 1
         if not self.entered:  # an empty image, on its way to where the samples enter
@@ -338,15 +338,15 @@ class _StreamPass:
         if model.policy.never_leaves(threshold) and not self.needs_every_exit:
             return output
         head = self.heads[exit_index]
-        feature = read_feature(output, head.spec.leaf)
+        feature = read_feature(output, head.spec.output_index)
         self.check_rows(len(feature), f"exit {exit_index}")
         history = list(self.group.history)
         calibrate = functools.partial(self.calibrate, exit_index) if self.calibration else None
-        logits, scores = judge(head, model.policy, feature, None, history, calibrate)
+        logits, scores = score_exit(head, model.policy, feature, None, history, calibrate)
         state = self.calibration.state if self.calibration else []
-        leaves = who_leaves(model.policy, scores, threshold, logits)
+        leaves = exit_mask(model.policy, scores, threshold, logits)
         gone, stay = leaves.nonzero().squeeze(1), leaves.logical_not().nonzero().squeeze(1)
-        batched, tickets, carried = head.spec.batched, self.group.tickets, self.carried.recent()
+        batched, tickets, carried = head.spec.batch_outputs, self.group.tickets, self.carried.recent()
         if len(gone):
             self.stream.answer(tickets[gone.cpu()], logits.index_select(0, gone), exit_index)
             output = shrink(output, stay, len(tickets), batched) if len(stay) else output

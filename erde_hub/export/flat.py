@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import RunAll
+from erde_hub.engine.routing import AllExits
 from erde_hub.errors import ExportError
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 
@@ -33,7 +33,7 @@ class _Passes:
     """Remembers the latest pass."""
 
     def __init__(self) -> None:
-        self.latest: RunAll | None = None
+        self.latest: AllExits | None = None
         self.complete = False
 
     def exits_seen(self) -> int:
@@ -62,7 +62,7 @@ class _EveryExit(nn.Module):
 
     def _exit_logits(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        visitor = RunAll(model.heads)  # type: ignore[arg-type]
+        visitor = AllExits(model.heads)  # type: ignore[arg-type]
         self.passes.latest = visitor
         final = model._drive(checkpointed=False)(visitor, (pixel_values,), {})
         exit_logits = visitor.finish(model._adapter.logits(final), model.exit_names[:-1])

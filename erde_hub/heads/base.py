@@ -16,6 +16,9 @@ from erde_hub.errors import ConfigError
 FORMATS = ("NCHW", "NHWC", "NLC", "NC")
 POOLS = ("token", "last", "avg", "max", "avgmax", "none")
 
+#: Fields whose keys in a stored config have other names.
+_STORED_KEYS = {"output_index": "leaf", "batch_outputs": "batched"}
+
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -28,8 +31,8 @@ class FeatureSpec:
         pool: Pooling of tokens that the backbone itself uses: ``token`` (the first), ``last``, ``avg``, ``max`` or
             ``avgmax``; ``none`` for logits of every token.
         prefix_tokens: Number of class and register tokens in front of the patch tokens.
-        leaf: Which tensor of a stage that returns several; None where it returns one.
-        batched: Which of several tensors hold one row per sample and shrink with the batch.
+        output_index: Which tensor of a stage that returns several; None where it returns one.
+        batch_outputs: Which of several tensors hold one row per sample and shrink with the batch.
         masked: Sequences may be padded: the head is called with the mask (N, L) of the tokens that count, or None where
             all do.
     """
@@ -39,8 +42,8 @@ class FeatureSpec:
     size: tuple[int, ...] = ()
     pool: str = "avg"
     prefix_tokens: int = 0
-    leaf: int | None = None
-    batched: tuple[int, ...] = ()
+    output_index: int | None = None
+    batch_outputs: tuple[int, ...] = ()
     masked: bool = False
 
     def __post_init__(self) -> None:
@@ -56,22 +59,21 @@ class FeatureSpec:
                 f" {self.format!r}, pool {self.pool!r}"
             )
         object.__setattr__(self, "size", tuple(self.size))
-        object.__setattr__(self, "batched", tuple(self.batched))
+        object.__setattr__(self, "batch_outputs", tuple(self.batch_outputs))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FeatureSpec:
         """Reads what a config stores; a key that does not exist raises :class:`ConfigError`."""
         if not isinstance(values, dict):
             raise ConfigError(f"exit_features must hold one dict per exit, got {values!r}")
-        unknown = set(values) - set(cls.__dataclass_fields__)
+        fields = {_STORED_KEYS.get(name, name): name for name in cls.__dataclass_fields__}
+        unknown = set(values) - set(fields)
         if unknown:
-            raise ConfigError(
-                f"exit_features has an unknown key {sorted(unknown)[0]!r} (keys: {', '.join(cls.__dataclass_fields__)})"
-            )
+            raise ConfigError(f"exit_features has an unknown key {sorted(unknown)[0]!r} (keys: {', '.join(fields)})")
         missing = [key for key in ("width", "format") if key not in values]
         if missing:
             raise ConfigError(f"exit_features lacks {' and '.join(missing)}, got {values}")
-        return cls(**values)
+        return cls(**{fields[key]: value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a config stores."""
@@ -81,8 +83,8 @@ class FeatureSpec:
             "size": list(self.size),
             "pool": self.pool,
             "prefix_tokens": self.prefix_tokens,
-            "leaf": self.leaf,
-            "batched": list(self.batched),
+            "leaf": self.output_index,
+            "batched": list(self.batch_outputs),
             **({"masked": True} if self.masked else {}),
         }
 

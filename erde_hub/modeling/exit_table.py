@@ -11,7 +11,7 @@ from torch import nn
 
 from erde_hub.backbones.base import format_table
 from erde_hub.backbones.tracing import flop_counter, weightless_copy
-from erde_hub.engine.routing import RunAll
+from erde_hub.engine.routing import AllExits
 from erde_hub.errors import ExitPointError
 from erde_hub.heads import ExitHead
 
@@ -73,7 +73,7 @@ class ExitTable(list[ExitRow]):
     __repr__ = __str__
 
 
-class _CountingPass(RunAll):
+class _CountingPass(AllExits):
     """Runs every exit of a weightless copy and notes what had been computed and touched at each.
 
     Args:
@@ -91,8 +91,8 @@ class _CountingPass(RunAll):
         self.macs: list[int] = []
         self.params: list[set[int]] = []
 
-    def visit(self, exit_index: int, output: Any) -> Any:
-        output = super().visit(exit_index, output)
+    def on_exit(self, exit_index: int, output: Any) -> Any:
+        output = super().on_exit(exit_index, output)
         self.macs.append(self.total())
         self.params.append(set(self.touched))
         return None if self.ends and exit_index == len(self.heads) - 1 else output

@@ -28,7 +28,7 @@ from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
 from erde_hub.config import EarlyExitConfig, check_input_size, read_field
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs, check_pixel_values, check_text_inputs
-from erde_hub.engine.routing import Drive, ExitTap
+from erde_hub.engine.routing import ExitHook, Runner
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError, InputTypeError, nearest
 from erde_hub.heads import ExitHead
 from erde_hub.preprocessing import build_image_processor, check_preprocessing
@@ -77,7 +77,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     #: The model without its exits.
     backbone: nn.Module
     _adapter: BackboneAdapter
-    _taps: list[ExitTap]
+    _taps: list[ExitHook]
     #: Exit tables by input size.
     _costs: dict[tuple[int, ...], ExitTable]
 
@@ -88,7 +88,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         """Returns name and head of every exit, shallow to deep; None is the backbone's own classifier."""
         raise NotImplementedError
 
-    def _drive(self, checkpointed: bool) -> Drive:
+    def _drive(self, checkpointed: bool) -> Runner:
         """Returns what runs the backbone and shows its exits to a pass."""
         raise NotImplementedError
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub.backbones import BackboneAdapter, get_adapter
-from erde_hub.backbones.base import tap_exits
+from erde_hub.backbones.base import add_exit_hooks
 from erde_hub.backbones.tracing import weightless_copy
 from erde_hub.config import EarlyExitConfig
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs
-from erde_hub.engine.routing import Drive, ExitTap, HookDrive, StagedDrive, read_feature, run_head
+from erde_hub.engine.routing import ExitHook, HookRunner, Runner, StageRunner, read_feature, run_head
 from erde_hub.engine.steps import StepCache
 from erde_hub.errors import ConfigError, ExitNotReachedError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
@@ -123,9 +123,9 @@ class TruncatedModel(EarlyExitPreTrainedModel):
         self.head = head
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
         names = list(self.config.exits or ())
-        self._taps: list[ExitTap] = []
-        if names and (self.config.exit_hooks or adapter.steps(backbone, names, checkpointed=False) is None):
-            self._taps = tap_exits(backbone, names)
+        self._taps: list[ExitHook] = []
+        if names and (self.config.exit_hooks or adapter.stages(backbone, names, checkpointed=False) is None):
+            self._taps = add_exit_hooks(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.parameters())
         self._keep_weights(on_meta, adopted)
         self.post_init()
@@ -176,15 +176,15 @@ class TruncatedModel(EarlyExitPreTrainedModel):
                 f"the forward pass did not reach {self.exit_name!r}: the backbone took another path than before"
             )
         mask = self._adapter.token_mask(self.backbone, inputs.kwargs) if self.head.spec.masked else None
-        return run_head(self.head, read_feature(cut.output, self.head.spec.leaf), mask)
+        return run_head(self.head, read_feature(cut.output, self.head.spec.output_index), mask)
 
     def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
         return [(self.exit_name, self.head)]
 
-    def _drive(self, checkpointed: bool) -> Drive:
+    def _drive(self, checkpointed: bool) -> Runner:
         if self.head is None or self._taps:
-            return HookDrive(self.backbone, self._taps)
-        return StagedDrive(self._steps.get(self._adapter, self.backbone, list(self.config.exits or ())) or [])
+            return HookRunner(self.backbone, self._taps)
+        return StageRunner(self._steps.get(self._adapter, self.backbone, list(self.config.exits or ())) or [])
 
 
 class RemovedModule(nn.Module):
@@ -209,7 +209,7 @@ class _Cut:
         self.reached = False
         self.output: Any = None
 
-    def visit(self, exit_index: int, output: Any) -> Any | None:
+    def on_exit(self, exit_index: int, output: Any) -> Any | None:
         if exit_index != self.exit_index:
             return output
         self.reached = True
@@ -304,7 +304,7 @@ def _behind(model: EarlyExitWrapper, index: int) -> list[str]:
                 clone._drive(checkpointed=False)(cut, inputs, {})
             else:  # without the later exits, whose modules go
                 cut.exit_index = 0
-                StagedDrive(clone._adapter.steps(backbone, [model.exit_names[index]], False) or [])(cut, inputs, {})
+                StageRunner(clone._adapter.stages(backbone, [model.exit_names[index]], False) or [])(cut, inputs, {})
 
     started: set[int] = set()
     finished: set[int] = set()

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
-from erde_hub.backbones.base import parse_exit, tap_exits
+from erde_hub.backbones.base import add_exit_hooks, parse_exit
 from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
 from erde_hub.backbones.shrink_check import check_shrinks
 from erde_hub.backbones.tracing import trace
@@ -22,12 +22,12 @@ from erde_hub.engine.compilation import CompiledSteps, no_stages
 from erde_hub.engine.forward import route, run_all
 from erde_hub.engine.inputs import ModelInputs, explain_failure
 from erde_hub.engine.recomputation import is_recomputing, recomputing
-from erde_hub.engine.routing import Drive, ExitTap, StagedDrive
+from erde_hub.engine.routing import ExitHook, Runner, StageRunner
 from erde_hub.engine.steps import StepCache
 from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
 from erde_hub.outputs import EarlyExitOutput
-from erde_hub.policies import ExitPolicy, check_answers, check_nobody_leaves, plain_threshold, policy_for
+from erde_hub.policies import ExitPolicy, check_answers, check_no_early_exit, plain_threshold, policy_for
 from erde_hub.tasks import REGRESSION
 
 from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone
@@ -198,13 +198,13 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._costs = {}
         self._steps = StepCache()
         self._exits = names
-        self._taps: list[ExitTap] = []
+        self._taps: list[ExitHook] = []
         self._followers: list[Any] = []
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
         hooked = config.exit_hooks or _hooks_would_be_skipped(backbone, names)
-        if hooked or adapter.steps(backbone, names, checkpointed=False) is None:
-            self._taps = tap_exits(backbone, names)
-            self._followers = adapter.follow(backbone, names)
+        if hooked or adapter.stages(backbone, names, checkpointed=False) is None:
+            self._taps = add_exit_hooks(backbone, names)
+            self._followers = adapter.add_sync_hooks(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
         if on_meta and not adopted:
             self._check_is_as_large_as_its_file()
@@ -268,7 +268,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             check_answers(REGRESSION, policy)
         thresholds = policy.check_threshold(threshold, len(self.heads))
         if self.config.task == "causal_lm":
-            check_nobody_leaves(policy, thresholds)
+            check_no_early_exit(policy, thresholds)
         if set(types[2:]) <= {int, float}:
             self._checked = (key, types, thresholds)
         return thresholds
@@ -421,8 +421,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             return_dict = read_field(self.config, "return_dict")
         return output if return_dict else output.to_tuple()
 
-    def _calibration(self) -> fitted.LiveCalibration | None:
-        return None if self.calibrator is None else fitted.LiveCalibration(self.calibrator)
+    def _calibration(self) -> fitted.CalibratedExits | None:
+        return None if self.calibrator is None else fitted.CalibratedExits(self.calibrator)
 
     def _token_mask(self, inputs: ModelInputs) -> Tensor | None:
         """The tokens that heads pool, where they pool a padded sequence."""
@@ -440,20 +440,20 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     def _check_config_builds_it(self) -> None:
         check_config_builds(self, self._adapter)
 
-    def _drive(self, checkpointed: bool) -> Drive:
+    def _drive(self, checkpointed: bool) -> Runner:
         if self._taps:
-            return self._adapter.drive(self.backbone, self._taps, self._followers)
+            return self._adapter.hook_runner(self.backbone, self._taps, self._followers)
         backbone: Any = self._modules["backbone"]
         backbone = backbone._modules.get("_orig_mod", backbone)  # what torch.compile wraps
         if checkpointed:
-            steps = self._adapter.steps(backbone, self._exits, checkpointed)
+            steps = self._adapter.stages(backbone, self._exits, checkpointed)
         else:
             steps = self._steps.get(self._adapter, backbone, self._exits)
         if steps is None:
             raise ExitPointError(
                 f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"
             )
-        return StagedDrive(steps)
+        return StageRunner(steps)
 
 
 def _hooks_would_be_skipped(backbone: nn.Module, names: Sequence[str]) -> bool:

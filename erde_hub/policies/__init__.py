@@ -9,7 +9,7 @@ from erde_hub._registry import Registry
 from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.tasks import REGRESSION, refuse_regression
 
-from .base import ExitPolicy, LearnedPolicy, check_nobody_leaves, plain_threshold
+from .base import ExitPolicy, LearnedPolicy, check_no_early_exit, plain_threshold
 from .confidence import ConfidencePolicy, MarginPolicy
 from .constant import AlwaysPolicy, NeverPolicy
 from .eefp import EEFPPolicy
@@ -34,7 +34,7 @@ __all__ = [
     "SetSizePolicy",
     "as_policy",
     "check_answers",
-    "check_nobody_leaves",
+    "check_no_early_exit",
     "create_policy",
     "get_policy",
     "get_regression_policy",

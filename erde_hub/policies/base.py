@@ -179,7 +179,7 @@ class LearnedPolicy(ExitPolicy):
         return num_exits
 
 
-def check_nobody_leaves(policy: ExitPolicy, thresholds: Sequence[float]) -> None:
+def check_no_early_exit(policy: ExitPolicy, thresholds: Sequence[float]) -> None:
     """Raises :class:`ThresholdError` for a threshold at which a token could leave early."""
     if not all(policy.never_leaves(threshold) for threshold in thresholds):
         raise ThresholdError(

@@ -87,7 +87,7 @@ def test_a_list_of_maps_is_read_from_its_first():
     with torch.device("meta"):
         points = list_exit_points(timm.create_model("hrnet_w18_small"))
     assert points
-    assert all(p.spec.leaf == 0 and len(p.spec.batched) > 1 for p in points)
+    assert all(p.spec.output_index == 0 and len(p.spec.batch_outputs) > 1 for p in points)
 
 
 @pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "cait_xxs24_224"])

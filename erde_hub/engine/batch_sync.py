@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ExitNotReachedError
 
-from .routing import pass_of
+from .routing import running_visitor
 from .rows import map_tensors, select_rows
 
 
@@ -60,7 +60,7 @@ class Carried:
         return {place: self.rows[place] for call in self._calls for place in call}
 
 
-class Follower:
+class BatchSyncHook:
     """Forward pre-hook on a module that gets tensors of larger batches: from the frame that calls it, not from a stage.
 
     Args:
@@ -73,11 +73,11 @@ class Follower:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
         """Takes rows where the pass that owns this follower has let samples go, or has taken others in."""
-        visitor, memory = pass_of(self)
+        visitor, memory = running_visitor(self)
         carried: Carried | None = getattr(visitor, "carried", None)
         if carried is not None:
             carried.start_call()
-        elif getattr(visitor, "live", None) is None:
+        elif getattr(visitor, "active", None) is None:
             return None
 
         def take(name: str, value: Any) -> Any:
@@ -86,12 +86,12 @@ class Follower:
             return value if axes is None else map_tensors(lambda t: rows(t) if t.ndim >= axes else t, value)
 
         def left_of(tensor: Tensor) -> Tensor:
-            before = visitor.lives.get(tensor.shape[0])
+            before = visitor.active_by_size.get(tensor.shape[0])
             if before is None:
                 return tensor
             key = (id(tensor), visitor.count)  # every layer gets the same mask; the entry keeps it, and so its id
             if key not in memory:
-                left = torch.searchsorted(before, visitor.live)  # both rise
+                left = torch.searchsorted(before, visitor.active)  # both rise
                 memory[key] = (tensor, select_rows(tensor, left.to(tensor.device)))
             return memory[key][1]
 
