@@ -76,7 +76,7 @@ def load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def write_result(path: Path, arguments: dict[str, Any], seconds: float, measured: dict[str, Any]) -> None:
+def write_result(path: Path, arguments: dict[str, Any], measured: dict[str, Any]) -> None:
     """Writes the small JSON of a run: what was asked for, with which versions, what came out."""
     result = {
         "arguments": {
@@ -90,7 +90,6 @@ def write_result(path: Path, arguments: dict[str, Any], seconds: float, measured
         },
         "device": DEVICE,
         "cores": os.cpu_count(),
-        "seconds": round(seconds),
         **measured,
     }
     unfinished = path.with_suffix(".tmp")

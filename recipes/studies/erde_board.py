@@ -13,7 +13,6 @@ that was killed continues when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,6 @@ def main() -> None:
     losses = build_losses(num_classes)
     losses = {name: losses[name] for name in args.methods or losses}
     students = {name: network(args.student, args.width, num_classes, args.seed) for name in losses}
-    started = time.perf_counter()
     trained = learn(
         students, losses, data, folder, epochs=args.epochs, seed=args.seed, max_steps=args.max_steps, teacher=teacher
     )
@@ -118,7 +116,7 @@ def main() -> None:
         rows[name] = measure(records["validation"], records["test"])
         log.info("%s: %s", name, " ".join(f"{100 * row['accuracy']:.1f}" for row in rows[name]["per_exit"]))
     save(folder / "students.pt", {name: model.state_dict() for name, model in trained.items()})
-    write_result(folder / "result.json", vars(args), time.perf_counter() - started, {"methods": rows})
+    write_result(folder / "result.json", vars(args), {"methods": rows})
 
 
 def network(name: str, width: int, num_classes: int, seed: int) -> EarlyExitWrapper:

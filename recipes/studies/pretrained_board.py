@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,9 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="folder or Hub name of CIFAR-10 or CIFAR-100")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, log and result files")
     parser.add_argument("--size", type=int, default=128, help="pixels to which images are upscaled")
-    parser.add_argument("--epochs", type=int, default=None, help="default: 20 for frozen, 6 for finetune")
+    parser.add_argument("--epochs", type=int, default=None, help="default: 10 for frozen, 6 for finetune")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exits", nargs="+", default=["blocks.2.1", "blocks.3.2", "blocks.4.2", "blocks.5.1"],
+    parser.add_argument("--exits", nargs="+", default=["blocks.3.0", "blocks.4.0", "blocks.4.2", "blocks.5.1"],
                         help="finetune: places of the exits, or none")  # fmt: skip
     parser.add_argument("--truncate", choices=PLACES, help="finetune: train a static network that ends at this place")
     parser.add_argument("--lr", type=float, default=1e-3, help="finetune: highest learning rate, of AdamW")
@@ -167,7 +167,6 @@ def frozen(args: argparse.Namespace) -> None:
     """Trains a head at every place on stored features, chooses places on validation images, measures on test images."""
     folder = args.output / f"frozen_{Path(args.dataset).name}_{args.size}_seed{args.seed}"
     start_log(folder / "log.txt")
-    started = time.perf_counter()
     data = load_images(args.dataset, args.output, args.limit)
     labels = {"train": data["train"][1].repeat(2), "validation": data["validation"][1]}
     num_classes = int(labels["train"].max()) + 1
@@ -210,32 +209,7 @@ def frozen(args: argparse.Namespace) -> None:
         table.append({"head": kind, "place": place, "validation_accuracy": right.float().mean().item()})
         log.info("%s behind %s: %.1f %% of validation images", kind, place, 100 * table[-1]["validation_accuracy"])
 
-    # Which places? Cheapest way to lose at most one point against the best of all heads.
-    table_of_costs = model.exit_table()
-    heads_macs = [head_macs(row.width, num_classes) for row in table_of_costs[:-1]]
-    macs = [row.macs - own for row, own in zip(table_of_costs, [*heads_macs, 0], strict=True)]
-    best = max(row["validation_accuracy"] for row in table if row["head"] == "avg_max")
-    choices = []
-    for number in (1, 2, 3):
-        for chosen in itertools.combinations(range(len(PLACES)), number):
-            names = [PLACES[i] for i in chosen]
-            records = ExitRecords(
-                torch.stack([*(logits["avg_max", name] for name in names), logits["linear", "classifier"]]),
-                labels["validation"],
-                torch.arange(len(labels["validation"])),
-                [*names, "classifier"],
-                [sum(macs[: i + 1]) + sum(heads_macs[j] for j in chosen if j <= i) for i in (*chosen, len(PLACES))],
-                [str(k) for k in range(num_classes)],
-            )
-            # The deepest early exit keeps everybody: behind it, the frozen layers only make things worse.
-            thresholds = [
-                [threshold] * (number - 1) + [float("inf")] for threshold in torch.linspace(0, 4, 81).tolist()
-            ]
-            rows = [row for row in sweep_thresholds(records, thresholds) if row["accuracy"] >= best - 0.01]
-            if rows:
-                row = min(rows, key=lambda row: row["mean_macs"])
-                choices.append({"exits": names, "validation_accuracy": row["accuracy"], "mean_macs": row["mean_macs"]})
-    choices.sort(key=lambda choice: choice["mean_macs"])
+    choices = choose_places(logits, labels["validation"], model.exit_table())
     for choice in choices[:5]:
         log.info("%s", choice)
 
@@ -248,9 +222,42 @@ def frozen(args: argparse.Namespace) -> None:
     validation, test = (
         records_of(final, *data[split], args.size, final.exit_names, costs) for split in ("validation", "test")
     )
-    measured = {"places": table, "choices": choices[:10], "full_macs": sum(macs), **summarize(validation, test)}
+    full_macs = costs[-1] - sum(head_macs(row.width, num_classes) for row in final.exit_table()[:-1])
+    measured = {"places": table, "choices": choices[:10], "full_macs": full_macs, **summarize(validation, test)}
     test.save(folder / "test_records.safetensors")
-    write_result(folder / "result.json", vars(args), time.perf_counter() - started, measured)
+    write_result(folder / "result.json", vars(args), measured)
+
+
+def choose_places(logits: dict[tuple[str, str], Tensor], labels: Tensor, costs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns sets of up to three exits, the cheapest way to lose one point against the best of all heads first.
+
+    Args:
+        logits: Of validation images, (N, K), by head and place.
+        labels: (N,).
+        costs: The exit table of a model with an exit at every place.
+    """
+    num_classes = logits["linear", "classifier"].shape[1]
+    heads = [head_macs(row.width, num_classes) for row in costs[:-1]]
+    layers = [row.macs - own for row, own in zip(costs, [*heads, 0], strict=True)]
+    target = max((logits["avg_max", place].argmax(1) == labels).double().mean() for place in PLACES) - 0.01
+    choices = []
+    for chosen in itertools.chain(*(itertools.combinations(range(len(PLACES)), number) for number in (1, 2, 3))):
+        names = [PLACES[i] for i in chosen]
+        records = ExitRecords(
+            torch.stack([*(logits["avg_max", name] for name in names), logits["linear", "classifier"]]),
+            labels,
+            torch.arange(len(labels)),
+            [*names, "classifier"],
+            [sum(layers[: i + 1]) + sum(heads[j] for j in chosen if j <= i) for i in (*chosen, len(PLACES))],
+            [str(k) for k in range(num_classes)],
+        )
+        # At the deepest early exit everybody leaves: the frozen layers after it only make things worse.
+        thresholds = [[float(t)] * (len(chosen) - 1) + [float("inf")] for t in torch.linspace(0, 4, 81)]
+        rows = [row for row in sweep_thresholds(records, thresholds) if row["accuracy"] >= target]
+        if rows:
+            row = min(rows, key=lambda row: row["mean_macs"])
+            choices.append({"exits": names, "accuracy": row["accuracy"], "mean_macs": row["mean_macs"]})
+    return sorted(choices, key=lambda choice: choice["mean_macs"])
 
 
 @torch.no_grad()
@@ -317,7 +324,6 @@ def finetune(args: argparse.Namespace) -> None:
     if (folder / "result.json").exists():
         raise SystemExit(f"{folder.name} is complete")
     start_log(folder / "log.txt")
-    started = time.perf_counter()
     data = load_images(args.dataset, args.output, args.limit)
     images, labels = data["train"]
     num_classes = int(labels.max()) + 1
@@ -369,7 +375,7 @@ def finetune(args: argparse.Namespace) -> None:
     validation, test = (records_of(average, *data[split], args.size, names, costs) for split in ("validation", "test"))
     test.save(folder / "test_records.safetensors")
     measured = summarize(validation, test) if with_exits else {"per_exit": exit_rows(test)}
-    write_result(folder / "result.json", vars(args), time.perf_counter() - started, measured)
+    write_result(folder / "result.json", vars(args), measured)
 
 
 def head_macs(width: int, num_classes: int) -> int:
