@@ -23,6 +23,7 @@ import _inference_report
 import _methods_page
 import _pretrained_page
 import _rotation_page
+import _studies_page
 import _support_page
 import timm
 from _benchmark_allocator import allocator_table
@@ -41,7 +42,7 @@ from erde_hub.policies import get_policy, list_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGE_NAMES = ("calibration", "methods", "pretrained", "support_matrix")
+PAGE_NAMES = ("calibration", "methods", "pretrained", "studies/README", "support_matrix")
 PAGES = (README, *(ROOT / "recipes" / f"{name}.md" for name in PAGE_NAMES))
 RESULTS = ROOT / "recipes" / "results"
 INFERENCE = RESULTS / "benchmark_inference.json"
@@ -204,6 +205,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     **_calibration_page.tables(table, registry_table),
     **_rotation_page.tables(table, registry_table),
     **_pretrained_page.tables(table),
+    **_studies_page.tables(table),
     **_support_page.tables(table),
     "losses": lambda: registry_table(list_losses(), get_loss),
     "methods": lambda: _methods_page.losses_table(table, _links),

@@ -1,0 +1,65 @@
+"""The generated parts of recipes/studies/README.md, from recipes/results/studies/*.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from erde_hub.evaluation.formatting import mmacs, percent
+
+STUDIES = Path(__file__).parent / "results" / "studies"
+TEST_IMAGES = 10_000  # of CIFAR-10 and CIFAR-100
+
+Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
+
+
+def tables(table: Table) -> dict[str, Callable[[], str]]:
+    """Returns the tables of the page by name."""
+    return {"frozen_places": lambda: places_table(table), "frozen_points": lambda: points_table(table)}
+
+
+def results(prefix: str) -> list[dict[str, Any]]:
+    """Returns the results whose file names begin with a prefix."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(STUDIES.glob(f"{prefix}_*.json"))]
+
+
+def places_table(table: Table) -> str:
+    """One row per place: accuracy of each kind of head on validation images, a column per size."""
+    columns = {
+        (result["arguments"]["size"], kind): {
+            row["place"]: percent(row["validation_accuracy"]) for row in result["places"] if row["head"] == kind
+        }
+        for result in results("frozen")
+        for kind in ("linear", "mlp", "avg_max")
+    }
+    places = dict.fromkeys(place for column in columns.values() for place in column)
+    order = sorted(places, key=lambda place: (place == "classifier", place))
+    header = ("head after", *(f"`{kind}`, {size} pixels, %" for size, kind in columns))
+    return table(header, ((f"`{place}`", *(column.get(place, "-") for column in columns.values())) for place in order))
+
+
+def points_table(table: Table) -> str:
+    """One row per way to use a network with frozen backbone, on test images."""
+    rows = []
+    for result in results("frozen"):
+        size, full = f"{result['arguments']['size']}", result["full_macs"]
+        *_, early, last = result["per_exit"]
+        ways = {"its own classifier": last | {"macs": full}, f"everybody exits after `{early['exit']}`": early}
+        for name, row in ways.items():
+            rows.append((size, name, percent(row["accuracy"]), "-", mmacs(row["macs"]), percent(row["macs"] / full)))
+        by_threshold: dict[str, list[str]] = {}
+        for name, point in result["points"].items():
+            by_threshold.setdefault(str(point["threshold"]), []).append(name)
+        for names in by_threshold.values():
+            point = result["points"][names[0]]
+            test, won, lost = point["test"], point["only_routed_right"], point["only_last_exit_right"]
+            # Paired: only images on which the two differ count; normal approximation.
+            gain, error = (won - lost) / TEST_IMAGES, 1.96 * math.sqrt(won + lost) / TEST_IMAGES
+            cost = mmacs(test["mean_macs"]), percent(test["mean_macs"] / full)
+            against = f"{100 * gain:+.1f} ± {100 * error:.1f}"
+            rows.append((size, f"threshold: {', '.join(names)}", percent(test["accuracy"]), against, *cost))
+    header = ("pixels", "how", "test %", "against the classifier, points", "mean MMACs", "of the network's MACs %")
+    return table(header, rows)
