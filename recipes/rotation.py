@@ -143,7 +143,7 @@ def build(wanted: RotationArguments, data: ImageData, seed: int) -> EarlyExitWra
         id2label=[TARGET],
         problem_type="regression",
     )
-    data.set_preprocessing(model)
+    model.set_preprocessing(**data.preprocessing)
     return model
 
 

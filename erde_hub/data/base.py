@@ -6,16 +6,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from erde_hub.errors import ConfigError, DataError
 
 from .loader import Split
 from .splits import SplitPlan
 from .streaming import StreamSplit
-
-if TYPE_CHECKING:
-    from erde_hub.modeling.wrapper import EarlyExitWrapper
 
 
 @dataclass(kw_only=True)
@@ -59,17 +56,10 @@ class LabelledData(ABC):
     def input_size(self) -> tuple[int, ...]:
         """Shape of one input: (3, H, W), or the number of tokens that the longest text may have."""
 
+    @property
     @abstractmethod
-    def describe_preprocessing(self) -> dict[str, Any]:
-        """Returns what turns a sample into the network's input, as JSON types."""
-
-    @abstractmethod
-    def set_preprocessing(self, model: EarlyExitWrapper) -> None:
-        """Stores in a model how its inputs are made, as far as its config holds that."""
-
-    @abstractmethod
-    def save_preprocessing(self, folder: str | os.PathLike[str]) -> None:
-        """Writes what a checkpoint needs beside config and weights to make its inputs."""
+    def preprocessing(self) -> dict[str, Any]:
+        """How a sample becomes the network's input, as JSON types; of images the arguments of ``set_preprocessing``."""
 
     @property
     def streamed(self) -> bool:
@@ -94,7 +84,7 @@ class LabelledData(ABC):
             "name": self.name,
             "fingerprint": self.fingerprint,
             "num_classes": self.num_classes,
-            "preprocessing": self.describe_preprocessing(),
+            "preprocessing": self.preprocessing,
             "splits": self.split_info,
         }
 

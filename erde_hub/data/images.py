@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -29,9 +29,6 @@ from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishe
 from .splits import SPLIT_NAMES, SplitPlan, bucket_of, limit_plan, load_plan, plan_splits
 from .streaming import StreamSplit, open_stream
 
-if TYPE_CHECKING:
-    from erde_hub.modeling.wrapper import EarlyExitWrapper
-
 __all__ = ["BatchLoader", "ImageData", "image_data_from_arrays", "load_image_data"]
 
 
@@ -40,55 +37,42 @@ class ImageData(LabelledData):
     """Labelled images; see :class:`~erde_hub.data.base.LabelledData`.
 
     Attributes:
-        preprocessing: Turns an RGB image into the network's input.
+        transform: Turns an RGB image into the network's input.
     """
 
     kind: ClassVar[str] = "image"
 
-    preprocessing: Preprocessing
+    transform: Preprocessing
 
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(3, H, W) of the batches."""
-        return self.preprocessing.input_size
+        return self.transform.input_size
 
     @property
     def mean(self) -> tuple[float, float, float]:
         """Per channel, of pixels in [0, 1]."""
-        return self.preprocessing.mean
+        return self.transform.mean
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Per channel, of pixels in [0, 1]."""
-        return self.preprocessing.std
+        return self.transform.std
 
     @property
     def interpolation(self) -> str:
         """How images of another size are resized."""
-        return self.preprocessing.interpolation
+        return self.transform.interpolation
 
     @property
     def crop_pct(self) -> float:
         """The shorter side is resized to the input size divided by this before the centre is cut out."""
-        return self.preprocessing.crop_pct
+        return self.transform.crop_pct
 
-    def describe_preprocessing(self) -> dict[str, Any]:
-        """Returns the fields of the preprocessing."""
-        return self.preprocessing.to_dict()
-
-    def set_preprocessing(self, model: EarlyExitWrapper) -> None:
-        """Stores mean, standard deviation, size and resizing in a model, and so in its checkpoint."""
-        model.set_preprocessing(
-            mean=self.mean,
-            std=self.std,
-            size=self.input_size[1:],
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-            crop_mode=self.preprocessing.crop_mode,
-        )
-
-    def save_preprocessing(self, folder: str | os.PathLike[str]) -> None:
-        """Nothing: a model saves what :meth:`set_preprocessing` stored in it."""
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Mean, standard deviation, size and resizing: ``model.set_preprocessing(**data.preprocessing)``."""
+        return self.transform.to_dict()
 
 
 def load_image_data(
@@ -275,7 +259,7 @@ def _build(
         name=source.name,
         fingerprint=fingerprint,
         class_names=source.class_names,
-        preprocessing=preprocessing,
+        transform=preprocessing,
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],
@@ -311,7 +295,7 @@ def _streamed(
         name=name,
         fingerprint=fingerprint,
         class_names=class_names,
-        preprocessing=preprocessing,
+        transform=preprocessing,
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],

@@ -97,9 +97,9 @@ class Preprocessing:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON types."""
+        """Returns the arguments of ``EarlyExitWrapper.set_preprocessing``, as JSON types."""
         return {
-            "input_size": list(self.input_size),
+            "size": list(self.input_size[1:]),
             "mean": list(self.mean),
             "std": list(self.std),
             "interpolation": self.interpolation,

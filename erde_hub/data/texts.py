@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from .columns import find_text_columns, open_tables, read_labels
 from .decoding import content_digest
 from .loader import Batch, BatchSettings, Split
 from .splits import SplitPlan, leave_out_copies, limit_plan, load_plan, plan_splits
-
-if TYPE_CHECKING:
-    from erde_hub.modeling.wrapper import EarlyExitWrapper
 
 __all__ = ["TextData", "load_text_data", "load_tokenizer"]
 
@@ -156,20 +153,14 @@ class TextData(LabelledData):
         """Tokens of the longest text."""
         return (self.max_length,)
 
-    def describe_preprocessing(self) -> dict[str, Any]:
-        """Returns the kind of tokenizer, its size and the longest text."""
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Kind of tokenizer, size of its vocabulary and length of the longest text in tokens."""
         return {
             "tokenizer": type(self.tokenizer).__name__,
             "vocabulary": len(self.tokenizer),
             "max_length": self.max_length,
         }
-
-    def set_preprocessing(self, model: EarlyExitWrapper) -> None:
-        """Nothing: a tokenizer is files beside the config, see :meth:`save_preprocessing`."""
-
-    def save_preprocessing(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer's files, by which ``AutoTokenizer`` and pipelines find it."""
-        self.tokenizer.save_pretrained(os.fspath(folder))
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

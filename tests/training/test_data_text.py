@@ -171,7 +171,7 @@ def test_settings_of_images_are_refused(data):
 
 
 def test_the_tokenizer_goes_with_a_checkpoint(folder, data, tmp_path):
-    data.save_preprocessing(tmp_path / "run")
+    data.tokenizer.save_pretrained(tmp_path / "run")
     again = load(folder, tmp_path, tmp_path / "run", max_length=10)
     first, second = (next(iter(BatchLoader(own.test, 20))) for own in (data, again))
     assert torch.equal(first["input_ids"], second["input_ids"])

@@ -195,7 +195,7 @@ def test_preprocessing_of_weights_reaches_the_data_whole(monkeypatch):
 
 
 def test_a_network_stores_how_its_data_were_cropped(data):
-    own = dataclasses.replace(data, preprocessing=dataclasses.replace(data.preprocessing, crop_mode="squash"))
+    own = dataclasses.replace(data, transform=dataclasses.replace(data.transform, crop_mode="squash"))
     model = recipe.build_model("resnet8_cifar", own, ExitArguments(exits=["layer1"]), kwargs={"width": 4})
     assert model.config.preprocessing["crop_mode"] == "squash"
 

@@ -151,7 +151,8 @@ def add_exits(
         backbone_kwargs=backbone_kwargs,
         id2label=data.class_names,
     )
-    data.set_preprocessing(model)
+    if data.kind == "image":  # texts: the tokenizer is saved next to the config
+        model.set_preprocessing(**data.preprocessing)
     return model
 
 

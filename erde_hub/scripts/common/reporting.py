@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from erde_hub._files import write_text
+from erde_hub.data.texts import TextData
 from erde_hub.evaluation import (
     build_results,
     plot_frontier,
@@ -90,7 +91,8 @@ def report(
             results["static_student"] = dict(static)
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
-        run.data.save_preprocessing(folder)
+        if isinstance(run.data, TextData):
+            run.data.tokenizer.save_pretrained(folder)
         if run.data.plan is not None:
             run.data.save_split(folder / SPLIT_FILE)
         save_trained_on(run.data, folder)
