@@ -25,6 +25,8 @@ from hypothesis import HealthCheck, settings
 
 from erde_hub import keep_freed_memory
 
+pytest.register_assert_rewrite("tests.fakes")
+
 # The same examples on every run and machine: a failure is then a change of the code, not of the luck.
 settings.register_profile(
     "erde_hub", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from engine_fakes import CLASSES, FAMILIES, Plain, images, spread, wrap
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,6 +30,7 @@ from erde_hub.errors import (
     RebuildError,
     ThresholdError,
 )
+from tests.fakes.networks import CLASSES, FAMILIES, Plain, images, spread, wrap
 
 
 @pytest.fixture(autouse=True, scope="module")

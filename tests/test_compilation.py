@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from engine_fakes import all_logits, images, quantile_thresholds, wrap
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.engine.compilation import CompiledSteps
 from erde_hub.errors import ExitPointError
+from tests.fakes.networks import all_logits, images, quantile_thresholds, wrap
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ import pytest
 import timm
 import torch
 import transformers
-from engine_fakes import CLASSES, wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError
+from tests.fakes.networks import CLASSES, wrap
 
 _NUMBERS = st.one_of(
     st.integers(-3, 5), st.sampled_from([0, -1, 2**31, 10**12, 10**30]), st.floats(allow_nan=True, allow_infinity=True)

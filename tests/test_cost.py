@@ -7,13 +7,13 @@ import functools
 import pytest
 import timm
 import torch
-from engine_fakes import CLASSES, FAMILIES, build, images, wrap
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.backbones.tracing import flop_counter, trace, weightless_copy
 from erde_hub.errors import ConfigError, ExitPointError
 from erde_hub.modeling.exit_table import ExitRow
+from tests.fakes.networks import CLASSES, FAMILIES, build, images, wrap
 
 # methods.md, section 2: MMACs after each stage and in total, convolutions and classifier only
 CIFAR = {

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from engine_fakes import CLASSES, FAMILIES, Plain, build, images, no_randomness, wrap
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
@@ -29,6 +28,7 @@ from erde_hub.errors import (
     UnknownNameError,
 )
 from erde_hub.policies import create_policy
+from tests.fakes.networks import CLASSES, FAMILIES, Plain, build, images, no_randomness, wrap
 
 KWARGS = FAMILIES["resnet"].kwargs
 

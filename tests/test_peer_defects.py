@@ -15,7 +15,15 @@ import timm
 import torch
 import torchvision
 from _support_models import transformers_model
-from engine_fakes import (
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from erde_hub import EarlyExitWrapper, list_exit_points
+from erde_hub.backbones.tracing import flop_counter
+from erde_hub.calibration import choose_threshold
+from erde_hub.errors import CheckpointError, ExportError, InputTypeError, LabelError
+from erde_hub.evaluation import ExitRecords
+from tests.fakes.networks import (
     CLASSES,
     FAMILIES,
     StructureNet,
@@ -28,14 +36,6 @@ from engine_fakes import (
     spread,
     wrap,
 )
-from timm.utils import ModelEmaV3
-from torch import nn
-
-from erde_hub import EarlyExitWrapper, list_exit_points
-from erde_hub.backbones.tracing import flop_counter
-from erde_hub.calibration import choose_threshold
-from erde_hub.errors import CheckpointError, ExportError, InputTypeError, LabelError
-from erde_hub.evaluation import ExitRecords
 
 
 @pytest.fixture(autouse=True)

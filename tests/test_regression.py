@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from engine_fakes import Plain, resnet8
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -39,6 +38,7 @@ from erde_hub.prediction_sets import (
     interval_metrics,
     solve_intervals,
 )
+from tests.fakes.networks import Plain, resnet8
 
 EXITS = ["stem", "trunk.a"]
 

@@ -6,7 +6,15 @@ import functools
 
 import pytest
 import torch
-from engine_fakes import (
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from erde_hub import EarlyExitWrapper, route_batches
+from erde_hub.engine.routing import Router
+from erde_hub.errors import ExitNotReachedError, ShapeError, ThresholdError
+from erde_hub.policies import ExitPolicy, list_policies
+from tests.fakes.networks import (
     CLASSES,
     FAMILIES,
     STAGED,
@@ -18,15 +26,7 @@ from engine_fakes import (
     spread,
     wrap,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from policy_fakes import make_policy
-from torch import nn
-
-from erde_hub import EarlyExitWrapper, route_batches
-from erde_hub.engine.routing import Router
-from erde_hub.errors import ExitNotReachedError, ShapeError, ThresholdError
-from erde_hub.policies import ExitPolicy, list_policies
+from tests.fakes.policies import make_policy
 
 SCORED = ["entropy", "confidence", "margin", "patience"]
 

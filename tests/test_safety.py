@@ -12,7 +12,15 @@ import warnings
 
 import pytest
 import torch
-from engine_fakes import (
+from timm.layers import set_reentrant_ckpt
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from erde_hub import EarlyExitWrapper
+from erde_hub.engine import routing
+from erde_hub.errors import ConfigError, ExitNotReachedError
+from tests.fakes.networks import (
     CLASSES,
     FAMILIES,
     TIMM,
@@ -25,14 +33,6 @@ from engine_fakes import (
     spread,
     wrap,
 )
-from timm.layers import set_reentrant_ckpt
-from timm.utils import ModelEmaV3
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
-
-from erde_hub import EarlyExitWrapper
-from erde_hub.engine import routing
-from erde_hub.errors import ConfigError, ExitNotReachedError
 
 DRIVEN = ["resnet", "plain"]  # one staged, one by hooks
 

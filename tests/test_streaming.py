@@ -8,7 +8,6 @@ import itertools
 import pytest
 import timm
 import torch
-from engine_fakes import CLASSES, StructureNet, images, quantile_thresholds, spread, wrap
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -19,6 +18,7 @@ from erde_hub.engine.batch_sync import Carried
 from erde_hub.engine.features import last_linears
 from erde_hub.engine.rows import cut_rows, join_rows, shrink
 from erde_hub.errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError, ThresholdError
+from tests.fakes.networks import CLASSES, StructureNet, images, quantile_thresholds, spread, wrap
 
 SIZES = [1, 7, 0, 11, 3, 1, 1, 6]  # 30 images
 

@@ -9,13 +9,13 @@ import pickle
 import pytest
 import torch
 from _support_models import transformers_model
-from engine_fakes import CLASSES, FAMILIES, StructureNet, all_logits, build, images, spread, wrap
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, TruncatedConfig, TruncatedModel
 from erde_hub.errors import CheckpointError, ConfigError, ExitNotReachedError, ExitPointError, InputTypeError
 from erde_hub.modeling.truncated import RemovedModule
+from tests.fakes.networks import CLASSES, FAMILIES, StructureNet, all_logits, build, images, spread, wrap
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ import functools
 import pytest
 import timm
 import torch
-from engine_fakes import FAMILIES, Plain, build, sequential
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.backbones import find_adapter, get_adapter, list_libraries
 from erde_hub.errors import ExitPointError, UnknownNameError
+from tests.fakes.networks import FAMILIES, Plain, build, sequential
 
 
 @pytest.fixture(autouse=True)

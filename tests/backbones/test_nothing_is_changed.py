@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from _support_models import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families, transformers_model
-from engine_fakes import FAMILIES, Plain, build, sequential
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from erde_hub import EarlyExitWrapper, list_exit_points
+from tests.fakes.networks import FAMILIES, Plain, build, sequential
 
 #: Modules registered twice, biases kept in eval mode (coat, levit), staged and hooked families, buffers of positions.
 QUICK = ("coat", "levit", "resnet", "vision_transformer", "swin_transformer", "twins", "eva")

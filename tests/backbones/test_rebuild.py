@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from engine_fakes import FAMILIES
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, RebuildError
+from tests.fakes.networks import FAMILIES
 
 _SWIN = FAMILIES["swin"].kwargs
 _VIT = FAMILIES["vit"].kwargs

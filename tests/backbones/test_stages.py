@@ -8,13 +8,13 @@ import types
 import pytest
 import timm
 import torch
-from engine_fakes import FAMILIES, STAGED, build
 from torch import Tensor, nn
-from transformers_fakes import vision
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones import timm as timm_backbones
 from erde_hub.errors import ExitPointError
+from tests.fakes.networks import FAMILIES, STAGED, build
+from tests.fakes.transformers_models import vision
 
 SIZE = (3, 16, 16)
 

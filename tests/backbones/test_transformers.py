@@ -10,10 +10,8 @@ import pytest
 import torch
 import transformers as t
 from _support_models import transformers_model
-from engine_fakes import route_reference, score
 from PIL import Image
 from torch import nn
-from transformers_fakes import CLASSES, TEXT, VISION, inputs, side, text, vision, wrap
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, list_exit_points
 from erde_hub.backbones.tracing import flop_counter
@@ -29,6 +27,8 @@ from erde_hub.errors import (
 )
 from erde_hub.export import export_onnx
 from erde_hub.preprocessing import build_image_processor
+from tests.fakes.networks import route_reference, score
+from tests.fakes.transformers_models import CLASSES, TEXT, VISION, inputs, side, text, vision, wrap
 
 MODELS = [*VISION, *TEXT]
 

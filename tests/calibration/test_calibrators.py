@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from calibration_fakes import make_logits
-from engine_fakes import resnet8
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper
 from erde_hub.calibration import (
@@ -39,6 +37,8 @@ from erde_hub.errors import (
     UnknownNameError,
 )
 from erde_hub.evaluation import ExitRecords, collect_exit_records
+from tests.fakes.networks import resnet8
+from tests.fakes.records import make_logits
 
 
 def golden(shared, name):

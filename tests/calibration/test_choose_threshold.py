@@ -9,8 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from calibration_fakes import make_records
-from engine_fakes import resnet8
 
 from erde_hub.calibration import (
     TemperatureCalibrator,
@@ -25,6 +23,8 @@ from erde_hub.calibration.choice import describe_confidence
 from erde_hub.errors import ConfigError, DataError, InputTypeError, RecordsError, ThresholdError, UnknownNameError
 from erde_hub.evaluation import ExitRecords, collect_exit_records, curve_area, route_records
 from erde_hub.policies import EEFPPolicy, EENetPolicy, SetSizePolicy
+from tests.fakes.networks import resnet8
+from tests.fakes.records import make_records
 
 RECORDS = make_records(400)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import simulate_guarantee
 import torch
-from calibration_fakes import earlyon_thresholds, make_logits, make_records
 
 from erde_hub.calibration import choose_threshold
 from erde_hub.calibration.guarantees import candidate_losses, candidate_sums, certify
@@ -18,6 +17,7 @@ from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
+from tests.fakes.records import earlyon_thresholds, make_logits, make_records
 
 BOUND, CONFIDENCE, DRAWS = 0.01, 0.9, 500
 COSTS = torch.tensor([0.3, 0.65, 1.0], dtype=torch.float64)

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from calibration_fakes import EARLYON_GRID, earlyon_thresholds, make_logits, make_records
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from erde_hub.errors import ConfigError
 from erde_hub.evaluation import route_records, sweep_thresholds
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
+from tests.fakes.records import EARLYON_GRID, earlyon_thresholds, make_logits, make_records
 
 
 def evaluate(ranks, losses, costs, levels):

@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from data_fakes import encode, rows, write_parquet
 from PIL import Image
 
 from erde_hub.data import decoding as data_images
@@ -20,6 +19,7 @@ from erde_hub.data.images import BatchLoader, image_data_from_arrays, load_image
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError, UnknownNameError
 from erde_hub.scripts.common import build_model
 from erde_hub.scripts.common.arguments import ExitArguments
+from tests.fakes.images import encode, rows, write_parquet
 
 
 @pytest.fixture

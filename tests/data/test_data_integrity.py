@@ -5,12 +5,12 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
-from data_fakes import rows, write_parquet
 
 from erde_hub.data import integrity as data_integrity
 from erde_hub.data.decoding import EncodedImages, decode, header_size, spread
 from erde_hub.data.images import load_image_data
 from erde_hub.errors import DataError, UnknownNameError
+from tests.fakes.images import rows, write_parquet
 
 LARGE = {"size": (120, 100)}
 FEATURES = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}

@@ -7,14 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from data_fakes import rows, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
 from erde_hub.data.images import BatchLoader, image_data_from_arrays, load_image_data
 from erde_hub.errors import ConfigError, DataError, UnknownNameError
-
-KEYS = ("pixel_values", "labels", "index")
+from tests.fakes.images import joined, rows, same, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +30,6 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     write_parquet(folder, {"train": rows(40, size=(120, 100)), "test": rows(9, size=(120, 100), first_seed=90)})
     return load_image_data(folder, cache_dir=folder / "cache", input_size=32, progress=False)
-
-
-def same(first, second):
-    return all(torch.equal(first[key], second[key]) for key in KEYS)
-
-
-def joined(batches):
-    return {key: torch.cat([batch[key] for batch in batches]) for key in KEYS}
 
 
 def test_batches_have_the_promised_form(toys):

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from data_fakes import picture, rows, write_parquet
 from PIL import Image
 
 from erde_hub.data.columns import find_columns
 from erde_hub.data.images import load_image_data
 from erde_hub.errors import DataError, LabelError
+from tests.fakes.images import picture, rows, write_parquet
 
 IMAGE, CLASSES = datasets.Image(), datasets.ClassLabel(names=["a", "b"])
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from data_fakes import picture, rows, write_parquet
-from test_data_loader import joined, same
 
 from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.data.splits import bucket_of
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError
+from tests.fakes.images import joined, picture, rows, same, write_parquet
 
 
 @pytest.fixture(scope="module")

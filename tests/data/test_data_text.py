@@ -6,11 +6,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from text_fakes import columns, make_tokenizer, write_encoder, write_texts
 
 from erde_hub.data.images import BatchLoader
 from erde_hub.data.texts import load_text_data
 from erde_hub.errors import ConfigError, DataError, InputTypeError
+from tests.fakes.texts import columns, make_tokenizer, write_encoder, write_texts
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -33,28 +32,9 @@ from erde_hub.evaluation import (
     route_records,
 )
 from erde_hub.policies import create_policy
+from tests.fakes.records import FakeExits, batches
 
-
-class FakeExits(nn.Module):
-    """Two exits on vectors of 4, with what the collector reads and nothing else."""
-
-    exit_names = ("stem", "classifier")
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4)
-        self.drop = nn.Dropout(0.5)
-        self.heads = nn.ModuleList([nn.Linear(4, 3)])
-        self.backbone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
-        self.config = SimpleNamespace(id2label={0: "cat", 1: "dog", 2: "eel"})
-
-    def exit_table(self):
-        return SimpleNamespace(cumulative_macs=[12, 40])
-
-    def forward(self, pixel_values, output_all_exits=False):
-        assert output_all_exits
-        x = self.drop(self.norm(pixel_values))
-        return SimpleNamespace(exit_logits=(self.heads[0](x), self.backbone(x)))
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_records(**changes):
@@ -67,15 +47,6 @@ def make_records(**changes):
         "class_names": ["cat", "dog", "eel"],
     }
     return ExitRecords(**{**values, **changes})
-
-
-def batches(samples=10, size=4):
-    x, y = torch.randn(samples, 4), torch.randint(3, (samples,))
-    index = torch.arange(samples) + 100
-    return [
-        {"pixel_values": a, "labels": b, "index": c}
-        for a, b, c in zip(x.split(size), y.split(size), index.split(size), strict=True)
-    ]
 
 
 def test_collects_every_exit_in_eval_mode_and_in_order():
@@ -418,8 +389,7 @@ def test_wrapper_modes_weights_and_fingerprint_survive(wrapper, tmp_path):
 TWO_PROCESSES = """
 import os, sys, torch
 from accelerate import Accelerator
-sys.path.insert(0, sys.argv[2])
-from test_exit_records import FakeExits, batches
+from tests.fakes.records import FakeExits, batches
 from erde_hub.errors import DataError
 from erde_hub.evaluation import collect_exit_records
 
@@ -466,8 +436,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "recipes"))),
         }
-        command = [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)]
+        command = [sys.executable, str(script), str(tmp_path)]
         runs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for run in runs:
         output, _ = run.communicate(timeout=240)

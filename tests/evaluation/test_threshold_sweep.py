@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_fakes import PLAIN, make_policy
 
 from erde_hub.errors import (
     CheckpointWriteError,
@@ -33,6 +32,7 @@ from erde_hub.evaluation import (
     write_sweep_csv,
 )
 from erde_hub.policies import ExitPolicy, create_policy, list_policies
+from tests.fakes.policies import PLAIN, make_policy
 
 
 def make_records(seed=0, exits=3, samples=40, classes=7, scale=2.0, sharper=1.0):

@@ -5,10 +5,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_fakes import FAMILIES, build, tiny
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.export import export_onnx, flat
+from tests.fakes.onnx_models import FAMILIES, build, tiny
 
 
 @pytest.fixture(autouse=True)

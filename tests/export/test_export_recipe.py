@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 import torch
 from _patterns import coarse_patterns
-from onnx_fakes import build
 
 from erde_hub.errors import ConfigError, ThresholdError
 from erde_hub.export import EarlyExitSession, flat
+from tests.fakes.onnx_models import build
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import support_matrix
-from onnx_fakes import images
 
 import erde_hub.export
 from erde_hub.export import ExportCheck
+from tests.fakes.onnx_models import images
 
 
 @pytest.mark.parametrize(

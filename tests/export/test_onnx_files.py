@@ -9,7 +9,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-from onnx_fakes import tiny
 
 from erde_hub.errors import (
     CheckpointWriteError,
@@ -21,6 +20,7 @@ from erde_hub.errors import (
     UnknownNameError,
 )
 from erde_hub.export import EarlyExitSession, _runtime, _staging, export_onnx, flat, nesting
+from tests.fakes.onnx_models import tiny
 
 NAMES = ["m.onnx.data", "m.onnx"]
 

@@ -6,11 +6,10 @@ import numpy as np
 import onnxruntime.quantization
 import pytest
 import torch
-from onnx_fakes import images
-from test_onnx_structure import levels, read_in
 
 from erde_hub.errors import DataError, ExportError, InputTypeError, ShapeError, UnknownNameError
 from erde_hub.export import EarlyExitSession, export_onnx
+from tests.fakes.onnx_models import images, levels, read_in
 
 
 @pytest.fixture

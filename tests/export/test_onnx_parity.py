@@ -4,10 +4,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from onnx_fakes import MORE_FAMILIES, build, first_exits, images, safe_thresholds, tiny
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.export import EarlyExitSession, check_onnx, export_onnx
+from tests.fakes.onnx_models import MORE_FAMILIES, build, first_exits, images, safe_thresholds, tiny
 
 
 def assert_same(model, path, batch, thresholds):

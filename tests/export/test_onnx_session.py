@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_fakes import images, tiny
 from PIL import Image
 
 from erde_hub.errors import (
@@ -21,6 +20,7 @@ from erde_hub.errors import (
 )
 from erde_hub.export import EarlyExitSession, export_onnx
 from erde_hub.export import session as session_module
+from tests.fakes.onnx_models import images, tiny
 
 
 @pytest.fixture

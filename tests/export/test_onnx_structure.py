@@ -11,7 +11,6 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx_fakes import TinyNet, images, safe_thresholds, tiny
 
 import erde_hub
 from erde_hub.errors import (
@@ -23,29 +22,7 @@ from erde_hub.errors import (
     ShapeError,
 )
 from erde_hub.export import EarlyExitSession, SessionOutput, export_onnx, nesting, onnx_file
-
-
-def levels(path):
-    """The graphs from the outermost to the classifier's."""
-    graph = ir.load(path).graph
-    found = [graph]
-    while branches := [node for node in graph if node.op_type == "If"]:
-        (branch,) = branches
-        graph = branch.attributes["else_branch"].as_graph()
-        found.append(graph)
-    return found
-
-
-def read_in(graph):
-    """Names of all values that the layers of a graph read, those of deeper branches aside."""
-    layers = [node for node in graph if node.op_type != "If" or "all_have_left" not in node.name]
-    inner = [node for layer in layers for node in (layer, *all_inner(layer))]
-    return {value.name for node in inner for value in node.inputs if value is not None}
-
-
-def all_inner(node):
-    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-    return [inner for graph in graphs for inner in ir.traversal.RecursiveGraphIterator(graph)]
+from tests.fakes.onnx_models import TinyNet, images, levels, read_in, safe_thresholds, tiny
 
 
 def executed(path, feed):

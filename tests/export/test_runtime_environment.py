@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_fakes import images
 
 from erde_hub.export import EarlyExitSession
+from tests.fakes.onnx_models import images
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.families, pytest.mark.slow]

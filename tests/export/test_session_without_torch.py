@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from onnx_fakes import images
 
 from erde_hub.export import EarlyExitSession
+from tests.fakes.onnx_models import images
 
 #: Everything that the package depends on, but for NumPy, onnxruntime and Pillow.
 ABSENT = (

@@ -17,8 +17,6 @@ import timm
 import torch
 import transformers
 from _cli import clean_errors
-from engine_fakes import images, wrap
-from hub_server import Hub, environment, running
 from huggingface_hub.utils import httpx
 from safetensors.torch import save
 
@@ -27,8 +25,10 @@ from erde_hub import EarlyExitWrapper
 from erde_hub._published_weights import check_backbone_weights
 from erde_hub.errors import CheckpointError, ConfigError
 from erde_hub.hub import publish_checkpoint
+from tests.fakes.hub_server import Hub, environment, running
+from tests.fakes.networks import images, wrap
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def hub() -> Iterator[Hub]:
 
 def run(hub: Hub, home: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with that Hub; huggingface_hub reads its variables once, when it is imported."""
-    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[1], RECIPES))
+    path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "recipes"))
     return subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": path, **environment(hub, str(home), **variables)},
@@ -57,7 +57,7 @@ def checked(hub: Hub, home: Path, script: str, **variables: str) -> str:
 
 
 PUSH = """
-from engine_fakes import wrap
+from tests.fakes.networks import wrap
 from erde_hub import EarlyExitWrapper
 from huggingface_hub.errors import HfHubHTTPError
 model = wrap("resnet", id2label=list("abcde"))
@@ -74,7 +74,7 @@ print("done")
 """
 LOAD = """
 import torch
-from engine_fakes import images
+from tests.fakes.networks import images
 from erde_hub import EarlyExitWrapper
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 model = EarlyExitWrapper.from_pretrained("org/exits", token="hf_loopback", threshold=0.3)
@@ -122,11 +122,11 @@ print(EarlyExitWrapper.from_pretrained("org/run", revision="second").num_exits)
 def test_a_run_is_published_with_its_card(hub, tmp_path):
     folder = tmp_path / "run"
     wrap("resnet").save_pretrained(folder)
-    results = RECIPES / "results" / "digits.json"
+    results = ROOT / "recipes" / "results" / "digits.json"
     shutil.copy(results, folder / "results.json")
-    shutil.copy(RECIPES.parent / "model_cards" / "digits" / "frontier.png", folder)
+    shutil.copy(ROOT / "model_cards" / "digits" / "frontier.png", folder)
     (folder / "optimizer.bin").write_bytes(b"no part of the model")
-    script = PUSH_FOLDER.format(folder=str(folder), recipe=str(RECIPES / "push.py"))
+    script = PUSH_FOLDER.format(folder=str(folder), recipe=str(ROOT / "recipes" / "push.py"))
     assert checked(hub, tmp_path / "home", script, HF_TOKEN="hf_loopback") == "4"
     repository = hub.repositories["org/run"]
     assert repository.private
@@ -170,7 +170,7 @@ HEADS = """
 import json, torch
 from pathlib import Path
 import timm
-from engine_fakes import images, spread
+from tests.fakes.networks import images, spread
 from safetensors.torch import load_file
 from erde_hub import EarlyExitWrapper
 folder = Path({folder!r})
@@ -210,7 +210,7 @@ HEADS_OF_OTHERS = """
 import json, sys
 from pathlib import Path
 import timm, torch, transformers
-from engine_fakes import spread
+from tests.fakes.networks import spread
 from erde_hub import EarlyExitWrapper
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save
@@ -284,7 +284,7 @@ print("done")
 
 
 PLACES = """
-from engine_fakes import wrap
+from tests.fakes.networks import wrap
 
 torch.manual_seed(7)
 backbone = timm.create_model("resnet10_cifar", num_classes=5, width=8)

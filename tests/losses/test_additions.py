@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from loss_fakes import call, create_loss, ready
 from torch import nn
 
 from erde_hub import losses
@@ -28,6 +27,7 @@ from erde_hub.losses import (
     list_additions,
     list_losses,
 )
+from tests.fakes.losses import call, create_loss, ready
 
 PAIRS = list(itertools.product(list_losses(), list_additions()))
 

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from loss_fakes import COMBINED, call, create_loss, hold_detached_parts
 from torch import nn
 
 from erde_hub import losses
 from erde_hub.errors import ConfigError, ErdeError, InputTypeError, ShapeError
 from erde_hub.losses import ExitLoss, ReadoutWeight, Term, functional, get_loss, list_losses, register_loss
+from tests.fakes.losses import COMBINED, call, create_loss, hold_detached_parts
 
 every_loss = pytest.mark.parametrize("name", [*list_losses(), COMBINED])
 

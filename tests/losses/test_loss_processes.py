@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loss_fakes import COMBINED, call, create_loss
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from erde_hub.losses import EGADLoss, FeatureKDLoss, ReadoutWeight, list_losses
+from tests.fakes.losses import COMBINED, call, create_loss
 
 SAMPLES, CLASSES, EXITS = 8, 4, 3
 LOSSES = [

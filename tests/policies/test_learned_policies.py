@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from engine_fakes import resnet8
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError, ThresholdError
@@ -27,6 +26,7 @@ from erde_hub.policies.eefp import (
 )
 from erde_hub.policies.eenet import _end, _Scheduler, head_inputs, share_thresholds
 from erde_hub.policies.recorded import exit_indices, score_exits
+from tests.fakes.networks import resnet8
 
 
 def golden(shared, name):

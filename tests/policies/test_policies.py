@@ -10,10 +10,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from engine_fakes import leaves, score
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_fakes import PLAIN, make_policy
 
 from erde_hub.errors import ConfigError, ShapeError, ThresholdError, UnknownNameError
 from erde_hub.policies import (
@@ -25,6 +23,8 @@ from erde_hub.policies import (
     plain_threshold,
     register_policy,
 )
+from tests.fakes.networks import leaves, score
+from tests.fakes.policies import PLAIN, make_policy
 
 SCORED = ["entropy", "confidence", "margin", "patience"]
 

@@ -12,7 +12,6 @@ import pytest
 import simulate_guarantee
 import torch
 from accelerate.state import AcceleratorState
-from engine_fakes import resnet8
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.data.images import BatchLoader, load_image_data
@@ -20,6 +19,7 @@ from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError
 from erde_hub.evaluation import build_results, collect_exit_records
 from erde_hub.policies import EENetPolicy
 from erde_hub.scripts import common as recipe
+from tests.fakes.networks import resnet8
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from text_fakes import columns, write_encoder, write_texts
 from transformers import pipeline
 
 from erde_hub.errors import ConfigError, DataError, RunExistsError
 from erde_hub.scripts.common import THRESHOLD_RULE, Interrupted
 from erde_hub.training import Distiller
 from erde_hub.training.checkpointing import newest_checkpoint
+from tests.fakes.texts import columns, write_encoder, write_texts
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from distiller_fakes import make_data
 from PIL import Image
 
 from erde_hub.data.images import BatchLoader
 from erde_hub.data.rotated import TARGET, rotate, rotated_images
 from erde_hub.errors import ConfigError, InputTypeError
+from tests.fakes.training import make_data
 
 
 def test_images_are_turned_as_pillow_turns_them():

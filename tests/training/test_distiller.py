@@ -12,8 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
-from data_fakes import rows, write_parquet
-from distiller_fakes import CLASSES, TinyExits, assert_same, make_args, make_data, network, weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,6 +27,8 @@ from erde_hub.errors import (
 )
 from erde_hub.losses import CELoss, ERDELoss, ExitLoss, LossResult
 from erde_hub.training import Distiller, DistillerCallback
+from tests.fakes.images import rows, write_parquet
+from tests.fakes.training import CLASSES, TinyExits, assert_same, make_args, make_data, network, weights
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from distiller_fakes import TinyExits, make_args, make_data
 
 from erde_hub.errors import CheckpointError, CheckpointWriteError
 from erde_hub.training import Distiller
 from erde_hub.training import checkpointing as cp
+from tests.fakes.training import TinyExits, make_args, make_data
 
 
 def write_some(folder):

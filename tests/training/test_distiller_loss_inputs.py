@@ -3,13 +3,13 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from distiller_fakes import TinyExits, assert_same, make_args, make_data, network, weights
 
 from erde_hub.errors import ConfigError
 from erde_hub.losses import CELoss, EntropyWeight, ERDELoss, ExitLoss, FeatureKDLoss, FeatureTerm, Term, create_loss
 from erde_hub.scripts.common.arguments import StudentArguments, build_loss, loss_arguments_class
 from erde_hub.training import Distiller, ExitFeatures
 from erde_hub.training._loss_inputs import LossInputs
+from tests.fakes.training import TinyExits, assert_same, make_args, make_data, network, weights
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from distiller_fakes import assert_same, weights
-from distiller_process import one_step, train
 
 from erde_hub._cores import available_cores
 from erde_hub.errors import LaunchError
 from erde_hub.training import _launch
+from tests.fakes import distiller_process
+from tests.fakes.distiller_process import one_step, train
+from tests.fakes.training import assert_same, weights
 
-SCRIPT = Path(__file__).with_name("distiller_process.py")
+SCRIPT = Path(distiller_process.__file__)
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 

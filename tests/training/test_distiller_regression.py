@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from distiller_fakes import make_args, make_data
-from engine_fakes import resnet8
 from torch import nn
 
 from erde_hub.data.images import BatchLoader
@@ -15,6 +13,8 @@ from erde_hub.evaluation import collect_exit_records
 from erde_hub.losses import MSELoss
 from erde_hub.training import Distiller
 from erde_hub.training._meter import StepMeter
+from tests.fakes.networks import resnet8
+from tests.fakes.training import make_args, make_data
 
 
 def make_numbers():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from distiller_fakes import TinyExits, assert_same, make_args, make_data, network, weights
 
 from erde_hub.errors import ConfigError
 from erde_hub.heads import FeatureSpec
@@ -15,6 +14,7 @@ from erde_hub.losses import DEDIERLoss, ReadoutWeight, create_loss
 from erde_hub.training import Distiller, readout
 from erde_hub.training._checks import all_exits
 from erde_hub.training.readout import ConvReadout, new_readout
+from tests.fakes.training import TinyExits, assert_same, make_args, make_data, network, weights
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distiller_fakes import make_args
 from safetensors.torch import load_file
-from text_fakes import columns, make_tokenizer, write_encoder, write_texts
 from transformers import BertConfig, BertModel
 
 from erde_hub.data.texts import load_text_data
@@ -15,6 +13,8 @@ from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments, ExitArguments, StudentArguments, TeacherArguments
 from erde_hub.scripts.common.encoders import create_encoder, is_encoder
 from erde_hub.training import Distiller, create_accelerator
+from tests.fakes.texts import columns, make_tokenizer, write_encoder, write_texts
+from tests.fakes.training import make_args
 
 LAYERS = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -56,3 +57,14 @@ def rows(count, classes=3, size=(8, 8), first_seed=0):
     """Columns of ``count`` rows whose labels go round the classes."""
     labels = [i % classes for i in range(count)]
     return {"img": [picture(label, first_seed + i, size) for i, label in enumerate(labels)], "label": labels}
+
+
+KEYS = ("pixel_values", "labels", "index")
+
+
+def same(first, second):
+    return all(torch.equal(first[key], second[key]) for key in KEYS)
+
+
+def joined(batches):
+    return {key: torch.cat([batch[key] for batch in batches]) for key in KEYS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 import timm
 import torch
 from torch import Tensor
@@ -139,3 +140,26 @@ def first_exits(model: EarlyExitWrapper, x: Tensor, thresholds: list[float]) -> 
         index.append(leaving[0] if leaving else len(thresholds))
         rows.append(own[index[-1]])
     return torch.cat(rows), torch.tensor(index)
+
+
+def levels(path):
+    """The graphs from the outermost to the classifier's."""
+    graph = ir.load(path).graph
+    found = [graph]
+    while branches := [node for node in graph if node.op_type == "If"]:
+        (branch,) = branches
+        graph = branch.attributes["else_branch"].as_graph()
+        found.append(graph)
+    return found
+
+
+def read_in(graph):
+    """Names of all values that the layers of a graph read, those of deeper branches aside."""
+    layers = [node for node in graph if node.op_type != "If" or "all_have_left" not in node.name]
+    inner = [node for layer in layers for node in (layer, *all_inner(layer))]
+    return {value.name for node in inner for value in node.inputs if value is not None}
+
+
+def all_inner(node):
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    return [inner for graph in graphs for inner in ir.traversal.RecursiveGraphIterator(graph)]

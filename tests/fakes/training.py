@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from engine_fakes import resnet8
 from torch import nn
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.data.images import ImageData, image_data_from_arrays
 from erde_hub.outputs import EarlyExitOutput
 from erde_hub.training import DistillationArguments
+from tests.fakes.networks import resnet8
 
 CLASSES = ["red", "green", "blue"]
 

@@ -1,0 +1,58 @@
+"""Records of made-up exits of known quality, as the simulation of the recipes makes them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from simulate_guarantee import EARLYON_GRID, earlyon_thresholds, make_logits
+from torch import nn
+
+from erde_hub.evaluation import ExitRecords
+
+__all__ = ["EARLYON_GRID", "FakeExits", "batches", "earlyon_thresholds", "make_logits", "make_records"]
+
+
+def make_records(samples=400, exits=3, classes=10, seed=0, **info):
+    logits, labels = make_logits(samples, exits, classes, seed)
+    return ExitRecords(
+        logits=logits,
+        labels=labels,
+        index=torch.arange(samples),
+        exit_names=[f"stage{e}" for e in range(exits - 1)] + ["classifier"],
+        cumulative_macs=[1000 * (e + 2) for e in range(exits)],
+        class_names=[f"c{k}" for k in range(classes)],
+        fingerprint="f" * 32,
+        info={"split": "validation", **info},
+    )
+
+
+class FakeExits(nn.Module):
+    """Two exits on vectors of 4, with what the collector reads and nothing else."""
+
+    exit_names = ("stem", "classifier")
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.drop = nn.Dropout(0.5)
+        self.heads = nn.ModuleList([nn.Linear(4, 3)])
+        self.backbone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+        self.config = SimpleNamespace(id2label={0: "cat", 1: "dog", 2: "eel"})
+
+    def exit_table(self):
+        return SimpleNamespace(cumulative_macs=[12, 40])
+
+    def forward(self, pixel_values, output_all_exits=False):
+        assert output_all_exits
+        x = self.drop(self.norm(pixel_values))
+        return SimpleNamespace(exit_logits=(self.heads[0](x), self.backbone(x)))
+
+
+def batches(samples=10, size=4):
+    x, y = torch.randn(samples, 4), torch.randint(3, (samples,))
+    index = torch.arange(samples) + 100
+    return [
+        {"pixel_values": a, "labels": b, "index": c}
+        for a, b, c in zip(x.split(size), y.split(size), index.split(size), strict=True)
+    ]
