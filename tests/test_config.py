@@ -16,7 +16,7 @@ from erde_hub import EarlyExitConfig, EarlyExitWrapper
 from erde_hub.config import FORMAT_VERSION
 from erde_hub.errors import ConfigError, ExitPointError, ThresholdError, UnknownNameError
 
-STORED = Path(__file__).parent / "data" / "config_v1.json"
+STORED = Path(__file__).parent / "checkpoints" / "config_v1.json"
 
 
 def config(**changes) -> EarlyExitConfig:

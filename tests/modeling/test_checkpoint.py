@@ -449,7 +449,7 @@ def test_a_folder_without_a_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_of_format_version_1_loads():
-    folder = Path(__file__).parent / "checkpoints" / "version_1"
+    folder = Path(__file__).parents[1] / "checkpoints" / "version_1"
     assert json.loads((folder / "config.json").read_text())["format_version"] == 1
     loaded = EarlyExitWrapper.from_pretrained(folder)
     assert loaded.exit_names == ["layer1", "layer2", "classifier"]
