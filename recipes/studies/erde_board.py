@@ -6,8 +6,8 @@ A ResNet18 teacher with exits (width 32) is trained once per data set. ResNet10 
 METHODS, then train side by side in one process: from the same weights, on the same augmented batches, with the same
 dropout masks, so that differences between rows are differences between losses, and the teacher's forward is paid once.
 
-Thresholds are chosen on validation images, held out of the training set; test images are used once, at the end. A run
-that was killed continues when the same command is given again.
+Thresholds are chosen on validation images, held out of the training set; test images are used once, at the end. To pick
+a row as a preset, read its validation accuracies. A run that was killed continues when the same command is given again.
 """
 
 from __future__ import annotations
@@ -179,10 +179,11 @@ def collect(model: EarlyExitWrapper, images: Tensor, labels: Tensor) -> ExitReco
 def measure(validation: ExitRecords, test: ExitRecords) -> dict[str, Any]:
     """Every exit; accuracy at budgets, by thresholds from validation images and along the test curve; area under it."""
     exits = []
-    for row, logits in zip(per_exit_metrics(test), test.logits, strict=True):
+    for held_out, row, logits in zip(per_exit_metrics(validation), per_exit_metrics(test), test.logits, strict=True):
         confidence, predicted = logits.softmax(-1).max(-1)
         own = {key: row[key] for key in ("exit", "accuracy", "macs", "ece", "nll")}
-        exits.append({**own, "aurc": aurc(confidence, predicted == test.labels)})
+        own |= {"aurc": aurc(confidence, predicted == test.labels), "validation_accuracy": held_out["accuracy"]}
+        exits.append(own)
     full, curve = test.cumulative_macs[-1], sweep_thresholds(test, fine_thresholds(test))
     budgets = {}
     for share in (0.4, 0.5, 0.6, 0.75, 0.9):
@@ -194,6 +195,7 @@ def measure(validation: ExitRecords, test: ExitRecords) -> dict[str, Any]:
             "threshold": choice.threshold,
             **{key: row[key] for key in ("accuracy", "mean_macs", "exit_share", "ece")},
             "accuracy_on_test_curve": accuracy_at_cost(curve, share * full),
+            "validation_accuracy": choice.accuracy,
         }
     area = curve_area(test, low=0.4, resamples=0).area
     return {"per_exit": exits, "budgets": budgets, "area_from_40%": area}
