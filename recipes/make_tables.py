@@ -18,17 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import _calibration_page
-import _inference_report
-import _methods_page
-import _pretrained_page
-import _rotation_page
-import _studies_page
-import _support_page
 import timm
-from _benchmark_allocator import allocator_table
-from _benchmark_int8 import int8_table
-from _benchmark_loading import loading_table
+from pages import calibration, inference, methods, pretrained, rotation, speed, studies, support
 from PIL import Image, PngImagePlugin
 
 from erde_hub import list_exit_points
@@ -79,12 +70,12 @@ def main() -> None:
             stale.append(picture.relative_to(ROOT).as_posix())
             if not check:
                 draw_picture(picture, path, results)
-    inference, picture = INFERENCE, INFERENCE.with_suffix(".png")
-    if inference.is_file() and not picture_is_current(picture, inference):
+    picture = INFERENCE.with_suffix(".png")
+    if INFERENCE.is_file() and not picture_is_current(picture, INFERENCE):
         stale.append(picture.relative_to(ROOT).as_posix())
         if not check:
-            _inference_report.draw_saving(inference_results() or {}, str(picture))
-            _make_small(picture, inference)
+            inference.draw_saving(inference_results() or {}, str(picture))
+            _make_small(picture, INFERENCE)
     if stale and check:
         print(f"not current: {', '.join(stale)}; run `python recipes/make_tables.py`", file=sys.stderr)
         raise SystemExit(1)
@@ -162,7 +153,7 @@ def run_results() -> list[tuple[Path, dict[str, Any]]]:
 
 
 def inference_results() -> dict[str, Any] | None:
-    """Returns what `benchmark.py inference` found, None before it was run."""
+    """Returns what recipes/benchmarks/inference.py found, None before it was run."""
     return _stored(INFERENCE)
 
 
@@ -202,31 +193,31 @@ def _links(reference: str) -> str:
 
 
 _TABLES: dict[str, Callable[[], str]] = {
-    **_calibration_page.tables(table, registry_table),
-    **_rotation_page.tables(table, registry_table),
-    **_pretrained_page.tables(table),
-    **_studies_page.tables(table),
-    **_support_page.tables(table),
+    **calibration.tables(table, registry_table),
+    **rotation.tables(table, registry_table),
+    **pretrained.tables(table),
+    **studies.tables(table),
+    **support.tables(table),
     "losses": lambda: registry_table(list_losses(), get_loss),
-    "methods": lambda: _methods_page.losses_table(table, _links),
-    "additions": lambda: _methods_page.additions_table(table, _links),
-    "comparison": lambda: _methods_page.comparison_table(table),
-    "comparison_cifar10": lambda: _methods_page.comparison_table(table, "comparison_cifar10"),
-    "groups": lambda: _methods_page.groups_table(table),
-    "egad": lambda: _methods_page.egad_table(table),
-    "speed": lambda: _methods_page.speed_table(table),
+    "methods": lambda: methods.losses_table(table, _links),
+    "additions": lambda: methods.additions_table(table, _links),
+    "comparison": lambda: methods.comparison_table(table),
+    "comparison_cifar10": lambda: methods.comparison_table(table, "comparison_cifar10"),
+    "groups": lambda: methods.groups_table(table),
+    "egad": lambda: methods.egad_table(table),
+    "speed": lambda: methods.speed_table(table),
     "policies": lambda: registry_table(list_policies(), get_policy),
     "heads": lambda: registry_table(list_heads(), get_head),
     "networks": networks_table,
     "configs": configs_table,
     "results": results_table,
-    "saving": lambda: _inference_report.saving_table(table, inference_results()),
-    "bounds": lambda: _inference_report.bounds_table(table, inference_results()),
-    "compiled": lambda: _inference_report.compiled_table(table, inference_results()),
-    "stream": lambda: _inference_report.stream_table(table, inference_results()),
-    "allocator": lambda: allocator_table(table, _stored(RESULTS / "benchmark_allocator.json")),
-    "loading": lambda: loading_table(table, _stored(RESULTS / "benchmark_loading.json")),
-    "int8": lambda: int8_table(table, _stored(RESULTS / "benchmark_int8.json")),
+    "saving": lambda: inference.saving_table(table, inference_results()),
+    "bounds": lambda: inference.bounds_table(table, inference_results()),
+    "compiled": lambda: inference.compiled_table(table, inference_results()),
+    "stream": lambda: inference.stream_table(table, inference_results()),
+    "allocator": lambda: speed.allocator_table(table, _stored(RESULTS / "benchmark_allocator.json")),
+    "loading": lambda: speed.loading_table(table, _stored(RESULTS / "benchmark_loading.json")),
+    "int8": lambda: speed.int8_table(table, _stored(RESULTS / "benchmark_int8.json")),
 }
 
 

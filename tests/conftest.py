@@ -6,7 +6,7 @@ import os
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before anything imports torch, for the tests and what they start: see recipes/_early.py.
+# Before anything imports torch, for the tests and what they start: see recipes/distill.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Several test processes share the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

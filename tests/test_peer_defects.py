@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from _support_models import transformers_model
+from support_models import transformers_model
 from timm.utils import ModelEmaV3
 from torch import nn
 

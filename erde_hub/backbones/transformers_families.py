@@ -1,7 +1,7 @@
 """The families of the transformers library: where their stages are, how their features lie, how they pool tokens.
 
 Names, layouts and pooling are those of each family's own forward; nothing is concluded from the sizes of axes. Every
-row is tried by ``recipes/support_matrix.py``.
+row is tried by ``recipes/studies/support_matrix.py``.
 """
 
 from __future__ import annotations

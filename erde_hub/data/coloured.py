@@ -21,7 +21,7 @@ from .augment import counter_hash
 from .images import ImageData, _digits, image_data_from_arrays
 from .splits import TEST_FRACTION, VALIDATION_FRACTION, hold_out
 
-#: What ``recipes/compare_losses.py`` calls them.
+#: What ``recipes/studies/compare_losses.py`` calls them.
 DATASET = "coloured_digits"
 
 CLASS_NAMES = ("below five", "five or more")

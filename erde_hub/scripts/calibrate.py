@@ -15,13 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from _early import refuse_unknown_flags
-
-if __name__ == "__main__":
-    refuse_unknown_flags(__file__)
-
 import torch
-from _cli import clean_errors, parse_arguments
 
 from erde_hub._files import write_text
 from erde_hub.calibration import (
@@ -38,6 +32,7 @@ from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import TrainedDataArguments
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.scripts.common.default_threshold import CONFIDENCE
 from erde_hub.training import DistillationArguments, create_accelerator, run_on_main
 
@@ -284,5 +279,4 @@ def write(
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

@@ -11,13 +11,6 @@ from __future__ import annotations
 
 import time
 
-from _early import refuse_unknown_flags
-
-if __name__ == "__main__":
-    refuse_unknown_flags(__file__)
-
-from _cli import base_config, clean_errors, describe_settings, parse_arguments
-
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import (
     DataArguments,
@@ -27,6 +20,7 @@ from erde_hub.scripts.common.arguments import (
     build_loss,
     loss_arguments_class,
 )
+from erde_hub.scripts.common.command_line import base_config, describe_settings, parse_arguments, run_script
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, run_on_main
 
 
@@ -93,5 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clean_errors(resumable=True):
-        main()
+    run_script(main, resumable=True)

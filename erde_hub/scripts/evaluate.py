@@ -15,13 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from _early import refuse_unknown_flags
-
-if __name__ == "__main__":
-    refuse_unknown_flags(__file__)
-
-from _cli import clean_errors, parse_arguments
-
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import (
     Drift,
@@ -37,6 +30,7 @@ from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import get_policy
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import TrainedDataArguments
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, run_on_main
 
 
@@ -183,5 +177,4 @@ def refuse_checkpoint_folder(output_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

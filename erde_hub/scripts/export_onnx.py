@@ -14,22 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from _early import refuse_unknown_flags
-
-if __name__ == "__main__":
-    refuse_unknown_flags(__file__)
-
 import torch
-from _cli import clean_errors, parse_arguments
-from _patterns import coarse_patterns
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
-from erde_hub.data.images import BatchLoader, ImageData
+from erde_hub.data.base import LabelledData
+from erde_hub.data.images import BatchLoader
 from erde_hub.errors import ConfigError
 from erde_hub.export import EarlyExitSession, check_onnx, export_onnx
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.patterns import coarse_patterns
 
 
 @dataclass
@@ -135,7 +131,7 @@ def example(path: Path) -> str:
     )
 
 
-def compare(model: EarlyExitWrapper, path: Path, data: ImageData | None, args: ExportArguments) -> str:
+def compare(model: EarlyExitWrapper, path: Path, data: LabelledData | None, args: ExportArguments) -> str:
     """Answers of file and model on the same images; with labels, how often each is right."""
     if data is None:
         batches = [{"pixel_values": coarse_patterns(args.verify, model.config.input_size or ())}]
@@ -147,8 +143,15 @@ def compare(model: EarlyExitWrapper, path: Path, data: ImageData | None, args: E
     session = EarlyExitSession(path, threads=args.cpu_threads or None)
     header = ["threshold", "leave at", "same exit", "same class", "largest difference", "of the largest logit"]
     rows = []
-    for threshold in args.thresholds or [None]:
-        check = check_onnx(model, path, pixel_values, [threshold], threads=args.cpu_threads or None)
+    thresholds: list[float | None] = [*args.thresholds] if args.thresholds else [None]
+    for threshold in thresholds:
+        check = check_onnx(
+            model,
+            path,
+            pixel_values,
+            [model.threshold if threshold is None else threshold],
+            threads=args.cpu_threads or None,
+        )
         mine = session(pixel_values, threshold)
         row = [
             "stored" if threshold is None else f"{threshold:g}",
@@ -171,5 +174,4 @@ def compare(model: EarlyExitWrapper, path: Path, data: ImageData | None, args: E
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from _cli import clean_errors, parse_arguments
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
 
 from erde_hub.errors import ConfigError
 from erde_hub.hub import publish_checkpoint
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
 
 
 @dataclass
@@ -55,5 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

@@ -41,7 +41,7 @@ FREE_ON_RESUME = frozenset(
 #: Fields that say where and how this one process runs; they are left out of what is published.
 _PRIVATE = frozenset({"output_dir", "resume", "overwrite_output_dir", "progress_bar"})
 
-#: What other trainers call some of the fields, for messages. recipes/_early.py reads it without importing this file.
+#: What other trainers call some of the fields, for messages.
 OTHER_NAMES = {
     "amp": "mixed_precision",
     "bf16": "mixed_precision",

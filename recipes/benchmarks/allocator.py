@@ -1,6 +1,6 @@
-"""`benchmark.py allocator`: what it costs that the C library gives freed memory back, and `keep_freed_memory()` saves.
+"""Measures what it costs that the C library gives freed memory back, and `keep_freed_memory()` saves.
 
-    python recipes/benchmark.py allocator --output recipes/results/benchmark_allocator.json
+    python recipes/benchmarks/allocator.py --output recipes/results/benchmark_allocator.json
 
 The same plain network, without exits, runs in processes that take turns: how memory is kept is settled once for each.
 """
@@ -13,20 +13,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from _cli import parse_arguments
-from _inference_report import Table
-from _results import write_results
 
 from erde_hub import __version__, keep_freed_memory
-from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
 
 SIDES = ("default", "kept")
 #: Says something about the allocator that changes nothing, and so leaves it as the system has it.
@@ -55,9 +51,9 @@ class AllocatorBenchmark:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def benchmark_allocator(argv: list[str]) -> None:
+def main() -> None:
     """Measures, prints, writes."""
-    args, _ = parse_arguments({"benchmark": AllocatorBenchmark}, __doc__, argv)
+    args, _ = parse_arguments({"benchmark": AllocatorBenchmark}, __doc__)
     if args.only:
         print(json.dumps(_seconds(args)))
         return
@@ -80,15 +76,13 @@ def benchmark_allocator(argv: list[str]) -> None:
         "seconds": models,
     }
     write_results(args.output, results)
-    print(allocator_table(format_table, results))
 
 
 def _in_a_process(name: str, side: str, args: AllocatorBenchmark) -> float:
     numbers = {"batch_size": args.batch_size, "calls": args.calls, "cpu_threads": args.cpu_threads}
     flags = [part for key, value in numbers.items() for part in (f"--{key}", str(value))]
-    script = Path(__file__).with_name("benchmark.py")
     done = subprocess.run(
-        [sys.executable, str(script), "allocator", "--model", name, "--only", side, *flags],
+        [sys.executable, __file__, "--model", name, "--only", side, *flags],
         capture_output=True,
         text=True,
         env={**os.environ, **(AS_IT_IS if side == "default" else {})},
@@ -102,7 +96,7 @@ def _in_a_process(name: str, side: str, args: AllocatorBenchmark) -> float:
 @torch.no_grad()
 def _seconds(args: AllocatorBenchmark) -> float:
     if keep_freed_memory() is not (args.only == "kept"):
-        raise ConfigError(f"the process is not one for {args.only!r}: start `benchmark.py allocator` without --only")
+        raise ConfigError(f"the process is not one for {args.only!r}: start the benchmark without --only")
     torch.set_num_threads(args.cpu_threads)
     model = timm.create_model(args.model[0]).eval()
     x = torch.randn((args.batch_size, *model.default_cfg["input_size"]), generator=torch.Generator().manual_seed(0))
@@ -114,18 +108,5 @@ def _seconds(args: AllocatorBenchmark) -> float:
     return statistics.median(times[1:])
 
 
-def allocator_table(table: Table, results: Mapping[str, Any] | None) -> str:
-    """Milliseconds per image of both sides, for the terminal and for README.md."""
-    if results is None:
-        return "Not measured yet."
-    batch = results["batch_size"]
-    header = ("network, no exits", "ms per image as it comes", "keep_freed_memory()", "times faster")
-    rows = [
-        (
-            f"`{name}`",
-            *(f"{1e3 * seconds[side] / batch:.1f}" for side in SIDES),
-            f"{seconds['default'] / seconds['kept']:.2f}",
-        )
-        for name, seconds in results["seconds"].items()
-    ]
-    return table(header, rows)
+if __name__ == "__main__":
+    run_script(main)

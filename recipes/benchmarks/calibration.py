@@ -13,9 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from _cli import parse_arguments
-from _results import write_results
-from simulate_guarantee import make_logits
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.calibration import LaplaceCalibrator, MIECalibrator, TemperatureCalibrator, choose_threshold
@@ -31,6 +28,9 @@ from erde_hub.evaluation import (
 )
 from erde_hub.policies import EEFPPolicy, EENetPolicy, SetSizePolicy
 from erde_hub.prediction_sets import AVCSClassifier, ConformalClassifier, set_metrics
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.patterns import make_logits
+from erde_hub.scripts.common.results_files import write_results
 
 PARTS = ("functions", "laplace")
 
@@ -65,9 +65,9 @@ class CalibrationBenchmark:
             raise ConfigError(f"exits and classes must be at least 2, got {self.exits} and {self.classes}")
 
 
-def benchmark_calibration(argv: list[str]) -> None:
+def main() -> None:
     """Times every function of records once, and the Laplace approximation beside a ResNet-10."""
-    args, _ = parse_arguments({"benchmark": CalibrationBenchmark}, __doc__ or "", argv)
+    args, _ = parse_arguments({"benchmark": CalibrationBenchmark}, __doc__ or "")
     torch.set_num_threads(args.cpu_threads)
     known = Path(args.output) if args.output else None
     results: dict[str, Any] = json.loads(known.read_text(encoding="utf-8")) if known and known.is_file() else {}
@@ -189,3 +189,7 @@ def laplace(args: CalibrationBenchmark, classes: int) -> dict[str, Any]:
         "calibrator_seconds": calibrator_seconds,
         "share": calibrator_seconds / forward,
     }
+
+
+if __name__ == "__main__":
+    run_script(main)

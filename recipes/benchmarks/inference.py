@@ -1,7 +1,6 @@
-"""`benchmark.py inference`: how much of what early exits leave out a clock shows.
+"""Measures how much of what early exits leave out a clock shows.
 
-    python recipes/benchmark.py inference --output recipes/results/benchmark_inference.json --picture saving.png
-    python recipes/benchmark.py --model runs/digits-1 --batch_size 1 64
+    python recipes/benchmarks/inference.py --output recipes/results/benchmark_inference.json
 
 Contestants take turns, round by round; numbers are medians, with quartiles in the file. Run it on a machine that does
 nothing else: with several threads on shared cores the times mean nothing.
@@ -10,34 +9,27 @@ nothing else: with several threads on shared cores the times mean nothing.
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from _cli import parse_arguments
-from _inference_contestants import (
-    NOBODY,
+from inference_earlyon import earlyon_contestants, load_earlyon
+from inference_extras import compiled_stages, memory_of, onnx_times, peak_memory, stream_of
+
+from erde_hub import keep_freed_memory
+from erde_hub.errors import ConfigError
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.contestants import (
     Subject,
-    by_hand,
+    contestants,
     load_subject,
-    routed,
     shares_of,
     thread_count,
-    try_plan,
 )
-from _inference_earlyon import earlyon_contestants, load_earlyon
-from _inference_extras import compiled_stages, memory_of, onnx_times, peak_memory, stream_of
-from _inference_report import draw_saving, tables
-from _inference_turns import Contestant, summary, take_turns
-from _results import write_results
-
-from erde_hub import __version__, keep_freed_memory
-from erde_hub.errors import ConfigError
+from erde_hub.scripts.common.results_files import environment, write_results
+from erde_hub.scripts.common.turns import summary, take_turns
 
 NETWORKS = (
     "resnet18",
@@ -83,7 +75,6 @@ class InferenceBenchmark:
         default=None,
         metadata={"help": "JSON file for the numbers; networks that it holds from such a machine are kept"},
     )
-    picture: str | None = field(default=None, metadata={"help": "picture of realised against ideal saving"})
     only_memory: bool = field(default=False, metadata={"help": "print the peak memory of the first model, no more"})
 
     def __post_init__(self) -> None:
@@ -100,51 +91,34 @@ class InferenceBenchmark:
             )
 
 
-def benchmark_inference(argv: list[str]) -> None:
-    """Measures, prints, writes and draws."""
-    args, _ = parse_arguments({"benchmark": InferenceBenchmark}, __doc__, argv)
+def main() -> None:
+    """Measures and writes."""
+    args, _ = parse_arguments({"benchmark": InferenceBenchmark}, __doc__)
     if args.only_memory:
         print(json.dumps(peak_memory(load_subject(args.model[0], args.exits), args)))
         return
-    environment = {**_environment(), "freed_memory_kept": keep_freed_memory()}
-    results: dict[str, Any] = {**environment, "networks": _networks_in(args.output, environment)}
+    machine = {**environment("torch", "timm", "onnxruntime", "earlyon"), "freed_memory_kept": keep_freed_memory()}
+    results: dict[str, Any] = {**machine, "networks": _networks_in(args.output, machine)}
     for name in args.model:
         torch.set_num_threads(thread_count(args.cpu_threads[0]))
         subject = load_subject(name, args.exits)
         results["networks"][subject.name] = _measure(subject, name, args)
         results["networks"] = dict(sorted(results["networks"].items(), key=lambda item: _place(item[0])))
         write_results(args.output, results)  # after every network, so that hours are not lost
-    print(tables(results))
-    if args.picture is not None:
-        draw_saving(results, args.picture)
 
 
-def _networks_in(path: str | None, environment: Mapping[str, Any]) -> dict[str, Any]:
+def _networks_in(path: str | None, machine: Mapping[str, Any]) -> dict[str, Any]:
     """What a file holds that was measured with the same versions on the same kind of machine; those are kept."""
     if path is None or not Path(path).is_file():
         return {}
     stored = json.loads(Path(path).read_text(encoding="utf-8"))
     networks = stored.pop("networks", None)
-    return networks if stored == environment and isinstance(networks, dict) else {}
+    return networks if stored == machine and isinstance(networks, dict) else {}
 
 
 def _place(name: str) -> int:
     """Where a network stands in the file: the default ones first, as they are listed."""
     return NETWORKS.index(name) if name in NETWORKS else len(NETWORKS)
-
-
-def _environment() -> dict[str, Any]:
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "timm", "onnxruntime", "earlyon"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cpu = models[0] if models else platform.machine()
-    return {"erde_hub": __version__, **versions, "cpu": cpu, "cores": os.cpu_count()}
 
 
 @torch.no_grad()
@@ -201,7 +175,7 @@ def _setting(
     counts = {} if batch == 1 else shares_of(batch, len(subject.model.heads))
     if not full:
         counts.pop("one_hard", None)
-    runs, shares = _contestants(subject, x, counts, full)
+    runs, shares = contestants(subject, x, counts, full)
     setting = {"batch": batch, "threads": thread_count(threads), "channels_last": channels_last, "shares": shares}
     if peer is not None:
         try:
@@ -214,42 +188,5 @@ def _setting(
     return {**setting, **summary(times)}
 
 
-def _contestants(
-    subject: Subject, x: torch.Tensor, counts: Mapping[str, list[int]], full: bool
-) -> tuple[dict[str, Contestant], dict[str, Any]]:
-    """Returns functions by name, and the shares that they are run at.
-
-    Args:
-        subject: The network.
-        x: The batch.
-        counts: Samples that leave at each early exit, by the name of such a division.
-        full: The static networks up to each exit as well.
-    """
-    model, early = subject.model, len(subject.model.heads)
-    staged = subject.stages() is not None
-    everywhere, nowhere = [True] * early, [None] * early
-    runs: dict[str, Contestant] = {
-        "bare": lambda: model.backbone(x),
-        "never": routed(subject, x, [NOBODY] * early),
-        "never, heads skipped": routed(subject, x, [0.0] * early),
-    }
-    if staged:
-        runs["never by hand"] = by_hand(subject, x, nowhere, everywhere)
-    for k in range(early if len(x) == 1 else 0):
-        runs[f"exit {k}"] = routed(subject, x, [float("inf") if e == k else 0.0 for e in range(early)])
-        if staged:
-            leave = [x.new_zeros(0, dtype=torch.int64) if e == k else None for e in range(early)]
-            runs[f"exit {k} by hand"] = by_hand(subject, x, leave, [e == k for e in range(early)])
-        if full:
-            static = model.truncate(k)
-            runs[f"static {k}"] = lambda static=static: static(x).logits
-    shares: dict[str, Any] = {}
-    for key, own in counts.items():
-        plan = try_plan(model, x, own)
-        if plan is None:
-            continue
-        shares[key] = plan.shares(early + 1)
-        runs[key] = routed(subject, x, plan.thresholds)
-        if staged:
-            runs[f"{key} by hand"] = by_hand(subject, x, plan.stays, [n > 0 for n in own])
-    return runs, shares
+if __name__ == "__main__":
+    run_script(main)

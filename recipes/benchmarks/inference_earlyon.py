@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _inference_contestants import PlanError, Subject
-from _inference_turns import Contestant
 from torch import Tensor, nn
+
+from erde_hub.scripts.common.contestants import PlanError, Subject
+from erde_hub.scripts.common.turns import Contestant
 
 Runs = dict[str, Contestant]
 

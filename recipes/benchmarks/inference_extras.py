@@ -9,28 +9,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _inference_contestants import (
+from process_memory import forget_peak, process_memory
+from torch import Tensor
+
+from erde_hub.engine.streaming import route_batches
+from erde_hub.scripts.common.contestants import (
     NOBODY,
     Subject,
-    export_files,
-    onnx_contestant,
     routed,
     shares_of,
     thread_count,
     try_plan,
 )
-from _inference_turns import Contestant, summary, take_turns
-from _memory import forget_peak, process_memory
-
-from erde_hub.engine.streaming import route_batches
+from erde_hub.scripts.common.turns import Contestant, summary, take_turns
 
 if TYPE_CHECKING:
-    from _inference_benchmark import InferenceBenchmark
+    from inference import InferenceBenchmark
 
 
 def onnx_times(subject: Subject, args: InferenceBenchmark) -> list[dict[str, Any]]:
@@ -123,10 +122,55 @@ def compiled_stages(subject: Subject, args: InferenceBenchmark) -> dict[str, Any
     return {"batch": batch, "compile_seconds": seconds, "graphs": graphs, "parts": 2 * early + 1, **summary(times)}
 
 
+# onnxruntime
+
+
+def export_files(subject: Subject, folder: Path) -> dict[str, Path]:
+    """Writes nested, flat and prefix, in float and in int8; returns the files by name."""
+    import onnx  # noqa: PLC0415 - an extra
+    import onnx_ir as ir  # noqa: PLC0415 - as above
+
+    from erde_hub.export import export_onnx  # noqa: PLC0415 - as above
+    from erde_hub.export.flat import flat_model  # noqa: PLC0415 - as above
+    from erde_hub.export.onnx_file import DEFAULT_OPSET  # noqa: PLC0415 - as above
+    from erde_hub.export.quantization import calibration_batches, quantize_flat  # noqa: PLC0415 - as above
+
+    model = subject.model
+    images = [subject.images(4)]
+    files = {}
+    for kind in ("float", "int8"):
+        files[f"{kind}_nested"] = export_onnx(
+            model, folder / f"{kind}_nested.onnx", calibration_data=images if kind == "int8" else None
+        )
+        flat = flat_model(model, DEFAULT_OPSET)
+        if kind == "int8":
+            flat = quantize_flat(flat, calibration_batches(images, tuple(model.config.input_size or ())))
+        files[f"{kind}_flat"] = folder / f"{kind}_flat.onnx"
+        ir.save(flat, files[f"{kind}_flat"])
+        files[f"{kind}_prefix"] = folder / f"{kind}_prefix.onnx"
+        onnx.utils.extract_model(
+            str(files[f"{kind}_flat"]), str(files[f"{kind}_prefix"]), ["pixel_values"], ["logits_0"]
+        )
+    return files
+
+
+def onnx_contestant(path: Path, x: Tensor, thresholds: Sequence[float], threads: int) -> Contestant:
+    """One run of a file."""
+    import onnxruntime  # noqa: PLC0415 - an extra
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {"pixel_values": x.numpy(), "threshold": torch.tensor(list(thresholds)).numpy()}
+    feed = {name: feed[name] for name in (given.name for given in session.get_inputs())}
+    return lambda: session.run(None, feed)
+
+
 # Memory, in a process of its own
 
 
 def peak_memory(subject: Subject, args: InferenceBenchmark) -> dict[str, Any]:
+    """Peak memory of this process above where a call starts, of the bare backbone and of a routed batch (MiB)."""
     torch.set_num_threads(thread_count(args.cpu_threads[0]))
     batch = max([b for b in args.batch_size if b <= 32])
     x = subject.images(batch)
@@ -148,12 +192,12 @@ def memory_of(name: str, args: InferenceBenchmark) -> dict[str, Any]:
     """Runs this script once more, with an allocator that hands freed memory back at once."""
     if not Path("/proc/self/clear_refs").exists():
         return {"reason": "the peak memory is measured on Linux only"}
-    script = Path(__file__).with_name("benchmark.py")
+    script = Path(__file__).with_name("inference.py")
     flags = ["--model", name, "--exits", str(args.exits), "--only_memory", "--cpu_threads", str(args.cpu_threads[0])]
     sizes = ["--batch_size", *(str(b) for b in args.batch_size)]
     eager = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc
     run = subprocess.run(
-        [sys.executable, str(script), "inference", *flags, *sizes],
+        [sys.executable, str(script), *flags, *sizes],
         capture_output=True,
         text=True,
         env=os.environ | eager,

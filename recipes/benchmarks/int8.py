@@ -1,6 +1,6 @@
-"""`benchmark.py int8`: what 8-bit integers do to a model with exits, its answers and its time, beside the float file.
+"""Measures what 8-bit integers do to a model with exits, its answers and its time, beside the float file.
 
-    python recipes/benchmark.py int8 --model runs/digits-1 --dataset digits
+    python recipes/benchmarks/int8.py --model runs/digits-1 --dataset digits
 
 Both files route on the test images in onnxruntime. Times are of one image per call; the two files take turns.
 """
@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _cli import parse_arguments
-from _inference_report import Table
-from _inference_turns import summary, take_turns
-from _results import write_results
 
 from erde_hub import EarlyExitWrapper, __version__
-from erde_hub.backbones.base import format_table
 from erde_hub.data.images import BatchLoader
 from erde_hub.errors import ConfigError
 from erde_hub.export import EarlyExitSession, export_onnx
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
+from erde_hub.scripts.common.turns import summary, take_turns
 
 KINDS = ("float", "int8")
 
@@ -64,9 +62,9 @@ class Int8Data(DataArguments):
     dataset: str = field(default="digits", metadata={"help": "as for evaluate.py"})
 
 
-def benchmark_int8(argv: list[str]) -> None:
+def main() -> None:
     """Exports twice, compares, prints, writes."""
-    args, data_args, _ = parse_arguments({"benchmark": Int8Benchmark, "data": Int8Data}, __doc__, argv)
+    args, data_args, _ = parse_arguments({"benchmark": Int8Benchmark, "data": Int8Data}, __doc__)
     recipe.configure_logging(True)
     model = recipe.load_model(args.model)
     thresholds = args.thresholds or [0.0, model.threshold]
@@ -96,7 +94,6 @@ def benchmark_int8(argv: list[str]) -> None:
             kept = json.loads(path.read_text(encoding="utf-8")).get("models", {})
             results["models"] = {**kept, name: entry}
         write_results(args.output, results)
-    print(int8_table(format_table, {"models": {name: entry}}))
 
 
 def _files(
@@ -139,18 +136,5 @@ def _row(
     return row
 
 
-def int8_table(table: Table, results: Mapping[str, Any] | None) -> str:
-    """Float and int8 side by side, for the terminal and for README.md."""
-    if results is None:
-        return "Not measured yet."
-    header = ("checkpoint", "threshold", "accuracy, float", "int8", "ms per image, float", "int8", "MB, float", "int8")
-    rows = []
-    for name, entry in results["models"].items():
-        sizes = [f"{entry['bytes'][kind] / 1e6:.2f}" for kind in KINDS]
-        for row in entry["rows"]:
-            accuracies = [f"{100 * row[kind]['accuracy']:.1f} %" for kind in KINDS]
-            times = [f"{row[kind]['ms_per_image']['median']:.2f}" for kind in KINDS]
-            threshold = row["threshold"]
-            shown = " ".join(f"{t:.3g}" for t in (threshold if isinstance(threshold, list) else [threshold]))
-            rows.append((name, shown, *accuracies, *times, *sizes))
-    return table(header, rows)
+if __name__ == "__main__":
+    run_script(main)

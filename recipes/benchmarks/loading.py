@@ -1,6 +1,6 @@
-"""`benchmark.py loading`: what loading a checkpoint takes, beside the bare model's own way to load its weights.
+"""Measures what loading a checkpoint takes, beside the bare model's own way to load its weights.
 
-    python recipes/benchmark.py loading --output recipes/results/benchmark_loading.json
+    python recipes/benchmarks/loading.py --output recipes/results/benchmark_loading.json
 
 Both sides load turn by turn in one process, from files that the system already holds in memory:
 `timm.create_model(name, checkpoint_path=...)`, for texts `from_pretrained` of transformers, and
@@ -27,27 +27,21 @@ from typing import Any
 import timm
 import torch
 import transformers
-from _cli import parse_arguments
-from _inference_report import Table
-from _memory import process_memory
-from _results import write_results
+from process_memory import process_memory
 from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from erde_hub import EarlyExitWrapper, __version__
-from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
 
 #: Text classifiers by name: the sizes of all-MiniLM-L6-v2 and of bert-base.
 TEXTS = {
     "bert_6x384": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert_12x768": {},
 }
-#: At most so many times the bare model's time, or so many seconds more: the larger counts.
-TIME_BOUND, SECONDS_BOUND = 1.3, 0.1
-#: Private memory at its peak, in units of the weights.
-MEMORY_BOUND = 1.2
 _MIB = 2**20
 
 
@@ -79,9 +73,9 @@ class LoadingBenchmark:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def benchmark_loading(argv: list[str]) -> None:
+def main() -> None:
     """Measures, prints, writes."""
-    args, _ = parse_arguments({"benchmark": LoadingBenchmark}, __doc__, argv)
+    args, _ = parse_arguments({"benchmark": LoadingBenchmark}, __doc__)
     torch.set_num_threads(args.cpu_threads)
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
@@ -100,7 +94,6 @@ def benchmark_loading(argv: list[str]) -> None:
     }
     results = {**settings, "networks": {**_measured_before(args.output, settings), **networks}}
     write_results(args.output, results)
-    print(loading_table(format_table, results))
 
 
 def _measured_before(output: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,38 +201,5 @@ def _give_back() -> None:
             trim(0)
 
 
-def time_bound(bare: float) -> float:
-    """The most seconds that loading may take where the bare model takes ``bare``."""
-    return max(TIME_BOUND * bare, bare + SECONDS_BOUND)
-
-
-def loading_table(table: Table, results: Mapping[str, Any] | None) -> str:
-    """Time and memory of both sides, for the terminal and for README.md."""
-    if results is None:
-        return "Not measured yet."
-    header = (
-        "network with three exits",
-        "weights, MiB",
-        "bare model, s",
-        "with exits, s",
-        "at most, s",
-        f"private memory at its peak / weights (at most {MEMORY_BOUND})",
-        "the bare model's",
-    )
-    rows = []
-    for name, found in results["networks"].items():
-        own, bare = found["exits"], found["bare"]
-        late = " (missed)" if own["seconds"] > time_bound(bare["seconds"]) else ""
-        large = " (missed)" if own["peak_memory"] > MEMORY_BOUND else ""
-        rows.append(
-            (
-                f"`{name}`",
-                f"{own['weights_mib']:.1f}",
-                f"{bare['seconds']:.3f}",
-                f"{own['seconds']:.3f}{late}",
-                f"{time_bound(bare['seconds']):.3f}",
-                f"{own['peak_memory']:.2f}{large}",
-                f"{bare['peak_memory']:.2f}",
-            )
-        )
-    return table(header, rows)
+if __name__ == "__main__":
+    run_script(main)

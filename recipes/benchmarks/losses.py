@@ -1,4 +1,4 @@
-"""`benchmark.py losses`: what each loss costs, beside one training step of the student that it trains."""
+"""Measures what each loss costs, beside one training step of the student that it trains."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import timm
 import torch
-from _cli import parse_arguments
-from _results import write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +17,8 @@ from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError, unknown_name
 from erde_hub.losses import EGADLoss, ExitLoss, FeatureTerm, ReadoutWeight, create_loss, list_losses
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
 from erde_hub.training import ExitFeatures
 
 #: A loss may take this share of a step at most.
@@ -51,9 +51,9 @@ class LossBenchmark:
                 raise unknown_name("loss", name, list_losses())
 
 
-def benchmark_losses(argv: list[str]) -> None:
+def main() -> None:
     """Times every loss (forward, and backward to the logits and features) beside a step of the student, in turns."""
-    benchmark, _ = parse_arguments({"benchmark": LossBenchmark}, __doc__, argv)
+    benchmark, _ = parse_arguments({"benchmark": LossBenchmark}, __doc__)
     torch.set_num_threads(benchmark.cpu_threads)
     results: dict[str, Any] = {
         "erde_hub": __version__,
@@ -176,3 +176,7 @@ def format_results(results: dict[str, Any]) -> str:
         f" limit {100 * results['limit']:g} %"
     )
     return f"{title}\n\n{format_table(header, rows)}"
+
+
+if __name__ == "__main__":
+    run_script(main)

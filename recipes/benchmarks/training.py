@@ -1,18 +1,9 @@
-"""Measures what things cost, beside the least that they could cost.
+"""Measures one training step of the Distiller against a loop written by hand: time, memory, input pipeline.
 
-    python recipes/benchmark.py --model runs/digits-1 --batch_size 1 64
-    python recipes/benchmark.py inference --output recipes/results/benchmark_inference.json
-    python recipes/benchmark.py training
-    python recipes/benchmark.py training --dataset FOLDER_OR_HUB_NAME --output recipes/results/benchmark_training.json
-    python recipes/benchmark.py int8 --model runs/digits-1 --dataset digits
+    python recipes/benchmarks/training.py
+    python recipes/benchmarks/training.py --dataset FOLDER_OR_HUB_NAME --output recipes/results/benchmark_training.json
 
-`inference`, which flags without a command mean too: a model that routes, beside its bare backbone, its stages called by
-hand, earlyon and onnxruntime. `training`: one step of the Distiller against a loop written by hand for the same
-networks, loss, precision and batch; time, memory, and the share of the input pipeline. `losses`: what each loss costs
-beside a step of its student. `int8`: accuracy and time of a checkpoint in onnxruntime, in float and in 8 bits.
-`calibration`: what each function of records takes, and the Laplace approximation beside a forward pass.
-`allocator`: what `keep_freed_memory()` saves a plain network. `loading`: time and memory of loading a checkpoint,
-beside the bare model's. `COMMAND --help` lists the flags of each.
+Both loops train the same networks with the same loss, precision and batch; the input pipeline is timed alone too.
 """
 
 from __future__ import annotations
@@ -26,24 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from _benchmark_allocator import benchmark_allocator
-from _benchmark_calibration import benchmark_calibration
-from _benchmark_int8 import benchmark_int8
-from _benchmark_loading import benchmark_loading
-from _benchmark_losses import benchmark_losses
-from _cli import clean_errors, parse_arguments
-from _inference_benchmark import benchmark_inference
-from _memory import forget_peak, process_memory
-from _results import write_results
+from process_memory import forget_peak, process_memory
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.data.images import BatchLoader, ImageData
-from erde_hub.errors import ConfigError, nearest
+from erde_hub.errors import ConfigError
 from erde_hub.losses import ExitLoss, create_loss
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import (
@@ -53,10 +35,12 @@ from erde_hub.scripts.common.arguments import (
     TeacherArguments,
     loss_arguments_class,
 )
+from erde_hub.scripts.common.command_line import CONFIGS, parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
 from erde_hub.training import DistillationArguments, Distiller, DistillerCallback, create_accelerator
 
 #: Networks of the benchmark where no --config says otherwise; the data are digits where no --dataset does.
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "cifar10_resnet18_resnet10-small.yaml"
+DEFAULT_CONFIG = CONFIGS / "cifar10_resnet18_resnet10-small.yaml"
 
 Model = EarlyExitWrapper
 Side = Literal["distiller", "by_hand"]
@@ -177,7 +161,7 @@ class StopBeforeValidation(DistillerCallback):
             raise self.Reached
 
 
-def benchmark_training(argv: list[str]) -> None:
+def main() -> None:
     """Compares the Distiller with a loop written by hand."""
     sections = {
         "benchmark": TrainingBenchmark,
@@ -188,8 +172,9 @@ def benchmark_training(argv: list[str]) -> None:
         "training": DistillationArguments,
     }
     benchmark, data_args, student_args, teacher_args, exits, args, config = parse_arguments(
-        sections, __doc__, argv, default_config=DEFAULT_CONFIG, ignored=[loss_arguments_class()]
+        sections, __doc__, default_config=DEFAULT_CONFIG, ignored=[loss_arguments_class()]
     )
+    argv = sys.argv[1:]
     if not any(flag.partition("=")[0] in ("--dataset", "--config") for flag in argv):
         data_args.dataset = "digits"
     if (args.optimizer, args.scheduler) != ("sgd", "onecycle"):
@@ -302,7 +287,7 @@ def _in_a_process_of_its_own(argv: list[str], side: Side) -> float:
 
     The allocator hands freed memory back at once: otherwise what it happens to keep is more than what is compared.
     """
-    command = [sys.executable, __file__, "training", *argv, "--only", side]
+    command = [sys.executable, __file__, *argv, "--only", side]
     eager = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc
     runs = [
         subprocess.run(command, capture_output=True, text=True, env=os.environ | eager, check=False) for _ in range(2)
@@ -327,31 +312,5 @@ def _timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "inference": benchmark_inference,
-    "training": benchmark_training,
-    "losses": benchmark_losses,
-    "calibration": benchmark_calibration,
-    "int8": benchmark_int8,
-    "allocator": benchmark_allocator,
-    "loading": benchmark_loading,
-}
-
-
-def main() -> None:
-    """Runs the sub-command that comes first; flags alone are those of ``inference``."""
-    argv = sys.argv[1:]
-    if argv and argv[0] in COMMANDS:
-        COMMANDS[argv[0]](argv[1:])
-    elif not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-    elif argv[0].startswith("--"):
-        benchmark_inference(argv)
-    else:
-        names = ", ".join(COMMANDS)
-        raise ConfigError(f"unknown benchmark {argv[0]!r}{nearest(argv[0], COMMANDS)} (available: {names})")
-
-
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

@@ -10,7 +10,7 @@ from typing import Any
 from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.evaluation.formatting import percent
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
 
 

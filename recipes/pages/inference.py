@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from erde_hub._files import replacing
-from erde_hub.backbones.base import format_table
 from erde_hub.errors import MissingDependencyError, ResultsError
 from erde_hub.evaluation.plots import _STYLE
 
@@ -130,97 +129,6 @@ def _verdict(target: Target) -> str:
         return f"{target.value:.3f}"
     ideal = "" if target.ideal is None else f"; by hand {target.ideal:.3f}"
     return f"{target.value:.3f} (missed{ideal})"
-
-
-def tables(results: Results) -> str:
-    """Everything that was measured, for the terminal."""
-    parts = [f"{results['cpu']}, {results['cores']} cores, torch {results['torch']}"]
-    for name, entry in results["networks"].items():
-        share = [f"{macs / entry['macs'][-1]:.0%}" for macs in entry["macs"]]
-        places = ", ".join(f"{e} ({s} of the MACs)" for e, s in zip(entry["exits"], share, strict=True))
-        parts.append(f"\n{name} ({entry['weights']} weights, {'x'.join(map(str, entry['input_size']))}): {places}")
-        if entry["earlyon"]:
-            parts.append(f"earlyon: {entry['earlyon']}")
-        parts += [_setting_table(setting) for setting in entry["settings"]]
-        parts += [_extra(title, entry.get(key)) for key, title in _EXTRAS.items() if entry.get(key)]
-        parts += [_extra(_EXTRAS["onnx"], batch) for batch in entry.get("onnx_batches") or []]
-        for stream in entry.get("stream") or []:
-            parts.append(_stream_line(stream))
-        memory = entry.get("memory") or {}
-        if "mib" in memory:
-            parts.append(
-                f"peak memory, batch {memory['batch']}: bare {memory['mib']['bare']:.1f} MiB, routed"
-                f" {memory['mib']['routed']:.1f} MiB"
-            )
-        elif memory:
-            parts.append(f"peak memory: {memory['reason']}")
-    rows = target_rows(results)
-    parts.append("\nTargets (ratios at most)")
-    if rows:
-        parts.append(format_table(("", "bound", *results["networks"]), rows))
-    else:
-        parts.append("none: they are for one thread, batches 1 and 32")
-    return "\n".join(parts)
-
-
-_EXTRAS = {"onnx": "onnxruntime", "compiled": "compile_stages()"}
-
-
-def _setting_table(setting: Mapping[str, Any]) -> str:
-    layout = ", channels_last" if setting["channels_last"] else ""
-    shares = "; ".join(f"{key}: {_percents(share)}" for key, share in setting["shares"].items())
-    title = f"\nbatch {setting['batch']}, {setting['threads']} thread(s){layout}, {setting['rounds']} rounds"
-    absent = f"\nearlyon: {setting['earlyon']}" if setting.get("earlyon") else ""
-    return f"{title}{f' (leaving at each exit: {shares})' if shares else ''}{absent}\n{_times(setting)}"
-
-
-def _percents(share: Sequence[float]) -> str:
-    return " / ".join(f"{100 * s:.0f}" for s in share) + " %"
-
-
-def _times(measured: Mapping[str, Any]) -> str:
-    """Milliseconds of every contestant, and what it is of those it is compared with."""
-    rows = []
-    for name, spread in measured["seconds"].items():
-        ratios = [
-            f"{value['median']:.3f} of {pair.split(' / ')[1]}"
-            for pair, value in measured["ratios"].items()
-            if pair.split(" / ")[0] == name and pair != f"{name} / bare"
-        ]
-        of_bare = measured["ratios"].get(f"{name} / bare")
-        rows.append(
-            (
-                name,
-                f"{1e3 * spread['median']:.2f}",
-                f"{1e3 * spread['q1']:.2f}-{1e3 * spread['q3']:.2f}",
-                "" if of_bare is None else f"{of_bare['median']:.3f}",
-                "; ".join(ratios),
-            )
-        )
-    return format_table(("", "ms", "quartiles", "of bare in a round", "of others in a round"), rows)
-
-
-def _extra(title: str, measured: Mapping[str, Any]) -> str:
-    if "reason" in measured:
-        return f"\n{title}: {measured['reason']}"
-    note = ""
-    if "graphs" in measured:
-        note = (
-            f", {measured['graphs']} graphs for {measured['parts']} parts, compiled in"
-            f" {measured['compile_seconds']:.0f} s"
-        )
-    return f"\n{title}, batch {measured['batch']}, {measured['rounds']} rounds{note}\n{_times(measured)}"
-
-
-def _stream_line(stream: Mapping[str, Any]) -> str:
-    if "reason" in stream:
-        return f"\nstream of batches of {stream['batch']}: {stream['reason']}"
-    speed = stream["images_per_second"]
-    return (
-        f"\nstream of {stream['batches']} batches of {stream['batch']} ({_percents(stream['shares'])}):"
-        f" one by one {speed['plain']:.1f} images/s, refilled {speed['stream']:.1f} images/s"
-        f" ({speed['stream'] / speed['plain']:.2f} times)"
-    )
 
 
 # README.md

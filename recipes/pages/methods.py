@@ -12,7 +12,7 @@ from typing import Any
 
 from erde_hub.losses import SampleWeight, get_addition, get_loss, list_additions, list_losses
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
 Links = Callable[[str], str]

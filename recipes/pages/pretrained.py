@@ -9,7 +9,7 @@ from typing import Any
 
 from erde_hub.evaluation.formatting import mmacs, percent, threshold_label, thresholds_of
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 #: Data sets by the name of their runs.
 TEXTS = {"sst2_minilm-small": "SST-2", "agnews_minilm-small": "AG News"}
 IMAGES = RESULTS / "pretrained_efficientnet_lite0.json"

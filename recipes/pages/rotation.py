@@ -11,7 +11,7 @@ from typing import Any
 from erde_hub.evaluation.formatting import mmacs, percent
 from erde_hub.policies import get_regression_policy, list_regression_policies
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "support_matrix.json"
+RESULTS = Path(__file__).parents[1] / "results" / "support_matrix.json"
 CHECKS = ("attach", "train", "routing", "stream", "save", "copy", "onnx")
 
 _SIGNS = {"yes": "yes", None: "not tried", "images only": "-"}

@@ -1,7 +1,7 @@
 """Trains one student per loss and seed under the same teacher, and compares them: accuracy, cost, worst group.
 
-    python recipes/compare_losses.py --methods kd erde ea_kd erde+ea_kd --seeds 0 1 2
-    python recipes/compare_losses.py --dataset coloured_digits --methods kd erde dedier --output results.json
+    python recipes/studies/compare_losses.py --methods kd erde ea_kd erde+ea_kd --seeds 0 1 2
+    python recipes/studies/compare_losses.py --dataset coloured_digits --methods kd erde dedier --output results.json
 
 A method is a loss, what joins it, and arguments: `erde+ea_kd:temperature=3,entropy_temperature=2`. `coloured_digits`
 are digits whose colour is a misleading cue; their results hold the accuracy of every group, and their teacher learns
@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from _cli import base_config, clean_errors, parse_arguments, parse_scalar
-from _results import means_and_deviations, open_results, write_results
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
@@ -48,6 +46,8 @@ from erde_hub.scripts.common.arguments import (
     plain_weights,
     teacher_training_arguments,
 )
+from erde_hub.scripts.common.command_line import base_config, parse_arguments, parse_scalar, run_script
+from erde_hub.scripts.common.results_files import means_and_deviations, open_results, write_results
 from erde_hub.training import DistillationArguments, Distiller, create_accelerator
 
 
@@ -285,5 +285,4 @@ def _find(rows: Sequence[Mapping[str, Any]], method: str | None, seed: int) -> b
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

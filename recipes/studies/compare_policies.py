@@ -2,7 +2,7 @@
 
     python recipes/evaluate.py --model runs/digits-1 --split validation --save_records --output_dir runs/validation
     python recipes/evaluate.py --model runs/digits-1 --split test --save_records --output_dir runs/test
-    python recipes/compare_policies.py --validation runs/validation/records.safetensors \
+    python recipes/studies/compare_policies.py --validation runs/validation/records.safetensors \
         --test runs/test/records.safetensors --output policies.json
 
 Learned policies, calibrators and thresholds are fitted on validation records, all numbers are of test records: area
@@ -15,13 +15,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from _early import refuse_unknown_flags
-
-if __name__ == "__main__":
-    refuse_unknown_flags(__file__)
-
-from _cli import clean_errors, parse_arguments
-from _results import write_results
 from torch import Tensor
 
 from erde_hub import __version__
@@ -44,6 +37,8 @@ from erde_hub.evaluation.sweep import exit_scores
 from erde_hub.policies import EEFPPolicy, EENetPolicy, ExitPolicy, SetSizePolicy, create_policy
 from erde_hub.policies.eefp import should_exit
 from erde_hub.prediction_sets import AVCSClassifier, ConformalClassifier, set_metrics
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
 
 
 @dataclass
@@ -163,5 +158,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

@@ -1,7 +1,7 @@
 """Distils a small character-level language model with EGAD, and with each of its parts switched off. Experimental.
 
-    python recipes/egad.py --data path/to/tinyshakespeare
-    python recipes/egad.py --data path/to/tinyshakespeare --seeds 0 1 2 --output results.json
+    python recipes/studies/egad.py --data path/to/tinyshakespeare
+    python recipes/studies/egad.py --data path/to/tinyshakespeare --seeds 0 1 2 --output results.json
 
 The folder holds train.txt, validation.txt and test.txt. Teacher and student are transformers models of four and two
 layers, trained from scratch in minutes on a CPU. Beside `egad` there are `ce` (no teacher), `uniform_kd` (one weight
@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cli import clean_errors, parse_arguments
-from _results import means_and_deviations, open_results, write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -32,6 +30,8 @@ from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError, DataError, unknown_name
 from erde_hub.losses import EGADLoss
 from erde_hub.scripts.common.arguments import loss_arguments_class, plain_weights
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.results_files import means_and_deviations, open_results, write_results
 
 SPLITS = ("train", "validation", "test")
 
@@ -310,5 +310,4 @@ def _describe(model: nn.Module) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

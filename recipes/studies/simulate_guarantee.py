@@ -1,7 +1,7 @@
 """Simulates calibration sets from known populations: who keeps a bound on the loss of accuracy, and at what saving?
 
-    python recipes/simulate_guarantee.py --output recipes/results/threshold_guarantee.json
-    python recipes/simulate_guarantee.py --records runs/test/records.safetensors --output guarantee.json
+    python recipes/studies/simulate_guarantee.py --output recipes/results/threshold_guarantee.json
+    python recipes/studies/simulate_guarantee.py --records runs/test/records.safetensors --output guarantee.json
 
 Calibration sets are drawn, with replacement, from made-up exits and from the records of real ones, so that the loss of
 every threshold over the whole population is known. Each method chooses thresholds from many calibration sets; counted
@@ -17,14 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _early import refuse_unknown_flags
-
-if __name__ == "__main__":
-    refuse_unknown_flags(__file__)
-
 import torch
-from _cli import clean_errors, parse_arguments
-from _results import write_results
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -35,6 +28,9 @@ from erde_hub.calibration.thresholds import exit_losses
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.patterns import make_logits
+from erde_hub.scripts.common.results_files import write_results
 
 #: Confidence thresholds of earlyon 0.3.0, careful to bold.
 EARLYON_GRID = (0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
@@ -68,23 +64,6 @@ class SimulationArguments:
     confidence: float = field(default=0.9, metadata={"help": "confidence of the methods that promise one"})
     population: int = field(default=60000, metadata={"help": "made-up samples that calibration sets are drawn from"})
     spread: float = field(default=1.0, metadata={"help": "factor of made-up logits: 1.5 is calibrated, 1 too unsure"})
-
-
-def make_logits(
-    samples: int, exits: int = 3, classes: int = 10, seed: int = 0, spread: float = 1.5
-) -> tuple[Tensor, Tensor]:
-    """Exits that share evidence, get better with depth and differ from sample to sample in how hard they find it."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (samples,), generator=generator)
-    hard = torch.rand(samples, generator=generator)
-    common = torch.randn(samples, classes, generator=generator)
-    logits = []
-    for e in range(exits):
-        depth = (e + 1) / exits
-        own = common * 0.7 + (1.9 - 0.9 * depth) * torch.randn(samples, classes, generator=generator)
-        own[torch.arange(samples), labels] += (1.2 + 4.2 * depth) * (1.6 - hard)
-        logits.append(spread * own)
-    return torch.stack(logits), labels
 
 
 def earlyon_thresholds(
@@ -292,5 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

@@ -1,8 +1,8 @@
 """Tries one network of every family of timm and of the classifiers of transformers, and writes what worked.
 
-    python recipes/support_matrix.py                                    # all, two to three hours on one core
-    python recipes/support_matrix.py --only resnet swin_transformer Bert # some; the other rows are kept
-    python recipes/support_matrix.py --resume                           # those whose row is of other code, or missing
+    python recipes/studies/support_matrix.py                                    # all, two to three hours on one core
+    python recipes/studies/support_matrix.py --only resnet swin_transformer Bert # some; the other rows are kept
+    python recipes/studies/support_matrix.py --resume                           # rows that are missing or of other code
 
 Each family runs in a process of its own with a limit, and its row is written at once, with a digest of the code that
 was tried; several such commands may share the file. What is tried: exits attached, a training step in which every
@@ -29,9 +29,7 @@ from typing import Any
 import timm
 import torch
 import transformers
-from _cli import clean_errors, parse_arguments
-from _results import write_results
-from _support_models import (
+from support_models import (
     CLASSES,
     TRANSFORMERS_TEXT,
     TRANSFORMERS_VISION,
@@ -44,8 +42,10 @@ from torch import Tensor, nn
 import erde_hub
 from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.errors import ErdeError, MissingDependencyError, unknown_name
+from erde_hub.scripts.common.command_line import CONFIGS, parse_arguments, run_script
+from erde_hub.scripts.common.results_files import write_results
 
-OUTPUT = Path(__file__).parent / "results" / "support_matrix.json"
+OUTPUT = CONFIGS.parent / "results" / "support_matrix.json"
 CHECKS = ("attach", "train", "routing", "stream", "save", "copy", "onnx")
 BATCH = 6
 #: How a stream cuts these samples into batches.
@@ -396,5 +396,4 @@ def _line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    with clean_errors():
-        main()
+    run_script(main)

@@ -6,12 +6,12 @@ marker ``families``, as are all of them as ONNX files.
 
 from __future__ import annotations
 
-import _support_page
 import pytest
 import timm
 import torch
-from _support_models import CLASSES, TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families
+from pages import support
 from support_matrix import CHECKS, check_model, try_family
+from support_models import CLASSES, TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families
 from transformers.utils import logging
 
 from erde_hub import EarlyExitWrapper, list_exit_points
@@ -125,14 +125,14 @@ def test_a_check_of_later_has_a_column_once_a_row_was_tried_with_it(monkeypatch)
     old = {"library": "timm", "model": "a", "exits": ["x"], "attach": "yes", "routing": "yes", "code": "1"}
     families = {"a": dict(old), "b": {**old, "model": "b"}}
     versions = {"timm": "1", "transformers": "5", "torch": "2"}
-    monkeypatch.setattr(_support_page, "matrix", lambda: {**versions, "families": families})
-    assert _support_page.columns() == ["attach", "routing"]
-    assert _support_page.support_rows("timm")[0] == ("`a`", "`a`", "`x`", "yes", "yes")
-    assert "in a stream" not in _support_page.support_summary()
+    monkeypatch.setattr(support, "matrix", lambda: {**versions, "families": families})
+    assert support.columns() == ["attach", "routing"]
+    assert support.support_rows("timm")[0] == ("`a`", "`a`", "`x`", "yes", "yes")
+    assert "in a stream" not in support.support_summary()
     families["b"]["stream"] = "differs by 3.0e-02 of the largest logit"
-    assert _support_page.columns() == ["attach", "routing", "stream"]
-    assert [row[-1] for row in _support_page.support_rows("timm")] == ["not tried", "no"]
-    summary = _support_page.support_summary()
+    assert support.columns() == ["attach", "routing", "stream"]
+    assert [row[-1] for row in support.support_rows("timm")] == ["not tried", "no"]
+    summary = support.support_summary()
     assert "in a stream 0 of the 1 that were tried" in summary
     assert "- `b`, stream: differs by 3.0e-02" in summary
 

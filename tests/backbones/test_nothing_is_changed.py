@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from _support_models import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families, transformers_model
+from support_models import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families, transformers_model
 from torch import Tensor, nn
 from transformers.utils import logging
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
-from _support_models import transformers_model
 from PIL import Image
+from support_models import transformers_model
 from torch import nn
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper, list_exit_points

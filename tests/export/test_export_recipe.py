@@ -3,16 +3,16 @@
 import subprocess
 import sys
 
-import export_onnx as recipe
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from _patterns import coarse_patterns
 
 from erde_hub.errors import ConfigError, ThresholdError
 from erde_hub.export import EarlyExitSession, flat
+from erde_hub.scripts import export_onnx as recipe
+from erde_hub.scripts.common.patterns import coarse_patterns
 from tests.fakes.onnx_models import build
 
 

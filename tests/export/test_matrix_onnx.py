@@ -1,4 +1,4 @@
-"""What recipes/support_matrix.py writes into the column of ONNX files."""
+"""What recipes/studies/support_matrix.py writes into the column of ONNX files."""
 
 import math
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _support_models import CLASSES, TRANSFORMERS_VISION, transformers_model
+from support_models import CLASSES, TRANSFORMERS_VISION, transformers_model
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper

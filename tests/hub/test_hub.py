@@ -11,12 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import push
 import pytest
 import timm
 import torch
 import transformers
-from _cli import clean_errors
 from huggingface_hub.utils import httpx
 from safetensors.torch import save
 
@@ -25,6 +23,8 @@ from erde_hub import EarlyExitWrapper
 from erde_hub._published_weights import check_backbone_weights
 from erde_hub.errors import CheckpointError, ConfigError
 from erde_hub.hub import publish_checkpoint
+from erde_hub.scripts import push
+from erde_hub.scripts.common.command_line import clean_errors
 from tests.fakes.hub_server import Hub, environment, running
 from tests.fakes.networks import images, wrap
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from _support_models import transformers_model
+from support_models import transformers_model
 from torch import nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, pipeline
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
-import benchmark
 import pytest
-from _benchmark_allocator import allocator_table
+from benchmarks import allocator
+from pages import speed
 
 from erde_hub.allocator import keep_freed_memory
 from erde_hub.backbones.base import format_table
@@ -15,19 +15,19 @@ from erde_hub.errors import ConfigError
 
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="an allocator that is not glibc's")
-def test_both_sides_run_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
+def test_both_sides_run_in_processes_of_their_own(tmp_path, monkeypatch):
     output = tmp_path / "new" / "allocator.json"
     flags = ["--model", "test_resnet", "--batch_size", "2", "--rounds", "1", "--calls", "1", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "allocator", *flags])
-    benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["allocator.py", *flags])
+    allocator.main()
     results = json.loads(output.read_text())
     assert results["seconds"]["test_resnet"].keys() == {"default", "kept"}
     assert min(results["seconds"]["test_resnet"].values()) > 0
-    assert allocator_table(format_table, results) in capsys.readouterr().out
+    assert "`test_resnet`" in speed.allocator_table(format_table, results)
 
 
 def test_a_side_is_not_measured_where_it_is_not_in_force(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "allocator", "--model", "test_resnet", "--only", "kept"])
+    monkeypatch.setattr(sys, "argv", ["allocator.py", "--model", "test_resnet", "--only", "kept"])
     with pytest.raises(ConfigError, match="not one for 'kept'"):
-        benchmark.main()
+        allocator.main()

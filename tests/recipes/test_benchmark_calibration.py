@@ -1,22 +1,27 @@
-"""benchmark.py calibration: every function of records is timed, and a part leaves the other in the file."""
+"""benchmarks/calibration.py: every function of records is timed, and a part leaves the other in the file."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
-from _benchmark_calibration import CalibrationBenchmark, benchmark_calibration
+from benchmarks import calibration
 
 from erde_hub.errors import ConfigError, UnknownNameError
 
 
-def test_both_parts_are_measured_and_kept(tmp_path, capsys):
+def test_both_parts_are_measured_and_kept(tmp_path, capsys, monkeypatch):
     file, threads = tmp_path / "b.json", torch.get_num_threads()
     small = ["--samples", "60", "--exits", "2", "--classes", "3", "--width", "4", "--output", str(file)]
     try:
-        benchmark_calibration([*small, "--parts", "laplace", "--batch_size", "2", "--draws", "2", "--rounds", "1"])
-        benchmark_calibration([*small, "--parts", "functions"])
+        for flags in (
+            ["--parts", "laplace", "--batch_size", "2", "--draws", "2", "--rounds", "1"],
+            ["--parts", "functions"],
+        ):
+            monkeypatch.setattr(sys, "argv", ["calibration.py", *small, *flags])
+            calibration.main()
     finally:
         torch.set_num_threads(threads)
     results = json.loads(file.read_text())
@@ -31,8 +36,8 @@ def test_both_parts_are_measured_and_kept(tmp_path, capsys):
 
 def test_numbers_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="exits and classes must be at least 2, got 1 and 100"):
-        CalibrationBenchmark(exits=1)
+        calibration.CalibrationBenchmark(exits=1)
     with pytest.raises(ConfigError, match="draws must be at least 1, got 0"):
-        CalibrationBenchmark(draws=0)
+        calibration.CalibrationBenchmark(draws=0)
     with pytest.raises(UnknownNameError, match="did you mean 'laplace'"):
-        CalibrationBenchmark(parts=["laplce"])
+        calibration.CalibrationBenchmark(parts=["laplce"])

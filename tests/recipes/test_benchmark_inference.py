@@ -8,18 +8,18 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import _inference_benchmark as inference
-import _inference_extras as extras
-import _inference_turns as turns
-import benchmark
+import inference_extras as extras
 import pytest
 import torch
-from _inference_contestants import by_hand, load_subject, plan_for, routed, shares_of
-from _inference_report import CONTROL, draw_saving, saving_points, tables, target_rows, targets
-from _inference_turns import summary, take_turns
+from benchmarks import inference
+from pages.inference import CONTROL, draw_saving, saving_points, target_rows, targets
 from PIL import Image
 
 from erde_hub.errors import ConfigError, ResultsError
+from erde_hub.scripts import benchmark
+from erde_hub.scripts.common import turns
+from erde_hub.scripts.common.contestants import by_hand, load_subject, plan_for, routed, shares_of
+from erde_hub.scripts.common.turns import summary, take_turns
 
 SMALL = ["--model", "test_resnet", "--exits", "2", "--cpu_threads", "1", "--rounds", "2", "--min_rounds", "1",
          "--seconds", "0.1", "--compiled", "none"]  # fmt: skip
@@ -34,17 +34,17 @@ def _threads():
 def measured(tmp_path_factory):
     """One run of the command as a user would type it, without the parts that take their time."""
     folder = tmp_path_factory.mktemp("run")
-    flags = ["--batch_size", "1", "8", "--output", str(folder / "new" / "b.json"), "--picture", str(folder / "b.png")]
+    flags = ["--batch_size", "1", "8", "--output", str(folder / "new" / "b.json")]
     argv = sys.argv
-    sys.argv = ["benchmark.py", *SMALL, *flags, "--onnx", "false", "--memory", "false"]
+    sys.argv = ["inference.py", *SMALL, *flags, "--onnx", "false", "--memory", "false"]
     try:
-        benchmark.main()
+        inference.main()
     finally:
         sys.argv = argv
     return folder, json.loads((folder / "new" / "b.json").read_text())
 
 
-def test_flags_alone_measure_inference_and_write_what_they_found(measured):
+def test_it_measures_and_writes_what_it_found(measured):
     folder, results = measured
     (network,) = results["networks"].values()
     assert network["weights"] == "random"
@@ -61,13 +61,24 @@ def test_flags_alone_measure_inference_and_write_what_they_found(measured):
             assert {f"{name} / earlyon {name}" for name in own} <= set(setting["ratios"])
     assert network["stream"][0]["images_per_second"]["stream"] > 0
     assert str(folder) not in json.dumps(results)
+    draw_saving(results, str(folder / "b.png"))
     with Image.open(folder / "b.png") as picture:
         assert picture.size == (1280, 1240)
 
 
-def test_the_table_says_everything(measured):
-    text = tables(measured[1])
-    for words in ("test_resnet (random weights", "layer1 (", "of even by hand", "Targets", "bound", "images/s"):
+def test_one_checkpoint_is_measured_next_to_the_ideal(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "new" / "b.json"
+    small = [*SMALL[:-2], "--batch_size", "1", "8", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *small])
+    benchmark.main()
+    results = json.loads(output.read_text())
+    single, several = results["settings"]
+    assert {"bare", "never", "exit 0 by hand", "static 1"} <= set(single["seconds"])
+    assert {"even / even by hand", "even / bare"} <= set(several["ratios"])
+    assert results["args"]["model"] == "test_resnet"
+    assert str(tmp_path) not in output.read_text()
+    text = capsys.readouterr().out
+    for words in ("batch 1, 1 thread(s), ", "even: 25 / 25 / 50 % exit", "by hand (the ideal)", "one_hard"):
         assert words in text
 
 
@@ -121,8 +132,6 @@ def test_where_earlyon_cannot_run_the_file_says_so(monkeypatch):
         setting = inference._setting(subject, object(), 1, 1, False, args)
     assert setting["earlyon"] == "RuntimeError: no such thing"
     assert "exit 0 / exit 0 by hand" in setting["ratios"]
-    entry = {**made_up(1.0, 10.0)["networks"]["net"], "settings": [setting]}
-    assert "earlyon: RuntimeError: no such thing" in tables({**made_up(1.0, 10.0), "networks": {"net": entry}})
 
 
 def test_onnxruntime_runs_batches_too(monkeypatch):
@@ -137,10 +146,6 @@ def test_onnxruntime_runs_batches_too(monkeypatch):
     assert "float, even" not in single["seconds"]
     assert {"float, even / torch, even", "int8, exit 0 / int8 prefix"} <= set(eight["ratios"])
     assert {len_ for len_, _ in seen} == {1, 8}
-    entry = {**made_up(1.0, 10.0)["networks"]["net"], "onnx": single, "onnx_batches": [eight]}
-    text = tables({**made_up(1.0, 10.0), "networks": {"net": entry}})
-    assert "onnxruntime, batch 1," in text
-    assert "onnxruntime, batch 8," in text
 
 
 def made_up(even: float, memory: float) -> dict:
@@ -185,28 +190,29 @@ def test_a_picture_of_nothing_is_refused(tmp_path):
         draw_saving(results, str(tmp_path / "x.png"))
 
 
-def test_memory_is_measured_apart(capsys):
+def test_memory_is_measured_apart(capsys, monkeypatch):
     if not inference.Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is measured on Linux only")
-    inference.benchmark_inference([*SMALL, "--batch_size", "8", "--only_memory"])
+    monkeypatch.setattr(sys, "argv", ["inference.py", *SMALL, "--batch_size", "8", "--only_memory"])
+    inference.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["batch"] == 8
     assert set(found["mib"]) == {"bare", "routed"}
 
 
+@pytest.mark.parametrize("script", [benchmark, inference])
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["inferenc"], "'inference'"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
-        (["inference", "--rounds", "0"], "rounds"),
-        (["inference", "--seconds", "0"], "seconds above 0"),
+        (["--rounds", "0"], "rounds"),
+        (["--seconds", "0"], "seconds above 0"),
     ],
 )
-def test_bad_input_is_refused(argv, says, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv])
+def test_bad_input_is_refused(script, argv, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--model", "test_resnet", *argv])
     with pytest.raises(ConfigError, match=says):
-        benchmark.main()
+        script.main()
 
 
 def test_networks_measured_before_stay_in_the_file(measured, tmp_path, monkeypatch):
@@ -214,11 +220,10 @@ def test_networks_measured_before_stay_in_the_file(measured, tmp_path, monkeypat
     output = tmp_path / "b.json"
     output.write_text((folder / "new" / "b.json").read_text())
     monkeypatch.setattr(inference, "_measure", lambda subject, name, args: {"settings": []})
-    monkeypatch.setattr(inference, "tables", lambda results: "")
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--model", "test_vit", "--exits", "2", "--output", str(output)])
-    benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["inference.py", "--model", "test_vit", "--exits", "2", "--output", str(output)])
+    inference.main()
     both = json.loads(output.read_text())["networks"]
     assert both == {**results["networks"], "test_vit": {"settings": []}}
     output.write_text(output.read_text().replace('"cores": ', '"cores": 9'))
-    benchmark.main()
+    inference.main()
     assert list(json.loads(output.read_text())["networks"]) == ["test_vit"]

@@ -6,11 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import _benchmark_loading
-import benchmark
 import pytest
 import torch
-from _benchmark_loading import MEMORY_BOUND, loading_table, time_bound
+from benchmarks import loading
+from pages.speed import MEMORY_BOUND, loading_table, time_bound
 
 from erde_hub.backbones.base import format_table
 
@@ -23,18 +22,18 @@ def test_passing_and_lasting_memory_are_told_apart():
         passing = torch.ones(24 * 2**18)  # 24 MiB
         return torch.nn.Parameter(passing[: 8 * 2**18].clone())
 
-    _benchmark_loading._memory(load)
-    peak, kept = _benchmark_loading._memory(load)
+    loading._memory(load)
+    peak, kept = loading._memory(load)
     assert 31 < peak < 36
     assert 7 < kept < 12
 
 
 @linux
-def test_a_checkpoint_is_loaded_within_its_own_size(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_is_loaded_within_its_own_size(tmp_path, monkeypatch):
     output = tmp_path / "new" / "loading.json"
     flags = ["--rounds", "1", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "loading", "--model", "resnet18", *flags])
-    benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["loading.py", "--model", "resnet18", *flags])
+    loading.main()
     results = json.loads(output.read_text())
     assert list(results["networks"]) == ["resnet18"]
     found = results["networks"]["resnet18"]
@@ -43,13 +42,11 @@ def test_a_checkpoint_is_loaded_within_its_own_size(tmp_path, monkeypatch, capsy
         assert 0.9 < found[side]["kept_memory"] < found[side]["peak_memory"] + 0.02
         assert found[side]["seconds"] > 0
     assert found["exits"]["peak_memory"] < MEMORY_BOUND
-    assert loading_table(format_table, results) in capsys.readouterr().out
-    monkeypatch.setattr(_benchmark_loading, "_network", lambda name, rounds: {**found, "ratio": rounds})
+    assert "`resnet18`" in loading_table(format_table, results)
+    monkeypatch.setattr(loading, "_network", lambda name, rounds: {**found, "ratio": rounds})
     for rounds, kept in ((1, ["resnet18", "a"]), (2, ["a"])):  # numbers of other settings are not mixed in
-        monkeypatch.setattr(
-            sys, "argv", ["benchmark.py", "loading", "--model", "a", "--rounds", str(rounds), *flags[2:]]
-        )
-        benchmark.main()
+        monkeypatch.setattr(sys, "argv", ["loading.py", "--model", "a", "--rounds", str(rounds), *flags[2:]])
+        loading.main()
         assert list(json.loads(output.read_text())["networks"]) == kept
 
 

@@ -4,14 +4,13 @@ import json
 import re
 import sys
 
-import _benchmark_losses
-import _methods_page
-import benchmark
 import egad
 import make_tables
 import pytest
 import timm
 import torch
+from benchmarks import losses as benchmark
+from pages import methods
 
 from erde_hub import EarlyExitWrapper, losses
 from erde_hub.errors import ConfigError
@@ -21,7 +20,7 @@ TINY = ["--widths", "4", "--batch_size", "4", "--rounds", "2", "--repeats", "1"]
 
 
 def test_every_loss_is_timed_beside_a_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "losses", *TINY, "--output", str(tmp_path / "b.json")])
+    monkeypatch.setattr(sys, "argv", ["losses.py", *TINY, "--output", str(tmp_path / "b.json")])
     benchmark.main()
     results = json.loads((tmp_path / "b.json").read_text())
     (student,) = results["students"]
@@ -35,9 +34,9 @@ def test_every_loss_is_timed_beside_a_step(tmp_path, monkeypatch, capsys):
 
 def test_shares_are_medians_of_rounds(monkeypatch):
     times = iter([4.0, 1.0, 2.0, 1.0])  # step, loss; step, loss
-    monkeypatch.setattr(_benchmark_losses, "timed", lambda _: next(times))
-    settings = _benchmark_losses.LossBenchmark(batch_size=4, losses=["ce"], rounds=2, repeats=1)
-    measured = _benchmark_losses.measure(settings, 4)
+    monkeypatch.setattr(benchmark, "timed", lambda _: next(times))
+    settings = benchmark.LossBenchmark(batch_size=4, losses=["ce"], rounds=2, repeats=1)
+    measured = benchmark.measure(settings, 4)
     assert measured["step_seconds"] == 3.0
     assert measured["losses"] == [{"loss": "ce", "seconds": 1.0, "share": (0.25 + 0.5) / 2}]
 
@@ -47,7 +46,7 @@ def test_shares_are_medians_of_rounds(monkeypatch):
     [(["--losses", "kdd"], "unknown loss 'kdd'; did you mean 'kd'"), (["--rounds", "0"], "rounds must be at least 1")],
 )
 def test_what_it_refuses(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "losses", *flags])
+    monkeypatch.setattr(sys, "argv", ["losses.py", *flags])
     with pytest.raises(ConfigError, match=message):
         benchmark.main()
 
@@ -57,7 +56,7 @@ def test_the_page_lists_every_loss_with_its_formula():
     page = path.read_text(encoding="utf-8")
     for name in list_losses():
         assert f"| `{name}` | `L = " in page
-        assert _methods_page.formula(get_loss(name).cls) in page
+        assert methods.formula(get_loss(name).cls) in page
     for name in list_additions():
         assert f"| `{name}` | `--" in page
     assert "a weight per training sample" in page
@@ -68,7 +67,7 @@ def test_the_figures_keep_within_the_limit():
     results = json.loads((make_tables.ROOT / "recipes" / "results" / "benchmark_losses.json").read_text())
     (student,) = [student for student in results["students"] if student["width"] == 64]
     assert [row["loss"] for row in student["losses"]] == list_losses()
-    assert results["limit"] == _benchmark_losses.LIMIT == 0.03
+    assert results["limit"] == benchmark.LIMIT == 0.03
     for row in student["losses"]:
         assert row["share"] <= results["limit"], row["loss"]
 

@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-import benchmark
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from benchmarks import training
 
 from erde_hub.errors import ConfigError
 
@@ -27,9 +27,9 @@ def _one_process():
 
 def test_both_loops_are_timed_in_turns_and_the_numbers_written(tmp_path, monkeypatch, capsys):
     sides = []
-    monkeypatch.setattr(benchmark, "_in_a_process_of_its_own", lambda argv, side: sides.append(side) or 100.0)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "training", *SMALL, "--output", str(tmp_path / "new" / "b.json")])
-    benchmark.main()
+    monkeypatch.setattr(training, "_in_a_process_of_its_own", lambda argv, side: sides.append(side) or 100.0)
+    monkeypatch.setattr(sys, "argv", ["training.py", *SMALL, "--output", str(tmp_path / "new" / "b.json")])
+    training.main()
     results = json.loads((tmp_path / "new" / "b.json").read_text())
     assert sides == ["by_hand", "distiller"]
     assert results["dataset"] == "digits"
@@ -47,7 +47,7 @@ def test_ratios_are_those_of_the_rounds():
         "by_hand": [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]],
         "input": [[0.1, 0.1, 0.1], [0.2, 0.2, 0.2]],
     }
-    summary = benchmark._summary(seconds, {"distiller": 110.0, "by_hand": 100.0})
+    summary = training._summary(seconds, {"distiller": 110.0, "by_hand": 100.0})
     assert summary["ratio"] == pytest.approx(1.1)
     assert summary["step_seconds"] == pytest.approx({"distiller": 1.65, "by_hand": 1.5})
     assert summary["input_share"] == pytest.approx(0.15 / 1.65)
@@ -55,23 +55,23 @@ def test_ratios_are_those_of_the_rounds():
 
 
 @pytest.mark.parametrize("side", ["distiller", "by_hand"])
-def test_one_side_alone_prints_what_it_needs(side, capsys):
+def test_one_side_alone_prints_what_it_needs(side, capsys, monkeypatch):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is measured on Linux only")
-    benchmark.benchmark_training([*SMALL, "--memory_steps", "2", "--only", side])
+    monkeypatch.setattr(sys, "argv", ["training.py", *SMALL, "--memory_steps", "2", "--only", side])
+    training.main()
     assert float(capsys.readouterr().out.split()[-1]) >= 0
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["trainnig"], "'training'"),
-        (["training", "--rounds", "0"], "rounds"),
-        (["training", "--only", "nobody"], "by_hand"),
-        (["training", "--optimizer", "adamw"], "SGD"),
+        (["--rounds", "0"], "rounds"),
+        (["--only", "nobody"], "by_hand"),
+        (["--optimizer", "adamw"], "SGD"),
     ],
 )
 def test_bad_input_is_refused(argv, says, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv])
+    monkeypatch.setattr(sys, "argv", ["training.py", *argv])
     with pytest.raises(ConfigError, match=says):
-        benchmark.main()
+        training.main()

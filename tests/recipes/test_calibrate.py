@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-import calibrate
 import compare_policies
-import evaluate
 import pytest
 import simulate_guarantee
 import torch
@@ -18,6 +16,7 @@ from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
 from erde_hub.evaluation import build_results, collect_exit_records
 from erde_hub.policies import EENetPolicy
+from erde_hub.scripts import calibrate, evaluate
 from erde_hub.scripts import common as recipe
 from tests.fakes.networks import resnet8
 

@@ -10,13 +10,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import _cli
-import _early
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erde_hub.errors import ConfigError, DataError
+from erde_hub.scripts import distill
+from erde_hub.scripts.common import command_line
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Training:
 
 
 def parse(*argv: str) -> tuple[Data, Training]:
-    return _cli.parse_arguments({"data": Data, "training": Training}, "A recipe.", list(argv))[:2]
+    return command_line.parse_arguments({"data": Data, "training": Training}, "A recipe.", list(argv))[:2]
 
 
 @pytest.fixture
@@ -190,12 +190,12 @@ def test_promoted_mapping_replaces_keys_and_a_flag_wins(write):
 
     path = write("epochs: 7\nlearning_rate: 0.5\nteacher_training: {epochs: 20, learning_rate: 1e-2}")
     argv = ["--config", path, "--learning_rate", "3"]
-    training, name = _cli.parse_arguments({"t": Teacher}, "A recipe.", argv, promote="teacher_training")
+    training, name = command_line.parse_arguments({"t": Teacher}, "A recipe.", argv, promote="teacher_training")
     assert name == "file"
     assert (training.epochs, training.learning_rate) == (20, 3.0)
     path = write("teacher_training: {epoch: 20}")
     with pytest.raises(ConfigError, match=r"'epoch' in 'teacher_training' of .*file\.yaml; did you mean 'epochs'"):
-        _cli.parse_arguments({"t": Teacher}, "A recipe.", ["--config", path], promote="teacher_training")
+        command_line.parse_arguments({"t": Teacher}, "A recipe.", ["--config", path], promote="teacher_training")
 
 
 def test_help_shows_units_defaults_and_one_spelling(capsys, write):
@@ -221,7 +221,7 @@ def test_help_shows_defaults_as_they_are_typed(capsys, write):
 
 def test_help_keeps_the_lines_of_the_description(capsys):
     with pytest.raises(SystemExit):
-        _cli.parse_arguments({"data": Data}, "What it does.\n\n    a command\n    another one\n", ["--help"])
+        command_line.parse_arguments({"data": Data}, "What it does.\n\n    a command\n    another one\n", ["--help"])
     assert "What it does.\n\n    a command\n    another one\n" in capsys.readouterr().out
 
 
@@ -229,7 +229,7 @@ def test_help_keeps_the_lines_of_the_description(capsys):
 def test_help_speaks_no_python(capsys, monkeypatch, script):
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):
-        importlib.import_module(script).main()
+        importlib.import_module(f"erde_hub.scripts.{script}").main()
     text = capsys.readouterr().out
     assert not re.search(r"[{[]'|\bFalse|\bTrue|\bNone\b|map_teacher_exits|exit_weights_preset", text)
     assert not re.search(r"\(default:|; default:", text)
@@ -243,44 +243,44 @@ def test_help_speaks_no_python(capsys, monkeypatch, script):
         ("--no_progres_bar", "unknown argument '--no_progres_bar'"),
     ],
 )
-def test_a_misspelt_flag_is_refused_before_anything_slow_is_imported(tmp_path, flag, message):
-    for name in ("torch", "transformers"):
-        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+def test_a_misspelt_flag_is_refused_before_anything_is_loaded(capsys, monkeypatch, flag, message):
+    monkeypatch.setattr("sys.argv", ["distill.py", flag])
+    monkeypatch.setattr(distill.recipe, "load_data", lambda *args, **kwargs: pytest.fail("data were loaded"))
+    with pytest.raises(SystemExit) as ended:
+        distill.main()
+    assert ended.value.code == 2
+    assert f"distill.py: error: {message}" in capsys.readouterr().err
+
+
+def test_a_recipe_runs_from_another_folder(tmp_path):
+    recipes = command_line.CONFIGS.parent
     done = subprocess.run(
-        [sys.executable, str(_cli.CONFIGS.parent / "distill.py"), flag],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{_cli.CONFIGS.parents[1]}"},
+        [sys.executable, str(recipes / "distill.py"), "--config", "nowhere.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(recipes.parent)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 2, done.stderr
-    assert f"distill.py: error: {message}" in done.stderr
-
-
-@pytest.mark.parametrize("script", ["distill", "train_teacher", "evaluate", "export_onnx"])
-def test_every_flag_passes_the_early_look(capsys, monkeypatch, script):
-    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
-    with pytest.raises(SystemExit):
-        importlib.import_module(script).main()
-    flags = re.findall(r"^  (?:-h, )?(--\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert len(flags) > 15
-    monkeypatch.setattr("sys.argv", [f"{script}.py", *flags, "--no-progress-bar", "--batch-size=3"])
-    _early.refuse_unknown_flags(importlib.import_module(script).__file__)
+    assert done.stderr.startswith("distill.py: ConfigError: --config nowhere.yaml: cannot be read")
 
 
 def test_which_file_the_settings_come_from(monkeypatch):
-    monkeypatch.chdir(_cli.CONFIGS.parents[1])
-    assert _cli.base_config(["--epochs", "3"]).name == "digits.yaml"
-    assert _cli.base_config(["--dataset", "digits"]).name == "digits.yaml"
-    base = _cli.base_config(["--dataset=path/to/folder", "--epochs", "3"])
+    monkeypatch.chdir(command_line.CONFIGS.parents[1])
+    assert command_line.base_config(["--epochs", "3"]).name == "digits.yaml"
+    assert command_line.base_config(["--dataset", "digits"]).name == "digits.yaml"
+    base = command_line.base_config(["--dataset=path/to/folder", "--epochs", "3"])
     assert base.name == "own_images.yaml"
-    assert _cli.describe_settings(base, []) == "settings: recipes/configs/own_images.yaml, as there is no --config"
-    assert _cli.describe_settings(base, ["--config", "a.yaml"]) == "settings: a.yaml"
+    assert (
+        command_line.describe_settings(base, []) == "settings: recipes/configs/own_images.yaml, as there is no --config"
+    )
+    assert command_line.describe_settings(base, ["--config", "a.yaml"]) == "settings: a.yaml"
 
 
 def test_ctrl_c_between_two_trainings_has_its_exit_code(capsys):
     for resumable in (True, False):
-        with pytest.raises(SystemExit) as ended, _cli.clean_errors(resumable):
+        with pytest.raises(SystemExit) as ended, command_line.clean_errors(resumable):
             raise KeyboardInterrupt
         assert ended.value.code == 130
         assert ("--resume" in capsys.readouterr().err) is resumable
@@ -293,7 +293,7 @@ def test_sigterm_where_nothing_trains_says_how_to_go_on(capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    with pytest.raises(SystemExit) as ended, _cli.clean_errors(resumable=True):
+    with pytest.raises(SystemExit) as ended, command_line.clean_errors(resumable=True):
         wait_for_the_signal()
     assert ended.value.code == 143
     assert "continue with the same command and --resume" in capsys.readouterr().err
@@ -301,9 +301,9 @@ def test_sigterm_where_nothing_trains_says_how_to_go_on(capsys):
 
 
 def test_clean_errors_hide_the_traceback_of_typed_errors_only(capsys):
-    with pytest.raises(SystemExit) as ended, _cli.clean_errors():
+    with pytest.raises(SystemExit) as ended, command_line.clean_errors():
         raise DataError("no column 'img'")
     assert ended.value.code == 2
     assert capsys.readouterr().err.rstrip().endswith("DataError: no column 'img'")
-    with pytest.raises(ZeroDivisionError), _cli.clean_errors():
+    with pytest.raises(ZeroDivisionError), command_line.clean_errors():
         1 / 0  # noqa: B018

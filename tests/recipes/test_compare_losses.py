@@ -4,12 +4,12 @@ import json
 import sys
 
 import compare_losses
-import distill
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from erde_hub.errors import ConfigError, ResultsError
+from erde_hub.scripts import distill
 
 FAST = [
     "--teacher_kwargs", "width=4", "--student_kwargs", "width=4", "--epochs", "2", "--max_steps", "3", "--cpu_threads",
@@ -122,7 +122,7 @@ def test_other_recipes_say_which_one_has_coloured_digits(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     flags = ["distill.py", "--dataset", "coloured_digits", "--mixed_precision", "no"]
     monkeypatch.setattr(sys, "argv", flags)
-    with pytest.raises(ConfigError, match=r"made by recipes/compare_losses.py, .* --dataset coloured_digits"):
+    with pytest.raises(ConfigError, match=r"made by recipes/studies/compare_losses.py, .* --dataset coloured_digits"):
         distill.main()
 
 

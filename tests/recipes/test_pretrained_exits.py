@@ -4,15 +4,15 @@ import hashlib
 import json
 import sys
 
-import _pretrained_page
 import numpy as np
 import pretrained_exits
 import pytest
 import timm
 import torch
-from _efficientnet_lite import load_efficientnet_lite, packaged_weights, timm_names
-from _photographs import open_photographs, packaged_photographs, random_crops
 from accelerate.state import AcceleratorState
+from efficientnet_lite import load_efficientnet_lite, packaged_weights, timm_names
+from pages import pretrained
+from photographs import open_photographs, packaged_photographs, random_crops
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -127,5 +127,5 @@ def test_heads_are_trained_and_nothing_else(network, weights, tmp_path, monkeypa
 
 def test_the_page_writes_thresholds_as_the_card_does():
     near_one = {"student": {"policy": "confidence"}, "sweep": [{"threshold": 0.999}, {"threshold": 1.0}]}
-    assert _pretrained_page._stored(near_one | {"operating_point": {"threshold": 0.9995}}) == "0.9995"
-    assert _pretrained_page._stored(near_one | {"operating_point": {"threshold": [0.9, 2.0]}}) == "0.9 / 2"
+    assert pretrained._stored(near_one | {"operating_point": {"threshold": 0.9995}}) == "0.9995"
+    assert pretrained._stored(near_one | {"operating_point": {"threshold": [0.9, 2.0]}}) == "0.9 / 2"

@@ -11,11 +11,8 @@ import time
 from pathlib import Path
 
 import datasets
-import distill
-import evaluate
 import numpy as np
 import pytest
-import train_teacher
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -23,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from erde_hub.errors import ConfigError, DataError, RunExistsError
+from erde_hub.scripts import distill, evaluate, train_teacher
 from erde_hub.scripts.common import THRESHOLD_RULE, Interrupted
 from erde_hub.training import Distiller
 from erde_hub.training.checkpointing import newest_checkpoint

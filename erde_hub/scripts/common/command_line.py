@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import difflib
 import signal
 import sys
 import types
@@ -19,17 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from _early import refuse, unknown_flag
 from transformers import HfArgumentParser
 
 from erde_hub.allocator import keep_freed_memory
 from erde_hub.errors import ConfigError, ErdeError, nearest
-from erde_hub.scripts.common import Interrupted
-from erde_hub.scripts.common.arguments import plain_text
 from erde_hub.training.arguments import OTHER_NAMES, nearest_argument
 
-# Every recipe is a program of its own, which may set up its process; the library leaves that to its user.
-keep_freed_memory()
+from .arguments import plain_text
+from .steps import Interrupted
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -117,10 +115,12 @@ class RecipeParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with one line instead of a page of usage."""
-        refuse(self.prog, message)
+        print(f"{self.prog}: error: {message}\n(--help lists all flags)", file=sys.stderr)
+        raise SystemExit(2)
 
 
-CONFIGS = Path(__file__).parent / "configs"
+#: In a checkout.
+CONFIGS = Path(__file__).parents[3] / "recipes" / "configs"
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
 
@@ -166,7 +166,7 @@ def parse_arguments(
     parser.set_defaults(config=None if path is None else shown_path(path))
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(unknown_flag(unknown[0], parser.flags(), OTHER_NAMES))
+        parser.error(_unknown_flag(unknown[0], parser.flags()))
     settings = vars(namespace)
     instances = [
         cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.init})
@@ -230,6 +230,13 @@ def parse_scalar(text: str) -> Any:
     return _numbers(value)
 
 
+def run_script(main: Callable[[], None], resumable: bool = False) -> None:
+    """Runs a script as a program, which may set up its process as the library does not; see :func:`clean_errors`."""
+    keep_freed_memory()
+    with clean_errors(resumable):
+        main()
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM where no training is running, which ends the program as Ctrl-C does."""
 
@@ -276,6 +283,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _unknown_flag(flag: str, known: list[str]) -> str:
+    """Says that there is no such flag, and which one is meant, by another trainer's name or by spelling."""
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    meant = OTHER_NAMES.get(name)
+    close = [meant] if meant in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    hint = f"; did you mean {'--' + str(close[0])!r}?" if close and flag.startswith("-") else ""
+    return f"unknown argument {flag!r}{hint}"
+
+
 def _given(flag: str, argv: Sequence[str]) -> str | None:
     """Returns the value of one flag, without a look at the others."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -284,7 +300,7 @@ def _given(flag: str, argv: Sequence[str]) -> str | None:
 
 
 def _check_types(values: Mapping[Any, Any], dataclass_types: Iterable[type], where: str) -> dict[str, Any]:
-    hints = {}
+    hints: dict[str, Any] = {}
     for cls in dataclass_types:
         resolved = get_type_hints(cls)
         hints |= {field.name: resolved[field.name] for field in dataclasses.fields(cls) if field.init}

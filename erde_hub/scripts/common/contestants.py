@@ -1,4 +1,4 @@
-"""What the inference benchmark runs: a model with exits, its stages called by hand, and onnxruntime.
+"""What latency measurements run: a model with exits, its bare backbone, and its stages called by hand.
 
 Every contestant is a function without arguments. Which samples leave where is settled beforehand by thresholds that cut
 between the scores of the very batch that is run, so that all contestants can be given the same shares; the decisions
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from _inference_turns import Contestant
-from _patterns import coarse_patterns
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
@@ -25,7 +24,10 @@ from erde_hub.engine.routing import Stage, read_feature
 from erde_hub.engine.rows import shrink
 from erde_hub.errors import ConfigError, ErdeError
 from erde_hub.policies import create_policy
-from erde_hub.scripts import common as recipe
+
+from .networks import load_model
+from .patterns import coarse_patterns
+from .turns import Contestant
 
 #: A threshold that nobody passes, but for which every head is run: zero would skip them.
 NOBODY = 1e-30
@@ -89,11 +91,11 @@ def load_subject(name: str, exits: int) -> Subject:
         _settle(model, subject.images(8))
         model.eval()
     else:
-        subject = Subject(Path(name).name, recipe.load_model(name), "checkpoint")
+        subject = Subject(Path(name).name, load_model(name), "checkpoint")
     if subject.model.main_input_name != "pixel_values":
-        raise ConfigError(f"{name} reads texts; the inference benchmark runs image models")
+        raise ConfigError(f"{name} reads texts; only image models are measured")
     if subject.model.config.task != "classification":
-        raise ConfigError(f"{name} is for {subject.model.config.task!r}; the inference benchmark routes classifiers")
+        raise ConfigError(f"{name} is for {subject.model.config.task!r}; only classifiers are measured")
     subject.model.set_calibrator(None)
     subject.model.set_policy(create_policy("entropy"))  # its scores are continuous, so every share can be set
     return subject
@@ -222,45 +224,42 @@ def routed(subject: Subject, x: Tensor, thresholds: Sequence[float]) -> Contesta
     return lambda: model(x, threshold=values).logits
 
 
-# onnxruntime
+def contestants(
+    subject: Subject, x: Tensor, counts: Mapping[str, list[int]], full: bool
+) -> tuple[dict[str, Contestant], dict[str, Any]]:
+    """Returns functions by name, and the shares that they are run at.
 
-
-def export_files(subject: Subject, folder: Path) -> dict[str, Path]:
-    """Writes nested, flat and prefix, in float and in int8; returns the files by name."""
-    import onnx  # noqa: PLC0415 - an extra
-    import onnx_ir as ir  # noqa: PLC0415 - as above
-
-    from erde_hub.export import export_onnx  # noqa: PLC0415 - as above
-    from erde_hub.export.flat import flat_model  # noqa: PLC0415 - as above
-    from erde_hub.export.onnx_file import DEFAULT_OPSET  # noqa: PLC0415 - as above
-    from erde_hub.export.quantization import calibration_batches, quantize_flat  # noqa: PLC0415 - as above
-
-    model = subject.model
-    images = [subject.images(4)]
-    files = {}
-    for kind in ("float", "int8"):
-        files[f"{kind}_nested"] = export_onnx(
-            model, folder / f"{kind}_nested.onnx", calibration_data=images if kind == "int8" else None
-        )
-        flat = flat_model(model, DEFAULT_OPSET)
-        if kind == "int8":
-            flat = quantize_flat(flat, calibration_batches(images, tuple(model.config.input_size or ())))
-        files[f"{kind}_flat"] = folder / f"{kind}_flat.onnx"
-        ir.save(flat, files[f"{kind}_flat"])
-        files[f"{kind}_prefix"] = folder / f"{kind}_prefix.onnx"
-        onnx.utils.extract_model(
-            str(files[f"{kind}_flat"]), str(files[f"{kind}_prefix"]), ["pixel_values"], ["logits_0"]
-        )
-    return files
-
-
-def onnx_contestant(path: Path, x: Tensor, thresholds: Sequence[float], threads: int) -> Contestant:
-    """One run of a file."""
-    import onnxruntime  # noqa: PLC0415 - an extra
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {"pixel_values": x.numpy(), "threshold": torch.tensor(list(thresholds)).numpy()}
-    feed = {name: feed[name] for name in (given.name for given in session.get_inputs())}
-    return lambda: session.run(None, feed)
+    Args:
+        subject: The network.
+        x: The batch.
+        counts: Samples that leave at each early exit, by the name of such a division.
+        full: The static networks up to each exit as well.
+    """
+    model, early = subject.model, len(subject.model.heads)
+    staged = subject.stages() is not None
+    everywhere, nowhere = [True] * early, [None] * early
+    runs: dict[str, Contestant] = {
+        "bare": lambda: model.backbone(x),
+        "never": routed(subject, x, [NOBODY] * early),
+        "never, heads skipped": routed(subject, x, [0.0] * early),
+    }
+    if staged:
+        runs["never by hand"] = by_hand(subject, x, nowhere, everywhere)
+    for k in range(early if len(x) == 1 else 0):
+        runs[f"exit {k}"] = routed(subject, x, [float("inf") if e == k else 0.0 for e in range(early)])
+        if staged:
+            leave = [x.new_zeros(0, dtype=torch.int64) if e == k else None for e in range(early)]
+            runs[f"exit {k} by hand"] = by_hand(subject, x, leave, [e == k for e in range(early)])
+        if full:
+            static: nn.Module = model.truncate(k)
+            runs[f"static {k}"] = partial(static, x)
+    shares: dict[str, Any] = {}
+    for key, own in counts.items():
+        plan = try_plan(model, x, own)
+        if plan is None:
+            continue
+        shares[key] = plan.shares(early + 1)
+        runs[key] = routed(subject, x, plan.thresholds)
+        if staged:
+            runs[f"{key} by hand"] = by_hand(subject, x, plan.stays, [n > 0 for n in own])
+    return runs, shares

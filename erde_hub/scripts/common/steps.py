@@ -108,8 +108,8 @@ def load_data(
     """
     if args.dataset == COLOURED and not Path(COLOURED).is_dir():
         raise ConfigError(
-            f"{COLOURED!r} are made by recipes/compare_losses.py, which also measures their groups: compare losses on"
-            f" them with python recipes/compare_losses.py --dataset {COLOURED}, or give other data"
+            f"{COLOURED!r} are made by recipes/studies/compare_losses.py, which also measures their groups: compare"
+            f" losses on them with python recipes/studies/compare_losses.py --dataset {COLOURED}, or give other data"
         )
     texts = bool(preprocessing) and "tokenizer" in dict(preprocessing or {})
     for name in ("image_column", "image_size", "streaming") if texts else ("text_column", "max_length"):

@@ -1,10 +1,13 @@
-"""Results that grow: a JSON file of runs, added to run by run, as long as the settings are the same."""
+"""JSON files of studies and benchmarks: versions of the environment, and files that grow run by run."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,24 @@ def open_results(output: str | None, settings: Mapping[str, Any]) -> dict[str, A
             " give the same ones, or another --output"
         )
     return stored
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Returns the versions of erde_hub and of packages (default: torch and timm), and what machine this is.
+
+    A package that is not installed has None.
+    """
+    versions: dict[str, str | None] = {}
+    for package in packages or ("torch", "timm"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = models[0] if models else platform.machine()
+    return {"erde_hub": __version__, **versions, "cpu": cpu, "cores": os.cpu_count()}
 
 
 def write_results(output: str | None, results: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from erde_hub.evaluation.formatting import mmacs, percent
 
-STUDIES = Path(__file__).parent / "results" / "studies"
+STUDIES = Path(__file__).parents[1] / "results" / "studies"
 TEST_IMAGES = 10_000  # of CIFAR-10 and CIFAR-100
 
 Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
