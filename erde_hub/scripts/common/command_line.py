@@ -164,7 +164,9 @@ def parse_arguments(
             action.required = action.required and action.dest not in values
         parser.set_defaults(**values)
     parser.set_defaults(config=None if path is None else shown_path(path))
-    namespace, unknown = parser.parse_known_args(argv)
+    known = parser._option_string_actions  # a misspelt flag is named before what is missing for want of it
+    misspelt = [flag for flag in argv if flag.startswith("--") and flag.partition("=")[0] not in known]
+    namespace, unknown = (None, misspelt) if misspelt else parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown_flag(unknown[0], parser.flags()))
     settings = vars(namespace)
