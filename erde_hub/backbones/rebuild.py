@@ -17,6 +17,7 @@ from erde_hub.errors import RebuildError
 from erde_hub.heads import FeatureSpec
 
 from .base import BackboneAdapter, add_exit_hooks
+from .shared_weights import all_tensors, shared_weights
 from .tracing import copy_around
 
 
@@ -54,7 +55,8 @@ def check_same_network(
         raise RebuildError(
             f"{name} rebuilt from its config has other weights ({len(differs)} differ, first {differs[0]!r}){advice}"
         )
-    shared = sorted(_shared_weights(module) ^ _shared_weights(rebuilt), key=sorted)
+    groups = [{frozenset(names) for names in shared_weights(m)} for m in (module, rebuilt)]
+    shared = sorted(groups[0] ^ groups[1], key=sorted)
     if shared:
         raise RebuildError(
             f"{name} rebuilt from its config shares other weights between its layers than this one (first"
@@ -225,25 +227,15 @@ def _random_rates(module: nn.Module) -> dict[str, float]:
     return rates
 
 
-def _shared_weights(module: nn.Module) -> set[frozenset[str]]:
-    """The groups of names that stand for one parameter."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {frozenset(group) for group in names.values() if len(group) > 1}
-
-
 def _stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, and the buffers that a checkpoint holds, by each of their names."""
     stored = set(module.state_dict())
-    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    buffers = module.named_buffers(remove_duplicate=False)
-    return tensors | {name: buffer for name, buffer in buffers if name in stored}
+    return {name: tensor for name, tensor in all_tensors(module).items() if name in stored}
 
 
 def _cast_like(module: nn.Module, other: nn.Module) -> None:
     """Gives every tensor the device and the type that it has in the other network: some keep buffers in float32."""
-    tensors = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    tensors = all_tensors(other)
     module.to(next(iter(other.parameters())).device)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name in tensors:

@@ -26,10 +26,18 @@ from erde_hub._files import replacing_all
 from erde_hub._published_weights import FILENAME, check_backbone_weights, fetch, published_weights
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
+from erde_hub.backbones.shared_weights import (
+    all_tensors,
+    load_into,
+    save_once,
+    share_again,
+    shared_modules,
+    shared_weights,
+)
 from erde_hub.config import EarlyExitConfig, check_input_size, read_field
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs, check_pixel_values, check_text_inputs
 from erde_hub.engine.routing import ExitHook, Runner
-from erde_hub.errors import CheckpointError, ConfigError, ErdeError, InputTypeError, nearest
+from erde_hub.errors import CheckpointError, ConfigError, ErdeError, InputTypeError, RebuildError, nearest
 from erde_hub.heads import ExitHead
 from erde_hub.preprocessing import build_image_processor, check_preprocessing
 from erde_hub.tasks import (
@@ -78,6 +86,11 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     backbone: nn.Module
     _adapter: BackboneAdapter
     _taps: list[ExitHook]
+    #: Names of one tensor, and of one module, in the backbone.
+    _shared_weights: Sequence[Sequence[str]] = ()
+    _shared_modules: Sequence[Sequence[str]] = ()
+    #: Tensors of a backbone that was given, while a checkpoint is loaded into it.
+    _given: dict[str, Tensor]
     #: Exit tables by input size.
     _costs: dict[tuple[int, ...], ExitTable]
 
@@ -199,12 +212,13 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         if heads_only:
             state_dict = self._heads_only_state(backbone_weights, kwargs.get("token"))
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-        if state_dict is None and hasattr(self.backbone, "_orig_mod"):
-            # torch.compile puts its own module around the backbone, which a checkpoint must not show.
-            state_dict = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
         if not is_main_process or kwargs.get("distributed_checkpoint"):  # all processes write one folder together
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             return
+        if state_dict is None:
+            # torch.compile puts its own module around the backbone, which a checkpoint must not show.
+            state_dict = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
+        state_dict = self._saved_once(state_dict)
         with replacing_all(save_directory, last="config.json") as staging:
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
             if self.config.preprocessing:
@@ -263,23 +277,41 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 " was edited, or belongs to other weights"
             )
 
-    def _find_shared_weights(self) -> None:
-        """Declares the weights that a backbone shares between its modules: saved once, loaded everywhere."""
-        if isinstance(self.backbone, PreTrainedModel):  # these declare their own
-            return
-        first: dict[int, str] = {}
-        shared: dict[str, str] = {}
-        for entries in (self.named_parameters, self.named_buffers):
-            for name, tensor in entries(remove_duplicate=False):
-                owner = first.setdefault(id(tensor), name)
-                if owner != name:
-                    shared[name] = owner
-        self._tied_weights_keys = shared or None
+    def _find_shared_weights(self, given: bool) -> None:
+        """Notes what the backbone shares between its modules, and its tensors where it was given to be loaded."""
+        self._shared_weights = [[f"backbone.{name}" for name in group] for group in shared_weights(self.backbone)]
+        self._shared_modules = shared_modules(self.backbone)
+        if given and torch.get_default_device().type == "meta":
+            self._given = all_tensors(self.backbone)
 
-    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """As transformers', which looks at shared embeddings only, with all that is shared."""
-        tied: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
-        return {**tied, **(self._tied_weights_keys or {})} if all_submodels else tied
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """As transformers', which ties what its own models declare; also what else a loaded backbone shares."""
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+        if missing_keys is not None:
+            share_again(self, self._shared_weights, missing_keys)
+
+    def _saved_once(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leaves out what loading shares again, and copies what it cannot know to be shared.
+
+        Raises:
+            RebuildError: A module that sat in several places when it was wrapped was replaced in one of them.
+        """
+        modules = dict(self.backbone.named_modules(remove_duplicate=False))
+        modules = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}
+        for names in self._shared_modules:
+            if len({id(modules[name]) for name in names if name in modules}) > 1:
+                raise RebuildError(
+                    f"{names[0]!r} and {names[1]!r} of this {type(self.backbone).__name__} were one module when it was"
+                    " wrapped, and loading makes them one again: change the network first, then wrap it"
+                )
+        state, repeated = save_once(state, self._shared_weights, self.all_tied_weights_keys)
+        if repeated and self.config.library != "torch":
+            logger.warning(
+                "%s shares its tensor with another weight, which the config does not say: each is saved by itself, and"
+                " they are trained apart once they are loaded",
+                ", ".join(sorted(repeated)),
+            )
+        return state
 
     # What every forward pass begins and ends with
 
@@ -352,12 +384,10 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 other shapes than the config says; a plain backbone without ``backbone=``.
         """
         _check_is_there(pretrained_model_name_or_path, kwargs)
-        backbone = kwargs.get("backbone")
         wants_info = kwargs.pop("output_loading_info", False)
         must_be_empty = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
         if kwargs.pop("ignore_mismatched_sizes", False):
             must_be_empty.remove("mismatched_keys")
-        kept = _non_persistent_buffers(backbone) if isinstance(backbone, nn.Module) else {}
         # Other shapes are let through and found below, since transformers names them in its log alone.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
         try:
@@ -387,15 +417,15 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 " another model, or the config was edited"
             )
         with torch.no_grad():
-            present = dict(model.backbone.named_buffers())
-            for name, value in kept.items():
-                module, _, leaf = name.rpartition(".")
-                if name in present:  # a truncated model has lost those behind its exit
-                    setattr(model.backbone.get_submodule(module), leaf, value)
+            given = vars(model).pop("_given", {})
+            own = {id(tensor) for tensor in load_into(model.backbone, given)}
+            types = {p.dtype for p in model.backbone.parameters() if p.is_floating_point()}
+            if given and types and model.config.dtype not in (None, *types):  # transformers leaves it as it was given
+                model.backbone.to(model.config.dtype)
             for tensor in (*model.parameters(), *model.buffers()):
                 # Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last
                 # bits from those of the model that was saved, and rewriting the file would change this one.
-                if tensor.device.type == "cpu":
+                if tensor.device.type == "cpu" and id(tensor) not in own:
                     tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
         return (model, info) if wants_info else model
 
@@ -485,8 +515,3 @@ def _remove_other_weights(folder: Path, written: set[str]) -> None:
     for path in folder.iterdir():
         if _WEIGHTS.fullmatch(path.name) and path.name not in written:
             path.unlink()
-
-
-def _non_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    stored = set(module.state_dict())
-    return {name: buffer.clone() for name, buffer in module.named_buffers() if name not in stored}

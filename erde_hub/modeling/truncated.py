@@ -24,6 +24,7 @@ from erde_hub.backbones.tracing import weightless_copy
 from erde_hub.config import EarlyExitConfig
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs
 from erde_hub.engine.routing import ExitHook, HookRunner, Runner, StageRunner, read_feature, run_head
+from erde_hub.engine.rows import tensors
 from erde_hub.engine.steps import StepCache
 from erde_hub.errors import ConfigError, ExitNotReachedError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
@@ -128,6 +129,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
             self._taps = add_exit_hooks(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.parameters())
         self._keep_weights(on_meta, adopted)
+        self._find_shared_weights(adopted)
         self.post_init()
 
     @property
@@ -317,7 +319,7 @@ def _behind(model: EarlyExitWrapper, index: int) -> list[str]:
     run()
     for handle in handles:
         handle.remove()
-    names = list(_never_started(backbone, "", started, finished))
+    names = [n for n in _never_started(backbone, "", started, finished) if not _held_outside(backbone, n)]
     for name in names:
         _replace(backbone, name, _Probe(name))
     whole, _ = weightless_copy(model)
@@ -341,6 +343,20 @@ def _never_started(module: nn.Module, prefix: str, started: set[int], finished: 
             yield from _never_started(child, f"{path}.", started, finished)
         else:
             yield path
+
+
+def _held_outside(backbone: nn.Module, name: str) -> bool:
+    """Whether another module keeps a weight of this one in an attribute of its own, and may use it without a call."""
+    removed = backbone.get_submodule(name)
+    weights, inside = {id(weight) for weight in removed.parameters()}, set(removed.modules())
+    kept = (vars(module).items() for module in backbone.modules() if module not in inside)
+    return any(
+        id(tensor) in weights
+        for attributes in kept
+        for key, value in attributes
+        if key not in ("_parameters", "_buffers", "_modules") and isinstance(value, (Tensor, list, tuple, dict))
+        for tensor in tensors(value)
+    )
 
 
 def _replace(module: nn.Module, name: str, by: nn.Module) -> None:

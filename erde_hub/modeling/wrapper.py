@@ -227,7 +227,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             adapter.set_gradient_checkpointing(backbone, True)  # in the form that exits need
             for module, flag in recomputing(backbone):
                 setattr(module, flag, (module, flag) in recomputed)
-        self._find_shared_weights()
+        self._find_shared_weights(adopted)
         self.post_init()
         # The backbone keeps its modes, layer by layer: somebody may have put some of them in eval mode.
         self.training = backbone.training
