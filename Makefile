@@ -1,21 +1,30 @@
-# make demo   everything on the bundled digits: teacher, student, report, checkpoint (about three minutes on two cores)
-# make test   the tests
-# make lint   formatting and lint;  make types   static types
-# Both of the first two install into .venv when it is missing or pyproject.toml has changed.
+# make demo        everything on the bundled digits: teacher, student, report, checkpoint (about three minutes on two cores)
+# make test        the tests (under seven minutes on two cores);  make test-fast   without the slow ones (under two)
+# make test-long   further families of networks, every block of the README, long attacks
+# make lint        formatting, lint and layers;  make types   static types
+# Each installs into .venv when it is missing or pyproject.toml has changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-fast test-long lint types clean
 
 demo: $(VENV)/.train
 	$(BIN)/python recipes/distill.py
 
 # Nothing in the tests needs the network: what would reach for it fails at once instead of waiting. One process per core,
 # at most four; a file's tests stay together, since some share what they have trained.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-fast: $(VENV)/.dev
+	$(PYTEST) -m "not slow and not long"
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -m long
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

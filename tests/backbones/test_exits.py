@@ -127,7 +127,7 @@ def test_a_network_that_embeds_its_maps_again_needs_no_size():
     assert len(EarlyExitWrapper(coat, exits="auto").exit_names) > 1
 
 
-@pytest.mark.families
+@pytest.mark.long
 def test_sizes_of_all_of_timm():
     tried = 0
     for name in timm.list_models():

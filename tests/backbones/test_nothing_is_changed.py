@@ -127,7 +127,7 @@ def test_quick_families(family, tmp_path):
     _check_family(family, tmp_path)
 
 
-@pytest.mark.families
+@pytest.mark.long
 @pytest.mark.parametrize(
     "family", [f for f in (*timm_families(), *TRANSFORMERS_VISION, *TRANSFORMERS_TEXT) if f not in REFUSED]
 )

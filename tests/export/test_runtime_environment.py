@@ -15,7 +15,7 @@ from erde_hub.export import EarlyExitSession
 from tests.fakes.onnx_models import images
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.families, pytest.mark.slow]
+pytestmark = pytest.mark.long
 
 SCRIPT = """
 import importlib, importlib.metadata, json, sys

@@ -81,7 +81,7 @@ def test_photographs(tmp_path):
         open_photographs([tmp_path / "no.png"])
 
 
-@pytest.mark.families
+@pytest.mark.long
 def test_heads_are_trained_and_nothing_else(network, weights, tmp_path, monkeypatch, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     generator = np.random.default_rng(0)

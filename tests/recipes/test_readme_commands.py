@@ -21,7 +21,7 @@ BLOCKS = re.findall(
 BASH = [text.strip() for language, text in BLOCKS if language == "bash"]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,7 @@ def test_every_block_is_covered_here():
     assert len(PYTHON) == 7
 
 
+@pytest.mark.long
 def test_make_demo_leaves_everything_the_readme_promises(folder):
     (folder / "peak.py").write_text(PEAK)
     printed = run(folder, f"python peak.py {shlex.quote(block_with('make demo'))}")
@@ -109,6 +110,7 @@ def test_make_demo_leaves_everything_the_readme_promises(folder):
     assert str(folder) not in (left / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_make_test_runs_pytest(folder):
     printed = run(
         folder, block_with("make test"), PYTEST_ADDOPTS="--collect-only -q tests/recipes/testcommand_line.py", CI=""
@@ -124,6 +126,7 @@ def test_install_is_what_make_does(folder):
     assert "/python recipes/distill.py" in printed  # a launcher in between would answer Ctrl-C with its own traceback
 
 
+@pytest.mark.long
 def test_own_images_and_network(folder):
     run(folder, block_with("--dataset path"))
     results = json.loads((folder / "runs" / "folder-1" / "results.json").read_text())
@@ -131,6 +134,7 @@ def test_own_images_and_network(folder):
     assert results["student"]["architecture"] == "resnet8_cifar"
 
 
+@pytest.mark.long
 def test_the_two_halves_and_evaluate(folder):
     run(folder, block_with("train_teacher.py"))
     student = json.loads((folder / "runs" / "student" / "results.json").read_text())
@@ -146,6 +150,7 @@ def test_the_two_halves_and_evaluate(folder):
     ]
 
 
+@pytest.mark.long
 def test_two_processes(folder):
     run(folder, block_with("--num_processes 2"))
     newest = max((folder / "runs").glob("digits-*"), key=lambda path: int(path.name.removeprefix("digits-")))
@@ -153,6 +158,7 @@ def test_two_processes(folder):
     assert results["training"] | {"processes": 2, "batch_size": 64, "steps": 20} == results["training"]
 
 
+@pytest.mark.long
 def test_python_blocks_run_one_after_the_other(folder):
     script = folder / "blocks.py"
     script.write_text("\n".join(PYTHON) + "\nassert classify(__import__('PIL.Image').Image.new('RGB', (28, 28)))\n")

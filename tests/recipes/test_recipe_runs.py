@@ -89,7 +89,7 @@ TEXT_CONFIGS = [path for path in CONFIGS if "MiniLM" in path.read_text()]
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(path, id=path.stem, marks=() if path.stem == "sst2_minilm-small" else pytest.mark.families)
+        pytest.param(path, id=path.stem, marks=() if path.stem == "sst2_minilm-small" else pytest.mark.long)
         for path in TEXT_CONFIGS
     ],
 )
