@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import ExitHook, HookRunner, Stage
+from erde_hub.engine.hooks import ExitHook, HookRunner, parse_exit
 from erde_hub.engine.rows import tensors
+from erde_hub.engine.stages import Stage
 from erde_hub.errors import CheckpointError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
 
@@ -72,16 +73,6 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
-
-
-def parse_exit(name: str) -> tuple[str, int | None]:
-    """Splits ``module@call`` into the module name and the call, counted from 0 (None where not given)."""
-    module, mark, call = name.partition("@")
-    if not mark:
-        return module, None
-    if not call.isdigit():
-        raise ExitPointError(f"exit {name!r}: the part behind '@' must be the number of a call, counted from 0")
-    return module, int(call)
 
 
 class BackboneAdapter:
@@ -184,11 +175,11 @@ class BackboneAdapter:
         return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
     def add_sync_hooks(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
-        """Puts hooks into the module that keep what it carries beside its features in step with the batch."""
+        """Puts hooks into the module that keep tensors next to its features in step with the batch; returns them."""
         return []
 
     def hook_runner(self, module: nn.Module, exit_hooks: Sequence[ExitHook], sync_hooks: Sequence[Any]) -> HookRunner:
-        """Returns the drive for modules whose forward is not staged."""
+        """Returns what runs the module's own forward, with hooks on the exits."""
         return HookRunner(module, exit_hooks, sync_hooks)
 
     def token_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
@@ -196,8 +187,12 @@ class BackboneAdapter:
         return None
 
     def stages(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[Stage] | None:
-        """Returns the staged forward if this backbone has one that stops at all of ``exits``, else None."""
+        """Returns the stages of the backbone's forward where they are known and end at all of ``exits``, else None."""
         return None
+
+    def needs_stages(self, module: nn.Module) -> bool:
+        """Tells whether the batch cannot shrink in the module's own forward, which keeps its first size."""
+        return False
 
     def logits(self, output: Any) -> Tensor:
         """Returns the classifier's logits from the backbone's output."""
@@ -366,28 +361,6 @@ def find_feature(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor
     raise ExitPointError(
         f"the stage returned {type(output).__name__} without a batch-first tensor: no head can read it"
     )
-
-
-def add_exit_hooks(module: nn.Module, exits: Sequence[str]) -> list[ExitHook]:
-    """Puts a tap behind every exit and returns the exit_hooks, in the order of ``exits``."""
-    exit_hooks = [ExitHook(i, parse_exit(name)[1] or 0) for i, name in enumerate(exits)]
-    for tap, name in zip(exit_hooks, exits, strict=True):
-        hooked_module(module, parse_exit(name)[0]).register_forward_hook(tap)
-    return exit_hooks
-
-
-def hooked_module(module: nn.Module, name: str) -> nn.Module:
-    """Returns the module whose output is that of ``name`` and which activation checkpointing still calls.
-
-    timm's checkpointing calls the children of a Sequential and never the Sequential, so its last child is tapped.
-    """
-    target = module.get_submodule(name)
-    while type(target) is nn.Sequential and len(target):
-        child = target[len(target) - 1]
-        if sum(c is child for m in module.modules() for c in m._modules.values()) > 1:
-            break  # used elsewhere too
-        target = child
-    return target
 
 
 def example_inputs(input_size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:

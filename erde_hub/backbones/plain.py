@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from erde_hub.engine.routing import Stage
+from erde_hub.engine.stages import Stage
 from erde_hub.errors import CheckpointError, ExitPointError
 from erde_hub.heads import FeatureSpec
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import HookRunner, StageRunner, read_feature
+from erde_hub.engine.hooks import HookRunner, add_exit_hooks
+from erde_hub.engine.routing import read_feature
+from erde_hub.engine.stages import run_stages
 from erde_hub.errors import RebuildError
 from erde_hub.heads import FeatureSpec
 
-from .base import BackboneAdapter, add_exit_hooks
+from .base import BackboneAdapter
 from .shared_weights import all_tensors, shared_weights
 from .tracing import copy_around
 
@@ -149,8 +151,8 @@ def _stages_agree(
     own, staged = _Features(specs), _Features(specs)
     stages = adapter.stages(network, exits, checkpointed=False) or []
     try:
-        ours = adapter.logits(HookRunner(network, add_exit_hooks(network, exits))(own, tuple(batch), {}))
-        theirs = adapter.logits(StageRunner(stages)(staged, tuple(batch), {}))
+        ours = adapter.logits(HookRunner(network, add_exit_hooks(network, exits)).run(own, tuple(batch), {}))
+        theirs = adapter.logits(run_stages(stages, staged, *batch))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
         return False
     if [index for index, _ in own.seen] != [index for index, _ in staged.seen]:

@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from erde_hub.engine.batch_sync import BatchSyncHook
+from erde_hub.engine.hooks import HookRunner, running_visitor
 from erde_hub.engine.inputs import TEXT_INPUTS
-from erde_hub.engine.routing import ExitVisitor, HookRunner, running_visitor
 from erde_hub.engine.rows import map_tensors, select_rows
+from erde_hub.engine.stages import ExitVisitor
 
 #: Arguments of layers that have one row per sample, with the number of axes from which on they do: a table of 64
 #: positions is not a batch of 64 samples, and tables have fewer axes.
@@ -36,7 +37,7 @@ _PER_SAMPLE = {
 
 
 class _BodyDone(BaseException):
-    """Ends a pass behind the body of the network, whose batch has shrunk."""
+    """Ends a pass after the body of the network, whose batch has shrunk."""
 
     def __init__(self, visitor: ExitVisitor, output: Any) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class BodyEnd:
     """Forward hook on the body: where the batch has shrunk, what follows must not see the whole one."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hands the body's output to the drive."""
+        """Hands the body's output to the runner."""
         visitor, _ = running_visitor(self)
         if getattr(visitor, "active", None) is not None:
             raise _BodyDone(visitor, output)
@@ -57,20 +58,20 @@ class BodyEnd:
 class SequenceRunner(HookRunner):
     """Runs a transformers text model; see the module."""
 
-    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-        """Runs the model up to its body's end and, where samples have left, the rest for those that stay."""
+    def run(self, visitor: ExitVisitor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+        """Runs the model to the end of its body and, where samples have exited, the rest for the active ones."""
         try:
-            return super().__call__(visitor, inputs, kwargs)
+            return super().run(visitor, args, kwargs)
         except _BodyDone as done:
             if done.visitor is not visitor:  # of a pass around this one
                 raise
-            live, batch = visitor.active, visitor.batch  # type: ignore[attr-defined]
-            left = {
-                name: map_tensors(lambda t: _rows(t, live, batch, 2), value) if name in TEXT_INPUTS else value
+            active, batch = visitor.active, visitor.batch  # type: ignore[attr-defined]
+            kept = {
+                name: map_tensors(lambda t: _rows(t, active, batch, 2), value) if name in TEXT_INPUTS else value
                 for name, value in kwargs.items()
             }
-            args = tuple(_rows(x, live, batch, 2) if isinstance(x, Tensor) else x for x in inputs)
-            return _with_body(self.backbone, done.output).forward(*args, **left)
+            args = tuple(_rows(x, active, batch, 2) if isinstance(x, Tensor) else x for x in args)
+            return _with_body(self.backbone, done.output).forward(*args, **kept)
 
 
 def add_sync_hooks(backbone: nn.Module, body: str, exits: Sequence[str]) -> list[Any]:
@@ -115,8 +116,8 @@ def _called_children(module: nn.Module) -> list[nn.Module]:
     return called
 
 
-def _rows(tensor: Tensor, live: Tensor, batch: int, axes: int) -> Tensor:
-    return tensor if tensor.ndim < axes or tensor.shape[0] != batch else select_rows(tensor, live.to(tensor.device))
+def _rows(tensor: Tensor, active: Tensor, batch: int, axes: int) -> Tensor:
+    return tensor if tensor.ndim < axes or tensor.shape[0] != batch else select_rows(tensor, active.to(tensor.device))
 
 
 class _Given(nn.Module):

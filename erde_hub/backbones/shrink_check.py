@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erde_hub.engine.hooks import HookRunner, add_exit_hooks
 from erde_hub.engine.recomputation import without_recomputation
-from erde_hub.engine.routing import HookRunner
 from erde_hub.engine.rows import shrink
 from erde_hub.errors import ExitPointError
 from erde_hub.heads import FeatureSpec
 
 from . import BackboneAdapter, ExitPoint, ExitPoints
-from .base import add_exit_hooks
 from .tracing import copy_around, example_batch, weightless_copy
 
 #: What backbones raise when tensors of the whole batch meet tensors of the samples left.
@@ -137,7 +136,7 @@ def _run_copy(
     exit_hooks = add_exit_hooks(clone, exits)
     runner = HookRunner(clone, exit_hooks, adapter.add_sync_hooks(clone, exits))
     with device:
-        output = runner(_DropLast(batch, specs, device), example_batch(inputs, batch, device), {})
+        output = runner.run(_DropLast(batch, specs, device), example_batch(inputs, batch, device), {})
     return int(adapter.logits(output).shape[0])
 
 
@@ -159,7 +158,7 @@ def _run_texts(
     with without_recomputation(clone):
         whole = adapter.logits(clone(**kwargs))
         left = adapter.logits(
-            adapter.hook_runner(clone, exit_hooks, sync_hooks)(_DropLast(batch, specs, device), (), kwargs)
+            adapter.hook_runner(clone, exit_hooks, sync_hooks).run(_DropLast(batch, specs, device), (), kwargs)
         )
     scale = whole.abs().max().clamp_min(1e-6)
     tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2

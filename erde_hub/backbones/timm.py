@@ -18,7 +18,7 @@ from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
 
 from erde_hub.engine.batch_sync import BatchSyncHook
-from erde_hub.engine.routing import Stage
+from erde_hub.engine.stages import Stage
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
 
@@ -215,6 +215,10 @@ class TimmAdapter(BackboneAdapter):
             if isinstance(module, cls) and same:
                 return staged_stages(module, parts(module), exits, checkpointed)
         return None
+
+    def needs_stages(self, module: nn.Module) -> bool:
+        """Families that keep the number of samples, or the size of the map, aside while they run."""
+        return carries(module)
 
     def logits(self, output: Any) -> Tensor:
         """Distilled transformers return two sets of logits in training; their mean is what they answer in eval mode."""

@@ -11,7 +11,7 @@ from typing import Any
 from timm.models import twins
 from torch import nn
 
-from erde_hub.engine.routing import Stage
+from erde_hub.engine.stages import Stage
 
 try:  # later than the oldest timm that is supported
     from timm.models import deepseek_vit, qwen3_vit

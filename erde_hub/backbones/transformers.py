@@ -16,12 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperForImageC
 from transformers.models.auto import modeling_auto
 
 from erde_hub.config import ATTENTION
-from erde_hub.engine.routing import ExitHook, HookRunner, Stage
+from erde_hub.engine.hooks import ExitHook, HookRunner, parse_exit
+from erde_hub.engine.stages import Stage
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
 from erde_hub.tasks import REGRESSION
 
-from .base import BackboneAdapter, find_feature, parse_exit
+from .base import BackboneAdapter, find_feature
 from .rebuild import check_same_network
 from .sequences import SequenceRunner, add_sync_hooks
 from .timm import TimmAdapter, check_backbone_kwargs, check_storable
@@ -250,6 +251,10 @@ class TransformersAdapter(BackboneAdapter):
         """PVT reshapes between its stages with the number of samples that it began with, so it runs step by step."""
         return pvt_stages(module, exits)
 
+    def needs_stages(self, module: nn.Module) -> bool:
+        """PVT does, see :meth:`stages`."""
+        return pvt_stages(module, ()) is not None
+
     def logits(self, output: Any) -> Tensor:
         """``logits`` of the output, whose first element they are in tuple form."""
         found = getattr(output, "logits", None)
@@ -285,13 +290,13 @@ class TransformersAdapter(BackboneAdapter):
         return "causal_lm" if type(module).__name__ in _CAUSAL_CLASSES else "classification"
 
     def add_sync_hooks(self, module: nn.Module, exits: Sequence[str]) -> list[Any]:
-        """Followers of the batch, for text models."""
+        """Hooks for masks and positions, for text models."""
         if not self.is_text(module) or self.task(module) == "causal_lm":
             return []
         return add_sync_hooks(module, self._body(module), [parse_exit(name)[0] for name in exits])
 
     def hook_runner(self, module: nn.Module, exit_hooks: Sequence[ExitHook], sync_hooks: Sequence[Any]) -> HookRunner:
-        """Text models run by the drive that keeps masks in step with the batch."""
+        """Text models need masks in step with the batch."""
         return (SequenceRunner if sync_hooks else HookRunner)(module, exit_hooks, sync_hooks)
 
     def token_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import Stage
+from erde_hub.engine.stages import Stage
 
 
 def pvt_stages(module: nn.Module, exits: Sequence[str]) -> list[Stage] | None:

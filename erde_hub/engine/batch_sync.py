@@ -1,4 +1,4 @@
-"""Hooks that hand a module the rows of the samples that are there, of what was computed before others left."""
+"""Pre-forward hooks that remove exited samples from tensors computed earlier: masks, positions, skip inputs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ExitNotReachedError
 
-from .routing import running_visitor
+from .hooks import running_visitor
 from .rows import map_tensors, select_rows
 
 
 class Carried:
-    """What followed modules got during a pass that puts other samples in the place of its own, as a stream does.
+    """What hooked modules got during a pass that puts other samples in the place of its own, as a stream does.
 
     The frame that calls these modules goes on holding the tensors of the samples that it began with. They are known by
     the order in which the modules first get them, which is the same in every pass over one backbone.
@@ -72,7 +72,7 @@ class BatchSyncHook:
         self.arguments = dict(arguments)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-        """Takes rows where the pass that owns this follower has let samples go, or has taken others in."""
+        """Takes the rows of the active samples where some have exited, or where a stream has taken others in."""
         visitor, memory = running_visitor(self)
         carried: Carried | None = getattr(visitor, "carried", None)
         if carried is not None:
@@ -82,17 +82,17 @@ class BatchSyncHook:
 
         def take(name: str, value: Any) -> Any:
             axes = self.arguments.get(name)
-            rows: Callable[[Tensor], Tensor] = left_of if carried is None else carried.take
+            rows: Callable[[Tensor], Tensor] = active_rows if carried is None else carried.take
             return value if axes is None else map_tensors(lambda t: rows(t) if t.ndim >= axes else t, value)
 
-        def left_of(tensor: Tensor) -> Tensor:
+        def active_rows(tensor: Tensor) -> Tensor:
             before = visitor.active_by_size.get(tensor.shape[0])
             if before is None:
                 return tensor
             key = (id(tensor), visitor.count)  # every layer gets the same mask; the entry keeps it, and so its id
             if key not in memory:
-                left = torch.searchsorted(before, visitor.active)  # both rise
-                memory[key] = (tensor, select_rows(tensor, left.to(tensor.device)))
+                positions = torch.searchsorted(before, visitor.active)  # both rise
+                memory[key] = (tensor, select_rows(tensor, positions.to(tensor.device)))
             return memory[key][1]
 
         names = _parameters(type(module))  # type: ignore[arg-type]

@@ -1,95 +1,105 @@
-"""The two ways in which a model is run: every exit for every sample, or each sample to the first exit that is sure."""
+"""The two ways in which a model is run: every exit for every sample, or each sample up to the exit that it takes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from timm.layers import use_reentrant_ckpt
 from torch import Tensor
 
+from erde_hub.calibration import Calibrator
 from erde_hub.errors import ConfigError, ExportError
-from erde_hub.losses.exit_weights import weights_per_exit
 from erde_hub.outputs import EarlyExitOutput
 
-from . import features as fitted
+from .features import CalibratedExits, capture_features
 from .inputs import ModelInputs
-from .recomputation import without_recomputation
-from .routing import AllExits, Router, route_one
-
-if TYPE_CHECKING:
-    from erde_hub.modeling.wrapper import EarlyExitWrapper
+from .recomputation import is_recomputing, without_recomputation
+from .routing import AllExits, Router, RoutingPlan, pools_tokens, route_one
+from .runner import ExitRunner
 
 
-def run_all(model: EarlyExitWrapper, inputs: ModelInputs, labels: Tensor | None) -> EarlyExitOutput:
-    """Runs every exit for every sample; with labels, the weighted sum of the exits' losses as well."""
-    deferred = bool(model._taps) and torch.is_grad_enabled()
-    if deferred and use_reentrant_ckpt() and model.is_activation_checkpointing:
+def run_all(
+    runner: ExitRunner,
+    heads: Sequence[Any],
+    inputs: ModelInputs,
+    *,
+    training: bool = False,
+    calibrator: Calibrator | None = None,
+) -> EarlyExitOutput:
+    """Runs every exit for every sample.
+
+    Args:
+        runner: Runs the backbone.
+        heads: The early exits' heads.
+        inputs: Of the backbone.
+        training: Activations may be recomputed in the backward pass.
+        calibrator: Of ``logits``; ``exit_logits`` stay as they are.
+
+    Raises:
+        ConfigError: Activation checkpointing in the form that would lose the gradients of exits.
+    """
+    deferred = torch.is_grad_enabled() and runner.stages() is None
+    if deferred and use_reentrant_ckpt() and is_recomputing(runner.backbone):
         raise ConfigError(
             "reentrant activation checkpointing records no gradients for exits inside a recomputed region: switch"
             " it off, timm.layers.set_reentrant_ckpt(False)"
         )
-    visitor = AllExits(model.heads, deferred, model._token_mask(inputs))  # type: ignore[arg-type]
-    drive = model._drive(checkpointed=model.training and torch.is_grad_enabled())
-    calibration = None if model.training else model._calibration()
-    with calibration.watching() if calibration else contextlib.nullcontext():
-        final = drive(visitor, inputs.args, inputs.kwargs)
-        exit_logits = visitor.finish(model._adapter.logits(final), model.exit_names[:-1])
+    mask = runner.token_mask(inputs.kwargs) if pools_tokens(heads) else None
+    visitor = AllExits(heads, deferred, mask)
+    calibrated = None if calibrator is None else CalibratedExits(calibrator)
+    with capture_features(calibrated.features) if calibrated else contextlib.nullcontext():
+        final = runner.run(visitor, inputs.args, inputs.kwargs, checkpointed=training and torch.is_grad_enabled())
+        exit_logits = visitor.finish(runner.adapter.logits(final), runner.exits)
     logits = exit_logits[-1]
-    if calibration:
+    if calibrated:
         for index, own in enumerate(exit_logits):
-            logits = calibration(index, own)
-    loss = None
-    if labels is not None:
-        weights = weights_per_exit(model.config.exit_weights or "uniform", len(exit_logits))
-        losses = [w * model._loss_of(z, labels) for w, z in zip(weights, exit_logits, strict=True)]
-        loss = torch.stack(losses).sum()
-    return EarlyExitOutput(loss=loss, logits=logits, exit_logits=exit_logits)
+            logits = calibrated(index, own)
+    return EarlyExitOutput(logits=logits, exit_logits=exit_logits)
 
 
-def route(model: EarlyExitWrapper, inputs: ModelInputs, thresholds: Sequence[float]) -> EarlyExitOutput:
-    """Lets each sample leave at the first exit that is sure of it; one threshold per early exit."""
-    main = inputs.main
+def route(plan: RoutingPlan, inputs: ModelInputs) -> EarlyExitOutput:
+    """Lets each sample exit as soon as the plan's policy allows it."""
+    runner, main = plan.runner, inputs.main
     batch, device = main.shape[0], main.device
     if batch == 0:
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        return EarlyExitOutput(
-            logits=torch.zeros((0, model.config.num_labels), dtype=model.dtype, device=device), exit_index=empty
-        )
-    if main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: all stay
-        logits = run_all(model, inputs, None).logits
-        return EarlyExitOutput(
-            logits=logits, exit_index=torch.full((batch,), len(model.heads), dtype=torch.int64, device="meta")
-        )
-    policy, calibration = model._modules["policy"], model._calibration()  # faster than as an attribute
-    if calibration is None and all(map(policy.never_leaves, thresholds)):
-        logits = model._adapter.logits(model.backbone(*inputs.args, **inputs.kwargs))
-        index = torch.full((batch,), len(thresholds), dtype=torch.int64, device=device)
-        return EarlyExitOutput(logits=logits, exit_index=index)
+        dtype = next((p.dtype for p in runner.backbone.parameters() if p.is_floating_point()), None)
+        return _answer(torch.zeros((0, plan.heads[0].num_labels), dtype=dtype, device=device), 0, 0, device)
+    if plan.never_exits:
+        logits = runner.adapter.logits(runner.backbone(*inputs.args, **inputs.kwargs))
+        return _answer(logits, len(plan.heads), batch, device)
+    if main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: no sample exits
+        everything: Any = run_all(runner, plan.heads, inputs)
+        return _answer(everything.logits, len(plan.heads), batch, device)
     if torch.compiler.is_exporting():
         raise ExportError(
-            "a pass in which samples leave early depends on their values and is no graph that torch.export can write:"
+            "a pass in which samples exit early depends on their values and is no graph that torch.export can write:"
             " export model.truncate(exit), or all of it with erde_hub.export.export_onnx, or call the model with"
             " output_all_exits=True"
         )
-    mask, drive = model._token_mask(inputs), model._drive(checkpointed=False)
-    heads = model._steps.heads(model._modules["heads"])
-    if batch == 1 and calibration is None and mask is None and not policy.uses_history and not model._taps:
-        logits, taken = route_one(drive.steps, heads, policy, thresholds, main)  # type: ignore[attr-defined]
-        if taken == len(heads):
-            logits = model._adapter.logits(logits)
-        return EarlyExitOutput(logits=logits, exit_index=torch.full((1,), taken, dtype=torch.int64, device=device))
-    visitor = Router(heads, policy, thresholds, batch, device, mask, calibration)
+    stages = runner.stages()
+    mask = runner.token_mask(inputs.kwargs) if plan.pools_tokens else None
+    if batch == 1 and plan.looks_at_one and mask is None and stages is not None:
+        logits, taken = route_one(plan, stages, main)
+        return _answer(runner.adapter.logits(logits) if taken == len(plan.heads) else logits, taken, 1, device)
+    if stages is None and batch > 1:
+        runner.check_shrinks()
+    visitor = Router(plan, batch, device, mask)
     with contextlib.ExitStack() as stack:
-        if model._taps and torch.is_grad_enabled():  # recomputation would run a hook's shrinking again
-            stack.enter_context(without_recomputation(model.backbone))
-        watching = fitted.watching(policy, calibration)
-        if watching is not None:
-            stack.enter_context(watching)
-        final = drive(visitor, inputs.args, inputs.kwargs)
-    if final is not None:
-        final = model._adapter.logits(final)
-    logits, index = visitor.finish(final, model._exits)
+        if stages is None and torch.is_grad_enabled():  # recomputation would run a hook's shrinking again
+            stack.enter_context(without_recomputation(runner.backbone))
+        if visitor.calibrated is not None:
+            stack.enter_context(capture_features(visitor.calibrated.features))
+        elif plan.policy.uses_features:
+            stack.enter_context(capture_features({}))
+        final = runner.run(visitor, inputs.args, inputs.kwargs)
+    logits, index = visitor.finish(None if final is None else runner.adapter.logits(final), runner.exits)
+    return EarlyExitOutput(logits=logits, exit_index=index)
+
+
+def _answer(logits: Tensor, exit_index: int, batch: int, device: torch.device) -> EarlyExitOutput:
+    """The answer to a batch whose samples all take the same exit."""
+    index = torch.full((batch,), exit_index, dtype=torch.int64, device=device)
     return EarlyExitOutput(logits=logits, exit_index=index)

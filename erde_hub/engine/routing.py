@@ -1,188 +1,131 @@
-"""One engine behind every forward pass: how the backbone is driven, and what happens at an exit.
-
-A *drive* runs the backbone and shows the output of every exit's stage to a *pass*. There are two drives: a staged one,
-for families whose forward is a known sequence of steps, and hooks for everything else. There are two passes: one runs
-every exit, one lets samples leave and hands a smaller batch back, so that nothing behind an exit runs for them.
-
-All state of a pass lives in that pass. Hooks find it through a context variable, so threads, models wrapped twice and
-wrapped models inside wrapped models do not see each other's, and outside a wrapper's call a hook does nothing.
-"""
+"""What happens at the exits: visitors that run every exit, or let each sample exit as soon as a policy allows it."""
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import math
 from collections.abc import Callable, Sequence
 from ctypes import c_float
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from erde_hub.calibration import Calibrator
 from erde_hub.errors import ExitNotReachedError, ShapeError
 from erde_hub.heads import ExitHead
 from erde_hub.policies import ExitPolicy
 
 from .features import CalibratedExits, read_evidence
 from .rows import shrink, tensors
+from .runner import ExitRunner
+from .stages import Stage
 
 
-class ExitVisitor(Protocol):
-    """What happens at the exits during one forward pass."""
-
-    def on_exit(self, exit_index: int, output: Any) -> Any | None:
-        """Takes the output of an exit's stage, returns what the next layers get, or None when nobody is left."""
-
-
-class Runner(Protocol):
-    """How the backbone is run so that a pass sees every exit."""
-
-    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-        """Returns the backbone's output, or None if the pass ended early."""
-
-
-class Stage:
-    """One step of a staged forward: a callable, and the exit behind it if there is one."""
-
-    __slots__ = ("exit_index", "run")
-
-    def __init__(self, run: Callable[[Any], Any], exit_index: int | None = None) -> None:
-        self.run = run
-        self.exit_index = exit_index
-
-
-class StageRunner:
-    """Runs a backbone step by step. Holds callables, so it is built for a call and never stored in a model."""
-
-    def __init__(self, steps: Sequence[Stage]) -> None:
-        self.steps = steps
-
-    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-        """Runs the steps in order; the staged families take one input tensor and no keyword arguments."""
-        (x,) = inputs
-        for step in self.steps:
-            x = step.run(x)
-            if step.exit_index is not None:
-                x = visitor.on_exit(step.exit_index, x)
-                if x is None:
-                    return None
-        return x
-
-
-class _AllExited(BaseException):
-    """Ends a pass inside somebody else's forward; not an Exception, so that no backbone swallows it."""
-
-    def __init__(self, running: _RunningPass) -> None:
-        super().__init__()
-        self.running = running
-
-
-class _RunningPass:
-    """A running hook pass: whose exit_hooks and sync_hooks it answers, and how often each tap was reached."""
-
-    __slots__ = ("calls", "exit_hooks", "memory", "sync_hooks", "visitor")
-
-    def __init__(self, exit_hooks: Sequence[ExitHook], visitor: ExitVisitor, sync_hooks: Sequence[object] = ()) -> None:
-        self.exit_hooks = exit_hooks
-        self.visitor = visitor
-        self.sync_hooks = sync_hooks
-        self.memory: dict[Any, Any] = {}
-        self.calls = [0] * len(exit_hooks)
-
-
-_running: contextvars.ContextVar[tuple[_RunningPass, ...]] = contextvars.ContextVar("erde_hub_running", default=())
-
-
-def running_visitor(follower: object) -> tuple[Any, dict[Any, Any]]:
-    """Returns the pass that owns this follower, if one is running in this context, and what its sync_hooks remember.
-
-    Followers are hooks other than exit_hooks: they keep other tensors in step with the batch.
-    """
-    for running in reversed(_running.get()):
-        if any(own is follower for own in running.sync_hooks):
-            return running.visitor, running.memory
-    return None, {}
-
-
-class ExitHook:
-    """Forward hook behind one exit; a plain object that copies and pickles with the module it sits on.
+class RoutingPlan:
+    """What routing at one threshold needs, worked out once for any number of calls.
 
     Args:
-        exit_index: Index of the exit.
-        call: The exit is behind this call of the module, counted from 0, where a module is called several times.
+        runner: Runs the backbone.
+        heads: The early exits' heads, as the runner returns them.
+        policy: Decides from log-probabilities.
+        calibrator: Of the logits, before the policy reads them.
+        thresholds: One per early exit, as the policy returns them.
+
+    Attributes:
+        runs_head: Whether the head of each early exit runs: a sample can exit there, or a later exit reads its logits.
+        never_exits: No sample can exit early, and the backbone's own output is the answer.
+        looks_at_one: Neither calibrator nor earlier exits matter, so a single sample needs no visitor.
+        pools_tokens: Heads have to know which tokens of a padded sequence count.
+        rounded: The thresholds in float32, in which scores are computed.
     """
 
-    def __init__(self, exit_index: int, call: int = 0) -> None:
-        self.exit_index = exit_index
-        self.call = call
+    __slots__ = (
+        "calibrator",
+        "heads",
+        "looks_at_one",
+        "never_exits",
+        "policy",
+        "pools_tokens",
+        "rounded",
+        "runner",
+        "runs_head",
+        "thresholds",
+    )
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any | None:
-        """Shows the output to the pass that owns this tap, if one is running in this context."""
-        for running in reversed(_running.get()):
-            for position, hook in enumerate(running.exit_hooks):
-                if hook is self:
-                    call = running.calls[position]
-                    running.calls[position] += 1
-                    if call != self.call:
-                        return None
-                    seen = running.visitor.on_exit(self.exit_index, output)
-                    if seen is None:
-                        raise _AllExited(running)
-                    return seen
-        return None
+    def __init__(
+        self,
+        runner: ExitRunner,
+        heads: Sequence[ExitHead],
+        policy: ExitPolicy,
+        calibrator: Calibrator | None,
+        thresholds: Sequence[float],
+    ) -> None:
+        self.runner = runner
+        self.heads = heads
+        self.policy = policy
+        self.calibrator = calibrator
+        self.thresholds = list(thresholds)
+        reads_all = policy.uses_history or (calibrator is not None and calibrator.uses_history)
+        self.runs_head = [reads_all or not policy.never_leaves(threshold) for threshold in thresholds]
+        self.never_exits = calibrator is None and all(map(policy.never_leaves, thresholds))
+        self.looks_at_one = calibrator is None and not policy.uses_history
+        self.pools_tokens = pools_tokens(heads)
+        self.rounded = [c_float(threshold).value for threshold in thresholds]
 
-
-class HookRunner:
-    """Runs a backbone's own forward; exit_hooks on its modules call the pass."""
-
-    def __init__(self, backbone: nn.Module, exit_hooks: Sequence[ExitHook], sync_hooks: Sequence[object] = ()) -> None:
-        self.backbone = backbone
-        self.exit_hooks = exit_hooks
-        self.sync_hooks = sync_hooks
-
-    def __call__(self, visitor: ExitVisitor, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
-        """Runs the backbone; the pass's own exception, and nothing else, ends it early."""
-        running = _RunningPass(self.exit_hooks, visitor, self.sync_hooks)
-        exported = _modules_under_export()
-        depth = len(exported)
-        token = _running.set((*_running.get(), running))
-        try:
-            return self.backbone(*inputs, **kwargs)
-        except _AllExited as end:
-            if end.running is not running:  # of a pass around this one
-                raise
-            while len(exported) > depth:  # torch.export takes no module off its stack that an exception leaves
-                exported.popitem()
-            return None
-        finally:
-            _running.reset(token)
+    def calibrated(self) -> CalibratedExits | None:
+        """Returns the calibrator with the state of a new pass, None where there is none."""
+        return None if self.calibrator is None else CalibratedExits(self.calibrator)
 
 
-def _modules_under_export() -> dict[str, Any]:
-    """The stack of modules that torch.export keeps while it traces; an empty one where it does not."""
-    if not torch.compiler.is_exporting():
-        return {}
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # noqa: PLC0415 - slow to import, rarely needed
+class PlanCache:
+    """Keeps the latest plan until something changes that it was made from; a copy or a pickle of it is empty."""
 
-    stack = getattr(getattr(get_proxy_mode(), "tracer", None), "module_stack", None)
-    return {} if stack is None else stack
+    def __init__(self) -> None:
+        self._kept: tuple[list[Any], bool, list[Any], list[type], RoutingPlan] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def get(self, parts: list[Any], threshold: Any, make: Callable[[], RoutingPlan]) -> RoutingPlan:
+        """Returns the plan for a threshold.
+
+        Args:
+            parts: The objects that the plan is made from, compared by identity.
+            threshold: One number, or a list of them; for anything else a plan is made anew in each call.
+            make: Makes the plan; raises where the threshold is not allowed.
+        """
+        several = type(threshold) is list  # [0.5] is not 0.5
+        numbers = threshold if several else [threshold]
+        types = [*map(type, numbers)]  # True is not 1
+        kept = self._kept
+        if kept is not None and kept[3] == types and kept[2] == numbers and kept[1] is several and kept[0] == parts:
+            return kept[4]
+        plan = make()
+        if set(types) <= {int, float}:
+            self._kept = (parts, several, [*numbers], types, plan)
+        return plan
 
 
-def read_feature(output: Any, leaf: int | None) -> Tensor:
+def read_feature(output: Any, output_index: int | None) -> Tensor:
     """Returns the tensor that a head reads from a stage's output."""
-    if leaf is None:
+    if output_index is None:
         if not isinstance(output, Tensor):
             raise ExitNotReachedError(
                 f"the stage of an exit returned {type(output).__name__} where one tensor was seen at wrapping"
             )
         return output
-    return tensors(output)[leaf]
+    return tensors(output)[output_index]
 
 
 def run_head(head: ExitHead, feature: Tensor, mask: Tensor | None) -> Tensor:
     """Returns a head's logits; heads on padded sequences also get the mask of their tokens."""
     return head(feature, mask) if head.spec.masked else head(feature)
+
+
+def pools_tokens(heads: Sequence[ExitHead]) -> bool:
+    """Whether heads have to know which tokens of a padded sequence count."""
+    return any(head.spec.masked for head in heads)
 
 
 def score_exit(
@@ -193,16 +136,16 @@ def score_exit(
     history: list[Tensor],
     calibrate: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Runs an exit on the live samples: its logits (N, K), and the policy's scores (N,).
+    """Runs an exit on the active samples: its logits (N, K), and the policy's scores (N,).
 
     Args:
         head: The exit's head.
         policy: Scores.
         feature: What the head reads.
         mask: (N, L), which tokens of a padded sequence count.
-        history: Log-probabilities, or other evidence, of the exits before; this one's are added where the policy reads
-            them.
-        calibrate: Takes the head's logits to those that count.
+        history: Log-probabilities, or what the policy reads in their place, of the exits before; this exit's are added
+            where the policy reads them.
+        calibrate: Turns the head's logits into calibrated ones.
     """
     logits = run_head(head, feature, mask)
     if calibrate is not None:
@@ -214,46 +157,13 @@ def score_exit(
     return logits, policy.score_last(log_probs)
 
 
-def route_one(
-    steps: Sequence[Stage], heads: Sequence[ExitHead], policy: ExitPolicy, thresholds: Sequence[float], x: Any
-) -> tuple[Any, int]:
-    """Takes a single sample through a staged backbone: what :class:`Router` does, where nothing can shrink.
-
-    A short network leaves nothing of the interpreter's work in the caches, so that every function called at an exit
-    costs microseconds of the few hundred that a stage takes; one loop calls as few as it can, and decides in Python.
-
-    Args:
-        steps: Of the backbone.
-        heads: The early exits' heads.
-        policy: Without history.
-        thresholds: One per early exit.
-        x: The sample, with an axis of one for the batch.
-
-    Returns:
-        The exit's logits (1, K), or what the backbone returned, and the index of the exit.
-    """
-    for step in steps:
-        x = step.run(x)
-        e = step.exit_index
-        if e is None or policy.never_leaves(thresholds[e]):
-            continue
-        head = heads[e]
-        leaf = head.spec.output_index
-        logits = head(x if leaf is None and isinstance(x, Tensor) else read_feature(x, leaf))
-        log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
-        # With the threshold as a tensor would round it.
-        if policy.compare(policy.score_one(log_probs), c_float(thresholds[e]).value) and all_finite(logits):
-            return logits, e
-    return x, len(heads)
-
-
 def exit_mask(policy: ExitPolicy, scores: Tensor, threshold: float, logits: Tensor) -> Tensor:
-    """Returns the mask (N,) of samples that leave: who is sure, and whose answer is one.
+    """Returns which samples exit, (N,): those whose score passes the threshold and whose logits are finite.
 
-    Logits that overflowed to NaN or infinity answer nothing, whatever their score: such a sample goes on.
+    Logits that overflowed to NaN or infinity are no answer, whatever their score: such a sample goes on.
     """
-    leaves = policy.compare(scores, threshold)
-    return leaves if all_finite(logits) else leaves & logits.isfinite().all(-1)
+    exits = policy.compare(scores, threshold)
+    return exits if all_finite(logits) else exits & logits.isfinite().all(-1)
 
 
 def all_finite(logits: Tensor) -> bool:
@@ -261,14 +171,43 @@ def all_finite(logits: Tensor) -> bool:
     return math.isfinite(logits.sum().item()) or bool(logits.isfinite().all())
 
 
+def route_one(plan: RoutingPlan, stages: Sequence[Stage], x: Any) -> tuple[Any, int]:
+    """Takes a single sample through the stages: what :class:`Router` does, where nothing can shrink.
+
+    The kernels of a short network evict the interpreter's code from the caches, so every function called at an exit
+    costs microseconds of the few hundred that a stage takes. One loop calls few of them and decides in Python.
+
+    Args:
+        plan: Of a policy that reads no earlier exits, without calibrator.
+        stages: Of the backbone.
+        x: The sample, with an axis of one for the batch.
+
+    Returns:
+        The exit's logits (1, K), or what the backbone returned, and the index of the exit.
+    """
+    policy, runs_head = plan.policy, plan.runs_head
+    for stage in stages:
+        x = stage.run(x)
+        e = stage.exit_index
+        if e is None or not runs_head[e]:
+            continue
+        head = plan.heads[e]
+        index = head.spec.output_index
+        logits = head(x if index is None and isinstance(x, Tensor) else read_feature(x, index))
+        log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
+        if policy.compare(policy.score_one(log_probs), plan.rounded[e]) and all_finite(logits):
+            return logits, e
+    return x, len(runs_head)
+
+
 class AllExits:
-    """Runs every exit; the output of each stage goes on unchanged.
+    """Visitor that runs every exit; the output of each stage goes on unchanged.
 
     Args:
         heads: The early exits' heads.
-        deferred: Run the heads when the backbone is done, for passes with hooks and gradients. Inside a region that
-            activation checkpointing recomputes, a head would leave tensors that the recomputation, where exit_hooks are
-            silent, does not make again; and such a region is not announced by every backbone.
+        deferred: Run the heads when the backbone is done, for passes with hooks and gradients. In a region that
+            activation checkpointing recomputes, a head would save tensors for the backward pass that the recomputation,
+            where hooks do nothing, does not make again; and not every backbone announces such a region.
         mask: (N, L), which tokens of a padded sequence count; for heads that pool them.
     """
 
@@ -293,7 +232,11 @@ class AllExits:
         return output
 
     def finish(self, final: Tensor, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """Returns the logits of all exits, or raises if one did not fire."""
+        """Returns the logits of all exits.
+
+        Raises:
+            ExitNotReachedError: An exit was not reached, or its feature was overwritten before its head could run.
+        """
         check_all_reached(self.next_exit, names)
         for name, head, (feature, version) in zip(names, self.heads, self.features, strict=False):
             if feature._version != version:
@@ -306,16 +249,16 @@ class AllExits:
 
 
 def check_due(exit_index: int, next_exit: int) -> None:
-    """Raises :class:`ExitNotReachedError` where the exits fire in another order than they are listed."""
+    """Raises :class:`ExitNotReachedError` where exits are reached in another order than they are listed."""
     if exit_index != next_exit:
         raise ExitNotReachedError(
-            f"exit {exit_index} fired where exit {next_exit} was due: the backbone took another path than at wrapping;"
-            " there is no answer to give"
+            f"exit {exit_index} was reached where exit {next_exit} was due: the backbone took another path than at"
+            " wrapping; there is no answer to give"
         )
 
 
 def check_all_reached(next_exit: int, names: Sequence[str]) -> None:
-    """Raises :class:`ExitNotReachedError` where the backbone is done and an exit has not fired."""
+    """Raises :class:`ExitNotReachedError` where the backbone is done and an exit was not reached."""
     if next_exit != len(names):
         raise ExitNotReachedError(
             f"the forward pass did not reach the exits {list(names[next_exit:])}: the backbone took another path than"
@@ -324,88 +267,78 @@ def check_all_reached(next_exit: int, names: Sequence[str]) -> None:
 
 
 class Router:
-    """Lets each sample leave at the first exit that is sure of it and hands the rest of the batch on.
+    """Visitor that lets each sample exit where the policy allows it first, and hands the rest of the batch on.
 
     Args:
-        heads: The early exits' heads.
-        policy: Decides from log-probabilities.
-        thresholds: One per early exit.
+        plan: Heads, policy, calibrator and thresholds.
         batch: Number of samples.
-        device: Where the indices live.
+        device: Where the indices are kept.
         mask: (N, L), which tokens of a padded sequence count; for heads that pool them.
-        calibration: Of the logits, before the policy reads them.
+
+    Attributes:
+        active: Indices of the samples that have not exited, None while that is all of them.
+        active_by_size: Those of the larger batches before, by their size.
+        count: Number of active samples.
     """
 
-    def __init__(
-        self,
-        heads: Sequence[ExitHead],
-        policy: ExitPolicy,
-        thresholds: Sequence[float],
-        batch: int,
-        device: torch.device,
-        mask: Tensor | None = None,
-        calibration: CalibratedExits | None = None,
-    ) -> None:
-        self.calibration = calibration
-        self.needs_every_exit = policy.uses_history or (calibration is not None and calibration.calibrator.uses_history)
-        self.heads = heads
+    def __init__(self, plan: RoutingPlan, batch: int, device: torch.device, mask: Tensor | None = None) -> None:
+        self.plan = plan
+        self.calibrated = plan.calibrated()
         self.mask = mask
-        self.policy = policy
-        self.thresholds = thresholds
         self.batch = batch
         self.device = device
         self.next_exit = 0
-        self.active: Tensor | None = None  # indices of the live samples, None while that is all of them
-        self.active_by_size: dict[int, Tensor] = {}  # and those of larger batches before, by their size
+        self.active: Tensor | None = None
+        self.active_by_size: dict[int, Tensor] = {}
         self.count = batch
         self.history: list[Tensor] = []
         self.rows: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.exits: list[int] = []
 
-    def _leave(self, rows: Tensor | None, logits: Tensor, exit_index: int) -> None:
+    def on_exit(self, exit_index: int, output: Any) -> Any | None:
+        """Runs the head, takes the samples out that exit, returns the output of the others, None where all exited."""
+        check_due(exit_index, self.next_exit)
+        self.next_exit += 1
+        plan = self.plan
+        if not plan.runs_head[exit_index]:
+            return output
+        head = plan.heads[exit_index]
+        feature = read_feature(output, head.spec.output_index)
+        if feature.shape[0] != self.count:
+            raise ExitNotReachedError(
+                f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are active"
+            )
+        calibrate = None if self.calibrated is None else functools.partial(self.calibrated, exit_index)
+        logits, scores = score_exit(head, plan.policy, feature, self.mask, self.history, calibrate)
+        mask = exit_mask(plan.policy, scores, plan.thresholds[exit_index], logits)
+        exited = mask.nonzero()
+        number = exited.shape[0]
+        if number == 0:
+            return output
+        if number == self.count:
+            self._answer(self.active, logits, exit_index)
+            self.count = 0
+            return None
+        exited, kept = exited.squeeze(1), mask.logical_not().nonzero().squeeze(1)
+        active = torch.arange(self.batch, device=self.device) if self.active is None else self.active
+        self.active_by_size[self.count] = active
+        self._answer(active.index_select(0, exited), logits.index_select(0, exited), exit_index)
+        self.active = active.index_select(0, kept)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, kept)
+        self.history = [h.index_select(0, kept) for h in self.history]
+        if self.calibrated is not None:
+            self.calibrated.keep(kept)
+        output = shrink(output, kept, self.count, head.spec.batch_outputs)
+        self.count -= number
+        return output
+
+    def _answer(self, rows: Tensor | None, logits: Tensor, exit_index: int) -> None:
         if rows is not None:  # None: the whole batch, together
             self.rows.append(rows)
         self.logits.append(logits)
         self.exits.append(exit_index)
-
-    def on_exit(self, exit_index: int, output: Any) -> Any | None:
-        """Runs the head, takes out who leaves, returns the output of those who stay, or None."""
-        check_due(exit_index, self.next_exit)
-        self.next_exit += 1
-        threshold = self.thresholds[exit_index]
-        if self.policy.never_leaves(threshold) and not self.needs_every_exit:
-            return output
-        head = self.heads[exit_index]
-        feature = read_feature(output, head.spec.output_index)
-        if feature.shape[0] != self.count:
-            raise ExitNotReachedError(
-                f"exit {exit_index} saw {feature.shape[0]} rows where {self.count} samples are alive"
-            )
-        calibrate = None if self.calibration is None else functools.partial(self.calibration, exit_index)
-        logits, scores = score_exit(head, self.policy, feature, self.mask, self.history, calibrate)
-        leaves = exit_mask(self.policy, scores, threshold, logits)
-        gone = leaves.nonzero()
-        leaving = gone.shape[0]
-        if leaving == 0:
-            return output
-        if leaving == self.count:
-            self._leave(self.active, logits, exit_index)
-            self.count = 0
-            return None
-        gone, stay = gone.squeeze(1), leaves.logical_not().nonzero().squeeze(1)
-        live = torch.arange(self.batch, device=self.device) if self.active is None else self.active
-        self.active_by_size[self.count] = live
-        self._leave(live.index_select(0, gone), logits.index_select(0, gone), exit_index)
-        self.active = live.index_select(0, stay)
-        if self.mask is not None:
-            self.mask = self.mask.index_select(0, stay)
-        self.history = [h.index_select(0, stay) for h in self.history]
-        if self.calibration is not None:
-            self.calibration.keep(stay)
-        output = shrink(output, stay, self.count, head.spec.batch_outputs)
-        self.count -= leaving
-        return output
 
     def finish(self, final: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Puts logits (N, K) and exit indices (N,) back into the order of the input."""
@@ -413,12 +346,12 @@ class Router:
             check_all_reached(self.next_exit, names)
             if final.shape[0] != self.count:
                 raise ShapeError(
-                    f"the backbone returned {final.shape[0]} rows for {self.count} live samples: something behind the"
+                    f"the backbone returned {final.shape[0]} rows for {self.count} active samples: a layer after the"
                     " last exit reads the whole batch"
                 )
-            if self.calibration is not None:
-                final = self.calibration(len(self.heads), final)
-            self._leave(self.active, final, len(self.heads))
+            if self.calibrated is not None:
+                final = self.calibrated(len(names), final)
+            self._answer(self.active, final, len(names))
         if len(self.logits) == 1:
             return self.logits[0], torch.full((self.batch,), self.exits[0], dtype=torch.int64, device=self.device)
         order = torch.cat(self.rows)

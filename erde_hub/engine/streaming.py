@@ -1,31 +1,42 @@
-"""Routing a stream for servers: places that free up are filled again, so that late stages run on full batches.
+"""Routing a stream, for servers: freed places are filled again, so that late stages run on full batches.
 
-Inside one batch, routing leaves ever fewer samples to the later stages, and a layer on 3 samples takes far more than a
-tenth of its time on 32. Here the samples that stay at an exit wait in a queue of their own until there are enough of
-them for a full batch; the same pass then goes on with those that have waited. When the stream ends, or somebody has
-waited too long, a stage runs on what there is.
+When one batch is routed, the later stages get fewer and fewer samples, and a layer on 3 samples takes far more than a
+tenth of its time on 32. Here the samples that do not exit wait in a queue of that exit until there are enough of them
+for a full batch; the same pass then goes on with the samples that have waited. When the stream ends, or a batch has
+waited too long, a stage runs on the samples there are.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError, ExitNotReachedError, InputTypeError, ShapeError
-from erde_hub.modeling.wrapper import EarlyExitWrapper
 
 from .batch_sync import Carried
-from .features import watching
+from .features import capture_features
 from .inputs import check_pixel_values
-from .routing import StageRunner, check_all_reached, check_due, exit_mask, read_feature, score_exit
+from .routing import RoutingPlan, check_all_reached, check_due, exit_mask, read_feature, score_exit
 from .rows import cut_rows, join_rows, select_rows, shrink
+from .stages import run_stages
+
+
+class RoutingModel(Protocol):
+    """What a stream asks of a model, which an :class:`~erde_hub.EarlyExitWrapper` has."""
+
+    backbone: nn.Module
+    config: Any
+    main_input_name: str
+    training: bool
+
+    def routing_plan(self, threshold: float | Sequence[float] | None = None) -> RoutingPlan:
+        """Returns what routing at a threshold needs, by default at the stored one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class RoutedBatch:
 
 
 def route_batches(
-    model: EarlyExitWrapper,
+    model: RoutingModel,
     batches: Iterable[Any],
     *,
     threshold: float | Sequence[float] | None = None,
@@ -86,7 +97,7 @@ def route_batches(
         >>> [out.index for out in route_batches(model, requests, threshold=2.0, batch_size=4)]
         [0, 1, 2, 3, 4, 5]
     """
-    if not isinstance(model, EarlyExitWrapper):
+    if not hasattr(model, "routing_plan"):
         raise InputTypeError(f"route_batches takes an EarlyExitWrapper, got {type(model).__name__}: wrap it first")
     if model.main_input_name != "pixel_values":
         raise InputTypeError(
@@ -99,8 +110,8 @@ def route_batches(
     for name, value in (("batch_size", batch_size), ("max_pending", max_pending)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
-    thresholds = model._thresholds(model.threshold if threshold is None else threshold)
-    return _answers(_Stream(model, thresholds, batch_size), batches, max_pending, ordered)
+    model.routing_plan(threshold)  # raises for a threshold that is not allowed
+    return _answers(_Stream(model, threshold, batch_size), batches, max_pending, ordered)
 
 
 def _answers(stream: _Stream, batches: Iterable[Any], max_pending: int, ordered: bool) -> Iterator[RoutedBatch]:
@@ -149,7 +160,7 @@ class _Group:
         history: Log-probabilities of the exits before, for policies that read them.
         state: What a calibrator keeps of the exits before.
         batch_outputs: Positions of the batch-first tensors of ``tree``.
-        carried: What later layers read beside ``tree``; see :class:`~erde_hub.engine.batch_sync.Carried`.
+        carried: What later layers read next to ``tree``; see :class:`~erde_hub.engine.batch_sync.Carried`.
     """
 
     tickets: Tensor
@@ -215,13 +226,16 @@ class _Queue:
 
 
 class _Stream:
-    """The queues of one stream, and the answers so far. Queue 0 holds images, queue e + 1 who stayed at exit e."""
+    """The queues of one stream, and the answers so far.
 
-    def __init__(self, model: EarlyExitWrapper, thresholds: Sequence[float], batch_size: int) -> None:
+    Queue 0 holds images, queue e + 1 the samples that exit e has kept.
+    """
+
+    def __init__(self, model: RoutingModel, threshold: float | Sequence[float] | None, batch_size: int) -> None:
         self.model = model
-        self.thresholds = thresholds
+        self.threshold = threshold
         self.batch_size = batch_size
-        self.queues = [_Queue() for _ in range(len(thresholds) + 1)]
+        self.queues = [_Queue() for _ in range(len(model.routing_plan(threshold).thresholds) + 1)]
         self.pending: dict[int, _Pending] = {}
         self.like: Tensor | None = None  # one empty image
 
@@ -273,30 +287,32 @@ class _Stream:
             del self.pending[index]
             logits, exit_index = pending.logits, pending.exit_index
             if logits is None:
-                out = self.model(self.like[:0] if self.like is not None else None)
+                out = self.model(self.like[:0] if self.like is not None else None)  # type: ignore[operator]
                 logits, exit_index = out.logits, out.exit_index
             yield RoutedBatch(index, logits, exit_index.to(logits.device))
 
     def run(self, stage: int) -> None:
-        """Runs a stage on what waits for it, up to a full batch, and whatever is full behind it."""
-        group = self.queues[stage].take(self.batch_size)
-        visitor = _StreamPass(self, stage - 1, group)
-        drive = self.model._drive(checkpointed=False)
-        inputs = group.tree
-        if isinstance(drive, StageRunner) and stage > 0:
-            start = next(i for i, step in enumerate(drive.steps) if step.exit_index == stage - 1) + 1
-            drive = StageRunner(drive.steps[start:])
-            visitor.entered, visitor.next_exit = True, stage
-        elif stage > 0:
-            inputs = self.like
-        with watching(self.model.policy, visitor.calibration) or contextlib.nullcontext():
-            final = drive(visitor, (inputs,), {})
+        """Runs a stage on what waits for it, up to a full batch, and whatever is full after it."""
+        plan = self.model.routing_plan(self.threshold)
+        runner, group = plan.runner, self.queues[stage].take(self.batch_size)
+        visitor, stages = _StreamVisitor(self, plan, stage - 1, group), runner.stages()
+        if stages is None:
+            runner.check_shrinks()
+        with capture_features(visitor.features):
+            if stage == 0:
+                final = runner.run(visitor, (group.tree,), {})
+            elif stages is None:
+                final = runner.run(visitor, (self.like,), {})
+            else:
+                visitor.entered, visitor.next_exit = True, stage
+                start = next(i for i, own in enumerate(stages) if own.exit_index == stage - 1) + 1
+                final = run_stages(stages[start:], visitor, group.tree)
             if final is not None:
-                logits = self.model._adapter.logits(final)
-                check_all_reached(visitor.next_exit, self.model.exit_names[:-1])
+                logits = runner.adapter.logits(final)
+                check_all_reached(visitor.next_exit, runner.exits)
                 visitor.check_rows(len(logits), "the classifier")
-                logits = visitor.calibrate(len(self.thresholds), logits)
-                self.answer(visitor.group.tickets, logits, len(self.thresholds))
+                logits = visitor.calibrate(len(runner.exits), logits)
+                self.answer(visitor.group.tickets, logits, len(runner.exits))
 
     def answer(self, tickets: Tensor, logits: Tensor, exit_index: int) -> None:
         """Notes what samples of any batches were answered at an exit."""
@@ -305,27 +321,25 @@ class _Stream:
             self.pending[index].answer(tickets[own, 1], logits[own.to(logits.device)], exit_index)
 
 
-class _StreamPass:
-    """A pass that swaps those who stay at an exit for a full batch of those who have waited there, or ends.
+class _StreamVisitor:
+    """Visitor that swaps the samples that an exit keeps for a full batch of those that have waited there, or ends.
 
     Args:
         stream: Holds the queues.
-        entry: Index of the exit that the samples enter behind; -1 for the beginning.
+        plan: Heads, policy, calibrator and thresholds.
+        entry: Index of the exit after which the samples enter; -1 for the beginning.
         group: The samples.
     """
 
-    def __init__(self, stream: _Stream, entry: int, group: _Group) -> None:
+    def __init__(self, stream: _Stream, plan: RoutingPlan, entry: int, group: _Group) -> None:
         self.stream = stream
+        self.plan = plan
         self.entry = entry
         self.group = group
         self.entered = entry < 0
         self.next_exit = 0
-        self.heads = stream.model._steps.heads(stream.model._modules["heads"])
-        self.calibration = stream.model._calibration()
-        reads_all = stream.model.policy.uses_history
-        if self.calibration is not None:
-            reads_all = reads_all or self.calibration.calibrator.uses_history
-        self.needs_every_exit = reads_all
+        self.calibrated = plan.calibrated()
+        self.features: dict[int, Tensor] = {} if self.calibrated is None else self.calibrated.features
         self.carried = Carried()
 
     def on_exit(self, exit_index: int, output: Any) -> Any | None:
@@ -334,31 +348,31 @@ class _StreamPass:
         if not self.entered:  # an empty image, on its way to where the samples enter
             self.entered = exit_index == self.entry
             return self.start(self.group) if self.entered else output
-        model, threshold = self.stream.model, self.stream.thresholds[exit_index]
-        if model.policy.never_leaves(threshold) and not self.needs_every_exit:
+        plan = self.plan
+        if not plan.runs_head[exit_index]:
             return output
-        head = self.heads[exit_index]
+        head = plan.heads[exit_index]
         feature = read_feature(output, head.spec.output_index)
         self.check_rows(len(feature), f"exit {exit_index}")
         history = list(self.group.history)
-        calibrate = functools.partial(self.calibrate, exit_index) if self.calibration else None
-        logits, scores = score_exit(head, model.policy, feature, None, history, calibrate)
-        state = self.calibration.state if self.calibration else []
-        leaves = exit_mask(model.policy, scores, threshold, logits)
-        gone, stay = leaves.nonzero().squeeze(1), leaves.logical_not().nonzero().squeeze(1)
-        batched, tickets, carried = head.spec.batch_outputs, self.group.tickets, self.carried.recent()
-        if len(gone):
-            self.stream.answer(tickets[gone.cpu()], logits.index_select(0, gone), exit_index)
-            output = shrink(output, stay, len(tickets), batched) if len(stay) else output
-            history, state = ([t.index_select(0, stay) for t in kept] for kept in (history, state))
-            tickets = tickets[stay.cpu()]
-            carried = {place: select_rows(t, stay) for place, t in carried.items()}
-        elif len(stay) >= self.stream.batch_size:
-            self.group = _Group(tickets, output, history, state, batched)
+        calibrate = functools.partial(self.calibrate, exit_index) if self.calibrated else None
+        logits, scores = score_exit(head, plan.policy, feature, None, history, calibrate)
+        state = self.calibrated.state if self.calibrated else []
+        mask = exit_mask(plan.policy, scores, plan.thresholds[exit_index], logits)
+        exited, kept = mask.nonzero().squeeze(1), mask.logical_not().nonzero().squeeze(1)
+        batch_outputs, tickets, carried = head.spec.batch_outputs, self.group.tickets, self.carried.recent()
+        if len(exited):
+            self.stream.answer(tickets[exited.cpu()], logits.index_select(0, exited), exit_index)
+            output = shrink(output, kept, len(tickets), batch_outputs) if len(kept) else output
+            history, state = ([t.index_select(0, kept) for t in own] for own in (history, state))
+            tickets = tickets[kept.cpu()]
+            carried = {place: select_rows(t, kept) for place, t in carried.items()}
+        elif len(kept) >= self.stream.batch_size:
+            self.group = _Group(tickets, output, history, state, batch_outputs)
             return output
         queue = self.stream.queues[exit_index + 1]
-        if len(stay):
-            queue.put(_Group(tickets, output, history, state, batched, carried))
+        if len(kept):
+            queue.put(_Group(tickets, output, history, state, batch_outputs, carried))
         if queue.count < self.stream.batch_size:
             return None
         return self.start(queue.take(self.stream.batch_size))
@@ -370,13 +384,13 @@ class _StreamPass:
         return group.tree
 
     def calibrate(self, exit_index: int, logits: Tensor) -> Tensor:
-        """Calibrates the logits of the samples that are there now, if the model does that."""
-        if self.calibration is None:
+        """Calibrates the logits of the group that is there now, where there is a calibrator."""
+        if self.calibrated is None:
             return logits
-        self.calibration.state = list(self.group.state)
-        return self.calibration(exit_index, logits)
+        self.calibrated.state = list(self.group.state)
+        return self.calibrated(exit_index, logits)
 
     def check_rows(self, rows: int, where: str) -> None:
         """Raises :class:`~erde_hub.errors.ExitNotReachedError` where rows and samples differ in number."""
         if rows != len(self.group.tickets):
-            raise ExitNotReachedError(f"{where} saw {rows} rows where {len(self.group.tickets)} samples are alive")
+            raise ExitNotReachedError(f"{where} saw {rows} rows where {len(self.group.tickets)} samples are active")

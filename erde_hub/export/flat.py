@@ -64,8 +64,8 @@ class _EveryExit(nn.Module):
         model = self.model
         visitor = AllExits(model.heads)  # type: ignore[arg-type]
         self.passes.latest = visitor
-        final = model._drive(checkpointed=False)(visitor, (pixel_values,), {})
-        exit_logits = visitor.finish(model._adapter.logits(final), model.exit_names[:-1])
+        final = model.runner.run(visitor, (pixel_values,), {})
+        exit_logits = visitor.finish(model.runner.adapter.logits(final), model.runner.exits)
         self.passes.complete = True
         if model.calibrator is not None:  # one number per exit; the file answers with calibrated logits
             exit_logits = tuple(model.calibrator(e, logits, None, []) for e, logits in enumerate(exit_logits))

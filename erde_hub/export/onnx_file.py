@@ -244,7 +244,7 @@ def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | Non
     info = FileInfo(
         erde_hub_version=__version__,
         policy=str(config.policy),
-        threshold=model._thresholds(model.threshold),
+        threshold=model.routing_plan().thresholds,
         threshold_range=list(model.policy.threshold_range),
         exit_names=model.exit_names,
         cumulative_macs=model.exit_table().cumulative_macs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +12,10 @@ from torch import nn
 from erde_hub.backbones.base import format_table
 from erde_hub.backbones.tracing import flop_counter, weightless_copy
 from erde_hub.engine.routing import AllExits
+from erde_hub.engine.runner import ExitRunner
+from erde_hub.engine.stages import run_stages
 from erde_hub.errors import ExitPointError
 from erde_hub.heads import ExitHead
-
-if TYPE_CHECKING:
-    from .pretrained import EarlyExitPreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class ExitTable(list[ExitRow]):
     __repr__ = __str__
 
 
-class _CountingPass(AllExits):
+class _Counter(AllExits):
     """Runs every exit of a weightless copy and notes what had been computed and touched at each.
 
     Args:
@@ -99,10 +98,25 @@ class _CountingPass(AllExits):
 
 
 @torch.no_grad()
-def count_exits(model: EarlyExitPreTrainedModel, size: tuple[int, ...]) -> ExitTable:
-    """Counts MACs and parameters of every exit on a weightless copy."""
-    clone, device = weightless_copy(model)
-    clone.backbone = getattr(clone.backbone, "_orig_mod", clone.backbone)  # what torch.compile wraps
+def count_exits(
+    runner: ExitRunner, exits: Sequence[tuple[str, ExitHead | None]], size: tuple[int, ...], head_name: str
+) -> ExitTable:
+    """Counts MACs and parameters of every exit on a weightless copy.
+
+    Args:
+        runner: Runs the backbone.
+        exits: Name and head of every exit, shallow to deep; the backbone's own classifier has no head.
+        size: Shape of one input.
+        head_name: Key of the heads.
+
+    Raises:
+        ExitPointError: The backbone does not run on inputs of that size.
+    """
+    parts: Any = nn.Module()
+    parts.backbone, parts.runner = runner.backbone, runner
+    parts.heads = nn.ModuleList(head for _, head in exits if head is not None)
+    clone, device = weightless_copy(parts)
+    clone.backbone = clone.runner.backbone = getattr(clone.backbone, "_orig_mod", clone.backbone)  # of torch.compile
     counter = flop_counter()
     sizes = {id(p): p.numel() for p in clone.parameters()}
     touched = {id(p) for p in clone.backbone.parameters(recurse=False)}
@@ -114,22 +128,25 @@ def count_exits(model: EarlyExitPreTrainedModel, size: tuple[int, ...]) -> ExitT
         # Attention uses the weights of its last projection without calling it.
         touched.update(id(p) for p in module.parameters())
 
+    stages = clone.runner.stages()  # before the hooks below, which a runner would not pass over
     for module in clone.modules():
         module.register_forward_pre_hook(touch)
         if module not in (clone, clone.backbone):
             module.register_forward_hook(finish, prepend=True)
-    exits = clone._exits_and_heads()
-    heads = [head for _, head in exits if head is not None]
+    heads = [*clone.heads]
     ends = len(heads) == len(exits)
-    visitor = _CountingPass(heads, ends, lambda: counter.get_total_flops() // 2, touched)
-    dtype = clone._adapter.example_dtype(clone.backbone)
+    visitor = _Counter(heads, ends, lambda: counter.get_total_flops() // 2, touched)
+    dtype = runner.adapter.example_dtype(clone.backbone)
     inputs = torch.empty((1, *size), dtype=dtype, device=device)
     try:
         with device, counter:
-            clone._drive(checkpointed=False)(visitor, (inputs,), {})
+            if stages is None:
+                clone.runner.run(visitor, (inputs,), {})
+            else:
+                run_stages(stages, visitor, inputs)
     except Exception as error:
         raise ExitPointError(
-            f"{type(model.backbone).__name__} does not run on inputs of shape {size} ({type(error).__name__}: {error})"
+            f"{type(runner.backbone).__name__} does not run on inputs of shape {size} ({type(error).__name__}: {error})"
         ) from error
     macs = visitor.macs if ends else [*visitor.macs, visitor.total()]
     touched.update(id(p) for p in clone.backbone.parameters())  # the last exit has all that the model has
@@ -141,7 +158,7 @@ def count_exits(model: EarlyExitPreTrainedModel, size: tuple[int, ...]) -> ExitT
             ExitRow(
                 exit=name,
                 width=None if head is None else head.spec.width,
-                head=None if head is None else model.config.head,
+                head=None if head is None else head_name,
                 macs=macs[i] - (macs[i - 1] if i else 0),
                 cumulative_macs=macs[i],
                 params=params[i] - (params[i - 1] if i else 0),

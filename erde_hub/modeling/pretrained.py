@@ -36,7 +36,7 @@ from erde_hub.backbones.shared_weights import (
 )
 from erde_hub.config import EarlyExitConfig, check_input_size, read_field
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs, check_pixel_values, check_text_inputs
-from erde_hub.engine.routing import ExitHook, Runner
+from erde_hub.engine.runner import ExitRunner
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError, InputTypeError, RebuildError, nearest
 from erde_hub.heads import ExitHead
 from erde_hub.preprocessing import build_image_processor, check_preprocessing
@@ -85,7 +85,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     #: The model without its exits.
     backbone: nn.Module
     _adapter: BackboneAdapter
-    _taps: list[ExitHook]
+    _runner: ExitRunner
     #: Names of one tensor, and of one module, in the backbone.
     _shared_weights: Sequence[Sequence[str]] = ()
     _shared_modules: Sequence[Sequence[str]] = ()
@@ -97,13 +97,17 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     def _check_config_builds_it(self) -> None:
         """Raises what loading would raise, while the model that is to be saved still lives."""
 
-    def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
-        """Returns name and head of every exit, shallow to deep; None is the backbone's own classifier."""
+    def exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+        """Returns name and head of every exit, shallow to deep; the backbone's own classifier has no head."""
         raise NotImplementedError
 
-    def _drive(self, checkpointed: bool) -> Runner:
-        """Returns what runs the backbone and shows its exits to a pass."""
-        raise NotImplementedError
+    @property
+    def runner(self) -> ExitRunner:
+        """What runs the backbone with its exits."""
+        runner, backbone = self._runner, self._modules["backbone"]
+        if runner.backbone is not backbone:  # replaced, by what torch.compile makes of it for example
+            runner.backbone = backbone
+        return runner
 
     def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
         """Returns what each exit costs, in MACs per sample and parameters, heads included.
@@ -119,7 +123,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             raise ConfigError("the config has no input_size: pass input_size=(C, H, W)")
         size = check_input_size(size)
         if size not in self._costs:
-            self._costs[size] = count_exits(self, size)
+            self._costs[size] = count_exits(self.runner, self.exits_and_heads(), size, self.config.head)
         return self._costs[size]
 
     def set_preprocessing(
@@ -345,7 +349,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         inputs = check_pixel_values(pixel_values, read_field(self.config, "input_size") or ())
         kwargs = {key: value for key, value in texts.items() if value is not None}
         kwargs.update(more)
-        if kwargs and self.config.exits and not self._taps:
+        if kwargs and self.config.exits and self.runner.stages() is not None:
             name = type(self.backbone).__name__
             key = sorted(kwargs)[0]
             others = {"self", "kwargs", *texts, *TEXT_INPUTS}

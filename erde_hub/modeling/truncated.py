@@ -13,27 +13,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from erde_hub.backbones import BackboneAdapter, get_adapter
-from erde_hub.backbones.base import add_exit_hooks
 from erde_hub.backbones.tracing import weightless_copy
 from erde_hub.config import EarlyExitConfig
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs
-from erde_hub.engine.routing import ExitHook, HookRunner, Runner, StageRunner, read_feature, run_head
+from erde_hub.engine.routing import read_feature, run_head
 from erde_hub.engine.rows import tensors
-from erde_hub.engine.steps import StepCache
+from erde_hub.engine.runner import ExitRunner
+from erde_hub.engine.stages import run_stages
 from erde_hub.errors import ConfigError, ExitNotReachedError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
 from erde_hub.outputs import EarlyExitOutput
 
 from .pretrained import EarlyExitPreTrainedModel
-
-if TYPE_CHECKING:
-    from .wrapper import EarlyExitWrapper
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -118,15 +115,11 @@ class TruncatedModel(EarlyExitPreTrainedModel):
 
     def _assemble(self, adapter: BackboneAdapter, backbone: nn.Module, head: ExitHead | None, adopted: bool) -> None:
         self._adapter = adapter
-        self._steps = StepCache()
         self._costs = {}
         self.backbone = backbone
         self.head = head
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
-        names = list(self.config.exits or ())
-        self._taps: list[ExitHook] = []
-        if names and (self.config.exit_hooks or adapter.stages(backbone, names, checkpointed=False) is None):
-            self._taps = add_exit_hooks(backbone, names)
+        self._runner = ExitRunner(adapter, backbone, self.config.exits or (), self.config.exit_hooks)
         on_meta = any(p.device.type == "meta" for p in self.parameters())
         self._keep_weights(on_meta, adopted)
         self._find_shared_weights(adopted)
@@ -171,22 +164,18 @@ class TruncatedModel(EarlyExitPreTrainedModel):
     def _logits(self, inputs: ModelInputs) -> Tensor:
         if self.head is None:
             return self._adapter.logits(self.backbone(*inputs.args, **inputs.kwargs))
-        cut = _Cut()
-        self._drive(checkpointed=False)(cut, inputs.args, inputs.kwargs)
+        cut, runner = _Cut(), self.runner
+        runner.run(cut, inputs.args, inputs.kwargs)
         if not cut.reached:
             raise ExitNotReachedError(
                 f"the forward pass did not reach {self.exit_name!r}: the backbone took another path than before"
             )
-        mask = self._adapter.token_mask(self.backbone, inputs.kwargs) if self.head.spec.masked else None
+        mask = runner.token_mask(inputs.kwargs) if self.head.spec.masked else None
         return run_head(self.head, read_feature(cut.output, self.head.spec.output_index), mask)
 
-    def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+    def exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+        """Returns name and head of the one exit; the backbone's own classifier has no head."""
         return [(self.exit_name, self.head)]
-
-    def _drive(self, checkpointed: bool) -> Runner:
-        if self.head is None or self._taps:
-            return HookRunner(self.backbone, self._taps)
-        return StageRunner(self._steps.get(self._adapter, self.backbone, list(self.config.exits or ())) or [])
 
 
 class RemovedModule(nn.Module):
@@ -204,22 +193,17 @@ class RemovedModule(nn.Module):
 
 
 class _Cut:
-    """A pass that ends at the first exit it sees."""
+    """Visitor that keeps the output of the exit's stage and ends the pass there."""
 
-    def __init__(self, exit_index: int = 0) -> None:
-        self.exit_index = exit_index
+    def __init__(self) -> None:
         self.reached = False
         self.output: Any = None
 
-    def on_exit(self, exit_index: int, output: Any) -> Any | None:
-        if exit_index != self.exit_index:
-            return output
-        self.reached = True
-        self.output = output
-        return None
+    def on_exit(self, exit_index: int, output: Any) -> None:
+        self.reached, self.output = True, output
 
 
-def truncate(model: EarlyExitWrapper, exit: int | str) -> TruncatedModel:
+def truncate(model: EarlyExitPreTrainedModel, exit: int | str) -> TruncatedModel:
     """Cuts a model off behind one exit; see :class:`TruncatedModel`.
 
     Args:
@@ -232,22 +216,21 @@ def truncate(model: EarlyExitWrapper, exit: int | str) -> TruncatedModel:
     Raises:
         ExitPointError: No such exit.
     """
-    index = _exit_index(model.exit_names, exit)
-    early = index < len(model.heads)
-    name = model.exit_names[index]
-    removed = _behind(model, index) if early else []
-    head: Any = model.heads[index] if early else None
+    exits = model.exits_and_heads()
+    index = _exit_index([name for name, _ in exits], exit)
+    name, head = exits[index]
+    removed = [] if head is None else _modules_after(model, name)
     values = {key: value for key, value in model.config.to_dict().items() if key not in _ROUTING_FIELDS}
     config = TruncatedConfig.from_dict(
         {
             **values,
-            "exits": [name] if early else None,
-            "exit_features": [head.spec.to_dict()] if early else None,
+            "exits": None if head is None else [name],
+            "exit_features": None if head is None else [head.spec.to_dict()],
             "removed_modules": removed,
         }
     )
     backbone = _copy_without(getattr(model.backbone, "_orig_mod", model.backbone), removed)
-    static = TruncatedModel(config, backbone, _without_own_hooks(copy.deepcopy(head)) if early else None)
+    static = TruncatedModel(config, backbone, None if head is None else _without_own_hooks(copy.deepcopy(head)))
     static.training = model.training
     return static
 
@@ -289,24 +272,26 @@ class _Probe(nn.Module):
 
 
 @torch.no_grad()
-def _behind(model: EarlyExitWrapper, index: int) -> list[str]:
-    """Names of the modules that a pass up to an exit needs in no way, found on a weightless copy."""
+def _modules_after(model: EarlyExitPreTrainedModel, exit_name: str) -> list[str]:
+    """Names of the modules that a pass up to an exit does not need, found on a weightless copy."""
     clone, device = weightless_copy(model)
     backbone = getattr(clone.backbone, "_orig_mod", clone.backbone)
     clone.backbone = backbone
     size = clone.config.input_size
     if not size:
         raise ConfigError("the config has no input_size, so the network cannot be traced: set model.config.input_size")
-    dtype = clone._adapter.example_dtype(backbone)
+    adapter = model.runner.adapter
+    dtype = adapter.example_dtype(backbone)
+    runner = ExitRunner(adapter, backbone, [exit_name], clone.config.exit_hooks)
+    staged = runner.stages() is not None  # before the hooks below, which a runner would not pass over
 
     def run() -> None:
-        cut, inputs = _Cut(index), (torch.empty((2, *size), dtype=dtype, device=device),)
         with device:
-            if clone._taps:
-                clone._drive(checkpointed=False)(cut, inputs, {})
-            else:  # without the later exits, whose modules go
-                cut.exit_index = 0
-                StageRunner(clone._adapter.stages(backbone, [model.exit_names[index]], False) or [])(cut, inputs, {})
+            x = torch.empty((2, *size), dtype=dtype, device=device)
+            if staged:
+                run_stages(adapter.stages(backbone, [exit_name], checkpointed=False) or [], _Cut(), x)
+            else:
+                runner.run(_Cut(), (x,), {})
 
     started: set[int] = set()
     finished: set[int] = set()
@@ -380,7 +365,7 @@ def _copy_without(backbone: nn.Module, removed: Sequence[str]) -> nn.Module:
 def _without_own_hooks(module_: M) -> M:
     for module in module_.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith(f"{__package__}.")]:
+            for key in [key for key, hook in hooks.items() if type(hook).__module__.startswith("erde_hub.")]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     return module_

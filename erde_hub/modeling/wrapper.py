@@ -11,24 +11,31 @@ from transformers.utils import logging
 
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
-from erde_hub.backbones.base import add_exit_hooks, parse_exit
 from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
 from erde_hub.backbones.shrink_check import check_shrinks
 from erde_hub.backbones.tracing import trace
-from erde_hub.calibration import Calibrator, create_calibrator
+from erde_hub.calibration import Calibrator, calibrator_name, create_calibrator
 from erde_hub.config import EarlyExitConfig, read_field
-from erde_hub.engine import features as fitted
-from erde_hub.engine.compilation import CompiledSteps, no_stages
+from erde_hub.engine.features import last_linears, place_feature_hooks
 from erde_hub.engine.forward import route, run_all
-from erde_hub.engine.inputs import ModelInputs, explain_failure
+from erde_hub.engine.inputs import explain_failure
 from erde_hub.engine.recomputation import is_recomputing, recomputing
-from erde_hub.engine.routing import ExitHook, Runner, StageRunner
-from erde_hub.engine.steps import StepCache
+from erde_hub.engine.routing import PlanCache, RoutingPlan
+from erde_hub.engine.runner import ExitRunner, calls_are_replaced
 from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
+from erde_hub.losses.exit_weights import weights_per_exit
 from erde_hub.outputs import EarlyExitOutput
-from erde_hub.policies import ExitPolicy, check_answers, check_no_early_exit, plain_threshold, policy_for
-from erde_hub.tasks import REGRESSION
+from erde_hub.policies import (
+    ExitPolicy,
+    IntervalWidthPolicy,
+    check_answers,
+    check_no_early_exit,
+    plain_threshold,
+    policy_for,
+    policy_name,
+)
+from erde_hub.tasks import REGRESSION, refuse_regression
 
 from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone
 from .pretrained import EarlyExitPreTrainedModel
@@ -86,8 +93,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
     #: Why the exits sit where they do, in words; None where they were named, and for a loaded checkpoint.
     exits_reason: str | None = None
-    #: Thresholds of the last call: what was given and by which policy, their types, and what they came to.
-    _checked: tuple[tuple[Any, ...], list[type], list[float]] | None = None
+    _plans: PlanCache
 
     def __init__(
         self,
@@ -150,7 +156,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         rebuilt = adapter.check_rebuild(model, config)
         config.exit_hooks = not stages_give_the_same(adapter, model, rebuilt, names, specs, inputs)
         del rebuilt  # as large as the model
-        if config.exit_hooks or _hooks_would_be_skipped(model, names):
+        if config.exit_hooks or calls_are_replaced(model, names):
             check_shrinks(adapter, model, names, specs, inputs, hooked=True)
         super().__init__(config)
         self.exits_reason = reason if isinstance(exits, (int, str)) else None
@@ -170,20 +176,18 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     def _assemble(self, adapter: BackboneAdapter, backbone: nn.Module, adopted: bool) -> None:
         config = self.config
         names = list(config.exits or [])
-        modules = dict(backbone.named_modules())
-        for name in names:
-            path, _ = parse_exit(name)
-            if path not in modules:
-                raise ExitPointError(f"{type(backbone).__name__} has no stage {name!r}{nearest(path, modules)}")
+        runner = ExitRunner(adapter, backbone, names, config.exit_hooks)
         if config.exit_features:
             specs = [FeatureSpec.from_dict(values) for values in config.exit_features]
         else:
             specs = [adapter.declared_spec(backbone, name) for name in names]
-            right = [name for name in modules if name in names]
+            right = [name for name, _ in backbone.named_modules() if name in names]
             if names != right:
                 raise ExitPointError(f"exits must run from shallow to deep: got {names}, the order is {right}")
             config.exit_features = [spec.to_dict() for spec in specs]
         self._adapter = adapter
+        self._runner = runner
+        self._plans = PlanCache()
         self.backbone = backbone
         self.heads = nn.ModuleList(
             create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {})) for spec in specs
@@ -196,15 +200,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             self.calibrator.check_exits(config.num_exits)
         self._backbone_frozen = False
         self._costs = {}
-        self._steps = StepCache()
-        self._exits = names
-        self._taps: list[ExitHook] = []
-        self._followers: list[Any] = []
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
-        hooked = config.exit_hooks or _hooks_would_be_skipped(backbone, names)
-        if hooked or adapter.stages(backbone, names, checkpointed=False) is None:
-            self._taps = add_exit_hooks(backbone, names)
-            self._followers = adapter.add_sync_hooks(backbone, names)
         on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
         if on_meta and not adopted:
             self._check_is_as_large_as_its_file()
@@ -218,8 +214,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             if self.calibrator is not None:
                 self.calibrator.to(weight.device)
         if self._regression:
-            fitted.check_policy(self, self.policy)
-        fitted.watch_features(self)
+            self._check_policy(self.policy)
+        place_feature_hooks(self)
         self._keep_weights(on_meta, adopted)
         recomputed = recomputing(backbone)
         self.supports_gradient_checkpointing = adapter.set_gradient_checkpointing(backbone, False)
@@ -253,25 +249,34 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
     @threshold.setter
     def threshold(self, value: float | Sequence[float]) -> None:
-        self._thresholds(value)
+        self.routing_plan(plain_threshold(value))
         self.config.threshold = plain_threshold(value)
         self.config.threshold_profile = None  # how an earlier one was chosen
 
-    def _thresholds(self, threshold: float | Sequence[float]) -> list[float]:
-        policy: Any = self._modules["policy"]
-        several = isinstance(threshold, list)  # [0.5] is not 0.5
-        key = (policy, several, *(threshold if several else [threshold]))  # type: ignore[misc]
-        kept, types = self._checked, [*map(type, key)]
-        if kept is not None and kept[1] == types and kept[0] == key:  # a call may take less than a millisecond
-            return kept[2]
+    def routing_plan(self, threshold: float | Sequence[float] | None = None) -> RoutingPlan:
+        """Returns what routing at a threshold needs: heads, policy, calibrator, checked thresholds.
+
+        It is kept until a part of the model, or the threshold, is another.
+
+        Args:
+            threshold: One number, or one per early exit; None takes the stored one.
+
+        Raises:
+            ThresholdError: A threshold that the policy does not take.
+        """
+        if threshold is None:
+            threshold = read_field(self.config, "threshold")
+        runner, modules = self.runner, self._modules
+        parts = [runner.compiler, *modules.values(), *modules["heads"]._modules.values()]
+        return self._plans.get(parts, threshold, lambda: self._plan(runner, threshold))
+
+    def _plan(self, runner: ExitRunner, threshold: Any) -> RoutingPlan:
         if self._regression:  # model.policy may have been set by hand
-            check_answers(REGRESSION, policy)
-        thresholds = policy.check_threshold(threshold, len(self.heads))
+            check_answers(REGRESSION, self.policy)
+        thresholds = self.policy.check_threshold(threshold, len(self.heads))
         if self.config.task == "causal_lm":
-            check_no_early_exit(policy, thresholds)
-        if set(types[2:]) <= {int, float}:
-            self._checked = (key, types, thresholds)
-        return thresholds
+            check_no_early_exit(self.policy, thresholds)
+        return RoutingPlan(runner, runner.heads([*self.heads]), self.policy, self.calibrator, thresholds)
 
     def set_calibrator(self, calibrator: Calibrator | None) -> None:
         """Stores a fitted calibrator with the model, or takes it off; routed logits are calibrated from then on.
@@ -282,7 +287,24 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             InputTypeError: Not a calibrator of the table.
             ShapeError: Fitted for another number of exits.
         """
-        fitted.set_calibrator(self, calibrator)
+        config = self.config
+        if calibrator is None:
+            self.calibrator, config.calibrator, config.calibrator_kwargs = None, None, {}
+        else:
+            name = calibrator_name(calibrator) if isinstance(calibrator, Calibrator) else None
+            if name is None:
+                raise InputTypeError(
+                    f"a calibrator of the table is needed (erde_hub.calibration.list_calibrators()), got"
+                    f" {type(calibrator).__name__}: register your own class with register_calibrator"
+                )
+            if config.task != "classification":
+                raise ConfigError(f"calibrators are for classification, this model's task is {config.task!r}")
+            refuse_regression(config.problem_type, type(calibrator).__name__)
+            calibrator.check_exits(self.num_exits)
+            config.calibrator, config.calibrator_kwargs = name, calibrator.settings()
+            self.calibrator = calibrator.to(self.device).eval()
+        config.threshold_profile = None  # chosen on other probabilities
+        place_feature_hooks(self)
 
     def set_policy(self, policy: ExitPolicy, threshold: float | Sequence[float] | None = None) -> None:
         """Replaces the policy, by a fitted one for example, and its threshold.
@@ -296,7 +318,33 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             UnknownNameError: A class that is not in the table, which no checkpoint could name.
             ThresholdError: A threshold that the policy does not take.
         """
-        fitted.set_policy(self, policy, threshold)
+        if not isinstance(policy, ExitPolicy):
+            raise InputTypeError(f"a policy is needed, got {type(policy).__name__}: create_policy(name) makes one")
+        self._check_policy(policy)
+        name = policy_name(policy)
+        value = policy.default_threshold if threshold is None else threshold
+        policy.check_threshold(value, len(self.heads))
+        self.policy = policy.to(self.device)
+        self.policy.train(self.training)
+        self.config.policy, self.config.policy_kwargs = name, policy.settings()
+        place_feature_hooks(self)
+        self.threshold = value
+
+    def _check_policy(self, policy: ExitPolicy) -> None:
+        """Checks that a policy is one for the model's answers, classes or real numbers, and for its exits.
+
+        Raises:
+            ConfigError: A policy for the other kind of answers.
+            ShapeError: Fitted for other exits.
+        """
+        check_answers(self.config.problem_type, policy)
+        if isinstance(policy, IntervalWidthPolicy):
+            sizes = [layer.in_features for layer in last_linears(self).values()]
+            if (policy.feature_sizes, policy.num_targets) != (sizes, self.config.num_labels):
+                raise ShapeError(
+                    f"{type(policy).__name__} was fitted for features {policy.feature_sizes} and {policy.num_targets}"
+                    f" targets, the exits have {sizes} and {self.config.num_labels}: fit it on records of this model"
+                )
 
     def truncate(self, exit: int | str) -> TruncatedModel:
         """Returns the static network up to an exit, given by index or name, as a model of its own.
@@ -320,9 +368,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         Raises:
             ExitPointError: A backbone without a staged forward, whose parts cannot be told apart.
         """
-        if self._taps:
-            raise ExitPointError(no_stages(self.backbone))
-        self._steps = CompiledSteps(options)
+        self.runner.compile(options)
 
     # Training
 
@@ -404,10 +450,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                         f"threshold={threshold!r} has no effect where every exit runs: call model.eval() and leave"
                         " output_all_exits out to route"
                     )
-                output = run_all(self, inputs, labels)
+                calibrator = None if self.training else self.calibrator
+                output = run_all(self.runner, [*self.heads], inputs, training=self.training, calibrator=calibrator)
             else:
-                thresholds = self._thresholds(self.threshold if threshold is None else threshold)
-                output = route(self, inputs, thresholds)
+                output = route(self.routing_plan(threshold), inputs)
         except (ErdeError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -415,50 +461,25 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             if typed is error:
                 raise
             raise typed from error
-        if labels is not None and output.loss is None and output.logits is not None:
-            output.loss = self._loss_of(output.logits, labels)
+        if labels is not None:
+            output.loss = self._loss(output, labels)
         if return_dict is None:
             return_dict = read_field(self.config, "return_dict")
         return output if return_dict else output.to_tuple()
 
-    def _calibration(self) -> fitted.CalibratedExits | None:
-        return None if self.calibrator is None else fitted.CalibratedExits(self.calibrator)
+    def _loss(self, output: EarlyExitOutput, labels: Tensor) -> Tensor:
+        """Loss of the answer, or where every exit was run the weighted sum of the exits' losses."""
+        if output.exit_logits is None:
+            return self._loss_of(output.logits, labels)  # type: ignore[arg-type]
+        weights = weights_per_exit(self.config.exit_weights or "uniform", len(output.exit_logits))
+        return torch.stack(
+            [w * self._loss_of(z, labels) for w, z in zip(weights, output.exit_logits, strict=True)]
+        ).sum()
 
-    def _token_mask(self, inputs: ModelInputs) -> Tensor | None:
-        """The tokens that heads pool, where they pool a padded sequence."""
-        if self.main_input_name != "input_ids":
-            return None
-        mask = self._adapter.token_mask(self.backbone, inputs.kwargs)
-        if mask is not None and mask.ndim != 2:
-            raise ShapeError(f"heads pool tokens by an attention_mask of shape (N, L), got {tuple(mask.shape)}")
-        return mask
-
-    def _exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+    def exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
+        """Returns name and head of every exit, shallow to deep; the backbone's own classifier has no head."""
         heads: Any = self.heads
         return list(zip(self.exit_names, [*heads, None], strict=True))
 
     def _check_config_builds_it(self) -> None:
         check_config_builds(self, self._adapter)
-
-    def _drive(self, checkpointed: bool) -> Runner:
-        if self._taps:
-            return self._adapter.hook_runner(self.backbone, self._taps, self._followers)
-        backbone: Any = self._modules["backbone"]
-        backbone = backbone._modules.get("_orig_mod", backbone)  # what torch.compile wraps
-        if checkpointed:
-            steps = self._adapter.stages(backbone, self._exits, checkpointed)
-        else:
-            steps = self._steps.get(self._adapter, backbone, self._exits)
-        if steps is None:
-            raise ExitPointError(
-                f"{type(backbone).__name__} is not the backbone that was wrapped: its stages differ; wrap it anew"
-            )
-        return StageRunner(steps)
-
-
-def _hooks_would_be_skipped(backbone: nn.Module, names: Sequence[str]) -> bool:
-    """Whether somebody's hooks sit on modules that a staged forward takes apart instead of calling them."""
-    paths = {parse_exit(name)[0] for name in names}
-    ancestors = {path.rpartition(".")[0] for path in paths if "." in path}
-    taken_apart = [backbone, *(backbone.get_submodule(path) for path in ancestors)]
-    return any(module._forward_hooks or module._forward_pre_hooks for module in taken_apart)

@@ -92,7 +92,7 @@ def stream_of(subject: Subject, batch: int, args: InferenceBenchmark) -> dict[st
 
 def compiled_stages(subject: Subject, args: InferenceBenchmark) -> dict[str, Any]:
     """The same model before and after compile_stages(); counts what was compiled while the batch shrank."""
-    if subject.model._taps:
+    if subject.stages() is None:
         return {"reason": "driven by hooks: there are no stages to compile"}
     plain, batch = subject.model, max(b for b in args.batch_size if b <= 32)
     runs: dict[str, Contestant] = {}

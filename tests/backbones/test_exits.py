@@ -199,7 +199,7 @@ def test_the_table_of_adapters():
         ("resnet", -1, "exits=-1"),
         ("resnet", 99, "exits=99: this backbone has 5 places"),
         ("resnet", ["layer1@1"], "'layer1' is called 1 times, so the last call is layer1@0"),
-        ("resnet", ["layer1@x"], "part behind '@'"),
+        ("resnet", ["layer1@x"], "part after '@'"),
         ("resnet", ["layer1.0.conv1"], r"\['layer1\.0\.conv1'\].*inside a residual block.*name the enclosing block"),
         ("regnet", ["s2.b1.conv1"], "inside a residual block"),
         ("swin", ["layers.1.blocks.0.attn"], "residual block"),
@@ -308,5 +308,5 @@ def test_sequentials_run_staged_and_subclasses_by_hooks():
         def forward(self, x):
             return super().forward(x) * 2
 
-    assert not EarlyExitWrapper(sequential(), exits=["0"], input_size=(3, 16, 16))._taps
-    assert EarlyExitWrapper(Own(*sequential()), exits=["0"], input_size=(3, 16, 16))._taps
+    assert EarlyExitWrapper(sequential(), exits=["0"], input_size=(3, 16, 16)).runner.stages()
+    assert EarlyExitWrapper(Own(*sequential()), exits=["0"], input_size=(3, 16, 16)).runner.stages() is None

@@ -128,14 +128,14 @@ def test_stages_of_known_families_agree(name):
     model = EarlyExitWrapper(
         build(name), exits=family.exits, input_size=family.input_size, backbone_kwargs=family.kwargs
     )
-    assert not model._taps
+    assert model.runner.stages() is not None
     assert not model.config.exit_hooks
 
 
 @pytest.mark.parametrize("name", ["pvt", "pvt_v2"])
 def test_stages_of_transformers_agree(name):
     model = EarlyExitWrapper(vision(name), exits=2)
-    assert not model._taps
+    assert model.runner.stages() is not None
 
 
 def _doubled(net: nn.Sequential) -> nn.Sequential:

@@ -51,7 +51,7 @@ def _one_thread_and_the_usual_policy():
 
 
 def test_the_fakes_cover_both_ways_of_driving():
-    driven = {name: not model_of(name)._taps for name in FAMILIES}
+    driven = {name: model_of(name).runner.stages() is not None for name in FAMILIES}
     assert driven == {name: name in STAGED for name in FAMILIES}
 
 
@@ -309,7 +309,7 @@ class Detour(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize(("path", "words"), [("b", "exit 1 fired where exit 0 was due"), ("ba", "exit 1 fired")])
+@pytest.mark.parametrize(("path", "words"), [("b", "exit 1 was reached where exit 0"), ("ba", "exit 1 was reached")])
 def test_an_exit_that_fires_out_of_turn_is_an_error(path, words):
     model = EarlyExitWrapper(Detour(), exits=["a", "b"], input_size=(3, 8, 8)).eval()
     model.backbone.path = path
@@ -331,7 +331,7 @@ def test_something_behind_the_exits_that_changes_the_number_of_rows_is_an_error(
     model = EarlyExitWrapper(Detour(), exits=["a"], input_size=(3, 8, 8)).eval()
     original = model.backbone.b.forward
     model.backbone.b.forward = lambda x: original(torch.cat([x, x]))
-    with pytest.raises(ShapeError, match="8 rows for 4 live samples"):
+    with pytest.raises(ShapeError, match="8 rows for 4 active samples"):
         model(torch.randn(4, 3, 8, 8), threshold=1e-30)
 
 
@@ -414,8 +414,8 @@ def test_one_sample_is_decided_as_in_a_batch(policy, threshold, beside, monkeypa
 
 def test_nothing_is_copied_where_nobody_leaves():
     model = model_of("plain")
-    visitor = Router(model.heads, model.policy, [1e-30] * 3, 4, torch.device("cpu"))
+    visitor = Router(model.routing_plan(1e-30), 4, torch.device("cpu"))
     feature = torch.randn(4, 4, 8, 8)
     assert visitor.on_exit(0, feature) is feature
-    half = Router(model.heads, model.policy, [100.0] * 3, 4, torch.device("cpu"))
-    assert half.on_exit(0, feature) is None
+    everybody = Router(model.routing_plan(100.0), 4, torch.device("cpu"))
+    assert everybody.on_exit(0, feature) is None

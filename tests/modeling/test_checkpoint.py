@@ -395,7 +395,7 @@ def test_exits_of_an_edited_config_in_another_order(tmp_path):
     edit_config(tmp_path, exits=model.config.exits[::-1])  # all stages are of one width
     loaded = EarlyExitWrapper.from_pretrained(tmp_path)
     for call in ({"threshold": 1e-30}, {"output_all_exits": True}):
-        with pytest.raises(ExitNotReachedError, match="exit 2 fired where exit 0 was due"):
+        with pytest.raises(ExitNotReachedError, match="exit 2 was reached where exit 0 was due"):
             loaded(images("vit", 2), **call)
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
-from erde_hub.engine.routing import Stage, read_feature
+from erde_hub.engine.routing import read_feature
 from erde_hub.engine.rows import shrink
+from erde_hub.engine.stages import Stage
 from erde_hub.errors import ConfigError, ErdeError
 from erde_hub.policies import create_policy
 
@@ -77,9 +78,7 @@ class Subject:
 
     def stages(self) -> list[Stage] | None:
         """The stages to call by hand; None where the backbone is driven by hooks and has none."""
-        if self.model._taps:
-            return None
-        return self.model._adapter.stages(self.model.backbone, list(self.model.config.exits or []), False)
+        return self.model.runner.stages()
 
 
 def load_subject(name: str, exits: int) -> Subject:
@@ -213,7 +212,7 @@ def by_hand(subject: Subject, x: Tensor, stays: Sequence[Tensor | None], heads: 
                     return logits
                 h = shrink(h, rows, count, own[e].spec.batch_outputs)
                 count = len(rows)
-        return model._adapter.logits(h)
+        return model.runner.adapter.logits(h)
 
     return run
 
