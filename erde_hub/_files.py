@@ -8,35 +8,36 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from erde_hub.errors import CheckpointWriteError
+from erde_hub.errors import CheckpointWriteError, ErdeError
+
+#: Temporary folders begin like this.
+_PREFIX = ".saving-"
+#: Age in seconds at which a temporary folder must be that of a process that was killed.
+_ABANDONED = 86400.0
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` and renames it onto ``path`` once the block has ended well.
+    """Yields a temporary path next to ``path`` and renames it to ``path`` once the block has ended well.
 
     Raises:
-        CheckpointWriteError: The folder is not there or not writable, or the disk is full; an earlier file survives.
+        CheckpointWriteError: The folder is missing or not writable, or the disk is full; an earlier file survives.
     """
     target = Path(path)
     temporary = None
     try:
-        temporary, mode = _new_file(target.parent, target.name)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(mode)  # what filled it may have put a private file in its place, see set_default_mode
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointWriteError(
-            f"could not write {target.name}: {error}; an earlier {target.name} is untouched. Check that the folder"
-            " exists, is writable and has space left"
-        ) from error
+        with disk_errors(target):
+            temporary, mode = _new_file(target.parent, target.name)
+            yield temporary
+            temporary.chmod(mode)  # what filled it may have put a private file in its place, see set_default_mode
+            _sync(temporary)
+            temporary.replace(target)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -44,42 +45,94 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """Gives an empty folder on the same disk and, once the block has ended well, moves its files into ``folder``.
+    """Yields an empty folder on the same disk and moves its files into ``folder`` once the block has ended well.
 
-    So a disk that fills up, or an exception, leaves every earlier file as it was.
+    A full disk, or an exception in the block, leaves every earlier file as it was. Errors of the block keep their type:
+    wrap what writes in :func:`disk_errors`.
 
     Args:
-        folder: Is made if it is not there; other files in it stay.
-        last: Name of the file that is moved last, when all that it speaks of is in place.
+        folder: Made if it is missing, and removed again if nothing was written. Other files in it stay.
+        last: Name of the file that is moved last, once everything that it refers to is in place.
 
     Raises:
         CheckpointWriteError: ``folder`` is a file or cannot be written, or the disk is full.
     """
     target = Path(folder)
-    made = not target.exists()
+    made: list[Path] = []
     staging = None
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+        with disk_errors(target):
+            made = _make_folder(target)
+            remove_abandoned(target)
+            staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
         yield staging
-        files = sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name))
-        for path in files:
-            set_default_mode(path)
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
-        for path in files:
-            path.replace(target / path.name)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        kept = "" if made else "; what was there before is untouched"
-        raise CheckpointWriteError(
-            f"could not save to {str(target)!r}: {error}{kept}. Make space, or choose another folder"
-        ) from error
+        with disk_errors(target):
+            files = sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name))
+            for path in files:
+                set_default_mode(path)
+                _sync(path)
+            for path in files:
+                path.replace(target / path.name)
+            _sync(target)
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-        if made:
-            with contextlib.suppress(OSError):  # only if it is empty: nothing was saved
-                target.rmdir()
+        for parent in made:
+            with contextlib.suppress(OSError):  # it is not empty: something was written
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder next to ``path`` and renames it to ``path`` once the block has ended well.
+
+    Raises:
+        CheckpointWriteError: The folder above cannot be written, or the disk is full; an earlier folder survives.
+    """
+    staging = None
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging = path.with_name(f"{_PREFIX}{path.name}-{secrets.token_hex(4)}")
+            staging.mkdir()
+            yield staging
+            for part in sorted(staging.rglob("*"), reverse=True):  # files before the folders that hold them
+                _sync(part)
+            _sync(staging)
+            if path.exists():
+                path.rename(path.with_name(f"{_PREFIX}{path.name}-replaced"))
+            staging.rename(path)
+            _sync(path.parent)
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(path.with_name(f"{_PREFIX}{path.name}-replaced"), ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, age: float = _ABANDONED) -> None:
+    """Removes temporary folders of killed processes: those that were last changed more than ``age`` seconds ago."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if path.is_dir() and not path.is_symlink() and time.time() - path.stat().st_mtime >= age:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the disk into :class:`CheckpointWriteError`; what is typed already passes.
+
+    Args:
+        path: What is written, for the message.
+    """
+    try:
+        yield
+    except ErdeError:
+        raise
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        raise CheckpointWriteError(
+            f"could not write {path.name}: {error}{_space_left(path)}; what was there before is untouched. Check that"
+            f" {str(path.parent)!r} exists, is writable and has space left"
+        ) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -91,11 +144,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def set_default_mode(path: str | os.PathLike[str]) -> None:
     """Gives a file the mode that any new file in its folder gets, so that other users read what the umask lets them.
 
-    safetensors and ``tempfile`` make files that only their owner can read. The mode is read off a new empty file beside
-    it: asking for the umask means setting it, which the files of another thread would see.
+    safetensors and ``tempfile`` make files that only their owner can read. The mode is read off a new empty file next
+    to it: reading the umask means setting it, which would affect the files of another thread.
 
     Raises:
-        OSError: The folder cannot be written, or the file is not there.
+        OSError: The folder cannot be written, or the file is missing.
     """
     path = Path(path)
     probe, mode = _new_file(path.parent, path.name)
@@ -115,3 +168,26 @@ def _new_file(folder: Path, name: str) -> tuple[Path, int]:
             return path, stat.S_IMODE(os.fstat(handle).st_mode)
         finally:
             os.close(handle)
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those above it; returns those that were missing, the deepest first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the list of files of a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _space_left(path: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(path if path.is_dir() else path.parent).free / 2**20:.0f} MiB free)"
+    except OSError:
+        return ""

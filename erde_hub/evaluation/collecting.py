@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from erde_hub._arguments import check_flag
 from erde_hub.engine.features import last_linears
+from erde_hub.engine.modes import evaluating
 from erde_hub.errors import ConfigError, DataError, InputTypeError, ShapeError
 from erde_hub.fingerprint import model_fingerprint
 from erde_hub.records import ExitRecords
@@ -73,7 +74,7 @@ def collect_exit_records(
     parts = _Parts(regression)
     taps = last_linears(core) if features else {}
     # Not inference_mode: what a backbone caches in eval mode, or a data set on first use, would be refused by autograd.
-    with _evaluating(core), torch.no_grad(), cast, _recording(taps) as seen:
+    with evaluating(core), torch.no_grad(), cast, _recording(taps) as seen:
         for batch in tqdm(dataloader, desc="collecting exits", unit="batch", disable=not (progress and main)):
             inputs, labels, index = _read(batch)
             on_device = {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
@@ -176,20 +177,6 @@ def _join(parts: list[Tensor], dim: int) -> Tensor:
         start += part.shape[dim]
         parts[i] = part.new_empty(0)
     return joined
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:  # train() of a module may do more than set a flag: levit drops its caches
-            if module.training != training:
-                module.train(training)
-        for module, training in modes:  # and wakes what was frozen inside it
-            module.training = training
 
 
 def _check_options(dataloader: object, features: object, accelerator: object, dtype: object, info: object) -> None:

@@ -8,7 +8,7 @@ sample counts there. Further terms have masks of their own.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -17,8 +17,23 @@ from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.tasks import refuse_regression
 
 if TYPE_CHECKING:
-    from .base import ExitLoss
     from .batch import ExitBatch, Term
+
+
+class Extensible(Protocol):
+    """What an addition asks of the loss that it joins; every :class:`~erde_hub.losses.ExitLoss` has it."""
+
+    task: ClassVar[str]
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether calls take teacher logits."""
+
+    def additions(self) -> list[Addition]:
+        """Returns what has joined already."""
+
+    def distillation_terms(self) -> tuple[str, ...]:
+        """Returns the names of the terms that imitate the teacher."""
 
 
 class Addition(nn.Module):
@@ -47,7 +62,7 @@ class Addition(nn.Module):
     def __init__(self) -> None:
         super().__init__()
 
-    def check(self, loss: ExitLoss) -> None:
+    def check(self, loss: Extensible) -> None:
         """Refuses a loss that this cannot join.
 
         Raises:
@@ -89,11 +104,11 @@ class SampleWeight(Addition):
         """Returns the factors of one batch, (E, N) or (N,), finite and at least 0."""
         raise NotImplementedError
 
-    def targets(self, loss: ExitLoss) -> tuple[str, ...]:
+    def targets(self, loss: Extensible) -> tuple[str, ...]:
         """Returns the names of the terms that are multiplied."""
         return loss.distillation_terms()
 
-    def check(self, loss: ExitLoss) -> None:
+    def check(self, loss: Extensible) -> None:
         """Refuses losses without a term that imitates the teacher."""
         if not loss.distillation_terms():
             raise ConfigError(

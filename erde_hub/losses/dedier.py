@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,9 @@ from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
 from ._checks import check_index, check_labels
-from .additions import SampleWeight
+from .additions import Extensible, SampleWeight
 from .batch import ExitBatch
 from .kd import KDLoss
-
-if TYPE_CHECKING:
-    from .base import ExitLoss
 
 #: What answers early: an exit that the student has, or a head that is trained for the purpose on the same feature.
 READOUT_SOURCES = ("exit", "head")
@@ -132,7 +129,7 @@ class ReadoutWeight(SampleWeight):
         self.register_buffer("table", torch.ones(0))
         self.register_buffer("scale", torch.ones(()))
 
-    def targets(self, loss: ExitLoss) -> tuple[str, ...]:
+    def targets(self, loss: Extensible) -> tuple[str, ...]:
         """Returns the distillation terms, and ``ce`` if that is weighed too."""
         return (*super().targets(loss), "ce") if self.readout_weighs_ce else super().targets(loss)
 

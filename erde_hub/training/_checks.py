@@ -1,9 +1,7 @@
-"""What is found out before the first step: do student, teacher, loss and data go together, is it the same run."""
+"""Checks before the first step: do student, teacher, loss and data go together."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub.data.base import LabelledData
-from erde_hub.errors import ConfigError, InputTypeError, LabelError
+from erde_hub.errors import ConfigError, InputTypeError, LabelError, NonFiniteLossError
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling.pretrained import EarlyExitPreTrainedModel
 from erde_hub.tasks import REGRESSION, check_targets
@@ -211,48 +209,11 @@ def check_data(data: LabelledData) -> None:
             )
 
 
-#: Fields of a config that say what is trained.
-_NETWORK = ("architecture", "backbone_kwargs", "problem_type", "exits", "head", "head_kwargs")
-
-
-def describe_network(model: nn.Module) -> dict[str, Any]:
-    """Returns what a network was made with, as plain data; of a module without a config, its class."""
-    if not isinstance(model, EarlyExitPreTrainedModel):
-        return {"class": type(model).__name__}
-    made = {name: getattr(model.config, name) for name in _NETWORK}
-    return json.loads(json.dumps(made))  # as it is read back
-
-
-def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
-    """Compares what a checkpoint was trained with against what it is to be continued with.
-
-    Raises:
-        ConfigError: They differ; the message names the first setting, both values, and what to do.
-    """
-    defaults = {f.name: f.default for f in dataclasses.fields(DistillationArguments)}
-    for name, value in now["args"].items():
-        before = stored["args"].get(name, defaults.get(name))
-        if before != value:
-            raise ConfigError(
-                f"--resume with {name}={value!r}, but {checkpoint} was written with {name}={before!r}: continue with"
-                f" --{name} {before}, or start a new run in another output_dir"
-            )
-    made, now_made = stored.get("student", now["student"]), now["student"]  # older checkpoints do not say
-    for name in sorted(made.keys() | now_made.keys()):
-        if made.get(name) != now_made.get(name):
-            raise ConfigError(
-                f"--resume with {name}={now_made.get(name)!r} of the network, but {checkpoint} was written with"
-                f" {made.get(name)!r}: restore it or start a new run in another output_dir"
-            )
-    texts = {
-        "processes": "the number of processes",
-        "loss": "the loss",
-        "data": "the data (fingerprint)",
-        "teacher": "the teacher (hash of its weights)",
-    }
-    for name, text in texts.items():
-        if stored[name] != now[name]:
-            raise ConfigError(
-                f"--resume with another {text.removeprefix('the ')}: {checkpoint} was written with {stored[name]},"
-                f" now it is {now[name]}; restore it or start a new run in another output_dir"
+def check_finite(model: nn.Module, step: int) -> None:
+    """Raises :class:`NonFiniteLossError` where a weight is NaN or infinite after that update."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteLossError(
+                f"{name} is no longer finite after step {step}, although the loss was: no checkpoint is written. Try a"
+                " lower lr, max_grad_norm, or mixed_precision 'no'"
             )

@@ -30,18 +30,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 
 from erde_hub._cores import available_cores
 from erde_hub.errors import ConfigError, LaunchError
 
 from .arguments import DistillationArguments
-from .run_folder import LOGS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: Folder of a run that holds what trackers write.
+LOGS = "logs"
 
 _CPU_COMMAND = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {processes} SCRIPT ..."
 _MACHINES = (
@@ -143,6 +151,16 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def gather(accelerator: Accelerator, value: T) -> list[T]:
+    """Returns the values of all processes, on all processes."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the weights are spread over the processes, by FSDP or DeepSpeed."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -1,42 +1,41 @@
-"""What a loss reads beside logits and labels: the number of each sample, and the features that exits read."""
+"""What a loss reads in addition to logits and labels: the number of each sample, and the features of the exits."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from erde_hub.data.base import LabelledData
 from erde_hub.losses import ExitLoss, FeatureTerm, ReadoutWeight
 
+from .arguments import DistillationArguments
 from .features import ExitFeatures
 from .readout import ReadoutRounds
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from .distiller import Distiller
 
 logger = logging.getLogger(__name__)
 
 
 class LossInputs:
-    """Hands a loss what it asks for, and looks after parameters that it has.
+    """Collects the arguments of a loss, and renews and synchronises what the loss itself learns.
 
     Args:
-        loss: What trains.
+        loss: The loss.
         student: The student; a loss that compares features needs its early exits.
         teacher: The teacher, if there is one.
         teacher_exits: For each student exit the teacher exit that it learns from.
-        train: The training split, for weights that are looked up.
-        seed: Of the loss's own weights: the same in every process.
+        data: For weights per training sample.
+        args: The seed, of the loss's own weights too: they are the same in every process.
+        accelerator: The processes.
 
     Raises:
-        ConfigError: The loss reads features and one of the two has no exits of ours; it keeps a weight per sample and
-            the training set is a stream.
+        ConfigError: The loss reads features and one of the models has no early exits of this library; it keeps a weight
+            per sample and the training set is a stream.
     """
 
     def __init__(
@@ -45,26 +44,29 @@ class LossInputs:
         student: nn.Module,
         teacher: nn.Module | None,
         teacher_exits: Sequence[int] | None,
-        train: Any,
-        seed: int,
+        data: LabelledData,
+        args: DistillationArguments,
+        accelerator: Accelerator,
     ) -> None:
         self.loss = loss
         self.rounds = [
-            ReadoutRounds(weight, student, train) for weight in loss.sample_weights if isinstance(weight, ReadoutWeight)
+            ReadoutRounds(weight, student, data, args, accelerator)
+            for weight in loss.sample_weights
+            if isinstance(weight, ReadoutWeight)
         ]
-        self.taps: list[ExitFeatures] = []
+        self.features: list[ExitFeatures] = []
         if not loss.reads_features or teacher is None or teacher_exits is None:
             return
-        self.taps = [ExitFeatures(student), ExitFeatures(teacher)]
-        teacher_widths = [self.taps[1].widths[exit_] for exit_ in teacher_exits]
+        self.features = [ExitFeatures(student), ExitFeatures(teacher)]
+        teacher_widths = [self.features[1].widths[exit_] for exit_ in teacher_exits]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(args.seed)
             for term in loss.extra_terms:
                 if isinstance(term, FeatureTerm):
-                    term.build(self.taps[0].widths, teacher_widths)
+                    term.build(self.features[0].widths, teacher_widths)
 
     def check_epochs(self, epochs: int) -> None:
-        """Says so where a training is too short for weights of samples to be renewed."""
+        """Warns where a training is too short for weights of samples to be renewed."""
         if self.rounds and epochs < 2:
             logger.warning(
                 "'dedier' renews its weights between epochs, and this training has one epoch: all weights stay 1"
@@ -72,28 +74,30 @@ class LossInputs:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Keeps features as long as this lasts."""
+        """Captures features as long as this lasts."""
         with ExitStack() as stack:
-            for tap in self.taps:
-                stack.enter_context(tap.watching())
+            for features in self.features:
+                stack.enter_context(features.watching())
             yield
 
     def of(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """Returns the further arguments of the loss for the batch that both networks have just seen."""
+        """Returns the keyword arguments of the loss for the batch that both networks have just seen."""
         given: dict[str, Any] = {"index": batch.get("index")} if self.loss.reads_index else {}
-        if self.taps:
-            given["student_features"], given["teacher_features"] = (tap.take() for tap in self.taps)
+        if self.features:
+            given["student_features"], given["teacher_features"] = (features.take() for features in self.features)
         return given
 
-    def end_epoch(self, distiller: Distiller, record: dict[str, Any]) -> None:
-        """Lets weights of samples be renewed; what came of it goes into the entry of the history."""
+    def end_epoch(self, student: nn.Module, epoch: int, epochs: int) -> dict[str, Any]:
+        """Renews the weights of samples that are due; returns what belongs into the history."""
+        found: dict[str, Any] = {}
         for rounds in self.rounds:
-            summary = rounds.end_epoch(distiller)
+            summary = rounds.end_epoch(student, epoch, epochs)
             if summary is not None:
-                record["readout"] = summary
+                found["readout"] = summary
+        return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns what the loss itself learns."""
+        """Returns the trained parameters of the loss."""
         return [parameter for parameter in self.loss.parameters() if parameter.requires_grad]
 
     def average_gradients(self, accelerator: Accelerator) -> None:

@@ -5,41 +5,40 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from .distiller import Distiller
+from .state import Position
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 #: Columns of the bar itself and of what surrounds numbers in the format above, times of more than an hour included.
 _FIXED = 6 + len(": 100%|| / [1:00:00<1:00:00]")
 
 
-def progress_bar(distiller: Distiller) -> tqdm[Any]:
-    """Returns one bar for the training, on the main process; into a log file it writes a line every half minute."""
+def progress_bar(position: Position, total_steps: int, epochs: int, shown: bool) -> tqdm[Any]:
+    """Returns the bar of a training; into a log file it writes a line every half minute."""
     terminal = sys.stderr.isatty()
     return tqdm(
-        total=distiller.total_steps,
-        initial=distiller.position.step,
-        desc=f"epoch {min(distiller.position.epoch + 1, distiller.epochs)}/{distiller.epochs}",  # or all are done
+        total=total_steps,
+        initial=position.step,
+        desc=f"epoch {min(position.epoch + 1, epochs)}/{epochs}",  # or all are done
         unit="step",
         bar_format=_FORMAT,
         ncols=_columns(),
         smoothing=0.1,
         mininterval=0.2 if terminal else 30.0,
         maxinterval=10.0 if terminal else 60.0,
-        disable=not (distiller.args.progress_bar and distiller.accelerator.is_main_process),
+        disable=not shown,
     )
 
 
 def show(bar: tqdm[Any], title: str, values: Mapping[str, Any]) -> None:
-    """Puts accuracy, or error, per exit, loss and terms behind the bar, as many as fit; drawn when the bar moves."""
+    """Puts accuracy, or error, per exit, loss and terms after the bar, as many as fit; drawn when the bar moves."""
     if "mae" in values:
         quality = "off by " + "/".join(f"{error:.3g}" for error in values["mae"])
     else:
-        quality = "/".join(f"{100 * share:.0f}" for share in values["accuracy"]) + "% right"
+        quality = "/".join(f"{100 * accuracy:.0f}" for accuracy in values["accuracy"]) + "% correct"
     parts = [quality, f"loss {values['loss']:.3g}"]
     if len(values["terms"]) > 1:
         parts += [f"{name} {value:.2g}" for name, value in values["terms"].items()]

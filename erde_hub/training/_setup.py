@@ -1,13 +1,16 @@
-"""What is put in place before the first step: models on their device, the optimizer, how many steps there are."""
+"""What is set up before the first update: models on their device, batches, the optimizer, the number of updates."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from erde_hub.data.loader import BatchLoader
 from erde_hub.errors import ConfigError
 
 from .arguments import DistillationArguments
@@ -40,6 +43,36 @@ def place_models(
         if name is None or not getattr(student, "supports_gradient_checkpointing", True):
             raise ConfigError(f"{type(student).__name__} does not support gradient_checkpointing: leave it out")
         getattr(student, name)()
+
+
+def create_loader(
+    split: Any, args: DistillationArguments, accelerator: Accelerator, *, train: bool, augment: str | None = None
+) -> BatchLoader:
+    """Builds the batches of this process.
+
+    Their order is a pure function of seed and epoch. Accelerate would shard and skip a torch DataLoader instead, whose
+    order depends on how often the global generator was used: a run resumed within an epoch would then see other batches
+    than the one that was never interrupted.
+
+    Args:
+        split: What to read.
+        args: Batch size, seed and layout.
+        accelerator: For the share of this process.
+        train: Shuffle, and leave out samples that fill no batch.
+        augment: Augmentation, None for none.
+    """
+    return BatchLoader(
+        split,
+        args.batch_size,
+        shuffle=train,
+        augment=augment,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        drop_last=train,
+        channels_last=args.channels_last,
+        num_workers=args.num_workers,
+    )
 
 
 def create_optimizer(student: nn.Module, own: list[nn.Parameter], args: DistillationArguments) -> torch.optim.Optimizer:

@@ -9,13 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
+import timm.scheduler
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from timm.optim import get_optimizer_info, list_optimizers
 
 from erde_hub.data.augment import get_augmentation
 from erde_hub.errors import ConfigError, InputTypeError, nearest, unknown_argument, unknown_name
-
-from .schedules import list_schedulers
 
 T = TypeVar("T")
 
@@ -62,6 +61,12 @@ OTHER_NAMES = {
     "smoothing": "label_smoothing",
     "warmup_ratio": "warmup",
 }
+
+
+def list_schedulers() -> list[str]:
+    """Returns the names that ``scheduler`` takes: ``onecycle`` first, then those of the installed timm."""
+    names = ["onecycle", "constant", "cosine", "multistep", "poly", "step", "tanh"]
+    return names + (["rsqrt", "wsd"] if hasattr(timm.scheduler, "WSDLRScheduler") else [])
 
 
 def nearest_argument(name: str, allowed: Collection[str]) -> str:

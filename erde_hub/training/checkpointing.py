@@ -1,22 +1,24 @@
-"""Checkpoints that are whole or not there: written beside, synced, listed with their hashes, renamed.
+"""Checkpoints of a run, from which it continues bit for bit. Each is complete or does not count.
 
 A checkpoint is a folder ``step-000123`` with
 
-* ``model.safetensors`` (and ``ema.safetensors``, ``loss.safetensors``): tensors,
-* ``trainer_state.json``: position, history, arguments; for people too,
-* ``state.pt``: optimizer, scaler and random states, read with ``torch.load(weights_only=True)``, which runs no code,
+* ``state/``: what Accelerate's ``save_state`` writes: weights, optimizer and scaler,
+* ``extra.pt``: averaged weights, loss, and the random generators and sums of the epoch of every process. Accelerate
+  would read registered objects as pickles, which may run code, so these are read with ``weights_only`` here,
+* ``trainer_state.json``: position, history and settings, for people too,
 * ``manifest.json``: size and SHA-256 of every other file, written last.
 
-A folder whose files do not match its manifest is not a checkpoint: a process may die, and a disk may fill, at any
-moment. Accelerate's ``save_state`` does none of this, and its mid-epoch resume is not bit-exact.
+The folder is written under another name, synced and renamed. A process may die, and a disk may fill, at any moment:
+a folder whose files do not match its manifest is not a checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
-import os
+import pickle
 import random
 import re
 import shutil
@@ -26,25 +28,122 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import load
+from torch import nn
 
-from erde_hub._files import set_default_mode
-from erde_hub.errors import CheckpointError, CheckpointWriteError
+from erde_hub._files import remove_abandoned, replacing_folder
+from erde_hub.errors import CheckpointError
+
+from ._launch import gather, is_sharded, run_on_main
+from .run_identity import check_same_run
+from .state import TrainingState
 
 logger = logging.getLogger(__name__)
 
+#: Folder of a run that holds its checkpoints.
+CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+_STATE = "state"
 _NAME = re.compile(r"step-(\d{6,})")
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    root: Path,
+    state: TrainingState,
+    modules: Mapping[str, nn.Module],
+    run: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes a checkpoint and returns its folder; every process calls it, the main one writes.
+
+    Args:
+        accelerator: Has prepared the student and the optimizer.
+        root: Folder of the checkpoints.
+        state: Where the training stands.
+        modules: What is saved in addition to the student, by name: the averaged weights, the loss.
+        run: See :func:`~erde_hub.training.run_identity.describe_run`.
+        keep: How many of the newest checkpoints stay.
+
+    Raises:
+        CheckpointWriteError: See :func:`write_checkpoint`.
+    """
+    processes = gather(accelerator, {"random": random_state(), "meter": state.meter.state()})
+    shards = root / ".shards"
+    if is_sharded(accelerator):  # every process writes its part of weights and optimizer
+        accelerator.save_state(str(shards))
+    info = {"position": dataclasses.asdict(state.position), "history": state.history, "run": run}
+
+    def write(folder: Path) -> None:
+        (folder / "trainer_state.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+        try:
+            extra = {name: module.state_dict() for name, module in modules.items()}
+            torch.save({**extra, "processes": processes}, folder / "extra.pt")
+            if is_sharded(accelerator):
+                shards.rename(folder / _STATE)
+            else:  # safetensors would leave out tensors that share memory with others
+                accelerator.save_state(str(folder / _STATE), safe_serialization=False)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(str(error)) from error
+
+    return run_on_main(accelerator, lambda: write_checkpoint(root, state.position.step, write, keep))
+
+
+def load_checkpoint(
+    accelerator: Accelerator, root: Path, state: TrainingState, modules: Mapping[str, nn.Module], run: Mapping[str, Any]
+) -> Path | None:
+    """Continues from the newest complete checkpoint and returns its folder; None if there is none.
+
+    Args:
+        accelerator: Has prepared the student and the optimizer.
+        root: Folder of the checkpoints.
+        state: Gets position, history and the sums of the epoch.
+        modules: As for :func:`save_checkpoint`.
+        run: What is to be continued.
+
+    Raises:
+        ConfigError: The checkpoint belongs to another run: other settings, data, loss, teacher or processes.
+        CheckpointError: Its weights do not fit the student, this process does not see it, or another version wrote it.
+    """
+    folder = run_on_main(accelerator, lambda: newest_checkpoint(root))
+    if folder is None:
+        return None
+    if not (folder / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"process {accelerator.process_index} does not see {folder}: resuming on several machines needs an"
+            " output_dir that all of them share"
+        )
+    info = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    check_same_run(info["run"], run, folder.name)
+    try:
+        accelerator.load_state(str(folder / _STATE))
+        extra = load(folder / "extra.pt", map_location="cpu", weights_only=True)
+        for name, module in modules.items():
+            module.load_state_dict(extra[name])
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{folder.name} holds more than tensors and plain values, and nothing in a checkpoint is run as code: it"
+            f" was not written by this trainer ({' '.join(str(error).split())[:200]})"
+        ) from error
+    except RuntimeError as error:  # torch lists tensors that are missing, unexpected or of another shape
+        raise CheckpointError(f"the weights of {folder.name} do not fit: {error}") from error
+    for name, value in info["position"].items():
+        setattr(state.position, name, value)
+    state.history[:] = info["history"]
+    own = extra["processes"][accelerator.process_index]
+    state.meter.restart(own["meter"])
+    set_random_state(own["random"])
+    logger.info("resumed %s", folder.name)
+    return folder
 
 
 def write_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
     """Writes one checkpoint and removes the oldest ones beyond ``keep``.
 
     Args:
-        root: Folder of the checkpoints; made if it is not there.
+        root: Folder of the checkpoints; made if it is missing. One process at a time writes there.
         step: Number in the name.
         write: Fills the folder that it is given.
         keep: How many of the newest checkpoints stay, the new one included.
@@ -54,50 +153,42 @@ def write_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep:
             nothing half written is left.
     """
     final = root / f"step-{step:06d}"
-    staging = root / f".tmp-{final.name}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(root)
-        staging.mkdir()
+    remove_abandoned(root, age=0.0)
+    with replacing_folder(final) as staging:
         write(staging)
-        files = {path.relative_to(staging).as_posix(): _seal(path) for path in _files(staging)}
-        manifest = staging / MANIFEST
-        manifest.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
-        _sync(manifest)
-        for folder in {staging, *(path.parent for path in _files(staging))}:
-            _sync(folder)
-        if final.exists():  # the same step again, after an incomplete one was skipped: the new one takes its place
-            final.rename(root / f".old-{final.name}")
-        staging.rename(final)
-        _sync(root)
-    # torch and safetensors report a full disk as errors of their own, not as OSError
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointWriteError(
-            f"checkpoint {final.name} could not be written to {root}: {error}{_space_left(root)}; earlier ones are"
-            " untouched: make space or choose another output_dir, then continue with resume"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
+        entries = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()}
+        manifest = {"format": FORMAT, "step": step, "files": entries}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for old in _folders(root)[keep:]:
-        _remove(old)
-    _remove_leftovers(root)
+        (old / MANIFEST).unlink(missing_ok=True)  # first: killed half way, what is left does not look complete
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """Returns the newest complete checkpoint below ``root``, or None; incomplete ones are logged and passed over."""
+    """Returns the newest complete checkpoint below ``root``, or None; incomplete ones are logged and passed over.
+
+    Raises:
+        CheckpointError: Another version of erde_hub wrote it.
+    """
     for folder in _folders(root):
         try:
-            verify_checkpoint(folder)
+            version = verify_checkpoint(folder)
         except CheckpointError as error:
             logger.warning("%s; it is ignored", error)
-        else:
-            return folder
+            continue
+        if version != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {folder.name} has format {version}, and this erde_hub continues format {FORMAT} only: use"
+                " the version that wrote it, or start a new run in another output_dir"
+            )
+        return folder
     return None
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest.
+def verify_checkpoint(folder: Path) -> int:
+    """Compares every file with the manifest and returns the format.
 
     Raises:
         CheckpointError: A file is missing, cut off or altered; the message names it.
@@ -107,8 +198,6 @@ def verify_checkpoint(folder: Path) -> None:
         files, version = dict(manifest["files"]), int(manifest["format"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder.name} is incomplete: it has no readable {MANIFEST}") from error
-    if version > FORMAT:
-        raise CheckpointError(f"checkpoint {folder.name} has format {version}, this erde_hub reads up to {FORMAT}")
     for name, expected in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
@@ -118,69 +207,14 @@ def verify_checkpoint(folder: Path) -> None:
             )
         if _sha256(path) != expected["sha256"]:
             raise CheckpointError(f"checkpoint {folder.name} is damaged: {name} does not match its hash")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as safetensors; tensors that share memory are written once or, if they only overlap, as copies."""
-    unique: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    names: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in names:
-            aliases[name] = names[place]
-            continue
-        names[place] = name
-        storage = tensor.untyped_storage().data_ptr()
-        shared = storage in storages
-        storages.add(storage)
-        unique[name] = tensor.detach().clone().contiguous() if shared else tensor.detach().contiguous()
-    save_file(unique, path, metadata={"aliases": json.dumps(aliases)})
-    set_default_mode(path)
-
-
-def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Reads what :func:`save_tensors` wrote."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a dict
-        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-    return tensors | {name: tensors[original] for name, original in aliases.items()}
-
-
-def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies tensors into a module whose names and shapes must all match.
-
-    Raises:
-        CheckpointError: Names or shapes differ; the message lists missing, unexpected and differently shaped tensors.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)]
-        text = "; ".join(f"{what}: {', '.join(names[:3])} ({len(names)})" for what, names in parts if names)
-        raise CheckpointError(f"the weights of {source} do not fit {type(module).__name__}: {text}")
-    module.load_state_dict(tensors)
+    return version
 
 
 def random_state() -> dict[str, Any]:
-    """Returns the state of every global random generator, in types that ``weights_only`` loading accepts."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global state is what is meant
-    state: dict[str, Any] = {
+    """Returns the state of every global random generator, in types that Accelerate reads back."""
+    state = {
         "python": random.getstate(),
-        "numpy": (
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - the global state is what is meant
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -191,26 +225,10 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Restores what :func:`random_state` returned."""
     random.setstate(state["python"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002 - see above
+    np.random.set_state(state["numpy"])  # noqa: NPY002 - see above
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """Returns a SHA-256 over names, shapes and values of a module's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """Forces one file onto the disk and returns its entry in the manifest."""
-    _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:
@@ -218,38 +236,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def _folders(root: Path) -> list[Path]:
     """Returns the checkpoint folders, newest first, complete or not."""
     found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
-
-
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint, its manifest first: killed half way, what is left does not look complete."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Removes what killed writers left behind."""
-    for path in [*root.glob(".tmp-step-*"), *root.glob(".old-step-*")]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _space_left(root: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(root).free / 2**20:.0f} MiB free)"
-    except OSError:
-        return ""

@@ -26,21 +26,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from erde_hub.data.loader import BatchLoader, network_inputs
+from erde_hub.data.loader import network_inputs
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
 from erde_hub.losses import ExitLoss, LossResult, create_loss
 from erde_hub.tasks import REGRESSION
 
-from ._checks import all_exits, check_data, check_kinds, check_loss, check_models, exit_names, has_targets
-from ._launch import StopRequest, create_accelerator, run_on_main, share_buffers
+from ._checks import all_exits, check_data, check_finite, check_kinds, check_loss, check_models, exit_names, has_targets
+from ._launch import LOGS, StopRequest, create_accelerator, gather, is_sharded, run_on_main, share_buffers
 from ._loss_inputs import LossInputs
-from ._meter import StepMeter, Totals, describe_non_finite
+from ._meter import Totals, describe_non_finite
 from ._progress import flatten, progress_bar, show
-from ._run_state import Position, gather, identity, restore, save
-from ._setup import count_steps, create_optimizer, place_models
+from ._setup import count_steps, create_loader, create_optimizer, place_models
 from .arguments import DistillationArguments
-from .run_folder import CHECKPOINTS, LOGS, check_run_folder
+from .checkpointing import CHECKPOINTS, load_checkpoint, save_checkpoint
+from .run_folder import check_run_folder, warn_from_start
+from .run_identity import describe_run
 from .schedules import create_schedule
+from .state import TrainingState
 
 if TYPE_CHECKING:
     from erde_hub.data.base import LabelledData
@@ -145,23 +147,24 @@ class Distiller:
         check_models(student, teacher, data)
         check_data(data)
         self.teacher_exits = check_loss(self.loss, student, teacher, args, has_targets(data))
-        self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data.train, args.seed)
+        self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data, args, accelerator)
         place_models(student, teacher, self.loss, args, accelerator.device)
-        self.train_loader = self._loader(data.train, train=True, augment=self.augment)
+        self.train_loader = create_loader(data.train, args, accelerator, train=True, augment=self.augment)
         self.steps_per_epoch, self.total_steps, self.epochs = count_steps(
             self.train_loader.num_batches, data.name, args
         )
         own = self.loss_inputs.parameters()
+        self.sharded = is_sharded(accelerator)
         if own and self.sharded:
             raise ConfigError(f"{type(self.loss).__name__} has parameters, which FSDP and DeepSpeed do not share")
         self.optimizer: Any = create_optimizer(student, own, args)
         self.scheduler = create_schedule(args, self.optimizer, self.total_steps, self.steps_per_epoch)
         self.average: ModelEmaV3 | None = None
-        self.position, self.meter = Position(), StepMeter()
-        self.history: list[dict[str, Any]] = []
+        self.state = TrainingState()
+        self.position, self.history, self.meter = self.state.position, self.state.history, self.state.meter
         self.checkpoint: Path | None = None
         if args.output_dir is not None:
-            self.identity = identity(self)
+            self.run_identity = describe_run(args, accelerator, self.loss, data, student, teacher)
             run_on_main(accelerator, self._claim_output_dir)
         elif args.resume:
             raise ConfigError("resume needs the output_dir of the run to continue")
@@ -176,7 +179,7 @@ class Distiller:
         """
         args, accelerator, position = self.args, self.accelerator, self.position
         self.loss_inputs.check_epochs(self.epochs)
-        with self._prepared() as student, self.loss_inputs.watching(), StopRequest() as stop, progress_bar(self) as bar:
+        with self._prepared() as student, self.loss_inputs.watching(), StopRequest() as stop, self._bar() as bar:
             started = time.perf_counter() - position.seconds
             while position.step < self.total_steps and position.epoch < self.epochs:
                 self.loss.set_epoch(position.epoch + 1, self.epochs)
@@ -213,7 +216,7 @@ class Distiller:
                 self._finish_epoch()
                 position.seconds = time.perf_counter() - started
                 self._save()
-            stopping = self._check_step(bool(stop), now=True)  # asked for behind the last step, in its validation, say
+            stopping = self._check_step(bool(stop), now=True)  # asked for after the last step: in its validation, say
             if self.average is not None:
                 self.student.load_state_dict(self.average.module.state_dict())
                 self.average = None
@@ -253,8 +256,9 @@ class Distiller:
             share_buffers(model, accelerator)
         model.eval()
         precision = torch.float32 if device.type == "mps" else torch.float64
+        split = self.data.validation if split is None else split
         sums = torch.zeros(3, len(self.exit_names), dtype=precision, device=device)
-        for batch in self._loader(self.data.validation if split is None else split, train=False):
+        for batch in create_loader(split, self.args, accelerator, train=False):
             labels = batch["labels"].to(device)
             if not len(labels):  # the last global batch may have fewer rows than there are processes
                 continue
@@ -274,31 +278,9 @@ class Distiller:
         names = ("mae", "mse") if self.loss.task == REGRESSION else ("accuracy", "nll")
         return {names[0]: (first / count).tolist(), names[1]: (second / count).tolist()}
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the student's weights are spread over the processes."""
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-    def _loader(self, split: Any, train: bool, augment: str | None = None) -> BatchLoader:
-        """Builds the batches of this process.
-
-        The order is a pure function of seed and epoch. Accelerate would shard and skip a torch DataLoader instead,
-        whose order depends on how often the global generator was drawn from: a run resumed within an epoch would
-        then see other batches than the one that was never interrupted.
-        """
-        args, accelerator = self.args, self.accelerator
-        return BatchLoader(
-            split,
-            args.batch_size,
-            shuffle=train,
-            augment=augment,
-            seed=args.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            drop_last=train,
-            channels_last=args.channels_last,
-            num_workers=args.num_workers,
-        )
+    def _bar(self) -> tqdm[Any]:
+        shown = self.args.progress_bar and self.accelerator.is_main_process
+        return progress_bar(self.position, self.total_steps, self.epochs, shown)
 
     def _batches_left(self) -> int:
         """Batches that are still to come in this epoch."""
@@ -335,7 +317,7 @@ class Distiller:
                 accelerator.init_trackers("erde_hub", config=flatten(args.public_dict()))
             set_seed(args.seed, device_specific=True)
             if args.resume:
-                self.checkpoint = restore(self)
+                self._resume(str(args.output_dir))
             yield self._wrapped
         finally:
             for tracker in accelerator.trackers:
@@ -348,6 +330,19 @@ class Distiller:
                 self.student.forward = own_forward
             self.optimizer = optimizer
             accelerator.free_memory()
+
+    def _modules_to_save(self) -> dict[str, nn.Module]:
+        """Returns what a checkpoint holds in addition to student, optimizer and scaler."""
+        modules: dict[str, nn.Module] = {} if self.average is None else {"average": self.average.module}
+        return modules | ({"loss": self.loss} if self.loss.state_dict() else {})
+
+    def _resume(self, output_dir: str) -> None:
+        root = Path(output_dir) / CHECKPOINTS
+        self.checkpoint = load_checkpoint(
+            self.accelerator, root, self.state, self._modules_to_save(), self.run_identity
+        )
+        if self.checkpoint is None and self.accelerator.is_main_process:
+            warn_from_start(output_dir)
 
     def _log_step(self, bar: tqdm[Any]) -> None:
         step = self.position.step
@@ -377,7 +372,8 @@ class Distiller:
             "validation": self.evaluate(),
             "seconds": self.position.seconds,
         }
-        self.loss_inputs.end_epoch(self, record)
+        student = self._wrapped if self.sharded else self.student
+        record |= self.loss_inputs.end_epoch(student, self.position.epoch, self.epochs)
         self.history.append(record)
         self._track({"validation": record["validation"], "epoch": record["epoch"]})
         for callback in self.callbacks:
@@ -387,10 +383,17 @@ class Distiller:
         self.position.batch = self.accelerator.step = 0
 
     def _save(self) -> None:
-        if self.args.output_dir is not None:
-            self._check_step(now=True)
-            self.meter.collect()
-            self.checkpoint = save(self)
+        args = self.args
+        if args.output_dir is None:
+            return
+        self._check_step(now=True)
+        self.meter.collect()
+        if not self.sharded:
+            run_on_main(self.accelerator, lambda: check_finite(self.student, self.position.step))
+        root = Path(args.output_dir) / CHECKPOINTS
+        self.checkpoint = save_checkpoint(
+            self.accelerator, root, self.state, self._modules_to_save(), self.run_identity, args.keep_checkpoints
+        )
 
     def _check_step(self, stop: bool = False, now: bool = False) -> bool:
         """Raises before a step that would spoil the weights; tells whether any process was asked to stop after it.

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
-import time
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from erde_hub.errors import CheckpointWriteError, ConfigError, RunExistsError
 
-from .checkpointing import newest_checkpoint
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from ._launch import LOGS
+from .checkpointing import CHECKPOINTS, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-#: What trackers that write files leave.
-LOGS = "logs"
-#: Folders inside that of a distillation, for the networks that are trained beside the student.
+#: Folders inside that of a distillation, for the networks that are trained in addition to the student.
 COMPANIONS = ("teacher", "static")
-#: What is left of the training of a static student.
+#: File that the process holds which trains in the folder.
+LOCK = ".lock"
+#: Describes a static student whose training is complete.
 STATIC_STUDENT = "static_student.json"
 
 #: Any of these makes a folder a run.
@@ -114,41 +109,31 @@ def _is_ours(folder: Path) -> bool:
     return folder.name.startswith(".") or folder.name in (CHECKPOINTS, LOGS, *COMPANIONS)
 
 
-#: Folders that this process trains in, with the open files that say so to others.
-_held: dict[Path, int] = {}
+#: Folders that this process trains in, with their locks.
+_held: dict[Path, FileLock] = {}
 
 
 def _hold(folder: Path, patience: float = 8.0) -> None:
     """Keeps other processes out of a run's folder until this one ends, however it ends.
 
     Args:
-        folder: The folder itself is locked, so that nothing is left in it.
-        patience: Seconds to wait: what a killed run has left behind, such as its workers, ends in that time.
+        folder: The folder.
+        patience: Seconds to wait: what a killed run has left running, such as its workers, ends in that time.
 
     Raises:
         ConfigError: Another process trains there.
     """
     key = folder.resolve()
-    if fcntl is None or key in _held:
+    if key in _held:
         return
-    handle = os.open(key, os.O_RDONLY)
-    end = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > end:
-                os.close(handle)
-                raise ConfigError(
-                    f"another process trains in {str(folder)!r}: wait for it, stop it, or choose another --output_dir"
-                ) from error
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            os.close(handle)
-            return
-        else:
-            _held[key] = handle
-            return
+    lock = FileLock(key / LOCK)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout as error:
+        raise ConfigError(
+            f"another process trains in {str(folder)!r}: wait for it, stop it, or choose another --output_dir"
+        ) from error
+    _held[key] = lock
 
 
 def check_run_folder(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -6,14 +6,12 @@ timm's schedulers have that form already; one-cycle, which timm lacks, is added 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import timm.scheduler
 import torch
 from timm.scheduler.scheduler import Scheduler
 
-if TYPE_CHECKING:
-    from .arguments import DistillationArguments
+from .arguments import DistillationArguments
 
 
 class OneCycleScheduler(Scheduler):
@@ -46,12 +44,6 @@ class OneCycleScheduler(Scheduler):
             low, share = 1 / 250_000, 1 - min((t - peak) / max(last - peak, 1e-9), 1.0)
         factor = low + (1 - low) * (1 - math.cos(math.pi * share)) / 2
         return [value * factor for value in self.base_values]
-
-
-def list_schedulers() -> list[str]:
-    """Returns the names that ``scheduler`` takes: ``onecycle`` first, then those of the installed timm."""
-    names = ["onecycle", "constant", "cosine", "multistep", "poly", "step", "tanh"]
-    return names + (["rsqrt", "wsd"] if hasattr(timm.scheduler, "WSDLRScheduler") else [])
 
 
 def create_schedule(

@@ -443,7 +443,7 @@ def test_resuming_with_another_teacher_loss_data_or_network_is_refused(data, tmp
         train(data, ERDELoss(kl_weight=2.0), teacher=TinyExits(seed=9), **settings)
     with pytest.raises(ConfigError, match="data"):
         train(make_data(seed=1), "erde", teacher=TinyExits(seed=9), **settings)
-    with pytest.raises(CheckpointError, match="other shapes"):
+    with pytest.raises(CheckpointError, match=r"(?s)step-000002 do not fit.*size mismatch for stem\.0\.weight"):
         train(data, "erde", TinyExits(width=4), TinyExits(seed=9), **settings)
     _, result = train(
         data, "erde", teacher=TinyExits(seed=9), **{**settings, "logging_steps": 1, "checkpoint_steps": 0}

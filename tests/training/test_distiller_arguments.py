@@ -8,8 +8,8 @@ from transformers import HfArgumentParser
 
 from erde_hub.errors import ConfigError, InputTypeError, UnknownNameError
 from erde_hub.training import DistillationArguments
-from erde_hub.training.arguments import FREE_ON_RESUME, OTHER_NAMES
-from erde_hub.training.schedules import create_schedule, list_schedulers
+from erde_hub.training.arguments import FREE_ON_RESUME, OTHER_NAMES, list_schedulers
+from erde_hub.training.schedules import create_schedule
 
 
 def test_every_field_is_explained_and_is_a_flag():

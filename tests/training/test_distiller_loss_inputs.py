@@ -169,7 +169,7 @@ def test_a_loss_of_ones_own_that_takes_logits_only_is_called_with_logits_only(da
     assert Distiller(TinyExits(), data, make_args(epochs=1), Plain()).train().step > 0
 
 
-def test_gradients_of_the_loss_are_averaged_over_the_processes():
+def test_gradients_of_the_loss_are_averaged_over_the_processes(data):
     class Two:
         num_processes = 2
 
@@ -181,7 +181,7 @@ def test_gradients_of_the_loss_are_averaged_over_the_processes():
     loss.extra_terms[0].build([2, None], [3, None])
     weight = loss.extra_terms[0].projections["0"].weight
     weight.grad = torch.zeros_like(weight)
-    LossInputs(loss, network(4), None, None, None, 0).average_gradients(Two())
+    LossInputs(loss, network(4), None, None, data, make_args(), Two()).average_gradients(Two())
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 

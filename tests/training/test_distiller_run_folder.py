@@ -53,7 +53,7 @@ def test_overwriting_leaves_nothing_of_the_run_before(tmp_path):
         (folder / name).write_text("{}")
     open_run_folder(folder, "digits", overwrite=True)
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == [
-        "notes.txt", "static", "static/notes.txt",
+        ".lock", "notes.txt", "static", "static/notes.txt",
     ]  # fmt: skip
     (folder / "static" / "static_student.json").write_text("{}")
     with pytest.raises(RunExistsError):
@@ -120,4 +120,4 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
         holder.communicate()
     assert open_run_folder(tmp_path, "digits") == tmp_path
     assert open_run_folder(tmp_path, "digits") == tmp_path, "the same process may go on"
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -1,12 +1,12 @@
 """The bar fits the terminal: numbers that do not fit are left out from the end, never cut in the middle."""
 
 import io
-from types import SimpleNamespace
 
 import pytest
 
 from erde_hub._progress import passing_bar
 from erde_hub.training import _progress
+from erde_hub.training.state import Position
 
 VALUES = {
     "loss": 1.23456,
@@ -22,14 +22,7 @@ def draw(monkeypatch):
     def _draw(columns, values=VALUES, total=5860):
         monkeypatch.setattr(_progress, "_columns", lambda: columns - 1)
         monkeypatch.setattr("sys.stderr", io.StringIO())
-        distiller = SimpleNamespace(
-            total_steps=total,
-            epochs=20,
-            position=SimpleNamespace(step=2000, epoch=6),
-            args=SimpleNamespace(progress_bar=True),
-            accelerator=SimpleNamespace(is_main_process=True),
-        )
-        with _progress.progress_bar(distiller) as bar:
+        with _progress.progress_bar(Position(step=2000, epoch=6), total, epochs=20, shown=True) as bar:
             bar.start_t -= 4000  # more than an hour: the widest times
             _progress.show(bar, "epoch 7/20", values)
             return str(bar)
@@ -45,14 +38,14 @@ def test_it_fits(draw, columns):
     assert ":" in line[line.index("2000/5860 [") :]
     known = [f"{name} " for name in ("loss", *VALUES["terms"])]
     for part in line[line.index("]") + 1 :].split(", ")[1:]:
-        assert part == "12/46/79/100% right" or part.startswith(tuple(known))
-    assert ("right" in line) == (columns >= 80)
+        assert part == "12/46/79/100% correct" or part.startswith(tuple(known))
+    assert ("% correct" in line) == (columns >= 80)
     assert ("teacher_right 0.99" in line) == (columns >= 200)
 
 
 def test_one_term_is_the_loss(draw):
     line = draw(200, {**VALUES, "terms": {"ce": 1.23456}})
-    assert line.endswith("12/46/79/100% right, loss 1.23")
+    assert line.endswith("12/46/79/100% correct, loss 1.23")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

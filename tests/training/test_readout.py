@@ -87,7 +87,7 @@ def test_a_trained_head_leaves_the_student_and_the_generators_alone(data):
     with distiller._prepared():
         before, state = weights(student), torch.get_rng_state()
         student.train()
-        summary = distiller.loss_inputs.rounds[0].run(distiller, epoch=0)
+        summary = distiller.loss_inputs.rounds[0].run(student, epoch=0)
     assert student.training
     assert_same(weights(student), before)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in student.parameters())
@@ -96,7 +96,7 @@ def test_a_trained_head_leaves_the_student_and_the_generators_alone(data):
     assert summary["wrong"] < 0.5  # brighter red, green or blue: three epochs on random features are enough
     table = loss.readout.table.clone()
     with distiller._prepared():
-        distiller.loss_inputs.rounds[0].run(distiller, epoch=0)
+        distiller.loss_inputs.rounds[0].run(student, epoch=0)
     assert torch.equal(loss.readout.table, table), "a function of seed and epoch"
 
 
@@ -120,7 +120,7 @@ def read_out(data, student, batch_size, augment="none", **settings):
     args = make_args(batch_size=batch_size, augment=augment)
     distiller = Distiller(student, data, args, loss, network(seed=1))
     with distiller._prepared():
-        distiller.loss_inputs.rounds[0].run(distiller, epoch=0)
+        distiller.loss_inputs.rounds[0].run(student, epoch=0)
 
 
 def test_a_head_sees_the_training_set_without_augmentation_so_many_times(data):
@@ -214,12 +214,13 @@ def test_what_cannot_be_read_out_is_refused_before_training(data):
         run(data, DEDIERLoss(readout_source="head"))
 
     class Stream:
-        num_samples = None
+        class train:  # noqa: N801 - an attribute
+            num_samples = None
 
     from erde_hub.training.readout import ReadoutRounds  # noqa: PLC0415
 
     with pytest.raises(ConfigError, match="streamed data have no known number"):
-        ReadoutRounds(ReadoutWeight(), TinyExits(), Stream())
+        ReadoutRounds(ReadoutWeight(), TinyExits(), Stream(), make_args(), None)
 
 
 def test_a_training_without_a_round_says_so(data, caplog):
