@@ -33,7 +33,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = None
     try:
         with disk_errors(target):
-            temporary, mode = _new_file(target.parent, target.name)
+            remove_abandoned(target.parent)
+            temporary, mode = _new_file(target.parent)
             yield temporary
             temporary.chmod(mode)  # what filled it may have put a private file in its place, see set_default_mode
             _sync(temporary)
@@ -48,7 +49,8 @@ def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """Yields an empty folder on the same disk and moves its files into ``folder`` once the block has ended well.
 
     A full disk, or an exception in the block, leaves every earlier file as it was. Errors of the block keep their type:
-    wrap what writes in :func:`disk_errors`.
+    wrap what writes in :func:`disk_errors`. Files are replaced one by one, so a process that is killed meanwhile leaves
+    old and new ones: give files that belong together names of their own, or a mark by which a reader sees it.
 
     Args:
         folder: Made if it is missing, and removed again if nothing was written. Other files in it stay.
@@ -71,8 +73,7 @@ def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
             for path in files:
                 set_default_mode(path)
                 _sync(path)
-            for path in files:
-                path.replace(target / path.name)
+            _move(files, target)
             _sync(target)
     finally:
         if staging is not None:
@@ -110,11 +111,15 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path, age: float = _ABANDONED) -> None:
-    """Removes temporary folders of killed processes: those that were last changed more than ``age`` seconds ago."""
+    """Removes temporary files and folders of killed processes: those last changed more than ``age`` seconds ago."""
     for path in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another process was faster
-            if path.is_dir() and not path.is_symlink() and time.time() - path.stat().st_mtime >= age:
+            if path.is_symlink() or time.time() - path.stat().st_mtime < age:
+                continue
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -151,15 +156,15 @@ def set_default_mode(path: str | os.PathLike[str]) -> None:
         OSError: The folder cannot be written, or the file is missing.
     """
     path = Path(path)
-    probe, mode = _new_file(path.parent, path.name)
+    probe, mode = _new_file(path.parent)
     probe.unlink()
     path.chmod(mode)
 
 
-def _new_file(folder: Path, name: str) -> tuple[Path, int]:
+def _new_file(folder: Path) -> tuple[Path, int]:
     """Makes an empty file of a name that is free and returns it with its mode."""
     while True:
-        path = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        path = folder / f"{_PREFIX}{secrets.token_hex(8)}"
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
@@ -168,6 +173,19 @@ def _new_file(folder: Path, name: str) -> tuple[Path, int]:
             return path, stat.S_IMODE(os.fstat(handle).st_mode)
         finally:
             os.close(handle)
+
+
+def _move(files: list[Path], folder: Path) -> None:
+    """Moves files into a folder; if that is stopped before the last one, files with a new name are removed again."""
+    new = [folder / path.name for path in files if not (folder / path.name).exists()]
+    try:
+        for path in files:
+            path.replace(folder / path.name)
+    except BaseException:  # Ctrl-C too
+        if files[-1].exists():
+            for path in new:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _make_folder(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erde_hub._files import replacing, set_default_mode, write_text
+from erde_hub._files import replacing, replacing_all, replacing_folder, set_default_mode, write_text
 from erde_hub.errors import CheckpointWriteError
 
 
@@ -47,5 +47,48 @@ def test_a_block_that_fails_leaves_the_earlier_file(tmp_path):
         fail(temporary)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(CheckpointWriteError, match=r"could not write b\.txt.*Check that the folder exists"):
+    with pytest.raises(CheckpointWriteError, match=r"could not write b\.txt.*Check that '.*nowhere' exists"):
         write_text(tmp_path / "nowhere" / "b.txt", "words")
+
+
+def test_several_files_are_moved_together_and_the_last_one_last(tmp_path, monkeypatch):
+    (tmp_path / "index").write_text("old")
+    moved, replace = [], os.replace
+
+    def note(source, target, *args, **kwargs):
+        moved.append(os.path.basename(target))  # noqa: PTH119 - what pathlib calls
+        return replace(source, target, *args, **kwargs)
+
+    monkeypatch.setattr(os, "replace", note)
+    with replacing_all(tmp_path, last="index") as staging:
+        for name in ("z", "index", "a"):
+            (staging / name).write_text("new")
+        assert (tmp_path / "index").read_text() == "old"
+    assert moved == ["a", "z", "index"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "index", "z"]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}
+
+
+def test_a_folder_appears_whole_and_replaces_another(tmp_path):
+    target = tmp_path / "a" / "b"
+    for text in ("old", "new"):
+        with pytest.raises(CheckpointWriteError, match="could not write b"), replacing_folder(target) as staging:
+            (staging / "nowhere" / "half").write_text(text)
+        with replacing_folder(target) as staging:
+            (staging / "inside").mkdir()
+            (staging / "inside" / "file").write_text(text)
+        assert [path.name for path in target.parent.iterdir()] == ["b"]
+        assert (target / "inside" / "file").read_text() == text
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path, folder):
+    left = tmp_path / ".saving-abcd"
+    left.mkdir() if folder else left.write_text("half")
+    write_text(tmp_path / "a.txt", "words")
+    assert left.exists(), "it may be in use"
+    os.utime(left, (1, 1))
+    with replacing_all(tmp_path, last="b") as staging:
+        assert not left.exists()
+        assert staging.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from erde_hub._files import set_default_mode
+from erde_hub._files import replacing
 from erde_hub._progress import passing_bar
 from erde_hub.errors import DataError
 
@@ -298,16 +297,12 @@ class DecodedCache:
         """Writes the pixels of a source split; small ones are not worth a file."""
         if len(pixels) < _CACHE_MIN_ROWS:
             return
-        path = self.path(split)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({"pixels": torch.from_numpy(pixels)}, partial, metadata={"checksum": _checksum(pixels)})
-            set_default_mode(partial)
-            partial.replace(path)
-        except Exception as error:  # noqa: BLE001 (safetensors raises its own kinds; the run goes on without a cache)
+            with replacing(self.path(split)) as partial:
+                save_file({"pixels": torch.from_numpy(pixels)}, partial, metadata={"checksum": _checksum(pixels)})
+        except Exception as error:  # noqa: BLE001 (whatever it is, the run goes on without a cache)
             _logger.warning("the decoded images could not be kept in %s: %s", self._folder, error)
-            partial.unlink(missing_ok=True)
 
 
 def _checksum(pixels: NDArray[np.uint8]) -> str:

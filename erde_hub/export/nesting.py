@@ -15,7 +15,9 @@ convolutions that read it, and the full path takes several times as long.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ from .flat import BATCH
 COPY_LIMIT = 64 * 1024
 
 
-#: Weights above this many bytes go into a file beside the ONNX file, whose format ends at 2 GiB.
+#: Weights above this many bytes go into a second file next to the ONNX file, whose format ends at 2 GiB.
 EXTERNAL_DATA_LIMIT = 1_900_000_000
 
 
@@ -42,6 +44,21 @@ def weight_bytes(model: ir.Model) -> int:
     graphs = [model.graph, *model.graph.subgraphs()]
     tensors = (value.const_value for graph in graphs for value in graph.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def weights_of(path: Path) -> Path | None:
+    """Returns the file next to an ONNX file that holds its weights; None where it has none, or not one of ours."""
+    candidates = {file.name for file in path.parent.glob(f"{glob.escape(path.name)}.*data")}
+    if not candidates or not path.is_file():
+        return None
+    try:
+        model = ir.load(path, format="protobuf")
+    except Exception:  # noqa: BLE001 - no ONNX file, of whatever kind
+        return None
+    graphs = [model.graph, *model.graph.subgraphs()]
+    tensors = (value.const_value for graph in graphs for value in graph.initializers.values())
+    names = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return path.with_name(min(names & candidates)) if names & candidates else None
 
 
 def nest_exits(flat: ir.Model) -> ir.Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from erde_hub._files import set_default_mode
+from erde_hub._files import disk_errors, replacing_all
 from erde_hub._version import __version__
 from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.engine.inputs import check_pixel_values
-from erde_hub.errors import CheckpointWriteError, ConfigError, ExportError, InputTypeError, ShapeError
+from erde_hub.errors import ConfigError, ExportError, InputTypeError, ShapeError
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import get_policy, list_policies
 from erde_hub.tasks import REGRESSION
@@ -53,13 +54,13 @@ def export_onnx(
     Height and width are those of ``config.input_size``. An empty batch is answered by :class:`EarlyExitSession`;
     onnxruntime by itself cannot broadcast one.
 
-    The file is written beside its place, checked, loaded once where onnxruntime is installed, then renamed: an export
-    that is interrupted leaves what was there before. A file of that name is replaced, and with it the weights that it
-    had beside it.
+    The file is written under another name, checked, loaded once where onnxruntime is installed, then renamed: an export
+    that is interrupted leaves what was there before. A file of that name is replaced; a second file that held its
+    weights is removed.
 
     Args:
         model: In any mode, on any device; it is copied, not touched. Half-precision weights are written in float32.
-        path: The file. Above 2 GB the weights go to ``<path>.data`` beside it.
+        path: The file. Above 2 GB the weights go to ``<path>.<digits>.data`` next to it.
         opset: Version of the ONNX operator set; where onnxruntime is installed, one that it loads.
         calibration_data: Batches of ``pixel_values``, some hundred images of the training or validation split: the
             network is quantised to int8 with the ranges that they cause. The policy's decisions stay in float.
@@ -87,9 +88,8 @@ def export_onnx(
         raise InputTypeError(f"export_onnx takes an EarlyExitWrapper, got {type(model).__name__}: wrap it first")
 
     from ._runtime import check_opset  # noqa: PLC0415 - onnx is optional
-    from ._staging import staging, write_errors  # noqa: PLC0415 - as above
     from .flat import flat_model  # noqa: PLC0415 - as above
-    from .nesting import nest_exits  # noqa: PLC0415 - as above
+    from .nesting import nest_exits, weights_of  # noqa: PLC0415 - as above
     from .quantization import calibration_batches, check_method, quantize_flat  # noqa: PLC0415 - as above
 
     opset = check_opset(opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
@@ -98,10 +98,10 @@ def export_onnx(
     _check_calibrator(model)
     _check_preprocessing(model)
     target = file_path(path)
-    with write_errors(target):
+    with disk_errors(target):
         if target.is_dir() or not target.name:
             raise ConfigError(f"{str(path)!r} is a folder: give the name of the file, such as model.onnx")
-    with staging(target) as folder:
+    with replacing_all(target.parent, last=target.name) as folder:
         batches = None
         if calibration_data is not None:
             batches = calibration_batches(calibration_data, tuple(model.config.input_size or ()))
@@ -110,7 +110,10 @@ def export_onnx(
             file = quantize_flat(file, batches, calibration_method)
         nested = nest_exits(file)
         _describe(nested, model, "int8" if batches is not None else None)
-        _write(nested, folder, target, opset)
+        old = weights_of(target)
+        _write(nested, folder / target.name, opset)
+    if old is not None:
+        old.unlink(missing_ok=True)
     return target
 
 
@@ -258,30 +261,20 @@ def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | Non
     nested.graph.name = "early_exit"
 
 
-def _write(nested: ir.Model, folder: Path, target: Path, opset: int) -> None:
-    """Writes into the folder, checks, and moves what is there to the target."""
+def _write(nested: ir.Model, path: Path, opset: int) -> None:
+    """Writes a file and, above 2 GB, its weights next to it, and checks that both can be loaded."""
     import onnx  # noqa: PLC0415 - optional
     import onnx_ir as ir  # noqa: PLC0415 - optional
 
     from ._runtime import check_loads  # noqa: PLC0415 - onnx is optional
-    from ._staging import move_in, sync, weights_of, weights_path, write_errors  # noqa: PLC0415 - as above
     from .nesting import EXTERNAL_DATA_LIMIT, weight_bytes  # noqa: PLC0415 - as above
 
-    beside, large = weights_path(target), weight_bytes(nested) > EXTERNAL_DATA_LIMIT
-    with write_errors(target):
-        if large and beside.exists() and weights_of(target) is None:
-            raise CheckpointWriteError(
-                f"the weights are above 2 GB and would lie in {beside.name}, which is there and does not belong to an"
-                f" earlier {target.name}: move it away, or choose another name"
-            )
-        ir.save(nested, folder / target.name, format="protobuf", external_data=beside.name if large else None)
+    # A name of their own: an earlier file keeps its weights until the new one is in its place.
+    weights = f"{path.name}.{secrets.token_hex(4)}.data" if weight_bytes(nested) > EXTERNAL_DATA_LIMIT else None
+    with disk_errors(path):
+        ir.save(nested, path, format="protobuf", external_data=weights)
         try:
-            onnx.checker.check_model(str(folder / target.name), full_check=True)
+            onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the exported file is not valid ONNX: {error}") from error
-        check_loads(folder / target.name, opset)
-        names = [beside.name, target.name] if large else [target.name]
-        for name in names:
-            set_default_mode(folder / name)
-            sync(folder / name)
-        move_in(folder, target, names)
+        check_loads(path, opset)

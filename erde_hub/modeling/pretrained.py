@@ -22,7 +22,7 @@ from transformers import BitImageProcessor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from erde_hub._files import replacing_all
+from erde_hub._files import disk_errors, replacing_all
 from erde_hub._published_weights import FILENAME, check_backbone_weights, fetch, published_weights
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
@@ -223,7 +223,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             # torch.compile puts its own module around the backbone, which a checkpoint must not show.
             state_dict = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
         state_dict = self._saved_once(state_dict)
-        with replacing_all(save_directory, last="config.json") as staging:
+        with replacing_all(save_directory, last="config.json") as staging, disk_errors(Path(save_directory)):
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
             if self.config.preprocessing:
                 self.image_processor().save_pretrained(staging)

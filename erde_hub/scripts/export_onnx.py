@@ -86,7 +86,7 @@ def main() -> None:
         calibration_data=calibration,
         calibration_method=args.calibration_method,
     )
-    from erde_hub.export._staging import weights_of  # noqa: PLC0415 - needs onnx, an extra
+    from erde_hub.export.nesting import weights_of  # noqa: PLC0415 - needs onnx, an extra
 
     size = sum(file.stat().st_size for file in (path, weights_of(path)) if file is not None)
     seconds = time.perf_counter() - started

@@ -1,10 +1,8 @@
 """Where a file goes: beside its place first, then moved in whole or not at all; what is refused before the work."""
 
 import itertools
-import os
-import signal
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import onnx
@@ -19,10 +17,8 @@ from erde_hub.errors import (
     MissingDependencyError,
     UnknownNameError,
 )
-from erde_hub.export import EarlyExitSession, _runtime, _staging, export_onnx, flat, nesting
+from erde_hub.export import EarlyExitSession, _runtime, export_onnx, flat, nesting
 from tests.fakes.onnx_models import tiny
-
-NAMES = ["m.onnx.data", "m.onnx"]
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -52,131 +48,57 @@ def stop_at(monkeypatch, move, behind):
     return moves
 
 
-def fill(folder, old):
-    for name in old:
-        (folder / name).write_text("old")
-    (folder / "other.data").write_text("somebody else's")
-
-
-@pytest.mark.parametrize("old", [NAMES, ["m.onnx"], []])
+@pytest.mark.usefixtures("flat_is_known")
+@pytest.mark.parametrize("old", ["large", "small", None])
 @pytest.mark.parametrize("behind", [False, True])
-def test_stopped_at_every_move(monkeypatch, tmp_path, old, behind):
+def test_stopped_at_every_move(tiny_file, monkeypatch, tmp_path, old, behind):
     """What was there before, or all of the new, is there in the end: never an old file with new weights."""
-    seen = []
-    for move in range(1, 7):
+    model, _ = tiny_file
+    for move in (1, 2):
         folder = tmp_path / str(move)
         folder.mkdir()
-        fill(folder, old)
-        before = content(folder)
-        with monkeypatch.context() as patch, _staging.staging(folder / "m.onnx") as staged:
-            for name in NAMES:
-                (staged / name).write_text("new")
-            moves = stop_at(patch, move, behind)
-            try:
-                _staging.move_in(staged, folder / "m.onnx", NAMES)
-                stopped = False
-            except Stopped:
-                stopped = True
-        after = content(folder)
-        new = {**before, **dict.fromkeys(NAMES, "new")}
-        if not stopped:
-            assert after == new
-            seen.append(next(moves) - 1)
-            break
-        last = move == len(old) + len(NAMES) + 1
-        assert after == (new if last and behind else before), move
-    assert seen == [len(old) + len(NAMES) + 1], "the last round is the one that nothing stops"
-
-
-def test_stopped_again_while_putting_back_loses_nothing(monkeypatch, tmp_path):
-    fill(tmp_path, NAMES)
-    real = Path.replace
-
-    def replace(self, target):
-        if self.parent.name.startswith(".m.onnx") or self.parent.name == "before":
-            raise Stopped
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "replace", replace)
-    with _staging.staging(tmp_path / "m.onnx") as staged:
-        for name in NAMES:
-            (staged / name).write_text("new")
-        with pytest.raises(Stopped):
-            _staging.move_in(staged, tmp_path / "m.onnx", NAMES)
-    (kept,) = tmp_path.glob(".m.onnx-exporting-*")
-    assert content(kept / "before") == dict.fromkeys(NAMES, "old")
-    os.utime(kept, (1, 1))
-    with _staging.staging(tmp_path / "m.onnx"):  # nor does the next export remove them
-        assert content(kept / "before") == dict.fromkeys(NAMES, "old")
-
-
-def abandoned(tmp_path, name="m.onnx", age=10 * _staging.ABANDONED):
-    folder = tmp_path / f".{name}-exporting-abcd_123"
-    folder.mkdir()
-    (folder / name).write_text("half")
-    os.utime(folder, (time.time() - age,) * 2)
-    return folder
-
-
-def test_what_a_killed_export_left_is_removed(tmp_path):
-    left, other = abandoned(tmp_path), abandoned(tmp_path, "other.onnx")
-    with _staging.staging(tmp_path / "m.onnx") as folder:
-        assert not left.exists()
-        assert folder.parent == tmp_path
-        assert not list(folder.iterdir())
-    assert list(tmp_path.iterdir()) == [other]
-
-
-def test_what_may_be_in_use_stays(tmp_path):
-    young = abandoned(tmp_path, age=0)
-    with _staging.staging(tmp_path / "m.onnx"):
-        pass
-    assert young.is_dir()
-    os.utime(young, (1, 1))
-    held = _staging._hold(young)
-    assert held is not None
-    with _staging.staging(tmp_path / "m.onnx") as mine:
-        os.utime(mine, (1, 1))
-        with _staging.staging(tmp_path / "m.onnx"):  # another export of the same file, at the same time
-            assert mine.is_dir()
-    assert young.is_dir()
-    os.close(held)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_lock_ends_with_its_process(tmp_path):
-    child = os.fork()
-    if child == 0:
-        with _staging.staging(tmp_path / "m.onnx"):
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    (left,) = tmp_path.iterdir()
-    os.utime(left, (1, 1))
-    with _staging.staging(tmp_path / "m.onnx"):
-        assert not left.exists()
+        path = folder / "m.onnx"
+        (folder / "other.data").write_text("somebody else's")
+        if old is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(nesting, "EXTERNAL_DATA_LIMIT", 1000 if old == "large" else 10**9)
+                export_onnx(model, path)
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        with monkeypatch.context() as patch:
+            patch.setattr(nesting, "EXTERNAL_DATA_LIMIT", 1000)
+            stop_at(patch, move, behind)
+            with pytest.raises(Stopped):
+                export_onnx(model, path)
+        after = {file.name: file.read_bytes() for file in folder.iterdir()}
+        if move == 2 and behind:  # the new one is complete; the weights of the old one may stay
+            assert before.items() - {("m.onnx", before.get("m.onnx"))} <= after.items()
+            assert len(after) == len(before | {"m.onnx": b""}) + 1
+        else:
+            assert after == before
+        if "m.onnx" in after:
+            assert EarlyExitSession(path).info.num_early_exits == 2
 
 
 @pytest.mark.usefixtures("flat_is_known")
-def test_weights_of_the_file_itself_go_and_others_stay(tiny_file, tmp_path, monkeypatch):
+def test_a_file_of_its_own_weights_replaces_theirs_and_others_stay(tiny_file, tmp_path, monkeypatch):
     model, _ = tiny_file
-    path = tmp_path / "model.onnx"
-    beside = tmp_path / "model.onnx.data"
-    beside.write_text("somebody's")
+    path, foreign = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    foreign.write_text("somebody's")
     export_onnx(model, path)
-    assert beside.read_text() == "somebody's"
+    assert nesting.weights_of(path) is None
     with monkeypatch.context() as patch:
         patch.setattr(nesting, "EXTERNAL_DATA_LIMIT", 1000)
-        with pytest.raises(CheckpointWriteError, match=r"model\.onnx\.data, which is there and does not belong"):
+        names = set()
+        for _ in range(2):  # the weights of the file before go
             export_onnx(model, path)
-        assert beside.read_text() == "somebody's"
-        assert not onnx.load(path).graph.name.startswith("until"), "the old file can still be read"
-        beside.unlink()
-        for _ in range(2):  # its own weights it replaces
-            export_onnx(model, path)
-            assert _staging.weights_of(path) == beside
-    assert beside.stat().st_mode == path.stat().st_mode, "others may read one as they may read the other"
+            weights = nesting.weights_of(path)
+            assert {file.name for file in tmp_path.iterdir()} == {path.name, foreign.name, weights.name}
+            names.add(weights.name)
+        assert len(names) == 2
+    assert weights.stat().st_mode == path.stat().st_mode, "others may read one as they may read the other"
     export_onnx(model, path)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, foreign.name}
+    assert foreign.read_text() == "somebody's"
 
 
 @pytest.fixture
@@ -196,10 +118,9 @@ def nothing_is_traced(monkeypatch):
         (b"x.onnx", InputTypeError, "path must be text.* got b'x.onnx'"),
         ("a\0b", InputTypeError, "path must be text"),
         ("", ConfigError, "is a folder"),
-        ("a" * 300, CheckpointWriteError, "cannot write aaa.*too long"),
-        ("a" * 250, CheckpointWriteError, "cannot write aaa.*too long"),
-        ("file/m.onnx", CheckpointWriteError, r"cannot write into 'file': 'file' is a file and no folder"),
-        ("file/b/m.onnx", CheckpointWriteError, r"cannot write into 'file/b': 'file' is a file and no folder"),
+        ("a" * 300, CheckpointWriteError, "could not write aaa.*too long"),
+        ("file/m.onnx", CheckpointWriteError, "could not write file: .*File exists"),
+        ("file/b/m.onnx", CheckpointWriteError, "could not write b: .*Not a directory: 'file/b'"),
     ],
 )
 def test_places_that_cannot_be(tiny_file, tmp_path, monkeypatch, path, error, message):
@@ -215,8 +136,8 @@ def test_a_place_that_cannot_be_written(tiny_file, tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(_staging.tempfile, "mkdtemp", refuse)
-    with pytest.raises(CheckpointWriteError, match=r"Permission denied.*what was there is unchanged"):
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(CheckpointWriteError, match=r"Permission denied.*what was there before is untouched"):
         export_onnx(tiny_file[0], tmp_path / "a" / "b" / "model.onnx")
     assert not list(tmp_path.iterdir()), "folders that were made for it go again"
 
