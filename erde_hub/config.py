@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ._files import write_text
 from ._published_weights import check_backbone_weights
 from .calibration import get_calibrator
 from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
@@ -235,6 +237,14 @@ class EarlyExitConfig(PreTrainedConfig):
             check_no_early_exit(policy, thresholds)
         if (self.threshold_profile or {}).get("threshold") != self.threshold:
             self.threshold_profile = None  # it speaks of another threshold
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Writes the file whole or not at all: a config that is rewritten next to its weights survives a kill.
+
+        Raises:
+            CheckpointWriteError: The file cannot be written.
+        """
+        write_text(json_file_path, self.to_json_string(use_diff=use_diff))
 
     @property
     def num_outputs(self) -> int:

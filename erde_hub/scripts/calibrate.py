@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 
-from erde_hub._files import write_text
 from erde_hub.calibration import (
     ThresholdChoice,
     check_calibration_data,
@@ -26,6 +25,9 @@ from erde_hub.calibration import (
     list_calibrators,
 )
 from erde_hub.calibration.objective import check_has_threshold, read_costs, read_method, read_milliseconds, read_target
+from erde_hub.config import EarlyExitConfig
+from erde_hub.data.loader import Split
+from erde_hub.data.streaming import StreamSplit
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
 from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -107,83 +109,85 @@ class CalibrationArguments:
 
 def main() -> None:
     """Loads, measures, chooses, writes."""
-    sections = {"what is wanted": CalibrationArguments, "data": TrainedDataArguments}
-    wanted, data_args, _ = parse_arguments(sections, __doc__)
-    options = target_options(wanted)
-    target, bound = check_wanted(wanted, options)
+    sections = {"what is requested": CalibrationArguments, "data": TrainedDataArguments}
+    requested, data_args, _ = parse_arguments(sections, __doc__)
+    options = target_options(requested)
+    target, bound = check_requested(requested, options)
     args = DistillationArguments(
-        batch_size=wanted.batch_size, num_workers=wanted.num_workers, cpu_threads=wanted.cpu_threads
+        batch_size=requested.batch_size, num_workers=requested.num_workers, cpu_threads=requested.cpu_threads
     )
     accelerator = create_accelerator(args)
     recipe.configure_logging(accelerator.is_main_process)
-    if not wanted.dry_run and not Path(wanted.model).expanduser().is_dir():
+    if not requested.dry_run and not Path(requested.model).expanduser().is_dir():
         raise ConfigError(
-            f"--model {wanted.model!r} is no folder: only a checkpoint on this machine can be rewritten; download it,"
-            " or add --dry_run"
+            f"--model {requested.model!r} is no folder: only a checkpoint on this machine can be rewritten;"
+            " download it, or add --dry_run"
         )
-    model = recipe.load_model(wanted.model)
-    read_costs(model.exit_table().cumulative_macs, wanted.exit_milliseconds, target, bound)
+    model = recipe.load_model(requested.model)
+    read_costs(model.exit_table().cumulative_macs, requested.exit_milliseconds, target, bound)
     data = recipe.load_data_of(
-        wanted.model,
+        requested.model,
         data_args,
-        recipe.preprocessing_of(model, wanted.model),
-        wanted.split,
+        recipe.preprocessing_of(model, requested.model),
+        requested.split,
         accelerator.is_main_process,
     )
     recipe.check_measurable(model, data)
-    accelerator.print(recipe.describe_data(data, wanted.model if data_args.dataset is None else None))
-    run = recipe.Run(accelerator, data, args, asdict(wanted) | asdict(data_args))
-    laplace = wanted.calibrator in list_calibrators() and get_calibrator(wanted.calibrator).cls.uses_features
-    records = recipe.collect(run, model, wanted.split, args.batch_size, features=laplace or None)
-    trained_on = recipe.rows_trained_on(wanted.model, records, getattr(data, wanted.split))
-    check_calibration_data(records, trained_on, allow_missing_classes=wanted.allow_missing_classes)
-    before = recipe.rows_fitted_on(wanted.model, records, getattr(data, wanted.split))
-    keep = keeps_fitted(wanted, model)
+    accelerator.print(recipe.describe_data(data, requested.model if data_args.dataset is None else None))
+    run = recipe.Run(accelerator, data, args, asdict(requested) | asdict(data_args))
+    laplace = requested.calibrator in list_calibrators() and get_calibrator(requested.calibrator).cls.uses_features
+    records = recipe.collect(run, model, requested.split, args.batch_size, features=laplace or None)
+    trained_on = recipe.rows_trained_on(requested.model, records, getattr(data, requested.split))
+    check_calibration_data(records, trained_on, allow_missing_classes=requested.allow_missing_classes)
+    before = recipe.rows_fitted_on(requested.model, records, getattr(data, requested.split))
+    keep = keeps_fitted(requested, model)
     if before is None and keep:
         accelerator.print(
-            f"Warning: what calibrator or policy of {wanted.model} were fitted on is not known. A promise holds only on"
-            " other samples than those."
+            f"Warning: it is not known which samples calibrator or policy of {requested.model} were fitted on."
+            " A guarantee holds only on other samples."
         )
-    records, fitted_on = fit_parts(wanted, model, records, before)
-    choice = choose_threshold(records, model.policy, **options, allow_missing_classes=wanted.allow_missing_classes)
+    records, fitted_on = fit_parts(requested, model, records, before)
+    choice = choose_threshold(records, model.policy, **options, allow_missing_classes=requested.allow_missing_classes)
     accelerator.print(f"\n{choice}\n")
-    if wanted.dry_run:
+    if requested.dry_run:
         return
     choice.store(model)
-    folder = Path(wanted.model).expanduser()
-    test = recipe.collect(run, model, "test", args.batch_size) if (folder / "results.json").is_file() else None
-    run_on_main(accelerator, lambda: write(folder, model, choice, test, records))
-    run_on_main(accelerator, lambda: recipe.save_fitted_on(getattr(data, wanted.split), fitted_on, folder, keep))
+    folder = Path(requested.model).expanduser()
+    split = getattr(data, requested.split)
+    run_on_main(accelerator, lambda: save(folder, model, keep, split, fitted_on))
+    if (folder / "results.json").is_file():
+        test = recipe.collect(run, model, "test", args.batch_size)
+        run_on_main(accelerator, lambda: update_report(folder, model, choice, test, records))
     accelerator.print(f"written into {folder}")
 
 
-def check_wanted(wanted: CalibrationArguments, options: dict[str, Any]) -> tuple[str, float]:
+def check_requested(requested: CalibrationArguments, options: dict[str, Any]) -> tuple[str, float]:
     """Checks what needs neither model nor data, and returns the target and its bound."""
-    if wanted.calibrator not in ("keep", "none"):
-        get_calibrator(wanted.calibrator)
-    if wanted.policy != "keep":
-        check_has_threshold(get_policy(wanted.policy).cls)
-    if not 0 < wanted.fit_share < 1:
-        raise ConfigError(f"--fit_share must be between 0 and 1, got {wanted.fit_share}")
+    if requested.calibrator not in ("keep", "none"):
+        get_calibrator(requested.calibrator)
+    if requested.policy != "keep":
+        check_has_threshold(get_policy(requested.policy).cls)
+    if not 0 < requested.fit_share < 1:
+        raise ConfigError(f"--fit_share must be between 0 and 1, got {requested.fit_share}")
     target, bound = read_target({key[4:]: value for key, value in options.items() if key.startswith("max_")})
-    read_milliseconds(wanted.exit_milliseconds, target)
+    read_milliseconds(requested.exit_milliseconds, target)
     read_method(options["method"], options["confidence"], target)
     return target, bound
 
 
-def keeps_fitted(wanted: CalibrationArguments, model: EarlyExitWrapper) -> bool:
+def keeps_fitted(requested: CalibrationArguments, model: EarlyExitWrapper) -> bool:
     """Tells whether the model keeps a calibrator or a policy that was fitted before."""
-    keeps_policy = wanted.policy == "keep" and isinstance(model.policy, LearnedPolicy)
-    return keeps_policy or (wanted.calibrator == "keep" and model.calibrator is not None)
+    keeps_policy = requested.policy == "keep" and isinstance(model.policy, LearnedPolicy)
+    return keeps_policy or (requested.calibrator == "keep" and model.calibrator is not None)
 
 
 def fit_parts(
-    wanted: CalibrationArguments, model: EarlyExitWrapper, records: ExitRecords, before: torch.Tensor | None
+    requested: CalibrationArguments, model: EarlyExitWrapper, records: ExitRecords, before: torch.Tensor | None
 ) -> tuple[ExitRecords, torch.Tensor]:
-    """Fits calibrator and policy as wanted.
+    """Fits calibrator and policy as requested.
 
     Args:
-        wanted: Says what is fitted, on which share, and what is kept.
+        requested: Says what is fitted, on which share, and what is kept.
         model: Gets both.
         records: Of all samples.
         before: Indices of those that parts of the model were fitted on earlier; None if that is not known.
@@ -192,44 +196,44 @@ def fit_parts(
         The records that are left for the threshold, calibrated; and the indices of the samples that the parts which the
         model has now were fitted on, which are none of them.
     """
-    fits_calibrator = wanted.calibrator not in ("keep", "none")
-    learned = wanted.policy != "keep" and issubclass(get_policy(wanted.policy).cls, LearnedPolicy)
-    checks = {"allow_missing_classes": wanted.allow_missing_classes}
-    fitted_on = before if before is not None and keeps_fitted(wanted, model) else records.index[:0]
+    fits_calibrator = requested.calibrator not in ("keep", "none")
+    learned = requested.policy != "keep" and issubclass(get_policy(requested.policy).cls, LearnedPolicy)
+    checks = {"allow_missing_classes": requested.allow_missing_classes}
+    fitted_on = before if before is not None and keeps_fitted(requested, model) else records.index[:0]
     rest = records.select(~torch.isin(records.index, fitted_on))
     if fits_calibrator or learned:
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
-        cut = int(wanted.fit_share * len(rest))
+        cut = int(requested.fit_share * len(rest))
         fitting, rest = rest.select(order[:cut]), rest.select(order[cut:])
         fitted_on = torch.cat([fitted_on, fitting.index])
-    if wanted.calibrator == "none":
+    if requested.calibrator == "none":
         model.set_calibrator(None)
     elif fits_calibrator:
-        model.set_calibrator(get_calibrator(wanted.calibrator).cls.fit(fitting, **checks))
+        model.set_calibrator(get_calibrator(requested.calibrator).cls.fit(fitting, **checks))
     if model.calibrator is not None:
         rest = calibrate_records(rest, model.calibrator)
         fitting = calibrate_records(fitting, model.calibrator) if learned else records
     if learned:
-        cls = get_policy(wanted.policy).cls
-        budget = policy_budget(wanted) if cls.uses_budget else {}  # type: ignore[attr-defined]
+        cls = get_policy(requested.policy).cls
+        budget = policy_budget(requested) if cls.uses_budget else {}  # type: ignore[attr-defined]
         model.set_policy(cls.fit(fitting, **budget, **checks))  # type: ignore[attr-defined]
-    elif wanted.policy != "keep":
-        model.set_policy(create_policy(wanted.policy))
+    elif requested.policy != "keep":
+        model.set_policy(create_policy(requested.policy))
     return rest, fitted_on
 
 
-def policy_budget(wanted: CalibrationArguments) -> dict[str, Any]:
+def policy_budget(requested: CalibrationArguments) -> dict[str, Any]:
     """Returns the budget that a policy is trained for, in MACs or milliseconds; without one it takes its own."""
-    budget = wanted.max_mean_macs if wanted.max_mean_milliseconds is None else wanted.max_mean_milliseconds
-    return {"budget": budget, "costs": wanted.exit_milliseconds}
+    budget = requested.max_mean_macs if requested.max_mean_milliseconds is None else requested.max_mean_milliseconds
+    return {"budget": budget, "costs": requested.exit_milliseconds}
 
 
-def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
+def target_options(requested: CalibrationArguments) -> dict[str, Any]:
     """Returns the arguments of ``choose_threshold``; a bound gets a confidence where none is given and it can."""
-    budget = wanted.max_mean_macs is not None or wanted.max_mean_milliseconds is not None
-    without = budget or wanted.method in ("crc", "search")
+    budget = requested.max_mean_macs is not None or requested.max_mean_milliseconds is not None
+    without = budget or requested.method in ("crc", "search")
     options: dict[str, Any] = {
-        name: getattr(wanted, name)
+        name: getattr(requested, name)
         for name in (
             "max_accuracy_drop",
             "max_disagreement",
@@ -240,30 +244,51 @@ def target_options(wanted: CalibrationArguments) -> dict[str, Any]:
             "per_exit",
         )
     }
-    options["method"] = None if wanted.method == "auto" else wanted.method
-    options["confidence"] = CONFIDENCE if wanted.confidence is None and not without else wanted.confidence
+    options["method"] = None if requested.method == "auto" else requested.method
+    options["confidence"] = CONFIDENCE if requested.confidence is None and not without else requested.confidence
     return options
 
 
-def write(
-    folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: ExitRecords | None, chosen_on: ExitRecords
+def save(
+    folder: Path, model: EarlyExitWrapper, keep: bool, split: Split | StreamSplit, fitted_on: torch.Tensor
 ) -> None:
-    """Rewrites the checkpoint and, where the run left a report, the report; weights only where parts were fitted.
+    """Saves threshold, policy and calibrator, and the list of the samples that they were fitted on.
+
+    The order is safe if the process is killed in between: the list grows before the parts change and shrinks after it,
+    so that no sample counts as unused that a stored part was fitted on; and the profile of the earlier threshold is
+    removed before the weights for which it was measured are replaced.
+
+    Args:
+        folder: Of the checkpoint.
+        model: With its new parts and threshold.
+        keep: Whether a calibrator or policy is kept that was fitted before.
+        split: Where the samples come from.
+        fitted_on: Indices of the samples that the parts were fitted on.
+    """
+    recipe.extend_fitted_on(split, fitted_on, folder)
+    if model.calibrator is not None or list(model.policy.buffers()):
+        before = EarlyExitConfig.from_pretrained(folder)
+        before.threshold_profile = None
+        before.save_pretrained(folder)
+        model.save_pretrained(folder)
+    else:
+        model.config.save_pretrained(folder)
+    recipe.save_fitted_on(split, fitted_on, folder, keep)
+
+
+def update_report(
+    folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: ExitRecords, chosen_on: ExitRecords
+) -> None:
+    """Measures the report of the run anew for the new threshold.
 
     Args:
         folder: Of the checkpoint.
         model: With its new threshold.
         choice: Of the threshold.
-        test: What the report is about; None where there is none.
+        test: What the report is about.
         chosen_on: Records of the choice, as the model sees them; prediction sets of the report are fitted on them
             unless they are test images.
     """
-    if model.calibrator is not None or list(model.policy.buffers()):
-        model.save_pretrained(folder)
-    else:
-        write_text(folder / "config.json", model.config.to_json_string())
-    if test is None:
-        return
     results = load_results(folder / "results.json")
     held_out = chosen_on if chosen_on.info.get("split") != "test" else None
     measured = build_results(test, model, results["dataset"], results["args"], held_out=held_out)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import compare_policies
 import pytest
 import simulate_guarantee
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.data.images import BatchLoader, load_image_data
@@ -163,12 +166,51 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     (run / "fitted_on.safetensors").unlink()
     capsys.readouterr()
     call(calibrate, "--model", run, *again, "--dry_run")
-    assert "were fitted on is not known" in capsys.readouterr().out
+    assert "it is not known which samples" in capsys.readouterr().out
     call(calibrate, "--model", run, *again, "--policy", "eefp")
     assert not (run / "fitted_on.safetensors").exists(), "it would make the calibrator look known too"
     call(calibrate, "--model", run, *again, "--calibrator", "none", "--policy", "entropy")
     assert config_of(run)["threshold_profile"]["samples"] == 144
     assert not (run / "fitted_on.safetensors").exists()
+
+
+def test_no_guarantee_survives_a_kill_on_samples_that_its_parts_were_fitted_on(call, run, tmp_path, monkeypatch):
+    """Killed before each single file is put in place: what is stored is known, and promised only for what is stored."""
+    flags = ["--max_accuracy_drop", 0.3, "--confidence", 0.7, "--cpu_threads", 1]
+    call(calibrate, "--model", run, "--calibrator", "temperature", *flags)
+    shutil.copytree(run, tmp_path / "whole")
+    call(calibrate, "--model", tmp_path / "whole", "--policy", "eefp", *flags)
+
+    def state(folder):
+        fitted = set(load_file(folder / "fitted_on.safetensors")["hashes"].tolist())
+        return config_of(folder), (folder / "model.safetensors").read_bytes(), fitted
+
+    (before, old_weights, old_fitted), (after, new_weights, fitted) = state(run), state(tmp_path / "whole")
+    assert before["threshold_profile"]
+    assert after["threshold_profile"]
+    assert old_fitted < fitted
+    put, mixed = Path.replace, 0
+    for moves in (0, 1, 3, 4, 5, 6):
+        killed, left = tmp_path / f"killed-{moves}", iter(range(moves))
+        shutil.copytree(run, killed)
+
+        def replace(path, target, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return put(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                call(calibrate, "--model", killed, "--policy", "eefp", *flags)
+        config, weights, listed = state(killed)
+        assert weights in (old_weights, new_weights)
+        if config["policy"] == "eefp" or weights == new_weights:
+            assert listed >= fitted
+        if weights != old_weights and config["policy"] != "eefp":
+            mixed += 1
+            assert not config["threshold_profile"]
+    assert mixed == 2, "between weights, preprocessing and config"
 
 
 def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, run, monkeypatch, capsys):

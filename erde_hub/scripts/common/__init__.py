@@ -29,7 +29,7 @@ from .networks import (
     pretrained_preprocessing,
 )
 from .reporting import report, write_report
-from .run_data import rows_fitted_on, rows_trained_on, save_fitted_on
+from .run_data import extend_fitted_on, rows_fitted_on, rows_trained_on, save_fitted_on
 from .steps import (
     Interrupted,
     Run,
@@ -61,6 +61,7 @@ __all__ = [
     "describe_data",
     "describe_network",
     "existing_preprocessing",
+    "extend_fitted_on",
     "finished",
     "finished_before",
     "format_results",

@@ -117,6 +117,16 @@ def save_fitted_on(split: Split | StreamSplit, rows: torch.Tensor, folder: Path,
         path.unlink(missing_ok=True)
 
 
+def extend_fitted_on(split: Split | StreamSplit, rows: torch.Tensor, folder: Path) -> None:
+    """Adds samples to the list that :func:`save_fitted_on` wrote, if there is one.
+
+    Raises:
+        CheckpointWriteError: The file cannot be written.
+    """
+    if (folder / FITTED_ON_FILE).is_file():
+        save_fitted_on(split, rows, folder, keep=True)
+
+
 def rows_fitted_on(model: str, records: ExitRecords, split: Split | StreamSplit) -> torch.Tensor | None:
     """Returns those sample indices of records that calibrator and policy of a model were fitted on; None: not known.
 
