@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.scripts import distill
 from erde_hub.scripts.common import command_line
+from erde_hub.scripts.common.arguments import StudentArguments
 
 
 @dataclass
@@ -117,6 +118,23 @@ def test_mappings_are_added_to_key_by_key(write):
     assert parse("--config", path)[1].student_kwargs == {"width": 16, "act": "relu"}
 
 
+@pytest.mark.parametrize(
+    ("flags", "kwargs"),
+    [
+        ([], {"width": 16}),
+        (["--student_architecture", "other"], {}),
+        (["--student_architecture=other", "--student_kwargs", "depth=3"], {"depth": 3}),
+        (["--student_architecture", "elsewhere/usual"], {"width": 16}),
+        (["--student_kwargs", "none"], {}),
+        (["--student_kwargs", "none", "depth=3"], {"depth": 3}),
+    ],
+)
+def test_another_network_does_not_get_the_arguments_of_the_configured_one(write, flags, kwargs):
+    path = write("student_architecture: some/usual\nstudent_kwargs: {width: 16}")
+    student, _ = command_line.parse_arguments({"s": StudentArguments}, "A recipe.", ["--config", path, *flags])
+    assert student.student_kwargs == kwargs
+
+
 def test_booleans_as_flags():
     assert parse("--streaming")[0].streaming is True
     assert parse("--streaming", "false")[0].streaming is False
@@ -139,6 +157,8 @@ def test_booleans_as_flags():
         ("epochs: null", ["'epochs'", "a whole number", "None"]),
         ("student_kwargs: [1]", ["'student_kwargs'", "mapping", "[1]"]),
         ("epochs: 1\nepochs: 2", ["'epochs' occurs twice", "file.yaml"]),
+        ("student_kwargs: &a {width: 8}\nexits: *a", ["aliases", "file.yaml"]),
+        ("# " + "x" * 100_000, ["more than 100,000 characters", "file.yaml"]),
         ("- epochs", ["file.yaml", "list"]),
         ("epochs: [", ["file.yaml", "not a YAML file"]),
     ],

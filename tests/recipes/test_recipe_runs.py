@@ -95,7 +95,7 @@ TEXT_CONFIGS = [path for path in CONFIGS if "MiniLM" in path.read_text()]
 )
 def test_configuration_of_texts_runs(config, call, tmp_path):
     """Ends in a checkpoint that loads with its tokenizer, in pipelines and in the other recipes."""
-    encoder = write_encoder(tmp_path / "encoder", layers=6)
+    encoder = write_encoder(tmp_path / "all-MiniLM-L6-v2", layers=6)
     topics = "agnews" in config.stem
     names = {"text_column": "text"} if topics else {}
     data = {"train": columns(80, **names), "test" if topics else "validation": columns(60, first=200, **names)}

@@ -151,7 +151,10 @@ class TeacherArguments:
     )
     teacher_kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "creation arguments of that network, e.g. width=32, or num_hidden_layers=4 of an encoder"},
+        metadata={
+            "help": "creation arguments of that network, e.g. width=32, or num_hidden_layers=4 of an encoder; none clears"
+            " those of the file"
+        },
     )
     teacher_pretrained: bool = field(
         default=False, metadata={"help": "start from the weights that timm, the folder or the repository has for it"}
@@ -185,7 +188,10 @@ class StudentNetworkArguments:
     )
     student_kwargs: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "creation arguments of that network, e.g. width=16, or num_hidden_layers=3 of an encoder"},
+        metadata={
+            "help": "creation arguments of that network, e.g. width=16, or num_hidden_layers=3 of an encoder; none clears"
+            " those of the file"
+        },
     )
     student_pretrained: bool = field(
         default=False, metadata={"help": "start from the weights that timm, the folder or the repository has for it"}

@@ -16,7 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -58,11 +58,14 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class _KeyValues(argparse.Action):
-    """``--student_kwargs width=16 act_layer=relu``: adds to what the file says, key by key."""
+    """``--student_kwargs width=16 act_layer=relu`` adds to what the file says, key by key; ``none`` clears it."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        merged = dict(getattr(namespace, self.dest) or {})
+        merged: dict[str, Any] = dict(getattr(namespace, self.dest) or {})
         for text in values:
+            if text == "none":
+                merged = {}
+                continue
             key, equals, value = text.partition("=")
             if not equals or not key:
                 parser.error(f"argument {option_string}: {text!r} is not KEY=VALUE (example: {option_string} width=16)")
@@ -122,6 +125,9 @@ class RecipeParser(HfArgumentParser):
 #: In a checkout.
 CONFIGS = Path(__file__).parents[3] / "recipes" / "configs"
 
+#: A file that is longer is refused before it is parsed.
+MAX_CONFIG_CHARACTERS = 100_000
+
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
 
 
@@ -160,6 +166,7 @@ def parse_arguments(
         if promote and values.get(promote):
             values |= _check_types(values[promote], dataclass_types.values(), where=f"{promote!r} of {path}")
         values = {key: value for key, value in values.items() if f"--{key}" in parser._option_string_actions}
+        _drop_arguments_of_other_networks(values, argv)
         for action in parser._actions:
             action.required = action.required and action.dest not in values
         parser.set_defaults(**values)
@@ -175,6 +182,17 @@ def parse_arguments(
         for cls in dataclass_types.values()
     ]
     return (*instances, Path(path).stem if path is not None else Path(parser.prog).stem)
+
+
+def _drop_arguments_of_other_networks(values: dict[str, Any], argv: Sequence[str]) -> None:
+    """Removes the file's ``X_kwargs`` where a flag names another ``X_architecture``: they belong to the file's network.
+
+    A folder or repository whose last part has the same name holds the same network.
+    """
+    for key in [key for key in values if key.endswith("_architecture")]:
+        given = _given(f"--{key}", argv)
+        if given is not None and PurePath(given).name != PurePath(values[key]).name:
+            values.pop(key.removesuffix("architecture") + "kwargs", None)
 
 
 def base_config(argv: Sequence[str] | None = None) -> Path:
@@ -204,12 +222,16 @@ def read_config(path: str | Path, dataclass_types: Iterable[type]) -> dict[str, 
     """Reads a YAML file and checks its keys and types against the fields of the dataclasses.
 
     Raises:
-        ConfigError: No such file, no mapping, a key twice, an unknown key, or a value of the wrong type; the message
-            names file, key and what is allowed.
+        ConfigError: No such file, too long, no mapping, an alias, a key twice, an unknown key, or a value of the wrong
+            type; the message names file, key and what is allowed.
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CONFIG_CHARACTERS + 1)
+        if len(text) > MAX_CONFIG_CHARACTERS:
+            raise ConfigError(f"{path} is not a configuration: it has more than {MAX_CONFIG_CHARACTERS:,} characters")
+        values = yaml.load(text, Loader=_ConfigLoader)
     except OSError as error:
         known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
         hint = nearest(path.name, known)
@@ -272,8 +294,14 @@ def clean_errors(resumable: bool = False) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys without a word; a person who wrote both wants to know."""
+class _ConfigLoader(yaml.SafeLoader):
+    """Refuses a key that occurs twice, of which YAML keeps the last, and aliases, which multiply what a file holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not read: write it out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -343,9 +371,11 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
         return value
     if inner not in _SCALARS:
         return value
-    read, expected = _SCALARS[inner]
+    accepted, expected = _SCALARS[inner]
     try:
-        return read(value)
+        if not isinstance(value, accepted) or isinstance(value, bool) is not (inner is bool):
+            raise TypeError
+        return inner(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key!r} in {where} must be {expected}, got {value!r}{_bool_hint(value)}") from error
 
@@ -354,35 +384,12 @@ def _bool_hint(value: Any) -> str:
     return " (YAML reads yes, no, on and off as true and false: put text in quotes)" if isinstance(value, bool) else ""
 
 
-def _read_bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _read_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError
-    return int(value)
-
-
-def _read_float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError
-    return float(value)
-
-
-def _read_str(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError
-    return str(value)
-
-
-_SCALARS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    bool: (_read_bool, "true or false"),
-    int: (_read_int, "a whole number"),
-    float: (_read_float, "a number"),
-    str: (_read_str, "text"),
+#: Types of YAML that a field of each type takes, and what messages call it. YAML leaves 1e-3 as text.
+_SCALARS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int, str), "a whole number"),
+    float: ((int, float, str), "a number"),
+    str: ((int, float, str), "text"),
 }
 
 
