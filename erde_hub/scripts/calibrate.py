@@ -4,9 +4,10 @@
     python recipes/calibrate.py --model runs/digits-1 --max_mean_macs 2e6 --per_exit
     python recipes/calibrate.py --model runs/digits-1 --max_accuracy_drop 0.03 --calibrator temperature --policy eefp
 
-A bound on what may be lost is promised with --confidence, or nobody leaves early and the report says what is
-missing. The images are those that the run of the model held out for validation. config.json gets the threshold
-and, as threshold_profile, how it was chosen; results.json and README.md of the run follow, measured on test.
+A bound on the loss is guaranteed with --confidence; if the images do not support it, no sample exits early and the
+report says what is missing. The images are those that the run of the model held out for validation. config.json gets
+the threshold and, as threshold_profile, how it was chosen; results.json and README.md of the run follow, measured on
+test.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from erde_hub.training import DistillationArguments, create_accelerator, run_on_
 
 @dataclass
 class CalibrationArguments:
-    """What is asked of the threshold."""
+    """The target of the threshold, and how it is chosen."""
 
     model: str = field(metadata={"help": "folder of a checkpoint; its config.json is rewritten"})
     max_accuracy_drop: float | None = field(
@@ -61,7 +62,7 @@ class CalibrationArguments:
     )
     exit_milliseconds: list[float] | None = field(
         default=None,
-        metadata={"help": "measured time in ms of an image that leaves at each exit, the last one included"},
+        metadata={"help": "measured time in ms of an image that exits at each exit, the last one included"},
     )
     confidence: float | None = field(
         default=None,
@@ -74,7 +75,7 @@ class CalibrationArguments:
         default="auto",
         metadata={
             "help": "auto: ltt or, with many images, exact; crc: on average over calibration sets; search: the best on"
-            " these images, nothing promised"
+            " these images, without a guarantee"
         },
     )
     per_exit: bool = field(default=False, metadata={"help": "one threshold per exit in place of a shared one"})
@@ -86,7 +87,7 @@ class CalibrationArguments:
         default="keep",
         metadata={
             "help": f"policy to store, fitted first if it is learned: {', '.join(list_policies())}; eenet is trained"
-            " for the budget, or for half of the full cost where a bound is asked for"
+            " for the budget, or for half of the full cost where a bound is requested"
         },
     )
     fit_share: float = field(

@@ -1,4 +1,4 @@
-"""Trains a teacher, distils a student with exits from it, measures both, and leaves a checkpoint that loads.
+"""Trains a teacher, distils a student with exits from it, measures both, and writes a checkpoint.
 
     accelerate launch recipes/distill.py
     accelerate launch recipes/distill.py --config recipes/configs/cifar10_resnet18_resnet10.yaml --output_dir runs/a

@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def draw_diagnostics(records: ExitRecords, model: EarlyExitWrapper, folder: Path) -> None:
-    """Draws reliability, scores and shares beside the report."""
+    """Draws reliability, scores and exit shares next to the report."""
     shown = records if model.calibrator is None else calibrate_records(records, model.calibrator)
     plot_reliability(shown, folder / "reliability.png")
     if shown.num_exits > 1 and model.policy.uses_threshold:
@@ -165,8 +165,8 @@ def compare(paths: list[str], model: EarlyExitWrapper) -> Drift:
         before, now = (calibrate_records(records, model.calibrator) for records in (before, now))
     check_records_of(before, model)
     profile = model.config.threshold_profile or {}
-    promised = profile.get("bound") is not None and profile.get("confidence") is not None
-    options = {name: profile[name] for name in ("bound", "confidence", "target")} if promised else {}
+    guaranteed = profile.get("bound") is not None and profile.get("confidence") is not None
+    options = {name: profile[name] for name in ("bound", "confidence", "target")} if guaranteed else {}
     return compare_records(before, now, model.policy, model.threshold, **options)
 
 

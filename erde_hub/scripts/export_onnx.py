@@ -34,7 +34,8 @@ class ExportArguments:
 
     model: str = field(metadata={"help": "folder or Hub repository of a checkpoint"})
     output: str = field(
-        default="model.onnx", metadata={"help": "the file, replaced if it exists; above 2 GB the weights lie beside it"}
+        default="model.onnx",
+        metadata={"help": "the file, replaced if it exists; above 2 GB the weights lie next to it"},
     )
     opset: int = field(default=20, metadata={"help": "version of the ONNX operator set"})
     int8: bool = field(default=False, metadata={"help": "quantise to int8; needs --dataset"})

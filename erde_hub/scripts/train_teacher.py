@@ -1,10 +1,10 @@
-"""Trains a teacher with exits, the first half of a distillation, and leaves a checkpoint that loads.
+"""Trains a teacher with exits, the first half of a distillation, and writes a checkpoint.
 
     accelerate launch recipes/train_teacher.py
     accelerate launch recipes/train_teacher.py --config recipes/configs/cifar10_resnet18_resnet10.yaml
 
-It reads the same files as distill.py, with what `teacher_training` changes for the teacher; hand the folder that it
-leaves to `distill.py --teacher`. Without --config the settings are those of recipes/configs/digits.yaml, and with
+It reads the same files as distill.py, with what `teacher_training` changes for the teacher; pass the folder that it
+writes to `distill.py --teacher`. Without --config the settings are those of recipes/configs/digits.yaml, and with
 --dataset those of recipes/configs/own_images.yaml.
 """
 

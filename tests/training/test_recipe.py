@@ -12,7 +12,7 @@ from erde_hub.evaluation import ExitRecords, route_records
 from erde_hub.losses import ERDELoss, list_losses
 from erde_hub.policies import create_policy
 from erde_hub.scripts import common as recipe
-from erde_hub.scripts.common import steps
+from erde_hub.scripts.common import phases
 from erde_hub.scripts.common.arguments import (
     DataArguments,
     ExitArguments,
@@ -172,7 +172,7 @@ def test_teacher_has_the_exits_of_the_student_unless_told_otherwise(data):
 
 def test_every_data_argument_reaches_the_data(monkeypatch):
     seen = {}
-    monkeypatch.setattr(steps, "load_image_data", lambda dataset, **given: seen.update(given, dataset=dataset))
+    monkeypatch.setattr(phases, "load_image_data", lambda dataset, **given: seen.update(given, dataset=dataset))
     names = {"dataset_config": "config_name", "image_size": "input_size"}
     of_texts = ("text_column", "max_length")  # see test_recipe_text.py
     for number, field in enumerate(f for f in dataclasses.fields(DataArguments) if f.name not in of_texts):
@@ -183,7 +183,7 @@ def test_every_data_argument_reaches_the_data(monkeypatch):
 
 def test_preprocessing_of_weights_reaches_the_data_whole(monkeypatch):
     seen = {}
-    monkeypatch.setattr(steps, "load_image_data", lambda _, **given: seen.update(given))
+    monkeypatch.setattr(phases, "load_image_data", lambda _, **given: seen.update(given))
     preprocessing = recipe.pretrained_preprocessing("convnext_atto.d2_in1k")
     squash = preprocessing | {"crop_mode": "squash"}
     recipe.load_data(DataArguments(), squash)

@@ -15,7 +15,7 @@ from erde_hub.data.texts import TextSplit, TokenizedTexts
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import ExitRecords, save_results
 from erde_hub.scripts import common as recipe
-from erde_hub.scripts.common import run_data, steps
+from erde_hub.scripts.common import phases, run_data
 from erde_hub.scripts.common.arguments import TrainedDataArguments
 
 
@@ -75,10 +75,10 @@ def test_columns_of_the_run_come_with_its_data_set(tmp_path):
 
 def test_data_that_cannot_be_found_again_have_to_be_named(tmp_path):
     with pytest.raises(ConfigError, match=r"--dataset is needed: .* has no results\.json"):
-        steps.load_data_of(str(tmp_path), TrainedDataArguments())
+        phases.load_data_of(str(tmp_path), TrainedDataArguments())
     leave_report(tmp_path, "my_photos")
     with pytest.raises(ConfigError, match=r"was trained on 'my_photos', a folder, .* give --dataset FOLDER"):
-        steps.load_data_of(str(tmp_path), TrainedDataArguments())
+        phases.load_data_of(str(tmp_path), TrainedDataArguments())
 
 
 def test_rows_that_were_trained_on_are_recognised_by_their_number(tmp_path, data):

@@ -1,4 +1,4 @@
-"""The steps that recipes are made of: data, networks, training that resumes, and the report a run leaves behind.
+"""What the scripts share: data, networks, training that resumes, and the report of a run.
 
 A run is a folder. Its files say how far it came, so every step asks the folder first: a finished network is loaded, an
 unfinished training is resumed, a report that is missing or half written is made again.
@@ -6,7 +6,6 @@ unfinished training is resumed, a report that is missing or half written is made
 
 from __future__ import annotations
 
-from .companions import TeacherPlan, train_static_student
 from .default_threshold import THRESHOLD_RULE, choose_default_threshold, store_default_threshold
 from .messages import (
     configure_logging,
@@ -28,9 +27,7 @@ from .networks import (
     preprocessing_of,
     pretrained_preprocessing,
 )
-from .reporting import report, write_report
-from .run_data import extend_fitted_on, rows_fitted_on, rows_trained_on, save_fitted_on
-from .steps import (
+from .phases import (
     Interrupted,
     Run,
     check_measurable,
@@ -42,6 +39,9 @@ from .steps import (
     load_data_of,
     train_network,
 )
+from .reporting import report, write_report
+from .run_data import extend_fitted_on, rows_fitted_on, rows_trained_on, save_fitted_on
+from .teacher import TeacherPlan, train_static_student
 
 __all__ = [
     "THRESHOLD_RULE",

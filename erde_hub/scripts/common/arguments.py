@@ -1,4 +1,4 @@
-"""What a recipe is told beside the training arguments: data, networks, teacher, and the arguments of the loss.
+"""Arguments of the scripts other than those of training: data, networks, teacher, loss.
 
 Each class is a dataclass whose fields are flags and keys of a recipe's YAML file.
 """
@@ -98,7 +98,7 @@ class TrainedDataArguments(DataArguments):
 
 @dataclass
 class ExitArguments:
-    """Where exits sit, what they are, and when a sample leaves."""
+    """Positions and heads of the exits, and the policy."""
 
     exits: list[str] | None = field(
         default=None,
@@ -111,7 +111,7 @@ class ExitArguments:
         default_factory=dict, metadata={"help": "arguments of the head, e.g. pool=kernel dropout=0.2"}
     )
     policy: str = field(
-        default="entropy", metadata={"help": f"decides when a sample leaves: {', '.join(list_policies())}"}
+        default="entropy", metadata={"help": f"decides where a sample exits: {', '.join(list_policies())}"}
     )
     policy_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the policy"})
     threshold: list[float] | None = field(
@@ -152,8 +152,8 @@ class TeacherArguments:
     teacher_kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "creation arguments of that network, e.g. width=32, or num_hidden_layers=4 of an encoder; none clears"
-            " those of the file"
+            "help": "creation arguments of that network, e.g. width=32, or num_hidden_layers=4 of an encoder; none"
+            " clears those of the file"
         },
     )
     teacher_pretrained: bool = field(
@@ -189,8 +189,8 @@ class StudentNetworkArguments:
     student_kwargs: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "creation arguments of that network, e.g. width=16, or num_hidden_layers=3 of an encoder; none clears"
-            " those of the file"
+            "help": "creation arguments of that network, e.g. width=16, or num_hidden_layers=3 of an encoder; none"
+            " clears those of the file"
         },
     )
     student_pretrained: bool = field(

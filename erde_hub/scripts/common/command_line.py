@@ -27,7 +27,7 @@ from erde_hub.errors import ConfigError, ErdeError, nearest
 from erde_hub.training.arguments import OTHER_NAMES, nearest_argument
 
 from .arguments import plain_text
-from .steps import Interrupted
+from .phases import Interrupted
 
 
 class _HelpFormatter(argparse.HelpFormatter):

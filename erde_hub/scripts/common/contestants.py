@@ -1,6 +1,6 @@
 """What latency measurements run: a model with exits, its bare backbone, and its stages called by hand.
 
-Every contestant is a function without arguments. Which samples leave where is settled beforehand by thresholds that cut
+Every contestant is a function without arguments. Where each sample exits is fixed in advance by thresholds that lie
 between the scores of the very batch that is run, so that all contestants can be given the same shares; the decisions
 themselves are taken at run time, by the real engine.
 """
@@ -30,7 +30,7 @@ from .networks import load_model
 from .patterns import coarse_patterns
 from .turns import Contestant
 
-#: A threshold that nobody passes, but for which every head is run: zero would skip them.
+#: No sample exits at this threshold, but every head is run; 0 would skip the heads.
 NOBODY = 1e-30
 
 
@@ -40,12 +40,12 @@ class PlanError(ErdeError, RuntimeError):
 
 @dataclass
 class Plan:
-    """Who leaves where in one batch.
+    """The exit of each sample of one batch.
 
     Attributes:
         thresholds: One per early exit; they make the engine follow the plan.
         taken: (N,) int64, the exit of each sample.
-        stays: Per early exit, the rows of the live batch that go on; None where all do.
+        stays: Per early exit, the rows of the active batch that continue; None if all do.
     """
 
     thresholds: list[float]
@@ -121,7 +121,7 @@ def _settle(model: EarlyExitWrapper, images: Tensor) -> None:
 
 @torch.no_grad()
 def plan_for(model: EarlyExitWrapper, x: Tensor, counts: Sequence[int]) -> Plan:
-    """Finds thresholds at which so many samples of this batch leave at each early exit.
+    """Finds thresholds at which given numbers of samples of this batch exit at each early exit.
 
     Raises:
         PlanError: Two samples score alike where the batch has to be divided, or the engine does not follow.
@@ -157,7 +157,7 @@ def plan_for(model: EarlyExitWrapper, x: Tensor, counts: Sequence[int]) -> Plan:
     plan = Plan(thresholds, taken, stays)
     followed = model(x, threshold=plan.thresholds).exit_index
     if not torch.equal(followed, taken):
-        raise PlanError(f"the engine let {int((followed != taken).sum())} of {len(x)} samples leave elsewhere")
+        raise PlanError(f"the engine let {int((followed != taken).sum())} of {len(x)} samples exit elsewhere")
     return plan
 
 
@@ -171,7 +171,7 @@ def try_plan(model: EarlyExitWrapper, x: Tensor, counts: Sequence[int]) -> Plan 
 
 
 def shares_of(batch: int, exits: int) -> dict[str, list[int]]:
-    """Samples that leave at each early exit: an equal share everywhere, or all but one at the first.
+    """Samples that exit at each early exit: an equal share everywhere, or all but one at the first.
 
     >>> shares_of(32, 3)
     {'even': [8, 8, 8], 'one_hard': [31, 0, 0]}
@@ -231,7 +231,7 @@ def contestants(
     Args:
         subject: The network.
         x: The batch.
-        counts: Samples that leave at each early exit, by the name of such a division.
+        counts: Samples that exit at each early exit, by the name of such a division.
         full: The static networks up to each exit as well.
     """
     model, early = subject.model, len(subject.model.heads)
@@ -247,8 +247,8 @@ def contestants(
     for k in range(early if len(x) == 1 else 0):
         runs[f"exit {k}"] = routed(subject, x, [float("inf") if e == k else 0.0 for e in range(early)])
         if staged:
-            leave = [x.new_zeros(0, dtype=torch.int64) if e == k else None for e in range(early)]
-            runs[f"exit {k} by hand"] = by_hand(subject, x, leave, [e == k for e in range(early)])
+            goes_on = [x.new_zeros(0, dtype=torch.int64) if e == k else None for e in range(early)]
+            runs[f"exit {k} by hand"] = by_hand(subject, x, goes_on, [e == k for e in range(early)])
         if full:
             static: nn.Module = model.truncate(k)
             runs[f"static {k}"] = partial(static, x)

@@ -12,7 +12,7 @@ from erde_hub.records import MIN_SAMPLES
 
 #: The threshold stored by default loses at most this much accuracy, as a fraction, against the full model.
 MAX_ACCURACY_DROP = 0.01
-#: Confidence of that where the split is large enough, and below which nobody leaves early.
+#: Confidence of that where the split is large enough, and below which no sample exits early.
 CONFIDENCE, LOWEST_CONFIDENCE = 0.9, 0.5
 THRESHOLD_RULE = (
     f"at most {100 * MAX_ACCURACY_DROP:g} point of accuracy lost against the full model, with {100 * CONFIDENCE:g} %"
@@ -25,9 +25,10 @@ def choose_default_threshold(
 ) -> ThresholdChoice | None:
     """Chooses a threshold that keeps a bound on the loss of accuracy, with as much confidence as the split allows.
 
-    The confidence is 0.9. A promise of one point with it takes 230 samples even if none of them loses anything; a
+    The confidence is 0.9. A guarantee of one point with it takes 230 samples even if none of them loses anything; a
     smaller split gets the confidence that its size allows, 1 - 0.99^n, which is 0.76 for 144. It depends on the number
-    of samples alone, so that it stays a guarantee. Below 69 samples, where it would be under one half, nobody leaves.
+    of samples alone, so that it stays a guarantee. Below 69 samples it would be under one half; no sample exits early
+    then.
 
     Args:
         records: Of the validation split; never of the data that are reported.

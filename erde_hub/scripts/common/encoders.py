@@ -29,7 +29,7 @@ def is_encoder(name: str) -> bool:
 
 
 def create_encoder(source: str, data: TextData, kwargs: Mapping[str, Any], pretrained: bool) -> PreTrainedModel:
-    """Creates a text classifier from the config, and the weights if wanted, that a folder or repository holds.
+    """Creates a text classifier from the config, and optionally the weights, that a folder or repository holds.
 
     Fewer layers than the weights have (``num_hidden_layers=3``) take the first ones. The classifier is new.
 
@@ -88,7 +88,7 @@ def published_base(model: EarlyExitWrapper) -> str | None:
 
 
 def _check_loaded(source: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Weights behind the encoder are new; new ones inside it would make what is called pretrained another network."""
+    """The layers after the encoder are new; missing weights inside it would make it another network."""
     new = tuple(
         f"{name}." for name in (*find_adapter(model).classifier_names(model), f"{model.base_model_prefix}.pooler")
     )

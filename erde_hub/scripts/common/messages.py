@@ -1,4 +1,4 @@
-"""What a run says on the terminal, and what it is called."""
+"""The name of a run, and what it prints."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def format_results(results: Mapping[str, Any]) -> str:
         if point is not None and how.get("never_exits"):
             tables.append(f"* stored threshold. {how['advice']}")
         elif point is not None and how.get("split"):
-            tables.append(f"* stored threshold, chosen on {how['samples']:,} {how['split']} samples{_promise(how)}")
+            tables.append(f"* stored threshold, chosen on {how['samples']:,} {how['split']} samples{_guarantee(how)}")
             if how.get("advice"):
                 tables.append(how["advice"])
         elif point is not None:
@@ -85,8 +85,8 @@ def format_results(results: Mapping[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def _promise(how: Mapping[str, Any]) -> str:
-    """What the choice of a threshold promises, in words; empty where it promises nothing."""
+def _guarantee(how: Mapping[str, Any]) -> str:
+    """The guarantee of a threshold in words; empty if there is none."""
     sure, bound = how.get("confidence"), how.get("bound", 0.01)
     if sure is None or how.get("target", "accuracy_drop") != "accuracy_drop":
         return ""
@@ -155,7 +155,7 @@ def describe_data(data: LabelledData, trained: str | None = None) -> str:
 
 
 def configure_logging(main_process: bool) -> None:
-    """Shows the library's own messages, one line each, and quiets what talks beside them."""
+    """Shows the library's own messages, one line each, and silences other libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     hf_logging.disable_progress_bar()  # of writing weights: over before it can be read

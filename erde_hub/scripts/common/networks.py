@@ -223,7 +223,7 @@ def load_model(name: str, **overrides: Any) -> EarlyExitWrapper:
     """
     folder = Path(name).expanduser()
     runs = [] if folder.exists() else sorted(config.parent for config in folder.parent.glob("*/config.json"))
-    if runs:  # beside runs of this machine: a slip, and not a repository, which may take minutes to be missed
+    if runs:  # next to other runs: a typing error, and not a repository, for which a look-up may take minutes
         hint = nearest(folder.name, (run.name for run in runs))
         raise CheckpointError(f"there is no folder {name!r}{hint} (there are: {', '.join(map(str, runs[:8]))})")
     try:

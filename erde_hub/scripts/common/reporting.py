@@ -1,4 +1,4 @@
-"""What a trained model leaves behind: its threshold, its checkpoint, and everything that describes it."""
+"""The report of a trained model: its threshold, its checkpoint, and the files that describe it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from erde_hub.training.distiller import TrainResult
 from .arguments import ExitArguments
 from .default_threshold import store_default_threshold
 from .encoders import published_base
+from .phases import Run, collect
 from .run_data import SPLIT_FILE, save_trained_on
-from .steps import Run, collect
 
 
 def report(
@@ -52,7 +52,7 @@ def report(
         run: Data, arguments, processes.
         folder: Where the files go.
         model: The trained model.
-        exits: The threshold that the user asked for, if any.
+        exits: The threshold that the user gave, if any.
         loss: Its key and the object.
         result: Of the training.
         teacher: Measured on the same test samples.

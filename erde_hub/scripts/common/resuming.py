@@ -1,4 +1,4 @@
-"""Whether a finished network is the one that a resumed run asks for: nothing is handed out under other settings."""
+"""Checks that a finished network was made with the settings of the run that resumes."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def check_finished(
     Raises:
         ConfigError: They differ; the message names the first setting, both values, and what to do.
     """
-    was, asked = stored.get("args", {}), published_arguments(settings)
-    before, now = _resolve(was, role), _resolve(asked, role)
-    for name in _compared(was, asked, role):
+    was, requested = stored.get("args", {}), published_arguments(settings)
+    before, now = _resolve(was, role), _resolve(requested, role)
+    for name in _compared(was, requested, role):
         if before.get(name) != now.get(name):
-            own = role == "teacher" and any(name in (args.get("teacher_training") or {}) for args in (was, asked))
+            own = role == "teacher" and any(name in (args.get("teacher_training") or {}) for args in (was, requested))
             raise ConfigError(
                 f"--resume with {name}={now.get(name)!r}, but the {role} that is finished was made with"
                 f" {name}={before.get(name)!r}: continue {_words(name, before.get(name), own)}, or start a new run in"
@@ -66,14 +66,14 @@ def check_finished(
         )
 
 
-def _compared(was: Mapping[str, Any], asked: Mapping[str, Any], role: str) -> list[str]:
+def _compared(was: Mapping[str, Any], requested: Mapping[str, Any], role: str) -> list[str]:
     """Returns the names of the settings that decide what a network is."""
     left_out = set(_FREE)
     if role == "teacher":
         left_out.add("teacher_training")  # it is part of the training arguments, which are compared
-        if was.get("teacher_exit_points") and asked.get("teacher_exit_points"):
+        if was.get("teacher_exit_points") and requested.get("teacher_exit_points"):
             left_out.add("exits")
-    return [name for name in asked if name not in left_out and name in _READ_BY.get(role, asked)]
+    return [name for name in requested if name not in left_out and name in _READ_BY.get(role, requested)]
 
 
 def _resolve(args: Mapping[str, Any], role: str) -> dict[str, Any]:

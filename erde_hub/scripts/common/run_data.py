@@ -1,4 +1,4 @@
-"""What the run of a checkpoint left beside it says about its data: which they were, and which rows were trained on."""
+"""The data of a checkpoint's run, read from the files next to it: the data set, and the rows that were trained on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OF_THE_DATA = ("dataset_config", "image_column", "text_column", "label_column")
 
 
 def run_file(model: str, name: str) -> str | None:
-    """Returns a file that the run that trained a model left beside it, if there is one."""
+    """Returns a file that the training run wrote next to a model, if there is one."""
     try:
         return cached_file(
             model,
@@ -50,7 +50,7 @@ def data_of_run(model: str, args: DataArguments) -> tuple[DataArguments, str | N
 
     Args:
         model: Folder or Hub repository of the model.
-        args: What the user asked for.
+        args: What the user requested.
 
     Returns:
         The arguments with a data set, and the fingerprint that the run's data had; None where the user named the data.
@@ -186,7 +186,7 @@ def _known_by_content(
         trained = load_file(path)["hashes"].numpy()
     except (SafetensorError, OSError, KeyError) as error:
         raise DataError(
-            f"{name} of {model!r} is damaged, so that nobody can tell which samples were {words}:"
+            f"{name} of {model!r} is damaged, so that it is not known which samples were {words}:"
             f" {error}; restore it, or delete it to go on without"
         ) from error
     seen = torch.from_numpy(np.isin(split.content_hashes(), trained))

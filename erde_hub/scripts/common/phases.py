@@ -1,4 +1,4 @@
-"""A run and the steps it is made of: data, checks, training that resumes, recorded exits."""
+"""A run and its phases: data, checks, training that resumes, recorded exits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .resuming import check_finished
 from .run_data import SPLIT_FILE, data_of_run, run_file
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for it
+class Interrupted(Exception):  # noqa: N818 - not an error: a user stopped it
     """A signal ended the training, and a checkpoint was written; the message says how to go on.
 
     Args:
@@ -56,13 +56,13 @@ class Interrupted(Exception):  # noqa: N818 - not an error: somebody asked for i
 
 @dataclass
 class Run:
-    """What every step of a recipe needs: who computes, on which data, told what.
+    """What every phase of a script needs: processes, data, arguments.
 
     Attributes:
         accelerator: Of this process; teacher and student share it.
         data: All three splits.
         args: Training arguments; ``output_dir`` is the folder of the run.
-        settings: Everything the recipe was told, for ``results.json``.
+        settings: All arguments, for ``results.json``.
         started: When it began, on the clock of :func:`time.perf_counter`.
         earlier: Seconds that earlier processes spent on what this one continues or takes over.
     """
@@ -94,7 +94,7 @@ def load_data(
     """Loads the data that the arguments name: texts where there is a tokenizer, images otherwise.
 
     Args:
-        args: What the user asked for.
+        args: What the user requested.
         preprocessing: Of weights that exist already (a teacher's, timm's), as
             :func:`~erde_hub.scripts.common.existing_preprocessing` returns it; the data are then brought into that
             form. ``--image_size`` and ``--max_length`` win over its size.
@@ -132,12 +132,12 @@ def load_data(
             split_file=split_file,
             progress=progress,
         )
-    wishes: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if preprocessing:
-        wishes = check_preprocessing(dict(preprocessing))
-        wishes["input_size"] = (3, *wishes.pop("size"))
+        overrides = check_preprocessing(dict(preprocessing))
+        overrides["input_size"] = (3, *overrides.pop("size"))
     if args.image_size is not None:
-        wishes["input_size"] = args.image_size
+        overrides["input_size"] = args.image_size
     return load_image_data(
         args.dataset,
         image_column=args.image_column,
@@ -150,7 +150,7 @@ def load_data(
         split_file=split_file,
         check_images=args.check_images,
         progress=progress,
-        **wishes,
+        **overrides,
     )
 
 
@@ -165,7 +165,7 @@ def load_data_of(
 
     Args:
         model: Folder or Hub repository of the model.
-        args: What the user asked for; without a data set it is the one that the model's run was trained on.
+        args: What the user requested; without a data set it is the one that the model's run was trained on.
         preprocessing: See :func:`load_data`.
         split: The split that must hold no row the model was trained on.
         progress: Show progress bars.

@@ -1,4 +1,4 @@
-"""The networks that are trained beside a student: its teacher, and itself without exits."""
+"""The networks that are trained in addition to a student: its teacher, and its own network without exits."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from erde_hub.training.run_folder import STATIC_STUDENT
 
 from .arguments import ExitArguments, TeacherArguments, plain_weights, teacher_training_arguments
 from .networks import build_model, load_model
+from .phases import Run, collect, finished_before, train_network
 from .reporting import report
 from .resuming import check_finished
-from .steps import Run, collect, finished_before, train_network
 
 
 @dataclass
@@ -101,10 +101,10 @@ def train_static_student(run: Run, model: EarlyExitWrapper) -> dict[str, Any]:
         "loss": "ce",
         "seconds": result.seconds,
     }
-    asked = {"args": published_arguments(run.settings), "dataset": {"fingerprint": run.data.fingerprint}}
-    run_on_main(run.accelerator, lambda: write_text(description, json.dumps(described | asked)))
+    requested = {"args": published_arguments(run.settings), "dataset": {"fingerprint": run.data.fingerprint}}
+    run_on_main(run.accelerator, lambda: write_text(description, json.dumps(described | requested)))
     return described
 
 
-#: What the file of a static student holds beside its description.
+#: What the file of a static student holds in addition to its description.
 _FOR_RESUME = ("args", "dataset")
