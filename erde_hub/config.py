@@ -103,6 +103,8 @@ class EarlyExitConfig(PreTrainedConfig):
         preprocessing: ``{"mean", "std", "interpolation", "crop_pct", "size"}`` of the images the model was trained on.
         backbone_weights: Where the backbone's weights are published, in a checkpoint of the heads alone; see
             :func:`~erde_hub._published_weights.check_backbone_weights`.
+        rotary_dtype: Type of a transformers backbone's rotary frequencies, which ``.to(torch.bfloat16)`` rounds and
+            loading computes in float32; None where they are in float32.
         erde_hub_version: Version that wrote the file.
 
     Raises:
@@ -133,6 +135,7 @@ class EarlyExitConfig(PreTrainedConfig):
     input_size: list[int] | tuple[int, ...] | None = None
     preprocessing: dict[str, Any] | None = None
     backbone_weights: dict[str, Any] | None = None
+    rotary_dtype: str | None = None
     erde_hub_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -218,6 +221,8 @@ class EarlyExitConfig(PreTrainedConfig):
             self.input_size = list(check_input_size(self.input_size))
         if self.backbone_weights is not None:
             self.backbone_weights = dict(check_backbone_weights(self.backbone_weights))
+        if self.rotary_dtype not in (None, "bfloat16", "float16"):
+            raise ConfigError(f"rotary_dtype must be 'bfloat16', 'float16' or None, got {self.rotary_dtype!r}")
         if self.preprocessing is not None:
             self.preprocessing = check_preprocessing(self.preprocessing)
         get_head(self.head)

@@ -213,6 +213,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         if backbone_weights is not None and not heads_only:
             raise ConfigError("backbone_weights says where a left-out backbone is published: pass heads_only=True")
         self.config.backbone_weights = None
+        rounded = {buffer.dtype for buffer in self._rotary_frequencies().values()} - {torch.float32}
+        self.config.rotary_dtype = str(rounded.pop()).removeprefix("torch.") if rounded else None
         if heads_only:
             state_dict = self._heads_only_state(backbone_weights, kwargs.get("token"))
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
@@ -316,6 +318,12 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 ", ".join(sorted(repeated)),
             )
         return state
+
+    def _rotary_frequencies(self) -> dict[str, Tensor]:
+        """Buffers that transformers computes in float32 whatever the type of the weights is."""
+        if not isinstance(self.backbone, PreTrainedModel):
+            return {}
+        return {name: buffer for name, buffer in self.backbone.named_buffers() if name.endswith("inv_freq")}
 
     # What every forward pass begins and ends with
 
@@ -426,6 +434,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             types = {p.dtype for p in model.backbone.parameters() if p.is_floating_point()}
             if given and types and model.config.dtype not in (None, *types):  # transformers leaves it as it was given
                 model.backbone.to(model.config.dtype)
+            if model.config.rotary_dtype == str(model.dtype).removeprefix("torch."):
+                for buffer in model._rotary_frequencies().values():
+                    buffer.data = buffer.data.to(model.dtype)
             for tensor in (*model.parameters(), *model.buffers()):
                 # Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last
                 # bits from those of the model that was saved, and rewriting the file would change this one.

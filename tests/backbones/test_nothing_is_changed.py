@@ -98,7 +98,7 @@ def _everything(tmp_path: Any, size: int | None, kwargs: dict[str, Any] | None) 
 
     def run(module: nn.Module) -> None:
         list_exit_points(module, **given)
-        model = EarlyExitWrapper(module, exits=2, backbone_kwargs=kwargs or None, **given)
+        model = EarlyExitWrapper(module, exits="auto", backbone_kwargs=kwargs or None, **given)
         model.exit_table()
         model.truncate(0)
         model.truncate("classifier")

@@ -500,3 +500,34 @@ def test_texts_are_not_written_as_onnx(tmp_path):
 
     with pytest.raises(ExportError, match="BertForSequenceClassification reads texts"):
         export_onnx(wrap("bert"), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["llama", "modernbert"])
+@pytest.mark.parametrize("how", ["loaded", "cast before", "cast after"])
+@torch.no_grad()
+def test_rotary_models_in_bfloat16(name, how, tmp_path):
+    """transformers keeps their frequencies in float32 when it loads, and ``.to`` rounds them: both come back alike."""
+    module = text(name)
+    if how == "loaded":
+        module.save_pretrained(tmp_path / "bare")
+        module = type(module).from_pretrained(tmp_path / "bare", dtype=torch.bfloat16)
+    elif how == "cast before":
+        module = module.to(torch.bfloat16)
+    model = EarlyExitWrapper(module, exits=TEXT[name][1]).eval().to(torch.bfloat16 if how == "cast after" else None)
+    frequencies = {n: b for n, b in model.backbone.named_buffers() if n.endswith("inv_freq")}
+    assert {b.dtype for b in frequencies.values()} == {torch.float32 if how == "loaded" else torch.bfloat16}
+    ids = torch.randint(5, 99, (4, 40), generator=torch.Generator().manual_seed(0))
+    right = model(input_ids=ids, output_all_exits=True).exit_logits
+    model.save_pretrained(tmp_path / "exits")
+    again = EarlyExitWrapper.from_pretrained(tmp_path / "exits")
+    answers = again(input_ids=ids, output_all_exits=True).exit_logits
+    assert all(torch.equal(a, b) for a, b in zip(answers, right, strict=True))
+    if how != "loaded":
+        exact = EarlyExitWrapper.from_pretrained(tmp_path / "exits", rotary_dtype=None)
+        assert not torch.equal(exact(input_ids=ids, output_all_exits=True).logits, right[-1])
+
+
+def test_rates_that_were_rounded_are_the_same(tmp_path):
+    transformers_model("Swinv2").save_pretrained(tmp_path)
+    module = t.Swinv2ForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert EarlyExitWrapper(module, exits=1).dtype == torch.bfloat16
