@@ -136,7 +136,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         raise CheckpointWriteError(
             f"could not write {path.name}: {error}{_space_left(path)}; what was there before is untouched. Check that"
-            f" {str(path.parent)!r} exists, is writable and has space left"
+            f" the folder {str(path.parent)!r} exists, is writable and has space left"
         ) from error
 
 

@@ -7,42 +7,13 @@ methods of its table.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .errors import ConfigError, unknown_argument, unknown_name
 
 T = TypeVar("T")
-
-
-def refuse_unknown(init: Callable[..., None]) -> Callable[..., None]:
-    """Makes an ``__init__`` answer a keyword that it does not take with a typed error that names the nearest.
-
-    A base class decorates its own and, in ``__init_subclass__`` by :func:`check_init`, that of every subclass. The
-    signature that :func:`inspect.signature` shows stays as it was written.
-    """
-    parameters = inspect.signature(init).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return init
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in names:
-                raise unknown_argument(type(self).__name__, name, names)
-        init(self, *args, **kwargs)
-
-    return checked
-
-
-def check_init(cls: type) -> None:
-    """Applies :func:`refuse_unknown` to the ``__init__`` that a class defines itself, if it does."""
-    if "__init__" in vars(cls):
-        cls.__init__ = refuse_unknown(vars(cls)["__init__"])  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

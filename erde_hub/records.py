@@ -23,7 +23,7 @@ from torch import Tensor
 from ._arguments import check_flag
 from ._files import replacing
 from .errors import ConfigError, DataError, InputTypeError, RecordsError, ShapeError, unknown_argument, unknown_name
-from .tasks import REGRESSION, check_labels, check_targets, refuse_regression
+from .tasks import REGRESSION, check_class_labels, check_targets, refuse_regression
 
 #: Fewest calibration samples; below, no number means anything.
 MIN_SAMPLES = 20
@@ -95,7 +95,7 @@ class ExitRecords:
         if regression:
             labels = check_targets(labels, samples, classes)
         else:
-            check_labels(labels, classes)
+            check_class_labels(labels, len(labels), classes)
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise InputTypeError(f"index must hold integers, got {index.dtype}")
         put = object.__setattr__

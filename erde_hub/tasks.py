@@ -21,7 +21,7 @@ IGNORED = -100
 REGRESSION = "regression"
 
 
-def check_class_labels(labels: object, count: int, num_classes: int, *, values: bool = True) -> Tensor:
+def check_class_labels(labels: object, count: int, num_classes: int, *, values: bool = True, where: str = "") -> Tensor:
     """Returns class indices (N,) as int64.
 
     Args:
@@ -29,49 +29,29 @@ def check_class_labels(labels: object, count: int, num_classes: int, *, values: 
         count: N.
         num_classes: K.
         values: Check the range too, which on an accelerator waits for the device.
+        where: What the labels belong to, for the message: " in the train split".
 
     Raises:
         InputTypeError: Not an integer tensor.
         ShapeError: Not (N,).
-        LabelError: A label outside 0 to K - 1; the message names its position.
+        LabelError: A label outside 0 to K - 1; the message names its row.
     """
     if not isinstance(labels, Tensor):
         raise InputTypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InputTypeError(f"labels must be class indices (int64), got {labels.dtype}")
+        raise InputTypeError(f"labels must be class indices of an integer type, not soft labels, got {labels.dtype}")
     if labels.shape != (count,):
         raise ShapeError(f"labels must have shape ({count},), one per sample, got {tuple(labels.shape)}")
     if values and count:
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
-            position = int((labels == wrong).nonzero()[0])
+            outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+            row = int(outside[0])
             raise LabelError(
-                f"labels[{position}] is {wrong}, but there are {num_classes} classes: labels must lie in"
-                f" 0 to {num_classes - 1}"
+                f"label {int(labels[row])} of row {row}{where} is outside the {num_classes} classes, 0 to"
+                f" {num_classes - 1} ({len(outside)} of {count} labels are)"
             )
     return labels.long()
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Checks class indices (N,).
-
-    Raises:
-        InputTypeError: Not integers.
-        LabelError: One lies outside [0, ``num_classes``); the message names the row.
-    """
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise InputTypeError(
-            f"labels must be class indices of an integer type, got {labels.dtype}: soft labels have no accuracy"
-        )
-    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise LabelError(
-            f"label {int(labels[row])} of row {row} lies outside the model's {num_classes} classes, 0 to"
-            f" {num_classes - 1} ({len(outside)} of {len(labels)} labels do): give labels of the classes that the model"
-            " was trained on"
-        )
 
 
 def check_targets(labels: object, count: int, num_targets: int, *, values: bool = True) -> Tensor:

@@ -47,7 +47,7 @@ def test_a_block_that_fails_leaves_the_earlier_file(tmp_path):
         fail(temporary)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(CheckpointWriteError, match=r"could not write b\.txt.*Check that '.*nowhere' exists"):
+    with pytest.raises(CheckpointWriteError, match=r"could not write b\.txt.*Check that the folder '.*nowhere' exists"):
         write_text(tmp_path / "nowhere" / "b.txt", "words")
 
 

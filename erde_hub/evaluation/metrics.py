@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, InputTypeError, RecordsError, ShapeError
-from erde_hub.tasks import check_labels
+from erde_hub.tasks import check_class_labels
 
 from .ranking import aurc
 
@@ -184,7 +184,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         )
     if not logits.is_floating_point():
         raise InputTypeError(f"logits must be floating point, got {logits.dtype}")
-    check_labels(labels, logits.shape[1])
+    check_class_labels(labels, len(labels), logits.shape[1])
     bad = logits.isnan().any(1).nonzero()
     if len(bad):
         raise RecordsError(f"logits of row {bad[0].item()} hold NaN ({len(bad)} of {len(logits)} rows do)")

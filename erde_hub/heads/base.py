@@ -10,7 +10,6 @@ import torch
 from timm.layers import global_pool_nlc
 from torch import Tensor, nn
 
-from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError
 
 FORMATS = ("NCHW", "NHWC", "NLC", "NC")
@@ -98,12 +97,6 @@ class ExitHead(nn.Module):
         Input: the feature in the format of ``spec``. Output: (N, num_labels).
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets a subclass name the nearest argument where it is built with one that it does not take."""
-        super().__init_subclass__(**kwargs)
-        check_init(cls)
-
-    @refuse_unknown
     def __init__(self, spec: FeatureSpec, num_labels: int) -> None:
         super().__init__()
         self.spec = spec

@@ -26,7 +26,7 @@ def check_weights(loss: str, **weights: object) -> tuple[float, ...]:
 
 
 def check_smoothing(label_smoothing: object) -> float:
-    """Returns the share of each target that is spread over the classes, if it is in [0, 1)."""
+    """Returns the fraction of each target that is spread over the classes, if it is in [0, 1)."""
     return check_number("label_smoothing", label_smoothing, zero=True, below=1.0)
 
 
@@ -78,7 +78,7 @@ def check_exit_logits(name: str, exit_logits: object, least: int = 2) -> Sequenc
 
 
 def check_same_classes(student: Tensor, teacher: Tensor) -> None:
-    """Checks that both networks answered for the same samples and classes.
+    """Checks that both networks have the same samples and classes.
 
     Raises:
         ShapeError: Another number of classes or samples.

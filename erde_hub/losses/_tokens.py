@@ -36,12 +36,12 @@ def token_entropy(logits: Tensor, vocab_size: int, chunk_size: int | None = None
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entropy = logits.new_empty(len(logits), dtype=dtype)
-    answer = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    prediction = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for rows in chunks(len(logits), vocab_size, chunk_size):
         part = logits[rows, :vocab_size]
         entropy[rows] = functional.entropy(functional.log_probs(part))
-        answer[rows] = part.argmax(-1)
-    return entropy, answer
+        prediction[rows] = part.argmax(-1)
+    return entropy, prediction
 
 
 class TokenLosses(torch.autograd.Function):

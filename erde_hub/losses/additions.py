@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.tasks import refuse_regression
 
@@ -53,12 +52,6 @@ class Addition(nn.Module):
     #: Reads the features of exits.
     needs_features: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets a subclass name the nearest argument where it is built with one that it does not take."""
-        super().__init_subclass__(**kwargs)
-        check_init(cls)
-
-    @refuse_unknown
     def __init__(self) -> None:
         super().__init__()
 

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from erde_hub._arguments import check_choice
-from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import InputTypeError
 from erde_hub.tasks import REGRESSION
 
@@ -72,12 +71,6 @@ class ExitLoss(nn.Module):
     #: ... twice.
     twice_differentiable: ClassVar[bool] = True
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets a subclass name the nearest argument where it is built with one that it does not take."""
-        super().__init_subclass__(**kwargs)
-        check_init(cls)
-
-    @refuse_unknown
     def __init__(
         self,
         *,
@@ -320,7 +313,7 @@ class ExitLoss(nn.Module):
             terms=dict(zip(names, (value.detach() for value in values), strict=True)),
             exit_terms=dict(zip(names, per_exit.detach().unbind(0), strict=True)),
         )
-        # Worth seeing in the log beside the terms.
+        # Worth seeing in the log next to the terms.
         if self.reads_teacher:
             shown["teacher_right"] = batch.teacher_right.to(result.loss.dtype).mean(-1)
         for name, value in shown.items():

@@ -52,7 +52,7 @@ class Term:
     """One part of a loss, per exit and sample.
 
     Its value at an exit is the sum over samples of ``values * sample_weights * mask``, divided as the loss's reduction
-    says; its share of the loss is ``weight`` times the sum of that over exits.
+    says; it contributes ``weight`` times the sum of that over exits.
 
     Attributes:
         name: Key in the log.
@@ -119,7 +119,7 @@ def check_per_sample(what: str, values: object, shapes: Sequence[tuple[int, ...]
 
 
 class ExitBatch:
-    """The logits of one batch, stacked over the student's exits, with what several terms share computed once.
+    """The logits of one batch, stacked over the student's exits, and what several terms read, computed once.
 
     Shape:
         student_logits: (E, N, K), float32 or float64. teacher_logits: the same, exit e holding what student exit e
@@ -189,12 +189,12 @@ class ExitBatch:
 
     @cached_property
     def teacher_right(self) -> Tensor:
-        """Where the teacher exit paired with each student exit names the label, (E, N) bool."""
+        """Where the teacher exit paired with each student exit predicts the label, (E, N) bool."""
         return functional.correct(self.teacher_logits, self.labels)
 
     @cached_property
     def teacher_right_at_final_exit(self) -> Tensor:
-        """Where the teacher's last exit names the label, (N,) bool."""
+        """Where the teacher's last exit predicts the label, (N,) bool."""
         return functional.correct(self.teacher_final_logits, self.labels)
 
 

@@ -25,7 +25,7 @@ class CELoss(ExitLoss):
     distillation methods.
 
     Args:
-        label_smoothing: Share of each target that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit, or a preset: "uniform", "msdnet", "sdn" (follows the epoch), "linear",
             "branchynet" (:func:`~erde_hub.losses.exit_weights_preset`).
 

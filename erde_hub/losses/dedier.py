@@ -1,4 +1,4 @@
-"""DEDIER: what an early read-out of the student gets wrong with confidence counts more in distillation."""
+"""DEDIER: samples that an early read-out of the student gets wrong with confidence weigh more in distillation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .additions import Extensible, SampleWeight
 from .batch import ExitBatch
 from .kd import KDLoss
 
-#: What answers early: an exit that the student has, or a head that is trained for the purpose on the same feature.
+#: The early read-out: an exit of the student, or a head that is trained for the purpose on the same feature.
 READOUT_SOURCES = ("exit", "head")
 
 
@@ -40,14 +40,14 @@ def readout_weights(logits: Tensor, labels: Tensor, alpha: float, beta: float) -
 
 
 class ReadoutWeight(SampleWeight):
-    """Weight per training sample from what an early read-out of the student answered.
+    """Weight per training sample from the predictions of an early read-out of the student.
 
-    At the end of an epoch the read-out answers for the whole training set, and every sample gets a new weight::
+    At the end of an epoch the read-out predicts the whole training set, and every sample gets a new weight::
 
         cm = p_(1) - p_(2) of the read-out's softmax, its confidence margin
         w = exp(beta cm^alpha)  if the read-out is wrong, else 1
 
-    A student that is about to rely on what is easy and misleading shows it in its early layers: they are sure and
+    A student that is about to rely on what is easy and misleading shows it in its early layers: they are confident and
     wrong on the samples where the easy cue does not hold. These count up to exp(beta) times as much from then on.
 
     An exit of the student that is read, and those before it, are not weighed themselves: up to exp(beta) times the
@@ -56,12 +56,12 @@ class ReadoutWeight(SampleWeight):
 
     Weights lie in a table, addressed by the stable index of each sample. The table is a buffer: it is saved with a
     run's checkpoints and resumed; :meth:`update` gathers it from all processes. Until the first round all weights are
-    1. The Distiller runs the rounds; in a loop of one's own call :meth:`allocate` once and :meth:`update` per round.
+    1. The Distiller runs the rounds; in your own loop call :meth:`allocate` once and :meth:`update` per round.
 
     Args:
         readout_alpha: alpha; 0.05 for Waterbirds, 0.1 for CelebA, 0.2 for MultiNLI.
         readout_beta: beta; 4, 3.5 and 3 there. Weights reach exp(beta), so the effective learning rate jumps with it.
-        readout_source: "exit" reads the answers of one of the student's own exits and weighs the exits behind it;
+        readout_source: "exit" reads the predictions of one of the student's own exits and weighs the exits after it;
             "head" weighs all exits and trains a head of two convolutions (tokens: one hidden layer) from scratch on the
             detached feature of that exit in every round, as the authors do for students without exits. Such a student
             is refused here: give it one exit, which says where the head reads, and the loss ``exit_weights=[0, 1]``, so
@@ -70,7 +70,7 @@ class ReadoutWeight(SampleWeight):
         readout_every: Epochs from round to round, L; the first is after the first epoch.
         readout_epochs: Epochs that the head is trained for in each round, R.
         readout_lr: Learning rate of the head (AdamW).
-        readout_sticky: A sample that has become right keeps its last weight, as in the released code; otherwise it
+        readout_sticky: A sample that has become correct keeps its last weight, as in the released code; otherwise it
             returns to 1.
         readout_normalize: Divide by the mean over the training set, which leaves the size of the term as it is.
         readout_weighs_ce: Weigh the cross-entropy too, as the released code does; the same where its weight is 0.
@@ -92,7 +92,7 @@ class ReadoutWeight(SampleWeight):
         >>> logits = torch.tensor([[9.0, -9.0], [9.0, -9.0], [0.0, 0.0]])
         >>> weight.update(torch.tensor([0, 1, 3]), logits, torch.tensor([0, 1, 1]))["wrong"]
         0.6666666666666666
-        >>> [round(value, 2) for value in weight.table.tolist()]  # right, sure and wrong, not seen, no margin
+        >>> [round(value, 2) for value in weight.table.tolist()]  # correct, confident and wrong, not seen, no margin
         [1.0, 7.39, 1.0, 1.0]
     """
 
@@ -158,7 +158,7 @@ class ReadoutWeight(SampleWeight):
         """Returns the weights (E, N) of the batch; 1 before the first round, and at the exit that is read.
 
         Raises:
-            ConfigError: The student has no early exit that is read and none behind it that could be weighed.
+            ConfigError: The student has no early exit that is read and none after it that could be weighed.
             InputTypeError: The batch has no index.
             ShapeError: An index outside the table.
         """
@@ -179,14 +179,14 @@ class ReadoutWeight(SampleWeight):
 
         Args:
             index: Stable numbers. A sample that several processes hold, as padding, counts once.
-            logits: What the read-out answered.
+            logits: Those of the read-out.
             labels: Class indices.
 
         Shape:
             index, labels: (N,), N may be 0 and differ between processes. logits: (N, K).
 
         Returns:
-            ``wrong``, the share of samples that the read-out gets wrong, and ``mean_weight``, ``max_weight`` of all.
+            ``wrong``, the fraction of samples that the read-out gets wrong, and ``mean_weight``, ``max_weight`` of all.
 
         Raises:
             ConfigError: :meth:`allocate` was not called.
@@ -206,7 +206,7 @@ class ReadoutWeight(SampleWeight):
             dist.all_reduce(gathered)
         is_wrong, seen = gathered[1] > 0, gathered[2] > 0
         if not seen.any():
-            raise ShapeError("a round needs answers for at least one sample, and no process has any")
+            raise ShapeError("a round needs the logits of at least one sample, and no process has any")
         before = self.table if self.readout_sticky else torch.ones_like(self.table)
         self.table = torch.where(is_wrong, gathered[0] / gathered[1].clamp_min(1.0), before)
         mean = self.table[seen].mean()
@@ -253,16 +253,16 @@ class DEDIERLoss(KDLoss):
         ce_weight: Factor of the cross-entropy; 0 in the released code's default.
         readout_alpha: Power of the margin in the exponent.
         readout_beta: Factor of the exponent; weights reach exp(beta).
-        readout_source: "exit" reads one of the student's own exits and weighs those behind it, "head" trains a head on
+        readout_source: "exit" reads one of the student's own exits and weighs those after it, "head" trains a head on
             the detached feature of that exit and weighs all.
         readout_exit: Which early exit, from 0.
         readout_every: Epochs from one renewal of the weights to the next; the first is after the first epoch.
         readout_epochs: Epochs that the head is trained for each time.
         readout_lr: Learning rate of the head.
-        readout_sticky: A sample that has become right keeps its last weight.
+        readout_sticky: A sample that has become correct keeps its last weight.
         readout_normalize: Divide the weights by their mean over the training set.
         readout_weighs_ce: Weigh the cross-entropy too.
-        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
         teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
             :func:`~erde_hub.losses.map_teacher_exits`.
@@ -339,7 +339,7 @@ def dedier_loss(
         student_logits: Of every exit.
         teacher_logits: Of every exit of the teacher.
         labels: Class indices.
-        readout_logits: What the read-out answered, (N, K).
+        readout_logits: Logits of the read-out, (N, K).
         **settings: Arguments of :class:`DEDIERLoss`.
     """
     loss = DEDIERLoss(**{"readout_source": "head", **settings})

@@ -27,9 +27,9 @@ class DKDLoss(ExitLoss):
         L = sum_e w_e mean_n { ce_weight CE(s, y)
                                + T^2 [ target_weight KL(b_t || b_s) + nontarget_weight KL(q_t || q_s) ] }
 
-    In Hinton's loss the second divergence is multiplied by 1 - p_t[y], so what a sure teacher knows about the other
-    classes hardly counts; here it does. With target_weight 1 and nontarget_weight 1 - p_t[y] the two are the same. With
-    two classes the second divergence is 0. The teacher is detached.
+    In Hinton's loss the second divergence is multiplied by 1 - p_t[y], so what a confident teacher knows about the
+    other classes hardly counts; here it does. With target_weight 1 and nontarget_weight 1 - p_t[y] the two are the
+    same. With two classes the second divergence is 0. The teacher is detached.
 
     Args:
         temperature: Softens both sides; positive. The divergences are multiplied by its square.
@@ -39,7 +39,7 @@ class DKDLoss(ExitLoss):
         ce_weight: Factor of the cross-entropy.
         warmup_epochs: Both divergences grow linearly over so many epochs (20 for CIFAR-100 in the released code); 0 is
             none. Without epochs (:meth:`set_epoch`) they are complete.
-        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
         teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
             :func:`~erde_hub.losses.map_teacher_exits`.

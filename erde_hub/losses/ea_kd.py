@@ -29,7 +29,7 @@ class EntropyWeight(SampleWeight):
 
     The weight is detached: it decides how much a sample counts and is not itself made smaller. It is not normalised:
     its mean, anywhere in [0, log K], rescales the term it multiplies, so compare with a baseline of matched weight or
-    set ``normalize_weights``. A teacher that is sure of everything gives weights near 0.
+    set ``normalize_weights``. A teacher that is confident everywhere gives weights near 0.
 
     Args:
         entropy_temperature: T' of both entropies, apart from the temperature of the divergence; positive.
@@ -78,8 +78,8 @@ class EntropyWeight(SampleWeight):
         weights = teacher
         if self.entropy_weighting != "base":
             student = functional.entropy(batch.student_log_probs(self.entropy_temperature).detach())
-            share = student / (math.log(batch.num_classes) if self.entropy_bound is None else self.entropy_bound)
-            weights = teacher * share if self.entropy_weighting == "interaction" else 0.5 * teacher * (1 + share)
+            fraction = student / (math.log(batch.num_classes) if self.entropy_bound is None else self.entropy_bound)
+            weights = teacher * fraction if self.entropy_weighting == "interaction" else 0.5 * teacher * (1 + fraction)
         # The entropy of a one-hot distribution may come out as a tiny negative number.
         weights = weights.clamp_min(0.0)
         if self.normalize_weights:
@@ -96,7 +96,7 @@ class EAKDLoss(KDLoss):
         L = sum_e w_e mean_n { ce_weight CE(s, y) + v kl_weight T^2 KL(p_t^T || p_s^T) }
 
     with v the detached weights of :class:`EntropyWeight`, H_t (1 + H_s / log K) / 2. The same weight joins any other
-    loss: ``create_loss("erde").add(EntropyWeight())`` weighs ERDE's divergence where the teacher is right
+    loss: ``create_loss("erde").add(EntropyWeight())`` weighs ERDE's divergence where the teacher is correct
     and leaves its entropy term elsewhere as it is.
 
     The defaults are those of the paper for CIFAR-100 and Tiny-ImageNet. For ImageNet it has temperature 1, entropy
@@ -110,7 +110,7 @@ class EAKDLoss(KDLoss):
         entropy_bound: Upper bound of the entropy; None is log K, 100.0 reproduces the released code on CIFAR-100.
         entropy_weighting: "both", "base" (the teacher's entropy) or "interaction" (its product with the student's).
         normalize_weights: Divide the weights by their mean over the batch at each exit.
-        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
         teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
             :func:`~erde_hub.losses.map_teacher_exits`.
@@ -129,9 +129,9 @@ class EAKDLoss(KDLoss):
 
     Example:
         >>> import torch
-        >>> even, sure = torch.zeros(1, 2), torch.tensor([[50.0, -50.0]])
+        >>> even, confident = torch.zeros(1, 2), torch.tensor([[50.0, -50.0]])
         >>> loss = EAKDLoss(temperature=1.0, kl_weight=1.0, ce_weight=0.0)
-        >>> round(loss([sure], [even], torch.tensor([0])).terms["ea_kd_weight"].item(), 4)  # half of log 2
+        >>> round(loss([confident], [even], torch.tensor([0])).terms["ea_kd_weight"].item(), 4)  # half of log 2
         0.3466
     """
 

@@ -62,7 +62,7 @@ class EGADLoss(ExitLoss):
     """Token-level distillation with a curriculum, a temperature and a feature branch that follow the teacher's entropy.
 
     For every token, with t and s the logits of teacher and student over V words, H the teacher's entropy at temperature
-    1, h = H / log V and r the share of the training that is done::
+    1, h = H / log V and r the fraction of the training that is done::
 
         L = sum_e w_e { ce_weight mean CE(s, y) + kl_weight mean [ c T^2 KL(p_t^T || p_s^T) ] + feature_weight F }
 
@@ -77,14 +77,15 @@ class EGADLoss(ExitLoss):
     A loop calls :meth:`build` once, before the optimizer takes the loss's parameters in, and :meth:`set_progress` at
     every step. Without progress the curriculum rests: c is 1.
 
-    Logits are read in chunks and their gradient is computed in closed form, so that beside both logits and the gradient
-    a call needs a few chunks of memory and some numbers per token. It can be differentiated once.
+    Logits are read in chunks and their gradient is computed in closed form, so that in addition to both logits and the
+    gradient a call needs a few chunks of memory and some numbers per token. It can be differentiated once.
 
     **Experimental.** The paper gives no equations that could be had; this is a reading of its abstract, every open
     choice is an argument, and there are no figures to compare with.
 
     Args:
-        min_temperature: Temperature where the teacher is sure (or unsure, see ``temperature_direction``); positive.
+        min_temperature: Temperature where the teacher is confident (or uncertain, see ``temperature_direction``);
+            positive.
         max_temperature: At the other end; equal to ``min_temperature`` switches the dependence off.
         temperature_direction: "increasing" softens uncertain tokens, "decreasing" certain ones, by 1 - h for h.
         curriculum: Weigh tokens by c; otherwise, and as long as no progress was set, all weigh alike.
@@ -123,7 +124,7 @@ class EGADLoss(ExitLoss):
     """
 
     task: ClassVar[str] = "causal language models"
-    state: ClassVar[str] = "the share of the training that is done; a projection per exit with features"
+    state: ClassVar[str] = "the fraction of the training that is done; a projection per exit with features"
     twice_differentiable: ClassVar[bool] = False
 
     def __init__(
@@ -191,13 +192,13 @@ class EGADLoss(ExitLoss):
         self.projections = build_projections(pairs)
 
     def set_progress(self, progress: float) -> None:
-        """Tells the loss which share of the training is done, for the curriculum; 0 at the start, 1 at the end.
+        """Tells the loss which fraction of the training is done, for the curriculum; 0 at the start, 1 at the end.
 
         Raises:
             ConfigError: Outside of 0 to 1.
         """
         if isinstance(progress, bool) or not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
-            raise ConfigError(f"progress must be a share from 0 to 1, got {progress!r}")
+            raise ConfigError(f"progress must be a fraction from 0 to 1, got {progress!r}")
         self._progress = float(progress)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
@@ -222,7 +223,7 @@ class EGADLoss(ExitLoss):
             student_logits: Of every position, not shifted.
             teacher_logits: Likewise, over the same words.
             labels: The word that follows each position; -100 where nothing is learnt.
-            mask: True where something is learnt, beside the labels; prompts, say, are False.
+            mask: True where something is learnt, in addition to the labels; False for prompts, for example.
             index: Not used.
             student_features: Hidden states of the student's last layer, or of whichever is to be compared (per exit).
             teacher_features: Those of the teacher.
@@ -266,7 +267,7 @@ class EGADLoss(ExitLoss):
     ) -> dict[str, Tensor]:
         """Returns the means of one exit by name."""
         valid = labels >= 0
-        entropy, answer = token_entropy(teacher, vocab_size, self.chunk_size)
+        entropy, prediction = token_entropy(teacher, vocab_size, self.chunk_size)
         entropy = entropy.to(dtype)
         hardness = self._hardness(entropy, valid, vocab_size)
         softness = hardness if self.temperature_direction == "increasing" else 1 - hardness
@@ -282,7 +283,7 @@ class EGADLoss(ExitLoss):
             terms["feature"] = kl.new_zeros(())
             if features is not None:
                 terms["feature"] = self._feature_distance(exit_, *features, hardness, valid).to(kl.dtype)
-        terms["teacher_right"] = (answer == labels).sum() * factor  # -100 is no answer
+        terms["teacher_right"] = (prediction == labels).sum() * factor  # -100 is never predicted
         return terms
 
     def _hardness(self, entropy: Tensor, valid: Tensor, vocab_size: int) -> Tensor:
@@ -312,14 +313,14 @@ class EGADLoss(ExitLoss):
                 f"the features of exit {exit_} are {widths[0]} (student) and {widths[1]} (teacher) wide, the projection"
                 f" was built for {layer.in_features} and {layer.out_features}"
             )
-        share = hardness * valid
+        weight = hardness * valid
         if self.hard_tokens == "threshold":
-            share = (valid & (hardness >= self._hard_threshold(hardness, valid))).to(hardness.dtype)
-        chosen = share > 0
+            weight = (valid & (hardness >= self._hard_threshold(hardness, valid))).to(hardness.dtype)
+        chosen = weight > 0
         own, target = functional.upcast(student[chosen]), functional.upcast(teacher[chosen].detach())
         distance = (layer(own.to(layer.weight.dtype)) - target.to(layer.weight.dtype)).square().mean(-1)
-        total = self._total(share.sum()).clamp_min(1e-12)
-        return (distance * share[chosen]).sum() * (self._processes() / total)
+        total = self._total(weight.sum()).clamp_min(1e-12)
+        return (distance * weight[chosen]).sum() * (self._processes() / total)
 
     def _hard_threshold(self, hardness: Tensor, valid: Tensor) -> Tensor:
         """The quantile over the valid tokens of all processes; infinity where there are none."""
@@ -349,8 +350,8 @@ class EGADLoss(ExitLoss):
         terms, loss = {}, exit_terms["ce"].new_zeros(())
         for name, weight in weights.items():
             if name in exit_terms:
-                shares = [value * w for value, w in zip(exit_terms[name], exit_weights, strict=True)]
-                terms[name] = torch.stack(shares).sum()
+                weighted = [value * w for value, w in zip(exit_terms[name], exit_weights, strict=True)]
+                terms[name] = torch.stack(weighted).sum()
                 loss = loss + weight * terms[name]
         terms["teacher_right"] = exit_terms["teacher_right"].mean()
         return LossResult(

@@ -1,4 +1,4 @@
-"""ERDE: distil where the teacher is right, stay uncertain where it is wrong."""
+"""ERDE: distil where the teacher is correct, keep the entropy high where it is wrong."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ class ERDELoss(ExitLoss):
         dL/ds = 1/N { m [ kl_weight T/K (p_s^T - p_t^T) + ce_weight (p_s - onehot y) ]
                       + [e < E] (1 - m) entropy_weight p_s (log p_s + H(p_s)) }
 
-    On a sample that the teacher gets right, the student's exit imitates it and learns the label. On one that it gets
-    wrong, nothing is imitated and the exit's entropy is *raised*, so that such a sample goes on to the next exit; the
+    On a sample that the teacher classifies correctly, the student's exit imitates it and learns the label. On the
+    others nothing is imitated and the exit's entropy is *raised*, so that such a sample goes on to the next exit; the
     final exit has no next one, and learns nothing from it. The teacher is detached; the masks carry no gradient. Since
     entropy is subtracted, the loss can be negative. A batch in which every sample, or none, is teacher-wrong is fine.
 
     The masks are those of these three terms. A further term that joins by :meth:`add` applies to every sample:
-    "feature" imitates the teacher's features also where its answer is wrong.
+    "feature" imitates the teacher's features also where its prediction is wrong.
 
     The paper's text could not be had in full, so where accounts of it leave a choice, each reading is an option below
-    and the default is the one best supported. The divergence is divided by K and so weak beside the cross-entropy when
-    there are many classes: try ``kl_weight`` up to K, and ``entropy_weight`` of 0, 0.005 and 0.05 (its gradient is at
-    most log K per logit).
+    and the default is the one best supported. The divergence is divided by K and so weak compared with the
+    cross-entropy when there are many classes: try ``kl_weight`` up to K, and ``entropy_weight`` of 0, 0.005 and 0.05
+    (its gradient is at most log K per logit).
 
     Args:
         temperature: Softens both sides of the divergence; positive. The entropy is taken at temperature 1, as by the
             exit policy.
         kl_weight: Factor of the divergence. Not published; 1 is a choice.
         ce_weight: Factor of the cross-entropy. Not published; 1 is a choice.
-        entropy_weight: Factor of the entropy; 0 switches the term off, which leaves distillation on teacher-right
+        entropy_weight: Factor of the entropy; 0 switches the term off, which leaves distillation on teacher-correct
             samples.
-        correctness: Whose answer counts as right: "per_exit", the paired teacher exit's, or "final_exit", the teacher's
-            last exit's for all.
+        correctness: Whose prediction counts as correct: "per_exit", the paired teacher exit's, or "final_exit", the
+            teacher's last exit's for all.
         entropy_exits: Where entropy is raised: "intermediate" (all but the final exit) or "all".
         reduction: What sums over samples are divided by: "batch" the batch, "subset" the samples to which the term
-            applies at that exit (a single wrong sample then weighs as much as all right ones), "sum" nothing. Exits are
-            always summed.
+            applies at that exit (a single wrong sample then weighs as much as all correct ones), "sum" nothing. Exits
+            are always summed.
         kl_scale: "T2_over_K" multiplies the divergence by T^2 / K, "T2" by T^2 as in Hinton's loss.
         kd_on_teacher_wrong: Divergence and cross-entropy on teacher-wrong samples too; with ``entropy_weight=0`` that
             is plain distillation at every exit.
         kd_on_all_samples_at_final_exit: The same at the final exit only, so that it learns from every sample.
-        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit for all its terms, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
         teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
             :func:`~erde_hub.losses.map_teacher_exits`.
@@ -81,7 +81,7 @@ class ERDELoss(ExitLoss):
     Example:
         >>> import torch
         >>> labels = torch.tensor([0, 0])
-        >>> teacher = torch.tensor([[9.0, 0.0], [0.0, 9.0]])  # right on the first sample, wrong on the second
+        >>> teacher = torch.tensor([[9.0, 0.0], [0.0, 9.0]])  # correct on the first sample, wrong on the second
         >>> student = torch.zeros(2, 2)
         >>> result = ERDELoss(kl_weight=0.0, entropy_weight=0.1)([student, student], [teacher, teacher], labels)
         >>> # cross-entropy of one sample at two exits, 2 x log 2 / 2; entropy of one sample at one exit, log 2 / 2
@@ -128,10 +128,10 @@ class ERDELoss(ExitLoss):
 
     def terms(self, batch: ExitBatch) -> list[Term]:
         """Returns the terms ``kl`` (with its scale), ``ce`` and ``entropy``; one of weight 0 is left out."""
-        right = batch.teacher_right
+        correct = batch.teacher_right
         if self.correctness == "final_exit":
-            right = batch.teacher_right_at_final_exit.expand_as(right)
-        distil = self._distil_mask(right)
+            correct = batch.teacher_right_at_final_exit.expand_as(correct)
+        distil = self._distil_mask(correct)
         terms = []
         if self.kl_weight:
             kl = functional.kl_divergence(
@@ -143,20 +143,20 @@ class ERDELoss(ExitLoss):
             ce = functional.cross_entropy(batch.student_log_probs(), batch.labels, self.label_smoothing)
             terms.append(Term("ce", ce, self.ce_weight, distil))
         if self.entropy_weight:
-            wrong = ~right
+            wrong = ~correct
             if self.entropy_exits == "intermediate":
                 wrong[-1] = False
             # Maximised, hence the sign.
             terms.append(Term("entropy", functional.entropy(batch.student_log_probs()), -self.entropy_weight, wrong))
         return terms
 
-    def _distil_mask(self, right: Tensor) -> Tensor | None:
+    def _distil_mask(self, correct: Tensor) -> Tensor | None:
         """Where divergence and cross-entropy apply, (E, N) bool; None is everywhere."""
         if self.kd_on_teacher_wrong:
             return None
         if self.kd_on_all_samples_at_final_exit:
-            return torch.cat([right[:-1], torch.ones_like(right[-1:])])
-        return right
+            return torch.cat([correct[:-1], torch.ones_like(correct[-1:])])
+        return correct
 
 
 def erde_loss(

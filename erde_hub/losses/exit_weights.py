@@ -55,8 +55,8 @@ def exit_weights_preset(name: str, num_exits: int, epoch: int | None = None, epo
     ``sdn``
         Shallow-Deep Networks: 1 for the final exit, min(C_i, 0.01 + epoch C_i / epochs) for early exit i of n, so that
         early exits hardly disturb the young backbone. C_i = 0.9 i / n, which for the six early exits of the paper is
-        0.15, 0.30, ... 0.90, the share of the network's cost at which they sit; other n are the same line, an extension
-        of ours. Without an epoch: the end, C.
+        0.15, 0.30, ... 0.90, the fraction of the network's cost at which they sit; other n follow the same line, an
+        extension of ours. Without an epoch: the end, C.
     ``linear``
         EENet's backbones: e / (E (E + 1)) for exit e of E, counted from 1; the weights sum to one half.
     ``branchynet``

@@ -1,4 +1,4 @@
-"""Feature distillation: what an exit reads is drawn towards what the teacher's exit reads."""
+"""Feature distillation: the features of an exit approach those of the teacher's exit."""
 
 from __future__ import annotations
 
@@ -72,17 +72,17 @@ class FeatureTerm(ExtraTerm):
     """The mean square between the student's features, projected to the teacher's width, and the teacher's.
 
     Per exit and sample: the mean over positions and channels of (P f_s - f_t)^2, with P a learned linear map without
-    bias, one per exit, shared by all positions. P belongs to the loss: the optimizer trains it beside the student, its
-    weights lie with the loss in a run's checkpoints, and the student that is saved knows nothing of it.
+    bias, one per exit, shared by all positions. P belongs to the loss: the optimizer trains it together with the
+    student, its weights lie with the loss in a run's checkpoints, and the student that is saved knows nothing of it.
 
     A feature is what the head of an exit reads. The last exit, the classifier, has none and no such term. Maps are
     averaged down to ``feature_size`` positions a side, and to the smaller of the two where they differ; features of
     different layout are averaged over all their positions.
 
     The term applies to every sample. Beside ERDE, whose mask is for terms of its own, the features of the teacher are
-    imitated also where its answer is wrong.
+    imitated also where its prediction is wrong.
 
-    The Distiller builds the projections and hands the features over; in a loop of one's own
+    The Distiller builds the projections and hands the features over; in your own loop
     :class:`~erde_hub.training.ExitFeatures` reads both.
 
     Args:
@@ -100,7 +100,7 @@ class FeatureTerm(ExtraTerm):
     """
 
     name: ClassVar[str] = "feature"
-    state: ClassVar[str] = "a projection per early exit, trained beside the student"
+    state: ClassVar[str] = "a projection per early exit, trained together with the student"
     needs_teacher: ClassVar[bool] = True
     needs_features: ClassVar[bool] = True
 
@@ -199,7 +199,7 @@ class FeatureKDLoss(KDLoss):
         feature_weight: Factor of the distance of features; above 0.
         projection: "linear", or "none" where both networks have the same widths.
         feature_size: Most positions a side of a map; larger maps are averaged down.
-        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
         teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
             :func:`~erde_hub.losses.map_teacher_exits`.
@@ -268,7 +268,7 @@ def _same_positions(student: Tensor, teacher: Tensor, most: int) -> tuple[Tensor
     return _mean_position(student), _mean_position(teacher)
 
 
-#: Maps of at most this many positions, one channel behind the other, are averaged by one product with a matrix.
+#: Maps of at most this many positions, one channel after the other, are averaged by one product with a matrix.
 SMALL_MAP = 64
 
 
@@ -285,8 +285,8 @@ def _pool(feature: Tensor, height: int, width: int) -> Tensor:
     elif maps.shape[2] * maps.shape[3] <= SMALL_MAP:
         in_row = torch.eye(height, dtype=maps.dtype, device=maps.device).repeat_interleave(int(rows), 0)
         in_column = torch.eye(width, dtype=maps.dtype, device=maps.device).repeat_interleave(int(columns), 0)
-        share = torch.kron(in_row, in_column) / (rows * columns)  # of each position in each average
-        pooled = (maps.flatten(2) @ share).unflatten(2, (height, width))
+        weights = torch.kron(in_row, in_column) / (rows * columns)  # of each position in each average
+        pooled = (maps.flatten(2) @ weights).unflatten(2, (height, width))
     else:
         pooled = maps.unflatten(2, (height, -1)).sum(3).unflatten(3, (width, -1)).sum(4) / (rows * columns)
     return pooled.permute(0, 2, 3, 1)

@@ -75,7 +75,7 @@ def cross_entropy(log_probs: Tensor, labels: Tensor, label_smoothing: float = 0.
     Args:
         log_probs: Normalised log-probabilities, one or more exits of the same samples.
         labels: Class indices in [0, K); they are not checked here.
-        label_smoothing: Share of the target that is spread evenly over all K classes, as in torch.
+        label_smoothing: Fraction of the target that is spread evenly over all K classes, as in torch.
 
     Shape:
         log_probs: (..., N, K). labels: (N,). Returns (..., N).

@@ -35,7 +35,7 @@ class KDLoss(ExitLoss):
         temperature: Softens both sides; positive. The divergence is multiplied by its square.
         kl_weight: Factor of the divergence, f in Hinton's form.
         ce_weight: Factor of the cross-entropy, 1 - f in Hinton's form.
-        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
         teacher_exits: For each student exit the teacher exit it learns from; ``[-1] * E`` is the teacher's final exit
             for all; None is the rule of :func:`~erde_hub.losses.map_teacher_exits`.

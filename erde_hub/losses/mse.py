@@ -16,7 +16,7 @@ from .batch import ExitBatch, Term
 
 
 class MSELoss(ExitLoss):
-    """Weighted sum over exits of the squared error, for models that answer with real numbers.
+    """Weighted sum over exits of the squared error, for models that predict real numbers.
 
     Summed over exits e, averaged over samples n and targets d::
 

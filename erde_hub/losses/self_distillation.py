@@ -21,7 +21,7 @@ from .batch import ExitBatch, Term
 class SelfDistillationTerm(ExtraTerm):
     """The divergence of each earlier exit from the last one, T^2 KL(p_last^T || p_e^T); the last exit is detached.
 
-    It needs no teacher and joins any loss. Weights of samples that look at the teacher do not apply to it.
+    It needs no teacher and joins any loss. Weights of samples that read the teacher do not apply to it.
 
     Args:
         self_weight: Factor of the term; above 0.
@@ -74,7 +74,7 @@ class SelfDistillationLoss(ExitLoss):
     Args:
         self_weight: Factor of the divergence from the last exit; above 0.
         self_temperature: Softens both sides of that divergence; positive. It is multiplied by its square.
-        label_smoothing: Share of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
+        label_smoothing: Fraction of each target of the cross-entropy that is spread evenly over the classes, in [0, 1).
         exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
 
     Shape:

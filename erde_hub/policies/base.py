@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from erde_hub._arguments import plain_threshold
-from erde_hub._registry import check_init, refuse_unknown
 from erde_hub.errors import ConfigError, ShapeError, ThresholdError
 
 #: Steps of a policy's grid of thresholds.
@@ -45,12 +44,8 @@ class ExitPolicy(nn.Module):
     never_threshold: ClassVar[float] = 1e8
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets a subclass name the nearest argument where it is built with one that it does not take.
-
-        The short cuts of a parent's score do not speak for a subclass that scores otherwise.
-        """
+        """The shortcuts of a parent's score do not hold for a subclass with another score."""
         super().__init_subclass__(**kwargs)
-        check_init(cls)
         own = cls.__dict__
         if "score" in own and "score_last" not in own:
             cls.score_last = ExitPolicy.score_last  # type: ignore[method-assign]
@@ -59,7 +54,6 @@ class ExitPolicy(nn.Module):
         if ("score" in own or "score_last" in own) and "score_one" not in own:
             cls.score_one = ExitPolicy.score_one  # type: ignore[method-assign]
 
-    @refuse_unknown
     def __init__(self) -> None:
         super().__init__()
 

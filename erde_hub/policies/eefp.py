@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, ShapeError
+from erde_hub.losses import functional
 from erde_hub.records import check_fit_data
 
 from .base import LearnedPolicy
@@ -167,8 +168,7 @@ def gate_features(log_probs: Tensor) -> Tensor:
     """
     best = log_probs.topk(min(3, log_probs.shape[-1]), dim=-1).values
     best = F.pad(best, (0, 3 - best.shape[-1]), value=-20.0)
-    probs = log_probs.exp()
-    entropy = -(probs * log_probs.clamp_min(-1e4)).sum(-1) / math.log(log_probs.shape[-1])
+    entropy = functional.entropy(log_probs) / math.log(log_probs.shape[-1])
     first, second = best[..., 0].exp(), best[..., 1].exp()
     return torch.cat([torch.stack([first, first - second, entropy], -1), best.clamp_min(-20.0)], -1)
 

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from erde_hub.losses import functional
+
 from .base import GRID, ExitPolicy
 
 
@@ -31,8 +33,7 @@ class EntropyPolicy(ExitPolicy):
 
     def score_last(self, log_probs: Tensor) -> Tensor:
         """Returns the entropy, (N, K) to (N,)."""
-        # A class of probability 0 has log-probability -inf and would give 0 * inf.
-        return -(log_probs.exp() * log_probs.clamp_min(-1e4)).sum(-1)
+        return functional.entropy(log_probs)
 
     def score_one(self, log_probs: Tensor) -> float:
         """Returns the entropy of one sample."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub.data.base import LabelledData
-from erde_hub.errors import ConfigError, InputTypeError, LabelError, NonFiniteLossError
+from erde_hub.errors import ConfigError, InputTypeError, NonFiniteLossError
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling.pretrained import EarlyExitPreTrainedModel
-from erde_hub.tasks import REGRESSION, check_targets
+from erde_hub.tasks import REGRESSION, check_class_labels, check_targets
 
 from .arguments import DistillationArguments
 
@@ -78,7 +78,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None, data: LabelledDa
         if is_regression(model) not in (None, has_targets(data)):
             labels, build = ("real numbers", "with") if has_targets(data) else ("classes", "without")
             raise ConfigError(
-                f"the labels of {data.name!r} are {labels}, and the {name} answers with something else: wrap it {build}"
+                f"the labels of {data.name!r} are {labels}, and the {name} predicts something else: wrap it {build}"
                 " problem_type='regression'"
             )
         classes = num_classes(model)
@@ -115,7 +115,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None, data: LabelledDa
 
 
 def is_regression(model: nn.Module) -> bool | None:
-    """Tells whether a model answers with real numbers; None for a module that does not say."""
+    """Tells whether a model predicts real numbers; None for a module that does not say."""
     if not isinstance(model, EarlyExitPreTrainedModel):
         return None
     return model.config.problem_type == REGRESSION
@@ -201,12 +201,7 @@ def check_data(data: LabelledData) -> None:
         if has_targets(data):
             check_targets(labels, len(labels), data.num_classes)
             continue
-        wrong = torch.nonzero((labels < 0) | (labels >= data.num_classes)).flatten()
-        if len(wrong):
-            raise LabelError(
-                f"label {int(labels[wrong[0]])} in row {int(wrong[0])} of the {name} split of {data.name!r} is outside"
-                f" the classes 0 to {data.num_classes - 1} ({len(wrong)} such rows)"
-            )
+        check_class_labels(labels, len(labels), data.num_classes, where=f" in the {name} split of {data.name!r}")
 
 
 def check_finite(model: nn.Module, step: int) -> None:

@@ -73,7 +73,7 @@ def create_accelerator(args: DistillationArguments) -> Accelerator:
     if running not in (None, precision):
         raise ConfigError(
             f"mixed_precision {precision!r} was asked for, but this process already runs in {running!r}: Accelerate"
-            " keeps one precision per process, so train with the same one or in a process of its own"
+            " keeps one precision per process, so train with the same one or in another process"
         )
     if precision == "fp16" and (_on_cpu(os.environ) or not torch.accelerator.is_available()):
         raise ConfigError(
@@ -166,7 +166,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
     """Gives the model of every process the buffers of rank 0's.
 
-    Each process has batch-norm statistics of its own; those of rank 0 are saved, so the others read with them too.
+    Each process has its own batch-norm statistics; those of rank 0 are saved, so the others read with them too.
     """
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
@@ -177,7 +177,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
     """Notices that the training should save and stop: SIGTERM, SIGINT, or a launcher that died.
 
     ``accelerate launch`` does not pass SIGTERM on when it starts one process: it dies and leaves the training process
-    behind, whose parent then changes. A second Ctrl-C raises KeyboardInterrupt at once. Handlers are set only in the
+    running, whose parent then changes. A second Ctrl-C raises KeyboardInterrupt at once. Handlers are set only in the
     main thread (Python allows no other) and are put back at the end.
     """
 

@@ -67,14 +67,14 @@ class StepMeter:
         self._checked = 0
 
     def add(self, step: int, result: LossResult, logits: Sequence[Tensor], labels: Tensor) -> None:
-        """Notes one batch; ``step`` counts optimizer steps from 1 and is named if the loss is not finite."""
+        """Adds one batch; ``step`` counts optimizer steps from 1 and is named if the loss is not finite."""
         correct = errors = None
         with torch.no_grad():
             if labels.is_floating_point():
                 errors = torch.stack([(exit_ - labels.view_as(exit_)).abs().mean(-1).sum() for exit_ in logits])
             else:
                 correct = torch.stack([(exit_.argmax(-1) == labels).sum() for exit_ in logits])
-            detached = LossResult(result.loss.detach(), result.terms, result.exit_terms)  # lets go of the graph
+            detached = LossResult(result.loss.detach(), result.terms, result.exit_terms)  # releases the graph
         self._pending.append(_Batch(step, detached, correct, errors, len(labels)))
 
     def first_bad_batch(self) -> tuple[int, LossResult] | None:

@@ -57,7 +57,7 @@ def create_loader(
     Args:
         split: What to read.
         args: Batch size, seed and layout.
-        accelerator: For the share of this process.
+        accelerator: For the part of this process.
         train: Shuffle, and leave out samples that fill no batch.
         augment: Augmentation, None for none.
     """

@@ -76,7 +76,7 @@ def nearest_argument(name: str, allowed: Collection[str]) -> str:
 
 
 def _refuse_unknown(cls: type[T]) -> type[T]:
-    """Makes a dataclass answer an argument that it does not have with a typed error instead of a bare TypeError."""
+    """Makes a dataclass raise a typed error that names the nearest argument in place of a bare TypeError."""
     init = cls.__init__
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
@@ -130,7 +130,7 @@ class DistillationArguments:
         metadata={"help": "'onecycle', or a name of timm's create_scheduler_v2: " + ", ".join(list_schedulers()[1:])},
     )
     warmup: float = field(
-        default=0.3, metadata={"help": "share of all steps, 0 to 1, during which the learning rate rises"}
+        default=0.3, metadata={"help": "fraction of all updates, 0 to 1, during which the learning rate rises"}
     )
     warmup_lr: float = field(default=1e-5, metadata={"help": "learning rate of the first step of timm's schedulers"})
     min_lr: float = field(default=0.0, metadata={"help": "lowest learning rate of timm's schedulers that decay to one"})
@@ -139,7 +139,7 @@ class DistillationArguments:
     )
     decay_epochs: float = field(default=30.0, metadata={"help": "epochs between two decays of 'step'"})
     decay_milestones: list[float] = field(
-        default_factory=lambda: [0.5, 0.75], metadata={"help": "shares of all steps at which 'multistep' decays"}
+        default_factory=lambda: [0.5, 0.75], metadata={"help": "fractions of all updates at which 'multistep' decays"}
     )
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "gradients are scaled down to at most this Euclidean norm, 0: never"}
@@ -251,8 +251,8 @@ class DistillationArguments:
         for name in ("momentum", "warmup", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if any(not 0 < share < 1 for share in self.decay_milestones):
-            raise ConfigError(f"decay_milestones are shares of all steps in (0, 1), got {self.decay_milestones}")
+        if any(not 0 < fraction < 1 for fraction in self.decay_milestones):
+            raise ConfigError(f"decay_milestones are fractions of all updates in (0, 1), got {self.decay_milestones}")
         if self.output_dir is not None and not self.output_dir.strip():
             raise ConfigError("output_dir is empty; leave it out to train without checkpoints")
 

@@ -52,11 +52,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """What came of a training.
+    """Result of a training.
 
     Attributes:
-        status: ``"completed"``, or ``"interrupted"`` by a signal: a checkpoint was written, and nothing else should be
-            made of the run.
+        status: ``"completed"``, or ``"interrupted"`` by a signal: a checkpoint was written, and the weights are not
+            final.
         step: Optimizer steps done, of ``total_steps``.
         history: One entry per epoch: loss, terms and accuracy per exit in training, accuracy and NLL per exit on the
             validation split, learning rate, seconds.
@@ -98,9 +98,9 @@ class Distiller:
     teacher runs in eval mode, without gradients, unwrapped, in the same precision and on the same augmented batch.
     The global random generators are seeded at the start (dropout draws from them).
 
-    With several processes, each takes its contiguous share of a global batch (two of 64 see exactly what one of 128
+    With several processes, each takes its contiguous part of a global batch (two of 64 see exactly what one of 128
     sees), and DDP averages the gradients. Batch-norm statistics are torch DDP's: every process normalises by its own
-    share, and the running statistics that are validated and saved are those of rank 0.
+    part, and the running statistics that are validated and saved are those of rank 0.
 
     Args:
         student: An :class:`~erde_hub.EarlyExitWrapper`, or any module that maps images, or texts, to logits (one exit).
@@ -209,7 +209,7 @@ class Distiller:
                         callback.on_step_end(self)
                     if stopping and position.step < self.total_steps:
                         self._save()
-                        bar.close()  # so that what is said now has a line of its own
+                        bar.close()  # so that the next message starts on a new line
                         return self._result("interrupted", stop.reason)
                     if args.checkpoint_steps and position.step % args.checkpoint_steps == 0 and self._batches_left():
                         self._save()
@@ -362,8 +362,8 @@ class Distiller:
         self.student.zero_grad()  # a stream may end within a step, whose gradients no checkpoint would hold
         self.meter.collect()
         totals = Totals()
-        for share in gather(self.accelerator, self.meter.epoch):
-            totals.add(share)
+        for part in gather(self.accelerator, self.meter.epoch):
+            totals.add(part)
         record = {
             "epoch": self.position.epoch + 1,
             "step": self.position.step,

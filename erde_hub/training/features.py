@@ -15,7 +15,7 @@ from erde_hub.heads import ExitHead, FeatureSpec
 class ExitFeatures:
     """Keeps what the head of each early exit read in the model's last forward pass, for losses that compare features.
 
-    The :class:`~erde_hub.training.Distiller` uses it by itself; a loop of one's own builds one for the student and one
+    The :class:`~erde_hub.training.Distiller` uses it by itself; in your own loop, build one for the student and one
     for the teacher, builds the projections of a :class:`~erde_hub.losses.FeatureTerm` from their :attr:`widths`, and
     hands over what :meth:`take` returns. Every exit must run: in train mode, or with ``output_all_exits=True``. The
     student's features carry gradients, and a model and its checkpoint stay as they are: nothing is kept but between
@@ -68,7 +68,7 @@ class ExitFeatures:
             yield
 
     def take(self, channels_last: bool = True) -> list[Tensor | None]:
-        """Returns the features of the last pass and lets go of them; None at exits that did not run since.
+        """Returns the features of the last forward pass and releases them; None at exits that did not run since.
 
         Args:
             channels_last: As losses take them; otherwise in the backbone's own layout.

@@ -25,7 +25,7 @@ STATIC_STUDENT = "static_student.json"
 
 #: Any of these makes a folder a run.
 _MARKS = ("config.json", "model.safetensors", "results.json", STATIC_STUDENT)
-#: What a run leaves besides; deleted with it.
+#: Other files of a run; deleted with it.
 _REST = (
     "preprocessor_config.json",
     "split.json",
@@ -159,7 +159,7 @@ def has_begun(folder: str | Path) -> bool:
 
 
 def clear_run(folder: str | Path) -> None:
-    """Deletes the checkpoints and results of a run and leaves every other file alone; so a companion's folder goes."""
+    """Deletes the checkpoints and results of a run and no other file; an empty folder of a companion is removed."""
     folder = Path(folder)
     if not has_begun(folder):
         return

@@ -22,7 +22,7 @@ class OneCycleScheduler(Scheduler):
     Args:
         optimizer: Its groups' ``lr`` is the highest value.
         total_steps: Optimizer steps of the whole run.
-        warmup: Share of the steps on the way up.
+        warmup: Fraction of the updates on the way up.
 
     References:
         Leslie N. Smith, Nicholay Topin, Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
@@ -39,10 +39,10 @@ class OneCycleScheduler(Scheduler):
         last = max(self.total_steps - 1, 1)
         peak = self.warmup * self.total_steps - 1
         if t <= peak:
-            low, share = 1 / 25, t / peak if peak > 0 else 1.0
+            low, fraction = 1 / 25, t / peak if peak > 0 else 1.0
         else:
-            low, share = 1 / 250_000, 1 - min((t - peak) / max(last - peak, 1e-9), 1.0)
-        factor = low + (1 - low) * (1 - math.cos(math.pi * share)) / 2
+            low, fraction = 1 / 250_000, 1 - min((t - peak) / max(last - peak, 1e-9), 1.0)
+        factor = low + (1 - low) * (1 - math.cos(math.pi * fraction)) / 2
         return [value * factor for value in self.base_values]
 
 
@@ -65,6 +65,6 @@ def create_schedule(
         min_lr=min(args.min_lr, args.lr),
         decay_rate=1.0 if constant else args.decay_rate,
         decay_epochs=None if args.scheduler in ("wsd", "rsqrt") else max(1, round(args.decay_epochs * steps_per_epoch)),
-        decay_milestones=[max(1, round(share * total_steps)) for share in args.decay_milestones],
+        decay_milestones=[max(1, round(fraction * total_steps)) for fraction in args.decay_milestones],
     )
     return scheduler

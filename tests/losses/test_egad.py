@@ -288,7 +288,7 @@ def test_bad_calls():
         InputTypeError, match=r"student_logits\[0\] must be a floating-point tensor of logits, got NoneType"
     ):
         loss(None, teacher, labels)
-    with pytest.raises(ConfigError, match=r"progress must be a share from 0 to 1, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"progress must be a fraction from 0 to 1, got 1\.5"):
         loss.set_progress(1.5)
     features = {"student_features": torch.randn(2, 7, 3), "teacher_features": torch.randn(2, 7, 4)}
     loss = EGADLoss()

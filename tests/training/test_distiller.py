@@ -597,7 +597,7 @@ class WithConfig(TinyExits):
         (ConfigError, "accumulation", lambda d: (TinyExits(), d, {"gradient_accumulation_steps": 50}, "ce", None)),
         (ConfigError, "freeze_backbone", lambda d: (TinyExits(), d, {"freeze_backbone": True}, "ce", None)),
         (ConfigError, "checkpointing", lambda d: (TinyExits(), d, {"gradient_checkpointing": True}, "ce", None)),
-        (LabelError, "label 3 in row 5 of the train split", lambda d: (TinyExits(), broken_labels(), {}, "ce", None)),
+        (LabelError, "label 3 of row 5 in the train split", lambda d: (TinyExits(), broken_labels(), {}, "ce", None)),
         (ConfigError, "fp16", lambda d: (TinyExits(), d, {"mixed_precision": "fp16"}, "ce", None)),
         (
             ConfigError,
