@@ -30,6 +30,7 @@ class LabelledData(ABC):
         augment: The augmentation that suits these data where none is chosen.
         plan: The whole splits, of which ``max_train_samples`` and the like use a part; see :meth:`save_split`.
         head: Hash of the first training rows, by which loaded data and a stream know each other.
+        files: Of a folder of images, how many files were seen, used and left out, by reason.
     """
 
     #: What one sample is called.
@@ -45,6 +46,7 @@ class LabelledData(ABC):
     augment: str = "none"
     plan: SplitPlan | None = field(default=None, repr=False)
     head: str | None = field(default=None, repr=False)
+    files: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -86,6 +88,7 @@ class LabelledData(ABC):
             "num_classes": self.num_classes,
             "preprocessing": self.preprocessing,
             "splits": self.split_info,
+            **({"files": self.files} if self.files else {}),
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,24 +12,17 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.packaged_modules.csv.csv import CsvConfig
+from huggingface_hub.constants import HF_HUB_CACHE
 from numpy.typing import NDArray
 
 from erde_hub.errors import DataError, LabelError, nearest
 
 from .decoding import EncodedImages
+from .folders import SPLIT_ALIASES, read_class_folders
 
 _logger = logging.getLogger(__name__)
 
-_ALIASES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
 _CLASS_DTYPES = ("int", "uint", "bool", "string", "large_string")
 
 
@@ -41,12 +35,31 @@ class Source:
         class_names: Names of the classes, in the order of their labels.
         labels: Labels from 0 per source split; unlabelled test splits are left out.
         images: Encoded images per source split.
+        files: For folders of images, how many files were seen, used and left out.
     """
 
     name: str
     class_names: list[str]
     labels: dict[str, NDArray[np.int64]]
     images: dict[str, EncodedImages]
+    files: dict[str, Any] | None = None
+
+
+@dataclass
+class Tables:
+    """What was opened under a name.
+
+    Attributes:
+        name: Hub name, or the last component of the folder.
+        splits: Tables or streams by the usual names of splits.
+        roots: Where files that an image column names may lie; None for files that were listed here.
+        files: For folders of images, how many files were seen, used and left out.
+    """
+
+    name: str
+    splits: dict[str, Any]
+    roots: list[str] | None
+    files: dict[str, Any] | None = None
 
 
 def open_source(
@@ -63,76 +76,111 @@ def open_source(
             split, rows without label, a single class.
         LabelError: A label outside the classes.
     """
-    name, tables = open_tables(dataset, config_name, cache_dir)
+    opened = open_tables(dataset, config_name, cache_dir)
+    name, tables = opened.name, opened.splits
     image, label = find_columns(tables["train"].features, name, image_column, label_column)
     class_names, labels = read_labels(tables, name, label)
-    images = {split: EncodedImages(as_images(tables[split], image), image, name, split) for split in labels}
-    return Source(name, class_names, labels, images)
+    images = {
+        split: EncodedImages(as_images(tables[split], image), image, name, split, opened.roots) for split in labels
+    }
+    return Source(name, class_names, labels, images, opened.files)
 
 
-def open_tables(dataset: str, config_name: str | None, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+def open_tables(dataset: str, config_name: str | None, cache_dir: str | None) -> Tables:
     """As :func:`open_dataset`, loaded, with rows in every split.
 
     Raises:
         DataError: See :func:`open_dataset`; also an empty split.
     """
-    name, tables = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir)
-    for split, table in tables.items():
+    opened = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir)
+    for split, table in opened.splits.items():
         if len(table) == 0:
-            raise DataError(f"split {split!r} of {name!r} is empty: give one with rows, or leave it out")
-    return name, tables
+            raise DataError(f"split {split!r} of {opened.name!r} is empty: give one with rows, or leave it out")
+    return opened
 
 
-def open_dataset(
-    dataset: str, config_name: str | None, streaming: bool, cache_dir: str | None
-) -> tuple[str, dict[str, Any]]:
-    """Returns the name to report and the tables (or streams) by their usual split names.
+def open_dataset(dataset: str, config_name: str | None, streaming: bool, cache_dir: str | None) -> Tables:
+    """Opens a folder or a data set of the Hub. A folder of class folders is never streamed: its files lie here.
 
     Raises:
-        DataError: Nothing of that name, a folder without data, or no train split.
+        DataError: Nothing of that name, a folder without data or without train split, or a cache that cannot be
+            written.
+        LabelError: A class folder without training images.
     """
     path = Path(dataset).expanduser()
-    local = path.is_dir()
-    name = path.resolve().name if local else dataset
-    if not local:
+    if path.is_dir():
+        name = path.resolve().name
+        found = read_class_folders(path)
+        if found is not None:
+            return Tables(name, dict(found[0]), None, found[1])
+        loaded, roots = _load(str(path), config_name, streaming, cache_dir), [str(path)]
+    else:
+        name = dataset
         _check_hub_name(dataset, path)
-    elif not any(file.is_file() for file in path.rglob("*")):
-        raise DataError(f"folder {dataset!r} holds no files: give one with parquet files or with a folder per class")
-    try:
-        opened = datasets.load_dataset(
-            str(path) if local else dataset, config_name, streaming=streaming, cache_dir=cache_dir
-        )
-    except Exception as error:  # of many unrelated types, from files, formats, the Hub and the network
-        if "corresponds to no data" in str(error):  # what datasets says of a split without rows
-            raise DataError(f"a split of {name!r} is empty ({error}): give one with rows, or leave it out") from error
-        if local:
-            raise DataError(
-                f"folder {dataset!r} cannot be read by datasets.load_dataset: {_first_line(error)}; give one with"
-                " parquet files or with a folder of images per class (below train/ and test/)"
-            ) from error
-        raise DataError(
-            f"data set {dataset!r} is neither 'digits' nor a folder here, and the Hub did not give it:"
-            f" {_first_line(error)}; check the name and the network{_near_folder(path)}"
-        ) from error
+        loaded = _load(dataset, config_name, streaming, cache_dir)
+        roots = [str(Path(HF_HUB_CACHE, "datasets--" + dataset.replace("/", "--"))), f"hf://datasets/{dataset}@"]
+    roots.append(str(datasets.config.EXTRACTED_DATASETS_PATH))
     tables: dict[str, Any] = {}
-    for split, table in opened.items():
-        usual = _ALIASES.get(str(split).lower())
+    for split, table in loaded.items():
+        usual = SPLIT_ALIASES.get(str(split).lower())
         if usual is None:
             _logger.info("split %r of %s is not used (train, validation and test are)", split, name)
         elif usual in tables:
-            raise DataError(f"{name!r} has two splits that mean {usual!r}: {', '.join(map(repr, opened))}; keep one")
+            raise DataError(f"{name!r} has two splits that mean {usual!r}: {', '.join(map(repr, loaded))}; keep one")
         else:
             tables[usual] = table
     if "train" not in tables:
         raise DataError(
-            f"{name!r} has no split 'train'{nearest('train', map(str, opened))} (found: {', '.join(map(repr, opened))})"
+            f"{name!r} has no split 'train'{nearest('train', map(str, loaded))} (found: {', '.join(map(repr, loaded))})"
         )
-    return name, tables
+    return Tables(name, tables, roots)
+
+
+def _load(source: str, config_name: str | None, streaming: bool, cache_dir: str | None) -> Any:
+    """Calls ``datasets.load_dataset``; in CSV files only an empty cell is missing, so that a class may be called NA."""
+    local = Path(source).is_dir()
+    name = Path(source).resolve().name if local else source
+    try:
+        builder = datasets.load_dataset_builder(source, config_name, cache_dir=cache_dir)
+        csv = isinstance(builder.config, CsvConfig)
+        options = {"keep_default_na": False, "na_values": [""]} if csv else {}
+        return datasets.load_dataset(source, config_name, streaming=streaming, cache_dir=cache_dir, **options)
+    except Exception as error:  # of many unrelated types, from files, formats, the Hub and the network
+        reason = _first_line(error)
+        _check_cache(cache_dir or str(datasets.config.HF_DATASETS_CACHE), error)
+        if "corresponds to no data" in str(error):  # what datasets says of a split without rows
+            raise DataError(f"a split of {name!r} is empty ({error}): give one with rows, or leave it out") from error
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+            raise DataError(f"{name!r} has several configurations: {reason}; name one with --dataset_config") from error
+        if local:
+            raise DataError(
+                f"folder {source!r} cannot be read by datasets.load_dataset: {reason}; give one with parquet files or"
+                " with a folder of images per class (below train/ and test/)"
+            ) from error
+        raise DataError(
+            f"data set {source!r} is neither 'digits' nor a folder here, and the Hub did not give it: {reason}; check"
+            f" the name and the network{_near_folder(Path(source))}"
+        ) from error
+
+
+def _check_cache(folder: str, error: Exception) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as refused:
+        raise DataError(
+            f"the cache of data sets, {folder!r}, cannot be written ({refused.strerror}): choose another folder with"
+            " cache_dir= (recipes: --cache_dir) or the variable HF_DATASETS_CACHE"
+        ) from error
 
 
 def _check_hub_name(dataset: str, path: Path) -> None:
     if path.is_file():
         raise DataError(f"{dataset!r} is a file: give the folder it is in")
+    for prefix in ("https://huggingface.co/datasets/", "hf://datasets/"):
+        if dataset.startswith(prefix):
+            raise DataError(f"{dataset!r} is an address: give the data set's name, {dataset.removeprefix(prefix)!r}")
     looks_local = dataset.startswith((".", "~", os.sep)) or os.sep * 2 in dataset or dataset.count("/") > 1
     if looks_local or not dataset:
         raise DataError(f"there is no folder {dataset!r}{_near_folder(path)}")
@@ -281,6 +329,12 @@ def read_labels(tables: Mapping[str, Any], dataset: str, column: str) -> tuple[l
         class_names, labels = list(feature.names), {split: v.astype(np.int64) for split, v in values.items()}
         for split, rows in labels.items():
             _check_range(rows, len(class_names), dataset, split)
+            untrained = [class_names[label] for label in np.setdiff1d(rows, labels["train"])]
+            if untrained:
+                raise LabelError(
+                    f"classes of split {split!r} of {dataset!r} have no row in train: {', '.join(untrained[:20])}; add"
+                    " some, or remove their rows"
+                )
     else:
         class_names, labels = _classes_of_values(values, dataset, column)
     if len(np.unique(labels["train"])) < 2:
@@ -291,6 +345,8 @@ def read_labels(tables: Mapping[str, Any], dataset: str, column: str) -> tuple[l
     return class_names, labels
 
 
+#: Texts that stand for a missing number in files of tables.
+_MISSING = ("NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", "none", "<NA>", "-")
 _STRING_TYPES = tuple(datasets.Value(dtype).pa_type for dtype in ("string", "large_string"))
 
 
@@ -304,10 +360,24 @@ def _check_range(labels: NDArray[np.int64], classes: int, dataset: str, split: s
         )
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        return float(value) is not None
+    except ValueError:
+        return False
+
+
 def _classes_of_values(
     values: Mapping[str, NDArray[Any]], dataset: str, column: str
 ) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
     known = np.unique(values["train"])
+    missing = [value for value in known.tolist() if value in _MISSING]
+    if missing and all(_is_number(value) for value in known.tolist() if value not in _MISSING):
+        row = int(np.argmax(np.isin(values["train"], missing)))
+        raise DataError(
+            f"labels in {column!r} of {dataset!r} are numbers and {missing[0]!r} (first in row {row} of train), which"
+            " says that there is none: remove these rows"
+        )
     if len(known) > max(20, len(values["train"]) // 2):
         raise DataError(
             f"column {column!r} of {dataset!r} has {len(known)} different values in {len(values['train'])} rows, which"

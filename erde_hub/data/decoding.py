@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from erde_hub._files import replacing
 from erde_hub._progress import passing_bar
-from erde_hub.errors import DataError
+from erde_hub.errors import CheckpointWriteError, DataError
 
 from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes
 
@@ -31,9 +32,25 @@ _logger = logging.getLogger(__name__)
 _CACHE_MIN_ROWS = 5_000
 # A decoded set that would take more than this stays encoded.
 _DECODED_BYTES_LIMIT = 4 << 30
+# Of a split of which nearly all rows are needed all are decoded, so that they can be kept on disk.
+_NEARLY_ALL = 0.9
 _FULL_HASH_BYTES = 1 << 30
 _SAMPLED_ROWS = 256
 _EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+Image.init()
+# Formats of Pillow without pixels of their own: page descriptions, vector graphics, stubs for other programs.
+_NO_RASTER = {"BUFR", "EMF", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+# Formats without a signature, for which other files are mistaken.
+_UNSIGNED = {"IM", "IMT", "IPTC", "MCIDAS", "PCD", "SPIDER", "TGA", "XVTHUMB"}
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 #: Rows at the beginning of train by which a stream is known.
 HASHED_ROWS = 64
@@ -57,17 +74,18 @@ class EncodedImages:
         column: Its image column, of feature type Image.
         dataset: Name of the data set, for messages.
         split: Name of the source split, for messages.
+        roots: Folders in which files named by the column may lie; see :func:`stored_bytes`.
     """
 
-    def __init__(self, table: Any, column: str, dataset: str, split: str) -> None:
-        self._table, self._column, self._dataset, self._split = table, column, dataset, split
+    def __init__(self, table: Any, column: str, dataset: str, split: str, roots: Sequence[str] | None = None) -> None:
+        self._table, self._column, self._dataset, self._split, self._roots = table, column, dataset, split, roots
 
     def __len__(self) -> int:
         return len(self._table)
 
     def read(self, row: int) -> bytes:
         """Returns the encoded bytes of a row."""
-        return stored_bytes(self._storage()[int(row)].as_py(), self.where(row))
+        return stored_bytes(self._storage()[int(row)].as_py(), self.where(row), self._roots)
 
     def image(self, row: int) -> Image.Image:
         """Decodes a row to RGB; an unreadable one raises :class:`erde_hub.errors.DataError` that names it."""
@@ -82,7 +100,7 @@ class EncodedImages:
         row = 0
         for chunk in self._storage().iterchunks():
             for cell in chunk.to_pylist():
-                yield row, stored_bytes(cell, self.where(row))
+                yield row, stored_bytes(cell, self.where(row), self._roots)
                 row += 1
 
     def where(self, row: int) -> RowName:
@@ -99,49 +117,133 @@ class EncodedImages:
         return self._table.data.column(self._column)
 
 
-def stored_bytes(cell: Mapping[str, Any] | None, where: object) -> bytes:
-    """Returns the encoded bytes of a cell of an undecoded image column, from the cell or from the file it names."""
+def stored_bytes(cell: Mapping[str, Any] | None, where: object, roots: Sequence[str] | None) -> bytes:
+    """Returns the encoded bytes of a cell of an undecoded image column, from the cell or from the file it names.
+
+    Args:
+        cell: ``bytes`` or ``path``.
+        where: Names the row in messages.
+        roots: Folders and addresses below which the path must lie, relative paths below the first one; None for paths
+            that were listed here.
+
+    Raises:
+        DataError: No image, a file outside ``roots``, or one that cannot be read.
+    """
     content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
     if content:
         return content
     if not path:
         raise DataError(f"{where} holds no image: remove the row")
     try:
-        with fsspec.open(path, "rb") as file:
-            return file.read()
+        if roots is None:
+            return Path(path).read_bytes()
+        if "://" in path:
+            return _read_remote(path, where, roots)
+        place = Path(roots[0], path).resolve()
+        if not any(place.is_relative_to(Path(root).resolve()) for root in roots if "://" not in root):
+            raise _outside(path, where)
+        if not place.is_file():
+            raise FileNotFoundError("there is no such file")
+        return place.read_bytes()
     except OSError as error:
         raise DataError(f"the image file {Path(path).name!r} of {where} cannot be read: {error}") from error
+
+
+def _read_remote(path: str, where: object, roots: Sequence[str]) -> bytes:
+    """Reads a file of a repository of the Hub, perhaps out of an archive (``zip://name::hf://...``)."""
+    *archives, address = path.split("::")
+    if not any("://" in root and address.startswith(root) for root in roots) or not all(
+        archive.startswith(("zip://", "tar://")) for archive in archives
+    ):
+        raise _outside(path, where)
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def _outside(path: str, where: object) -> DataError:
+    return DataError(
+        f"{where} names {path!r}, which is not in the data set's folder: store the image itself, or put the file there"
+    )
+
+
+def raster_formats() -> list[str]:
+    """Returns Pillow's names of the formats that are read, those that other packages register included."""
+    return [name for name in Image.ID if name not in _NO_RASTER]
+
+
+def is_image(path: str | Path) -> bool:
+    """Tells by its content whether a file is a raster image."""
+    try:
+        with Image.open(path, formats=[name for name in raster_formats() if name not in _UNSIGNED]):
+            return True
+    except Exception:  # noqa: BLE001 (Pillow's formats raise anything for files that are not theirs)
+        return False
 
 
 def decode(content: bytes, where: object) -> Image.Image:
     """Decodes an image of any mode to 8-bit RGB, upright.
 
+    Grey of 16 bits is scaled to 8. Grey of 32 bits has no stated range: values from 0 to 255 are taken as they are.
+
     Raises:
-        DataError: The bytes are no image, or a damaged one; the message names ``where``.
+        DataError: The bytes are no image, a damaged one, or grey values beyond 255 in 32 bits or in floating point; the
+            message names ``where``.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(content))
-        if image.mode == "RGB" and image.getexif().get(_EXIF_ORIENTATION, 1) == 1:
-            image.load()
-            return image
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip instead of scaling
-            values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels have no stated range; store 8-bit images")
-        return image.convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(content), formats=raster_formats())
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        if image.mode in ("F", "I") or image.mode.startswith("I;"):
+            image = _grey_of_8_bits(image)
+        return (image if turn is None else image.transpose(turn)).convert("RGB")
     except Exception as error:
         raise _unreadable(error, where) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 (whatever is wrong with the metadata, the pixels are there)
+        return 1
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Tells whether an opened image is grey of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _grey_of_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no stated range; store 8-bit images")
+    values = np.asarray(image).astype(np.int64)
+    if is_16_bit(image):
+        values >>= 8
+    elif values.min() < 0 or values.max() > 255:
+        raise ValueError(f"32-bit pixels up to {values.max()} have no stated range; store 8-bit images")
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def common_size(images: Mapping[str, EncodedImages]) -> tuple[int, int] | None:
     """Returns (H, W) if a few rows of every split have one and the same size, else None; opens headers only."""
     sizes = set()
     for encoded in images.values():
-        for row in spread(len(encoded), 32):
+        for row in evenly_spaced(len(encoded), 32):
             sizes.add(header_size(encoded.read(row), encoded.where(row)))
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def warn_of_16_bits(images: Mapping[str, EncodedImages]) -> None:
+    """Warns where a few rows of every split show grey of 16 bits, which other programs clip instead of scaling."""
+    for encoded in images.values():
+        for row in evenly_spaced(len(encoded), 32):
+            with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded.read(row))) as image:
+                if is_16_bit(image):
+                    _logger.warning(
+                        "%s is grey of 16 bits: it is scaled to 8 bits here, while transformers' pipeline clips it at"
+                        " 255, which is white. Store 8-bit images, so that training and use see the same",
+                        encoded.where(row),
+                    )
+                    return
 
 
 def header_size(content: bytes, where: object) -> tuple[int, int]:
@@ -151,7 +253,7 @@ def header_size(content: bytes, where: object) -> tuple[int, int]:
         DataError: The bytes are no image; the message names ``where``.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=raster_formats()) as image:
             return image.height, image.width
     except Exception as error:
         raise _unreadable(error, where) from error
@@ -164,7 +266,7 @@ def _unreadable(error: Exception, where: object) -> DataError:
     return DataError(f"the image in {where} cannot be read ({reason}): repair or remove the row")
 
 
-def spread(size: int, count: int) -> NDArray[np.int64]:
+def evenly_spaced(size: int, count: int) -> NDArray[np.int64]:
     """Returns up to ``count`` evenly spaced row numbers, the first and the last among them."""
     return np.unique(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
 
@@ -237,7 +339,8 @@ def _decode_split(
     cache: DecodedCache | None,
     progress: bool,
 ) -> DecodedImages | None:
-    whole = len(rows) == len(encoded)
+    whole = len(rows) >= _NEARLY_ALL * len(encoded)
+    rows = np.arange(len(encoded)) if whole else rows
     kept = cache.load(split, len(encoded)) if cache else None
     if kept is not None:
         return DecodedImages(kept if whole else kept[rows], rows)
@@ -328,14 +431,55 @@ def content_hash(
             digest.update(repr(stored.shape).encode())
             digest.update(np.ascontiguousarray(stored).data)
             continue
-        sample = spread(len(stored), _SAMPLED_ROWS)
-        mean_size = np.mean([len(content) for _, content in stored.iterate(spread(len(stored), 32))])
-        every = mean_size * len(stored) <= _FULL_HASH_BYTES
+        sample = evenly_spaced(len(stored), _SAMPLED_ROWS)
+        every = _mean_bytes(stored) * len(stored) <= _FULL_HASH_BYTES
         contents, total = stored.iterate(None if every else sample), len(stored) if every else len(sample)
         for _, content in passing_bar(contents, "hashing images", total, shown=progress):
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
     return digest.hexdigest()
+
+
+def content_keys(
+    images: EncodedImages | NDArray[np.uint8], kept: Path | None = None, whole: bool = True, progress: bool = False
+) -> NDArray[np.uint64] | None:
+    """Returns 64 bits of the content of every row, by which copies are known, (N,).
+
+    Args:
+        images: A source split.
+        kept: File in which those of a set of more than about a gigabyte are kept, so that it is read once.
+        whole: Read such a set; otherwise None is returned for it.
+        progress: Show a progress bar.
+    """
+    if not isinstance(images, EncodedImages):
+        return _keys(np.ascontiguousarray(images))
+    if _mean_bytes(images) * len(images) <= _FULL_HASH_BYTES:
+        return _keys(content for _, content in images.iterate())
+    if not whole:
+        return None
+    if kept is not None and kept.is_file():
+        keys = np.fromfile(kept, "<u8")
+        if len(keys) == len(images):
+            return keys
+    bar = passing_bar(images.iterate(), "looking for copies", len(images), shown=progress)
+    keys = _keys(content for _, content in bar)
+    if kept is not None:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as temporary:
+                keys.tofile(temporary)
+        except (OSError, CheckpointWriteError) as error:  # costs time on the next run, nothing else
+            _logger.warning("what identifies the images could not be kept in %s: %s", kept.parent, error)
+    return keys
+
+
+def _keys(contents: Iterable[Any]) -> NDArray[np.uint64]:
+    digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def _mean_bytes(images: EncodedImages) -> float:
+    return float(np.mean([len(content) for _, content in images.iterate(evenly_spaced(len(images), 32))]))
 
 
 def content_digest(class_names: Sequence[str], rows: Sequence[tuple[bytes, int]]) -> str:

@@ -22,11 +22,19 @@ from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, 
 
 from .base import LabelledData, check_limits
 from .columns import Source, open_source
-from .decoding import HASHED_ROWS, EncodedImages, content_digest, content_hash, decode_splits
-from .integrity import check_wish, find_unreadable
+from .decoding import (
+    HASHED_ROWS,
+    EncodedImages,
+    content_digest,
+    content_hash,
+    content_keys,
+    decode_splits,
+    warn_of_16_bits,
+)
+from .integrity import check_image_check, find_unreadable
 from .loader import BatchLoader, DecodedSplit, EncodedSplit, Split
 from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes, channel_statistics, check_wishes
-from .splits import SPLIT_NAMES, SplitPlan, bucket_of, limit_plan, load_plan, plan_splits
+from .splits import SPLIT_NAMES, SplitPlan, bucket_of, leave_out_copies, limit_plan, load_plan, plan_splits
 from .streaming import StreamSplit, open_stream
 
 __all__ = ["BatchLoader", "ImageData", "image_data_from_arrays", "load_image_data"]
@@ -137,7 +145,7 @@ def load_image_data(
     limits = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
     check_limits(limits)
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
-    check_wish(check_images)
+    check_image_check(check_images)
     if dataset == "digits":
         named = {"image_column": image_column, "label_column": label_column, "config_name": config_name}
         for name, value in named.items():
@@ -164,14 +172,25 @@ def load_image_data(
         stored = source.images
     fingerprint = content_hash(source.class_names, source.labels, stored, progress)
     head = _head(source)
+    folder = Path(cache or datasets.config.HF_DATASETS_CACHE)
+    keys = {}
+    for split, images in stored.items():
+        kept = folder / "erde_hub_checked" / f"{fingerprint}-{split}.keys"
+        keys[split] = content_keys(images, kept, check_images == "all", progress)
+    known = {split: own.tolist() for split, own in keys.items() if own is not None}
+    warn_of_16_bits(source.images)
     plan = (
-        plan_splits(source.labels, seed)
+        plan_splits(source.labels, seed, known)
         if split_file is None
         else load_plan(split_file, source.labels, fingerprint, head, lambda split: _buckets(source.images[split]))
     )
-    folder = Path(cache or datasets.config.HF_DATASETS_CACHE)
+    plan = leave_out_copies(plan, known)
     used = limit_plan(plan, source.labels, max_train_samples, max_eval_samples)
-    return replace(_build(source, stored, plan, used, fingerprint, wishes, folder, check_images, progress), head=head)
+    return replace(
+        _build(source, stored, plan, used, fingerprint, wishes, folder, check_images, progress),
+        head=head,
+        files=source.files,
+    )
 
 
 def image_data_from_arrays(

@@ -14,7 +14,7 @@ from erde_hub._cores import available_cores
 from erde_hub._progress import passing_bar
 from erde_hub.errors import unknown_name
 
-from .decoding import EncodedImages, header_size, spread
+from .decoding import EncodedImages, evenly_spaced, header_size
 
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _HEADERS = 20_000
 _PIECE = 4096
 
 
-def check_wish(how: str) -> None:
+def check_image_check(how: str) -> None:
     """Raises :class:`~erde_hub.errors.UnknownNameError` for a word that is no kind of check."""
     if how not in IMAGE_CHECKS:
         raise unknown_name("check_images", how, IMAGE_CHECKS)
@@ -54,7 +54,7 @@ def find_unreadable(
     if how == "none" or not len(rows):
         return
     if how == "headers":
-        rows = rows[spread(len(rows), _HEADERS)]
+        rows = rows[evenly_spaced(len(rows), _HEADERS)]
         contents = passing_bar(encoded.iterate(rows), "checking images", len(rows), shown=progress)
         for row, content in contents:
             header_size(content, encoded.where(row))

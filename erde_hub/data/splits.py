@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zlib
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from erde_hub._files import write_text
 from erde_hub.errors import DataError
 
 from .augment import LIMIT_STREAM, SPLIT_STREAM, counter_hash
+
+_logger = logging.getLogger(__name__)
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.int64]
@@ -189,12 +193,16 @@ class SplitPlan:
         write_text(path, json.dumps(content) + "\n")
 
 
-def plan_splits(labels: Mapping[str, Labels], seed: int = 0) -> SplitPlan:
+def plan_splits(
+    labels: Mapping[str, Labels], seed: int = 0, keys: Mapping[str, Sequence[Hashable]] | None = None
+) -> SplitPlan:
     """Decides the three splits from the source splits that there are, by :func:`split_rules`, stratified by class.
 
     Args:
         labels: Class of every row of each source split.
         seed: Decides which rows are held out.
+        keys: Content of every row: where a source split is cut, rows of equal content stay together, and the first of
+            them decides where.
 
     Raises:
         DataError: There is no train split, or too few rows to hold any out.
@@ -203,19 +211,32 @@ def plan_splits(labels: Mapping[str, Labels], seed: int = 0) -> SplitPlan:
     rows: dict[str, tuple[str, Rows]] = {}
     rules: dict[str, dict[str, Any]] = {}
     for part, (source, share) in split_rules(labels).items():
-        rest = left[source]
+        rest, own = left[source], (keys or {}).get(source)
         if share == 1:
             kept, taken = rest[:0], rest
             rules[part] = {"rule": "given" if len(rest) == len(labels[source]) else f"rest of {source}"}
         elif source == "train":
-            first, second = hold_out(labels[source][rest], share, seed)
-            kept, taken = rest[first], rest[second]
+            kept, taken = _cut(labels[source], rest, own, partial(hold_out, fraction=share, seed=seed))
             rules[part] = {"rule": "stratified part of train", "fraction": share, "seed": seed}
         else:
-            kept, taken = halve_split(labels[source], seed)
+            kept, taken = _cut(labels[source], rest, own, partial(halve_split, seed=seed))
             rules[part] = {"rule": f"stratified half of {source}", "seed": seed}
         left[source], rows[part] = kept, (source, taken)
     return _with_info(rows, rules)
+
+
+def _cut(
+    labels: Labels, rows: Rows, keys: Sequence[Hashable] | None, cut: Callable[[Labels], tuple[Rows, Rows]]
+) -> tuple[Rows, Rows]:
+    """Cuts rows in two; those of equal content follow the first of them."""
+    first = {keys[row] if keys is not None else row: row for row in rows[::-1].tolist()}
+    leaders = np.sort(np.fromiter(first.values(), np.int64, len(first)))
+    kept, taken = (leaders[part] for part in cut(labels[leaders]))
+    if keys is None or len(leaders) == len(rows):
+        return kept, taken
+    held = {keys[row] for row in taken}
+    side = np.array([keys[row] in held for row in rows])
+    return rows[~side], rows[side]
 
 
 def limit_plan(plan: SplitPlan, labels: Mapping[str, Labels], train: int | None, evaluation: int | None) -> SplitPlan:
@@ -248,25 +269,26 @@ def leave_out_copies(plan: SplitPlan, keys: Mapping[str, Sequence[Hashable]]) ->
 
     Args:
         plan: The whole splits.
-        keys: What is compared, for every row of each source split.
+        keys: What is compared, for every row of each source split; one without them is not compared.
 
     Raises:
         DataError: No training row is left.
     """
-    held_out = {keys[source][row] for name in ("validation", "test") for source, row in _each(*plan.rows[name])}
     source, rows = plan.rows["train"]
+    if source not in keys:
+        return plan
+    held_out = {
+        keys[held][row] for held, own in (plan.rows["validation"], plan.rows["test"]) if held in keys for row in own
+    }
     kept = np.array([row for row in rows if keys[source][row] not in held_out], np.int64)
     if len(kept) == len(rows):
         return plan
     if len(kept) == 0:
         raise DataError(f"every row of {source!r} occurs in validation or test too: nothing is left to train on")
+    _logger.warning("%d rows of train are copies of held-out rows and are left out", len(rows) - len(kept))
     info = {**plan.info["train"], "rows": len(kept), "copies_left_out": len(rows) - len(kept)}
     info["digest"] = rows_digest(kept)
     return SplitPlan({**plan.rows, "train": (source, kept)}, {**plan.info, "train": info})
-
-
-def _each(source: str, rows: Rows) -> Iterator[tuple[str, int]]:
-    return ((source, int(row)) for row in rows)
 
 
 @dataclass(frozen=True)

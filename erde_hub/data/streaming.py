@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from erde_hub.errors import DataError, InputTypeError, LabelError
 
+from .augment import epoch_order
 from .columns import find_columns, open_dataset
 from .decoding import HASHED_ROWS, content_digest, decode, stored_bytes
 from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes, channel_statistics
@@ -43,6 +44,7 @@ class StreamSplit:
         num_samples: Number of rows where it is known.
         limit: Read only so many rows of the stream.
         buffer: Encoded rows that are mixed with each other.
+        roots: Where files that the image column names may lie; see :func:`~erde_hub.data.decoding.stored_bytes`.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class StreamSplit:
         num_samples: int | None = None,
         limit: int | None = None,
         buffer: int = 2048,
+        roots: Sequence[str] | None = None,
     ) -> None:
-        self.name, self.preprocessing, self.num_samples = name, preprocessing, num_samples
+        self.name, self.preprocessing, self.num_samples, self._roots = name, preprocessing, num_samples, roots
         self._stream, self._columns, self._classes, self._dataset = stream, columns, classes, dataset
         self._buckets, self._limit, self._buffer = buckets, limit, buffer
 
@@ -119,7 +122,8 @@ class StreamSplit:
                 rows = self._stream if self._files == 1 else self._stream.shard(self._files, file)
             for number, row in enumerate(rows):
                 index = (file << 32) + number
-                content, label = stored_bytes(row[image_column], self.where(index)), row[label_column]
+                content = stored_bytes(row[image_column], self.where(index), self._roots)
+                label = row[label_column]
                 if not self._buckets[0] <= bucket_of(content) < self._buckets[1]:
                     continue
                 if label is None or not 0 <= label < self._classes:
@@ -150,7 +154,8 @@ def open_stream(
         DataError: No such data, a column missing or in doubt, labels without class names, an unreadable image, a split
             file of other data or with row numbers.
     """
-    name, streams = open_dataset(dataset, config_name, streaming=True, cache_dir=cache_dir)
+    opened = open_dataset(dataset, config_name, streaming=True, cache_dir=cache_dir)
+    name, streams, roots = opened.name, opened.splits, opened.roots
     features = streams["train"].features or streams["train"]._resolve_features().features
     image, label = find_columns(features, name, image_column, label_column)
     if not isinstance(features[label], datasets.ClassLabel):
@@ -165,10 +170,12 @@ def open_stream(
         _logger.info("split 'test' of %s is not used: it has no labels", name)
         del streams["test"]
 
+    first = streams["train"].take(HASHED_ROWS)
     digest = content_digest(
-        class_names,
-        [(stored_bytes(row[image], "the first rows"), row[label]) for row in streams["train"].take(HASHED_ROWS)],
+        class_names, [(stored_bytes(row[image], "the first rows", roots), row[label]) for row in first]
     )
+    sizes = {split: _known_size(stream) for split, stream in streams.items()}
+    streams = {split: _mixed(own) if isinstance(own, datasets.Dataset) else own for split, own in streams.items()}
     parts = split_buckets(streams)
     if split_file is not None:
         stored = StoredSplit.read(split_file)
@@ -179,11 +186,13 @@ def open_stream(
 
     def split(part: str, preprocessing: Preprocessing, limit: int | None = None) -> StreamSplit:
         source, buckets = parts[part]
-        size = _known_size(streams[source]) if buckets == EVERY_BUCKET else None
+        size = sizes[source] if buckets == EVERY_BUCKET else None
         if size is not None and limit is not None:
             size = min(size, limit)
         columns, classes = (image, label), len(class_names)
-        return StreamSplit(part, streams[source], columns, classes, preprocessing, name, buckets, size, limit)
+        return StreamSplit(
+            part, streams[source], columns, classes, preprocessing, name, buckets, size, limit, roots=roots
+        )
 
     unset = wishes.complete((3, 224, 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bicubic", 0.875)
     probe = split("train", unset)
@@ -202,8 +211,17 @@ def _unlabelled(stream: Any, label: str) -> bool:
     return any(row[label] in (None, -1) for row in stream.take(1))
 
 
+def _mixed(files: datasets.Dataset) -> Any:
+    """Listed files as a stream in a fixed random order, so that the classes are mixed and not one after another."""
+    order = epoch_order(len(files), 0, 0)
+    mixed = datasets.Dataset.from_dict(files[order], features=files.features)
+    return mixed.to_iterable_dataset(num_shards=max(1, len(files) // _STREAM_SAMPLE))
+
+
 def _known_size(stream: Any) -> int | None:
     """Number of rows as far as the metadata tell it."""
+    if isinstance(stream, datasets.Dataset):
+        return len(stream)
     splits, split = stream.info.splits, stream.split
     return splits[str(split)].num_examples if splits and split is not None and str(split) in splits else None
 

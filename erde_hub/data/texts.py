@@ -236,7 +236,8 @@ def load_text_data(
         )
     longest = _check_length(max_length, tokenizer)
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
-    name, tables = open_tables(dataset, config_name, cache)
+    opened = open_tables(dataset, config_name, cache)
+    name, tables = opened.name, opened.splits
     text, label = find_text_columns(tables["train"].features, name, text_column, label_column)
     class_names, labels = read_labels(tables, name, label)
     texts = {split: _read_texts(tables[split], text, name, split) for split in labels}

@@ -134,22 +134,29 @@ def test_cifar100_needs_to_know_which_label(shared, load):
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path, load):
-    first = load(write_parquet(tmp_path / "a", {"train": rows(30), "test": rows(6)}))
-    second = load(write_parquet(tmp_path / "b" / "deep", {"train": rows(30), "test": rows(6)}), max_train_samples=9)
+    first = load(write_parquet(tmp_path / "a", {"train": rows(30), "test": rows(6, first_seed=500)}))
+    second = load(
+        write_parquet(tmp_path / "b" / "deep", {"train": rows(30), "test": rows(6, first_seed=500)}),
+        max_train_samples=9,
+    )
     assert first.fingerprint == second.fingerprint
     assert (first.name, second.name) == ("a", "deep")
     changed = rows(30)
     changed["img"][4] = rows(31)["img"][30]
     others = [
-        load(write_parquet(tmp_path / "c", {"train": changed, "test": rows(6)})),
-        load(write_parquet(tmp_path / "d", {"train": rows(30), "test": rows(7)})),
-        load(write_parquet(tmp_path / "e", {"train": {**rows(30), "label": [0, 1] * 15}, "test": rows(6)})),
+        load(write_parquet(tmp_path / "c", {"train": changed, "test": rows(6, first_seed=500)})),
+        load(write_parquet(tmp_path / "d", {"train": rows(30), "test": rows(7, first_seed=500)})),
+        load(
+            write_parquet(
+                tmp_path / "e", {"train": {**rows(30), "label": [0, 1, 1, 2, 0] * 6}, "test": rows(6, first_seed=500)}
+            )
+        ),
     ]
     assert len({first.fingerprint, *(data.fingerprint for data in others)}) == 4
 
 
 def test_a_stored_split_is_used_again(tmp_path, load):
-    folder = write_parquet(tmp_path / "set", {"train": rows(60), "test": rows(6)})
+    folder = write_parquet(tmp_path / "set", {"train": rows(60), "test": rows(6, first_seed=500)})
     first = load(folder, seed=7, max_train_samples=12)
     first.save_split(tmp_path / "split.json")
     again, other = load(folder, split_file=tmp_path / "split.json"), load(folder)
@@ -157,13 +164,13 @@ def test_a_stored_split_is_used_again(tmp_path, load):
     assert not torch.equal(first.validation.indices, other.validation.indices)
     assert len(again.train) == 54
     assert again.split_info["validation"]["seed"] == 7
-    different = write_parquet(tmp_path / "other", {"train": rows(60, first_seed=1), "test": rows(6)})
+    different = write_parquet(tmp_path / "other", {"train": rows(60, first_seed=1), "test": rows(6, first_seed=500)})
     with pytest.raises(DataError, match="use the data the model was trained on"):
         load(different, split_file=tmp_path / "split.json")
 
 
 def test_limits_keep_the_held_out_rows(tmp_path, load):
-    folder = write_parquet(tmp_path / "set", {"train": rows(60), "test": rows(30)})
+    folder = write_parquet(tmp_path / "set", {"train": rows(60), "test": rows(30, first_seed=500)})
     whole, part = load(folder), load(folder, max_train_samples=9)
     assert torch.equal(whole.validation.indices, part.validation.indices)
     assert set(part.train.indices.tolist()) < set(whole.train.indices.tolist())
@@ -222,7 +229,7 @@ def test_small_images_are_resized_once(tmp_path, load):
 def test_images_of_several_sizes_stay_encoded(tmp_path, load):
     columns = rows(60)
     columns["img"][41] = rows(1, size=(9, 9))["img"][0]
-    data = load(write_parquet(tmp_path / "set", {"train": columns, "test": rows(6)}))
+    data = load(write_parquet(tmp_path / "set", {"train": columns, "test": rows(6, first_seed=500)}))
     assert type(data.train).__name__ == "EncodedSplit"
     assert data.input_size == (3, 224, 224)
     assert (data.interpolation, data.crop_pct, data.augment) == ("bicubic", 0.875, "rrc_flip")
@@ -231,7 +238,7 @@ def test_images_of_several_sizes_stay_encoded(tmp_path, load):
 
 def test_decoded_images_are_kept_and_checked(tmp_path, load, monkeypatch, caplog):
     monkeypatch.setattr(data_images, "_CACHE_MIN_ROWS", 10)
-    folder = write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(12)})
+    folder = write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(12, first_seed=500)})
     first = load(folder)
     kept = sorted((tmp_path / "cache" / "erde_hub_decoded").iterdir())
     assert len(kept) == 2
@@ -270,14 +277,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, load, monkeypatch,
 
     monkeypatch.setattr(data_images, "save_file", full)
     with caplog.at_level(logging.WARNING):
-        data = load(write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(12)}))
+        data = load(write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(12, first_seed=500)}))
     assert len(data.train) == 27
     assert "could not be kept" in caplog.text
     assert not list((tmp_path / "cache" / "erde_hub_decoded").iterdir())
 
 
 def test_given_preprocessing_wins(tmp_path, load):
-    folder = write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(6)})
+    folder = write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(6, first_seed=500)})
     data = load(folder, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bicubic", crop_pct=0.5)
     assert (data.mean, data.std, data.interpolation, data.crop_pct) == (
         (0.5, 0.4, 0.3),

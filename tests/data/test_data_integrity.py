@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from erde_hub.data import integrity as data_integrity
-from erde_hub.data.decoding import EncodedImages, decode, header_size, spread
+from erde_hub.data.decoding import EncodedImages, decode, evenly_spaced, header_size
 from erde_hub.data.images import load_image_data
 from erde_hub.errors import DataError, UnknownNameError
 from tests.fakes.images import rows, write_parquet
@@ -53,7 +53,7 @@ def test_what_is_wrong_with_an_image_is_said_without_addresses_in_memory():
 
 def test_a_broken_header_is_found_by_the_quick_check_too(tmp_path):
     columns = rows(40, **LARGE)
-    unseen = min(set(range(40)) - set(spread(40, 32).tolist()))  # by the first look, which asks for sizes
+    unseen = min(set(range(40)) - set(evenly_spaced(40, 32).tolist()))  # by the first look, which asks for sizes
     columns["img"][unseen] = b"no image"
     folder = write_parquet(tmp_path / "set", {"train": columns, "test": rows(9, **LARGE)}, FEATURES)
     with pytest.raises(DataError, match=f"row {unseen} of split 'train'"):

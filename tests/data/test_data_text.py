@@ -135,6 +135,22 @@ def test_columns_are_found_or_named(tmp_path):
         load(numbers, tmp_path, text_column="size")
 
 
+@pytest.mark.parametrize("name", ["NA", "None", "null", "nan", "n/a"])
+def test_a_class_of_a_csv_file_may_be_called_na(tmp_path, name):
+    (tmp_path / "set").mkdir()
+    lines = [f"{text},{(name, 'EU')[i % 2]}" for i, text in enumerate(columns(60)["sentence"])]
+    (tmp_path / "set" / "train.csv").write_text("\n".join(["text,label", *lines]))
+    assert load(tmp_path / "set", tmp_path).class_names == sorted([name, "EU"])
+    numbers = [f"{text},{(name, '0', '1')[i % 3]}" for i, text in enumerate(columns(60)["sentence"])]
+    (tmp_path / "set" / "train.csv").write_text("\n".join(["text,label", *numbers]))
+    with pytest.raises(DataError, match=f"are numbers and '{name}' .first in row 0 of train."):
+        load(tmp_path / "set", tmp_path)
+    empty = [f"{text},{('', 'EU', 'US')[i % 3]}" for i, text in enumerate(columns(60)["sentence"])]
+    (tmp_path / "set" / "train.csv").write_text("\n".join(["text,label", *empty]))
+    with pytest.raises(DataError, match="20 rows of split 'train' of 'set' have no label"):
+        load(tmp_path / "set", tmp_path)
+
+
 def test_rows_without_text(folder, tmp_path):
     own = columns(30)
     own["sentence"][11] = None

@@ -1,0 +1,254 @@
+"""Folders of images, a folder per class, read as torchvision and timm read them.
+
+The files are listed here and handed to ``datasets`` with their labels, so that no name of a file or folder decides what
+is read, except ``train``, ``validation`` and ``test`` as folders of class folders.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from erde_hub.errors import DataError, LabelError, nearest
+
+from .decoding import is_image, raster_formats
+
+_logger = logging.getLogger(__name__)
+
+#: Names of splits, as ``datasets`` knows them.
+SPLIT_ALIASES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_TABLES = (".parquet", ".arrow")
+# Files that may describe or hold images which lie in no class folders.
+_DESCRIBED = (".csv", ".tsv", ".json", ".jsonl", ".zip", ".tar", ".gz")
+
+Parts = tuple[str, ...]
+
+
+@dataclass
+class FolderContent:
+    """The files below a folder.
+
+    Attributes:
+        images: Path of every image below the folder, in parts, in the order of the joined paths.
+        tables: Whether parquet or Arrow files lie there.
+        seen: Number of files.
+        left_out: Files that are not used, by reason.
+    """
+
+    images: list[Parts] = field(default_factory=list)
+    tables: bool = False
+    seen: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def list_files(root: Path) -> FolderContent:
+    """Lists a folder; symbolic links are followed, hidden files left out, unknown endings opened.
+
+    Raises:
+        DataError: A folder cannot be listed.
+    """
+    content = FolderContent()
+    formats = set(raster_formats())
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in formats}
+    found = []
+    for path in _walk(root, ()):
+        parts = path.relative_to(root).parts
+        name, ending = "/".join(parts), path.suffix.lower()
+        content.seen += 1
+        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            content.left_out["hidden"].append(name)
+        elif not path.is_file():
+            content.left_out["no file (a broken link or a device)"].append(name)
+        elif ending in _TABLES:
+            content.tables = True
+        elif ending in endings or is_image(path):
+            found.append((name, parts))
+        else:
+            content.left_out["no image"].append(name)
+    content.images = [parts for _, parts in sorted(found)]
+    return content
+
+
+def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:  # a link to a folder that it lies in
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"the folder {folder.name!r} cannot be listed: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), (*above, real))
+        else:
+            yield Path(entry.path)
+
+
+def read_class_folders(root: Path) -> tuple[dict[str, datasets.Dataset], dict[str, Any]] | None:
+    """Reads a folder per class, at the top or below ``train``, ``validation`` and ``test``; None where there are none.
+
+    Every image below a class folder belongs to the class, however deep it lies. Splits may also lie below every class
+    (``cat/train/1.png``), and all of it in one more folder. A folder that holds parquet files is a table, whatever
+    images lie next to them.
+
+    Args:
+        root: The folder.
+
+    Returns:
+        Per split a data set with the columns ``image`` and ``label``, in the order of the paths; and how many files
+        were seen, used and left out, by reason.
+
+    Raises:
+        DataError: Folders that can be read in two ways, two splits of one meaning, or no class folders.
+        LabelError: A class without a training image.
+    """
+    content = list_files(root)
+    others = content.left_out.get("no image", [])
+    if content.tables or (not content.images and others):
+        return None
+    if content.seen == 0:
+        raise DataError(f"folder {str(root)!r} holds no files: give one with parquet files or with a folder per class")
+    deep = any(len(parts) > 1 for parts in content.images)
+    assigned = _assign(content, root.name) if deep else []
+    if not assigned and any(name.endswith(_DESCRIBED) for name in others):
+        return None
+    if not assigned:
+        raise DataError(
+            f"{root.name!r} holds {len(content.images)} images and no class folders: put the images of each class into"
+            " a folder of the class's name (below train/, validation/ and test/ if they are split)"
+        )
+    rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for split, label, parts in assigned:
+        rows[split].append((str(root.joinpath(*parts)), label))
+    names = sorted({label for _, label in rows["train"]})
+    for split, own in rows.items():
+        _check_classes(root.name, split, {label for _, label in own}, names)
+    places = {parts[: parts.index(label)] for _, label, parts in assigned}
+    folders = {entry.name for place in places for entry in root.joinpath(*place).iterdir() if entry.is_dir()}
+    empty = sorted(name for name in folders - {label for _, label, _ in assigned} if not name.startswith((".", "__")))
+    if empty:
+        _logger.warning("%s: folders without an image are no classes: %s", root.name, ", ".join(empty[:10]))
+    files = {
+        "seen": content.seen,
+        "used": sum(map(len, rows.values())),
+        "left_out": {reason: len(paths) for reason, paths in content.left_out.items()},
+    }
+    _report(root.name, files, content.left_out, len(names))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return {
+        split: datasets.Dataset.from_dict(
+            {"image": [path for path, _ in own], "label": [label for _, label in own]}, features=features
+        )
+        for split, own in rows.items()
+    }, files
+
+
+def _depth(images: Iterable[Parts]) -> int:
+    """How many folders lie around those that are splits or classes."""
+    folders = {parts[:-1] for parts in images if len(parts) > 1}
+    first, last = min(folders), max(folders)
+    shared = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    splits = [level for level, name in enumerate(shared) if name.lower() in SPLIT_ALIASES]
+    return min([*splits, len(shared), max(map(len, folders)) - 1])
+
+
+def _assign(content: FolderContent, name: str) -> list[tuple[str, str, Parts]]:
+    """Returns split, class and path of the images that are used."""
+    depth = _depth(content.images)
+    below: dict[str, set[Parts]] = defaultdict(set)  # folders in which images lie, by the topmost one
+    for parts in content.images:
+        if len(parts) > depth + 1:
+            below[parts[depth]].add(parts[depth + 1 : -1])
+    splits = {folder: SPLIT_ALIASES[folder.lower()] for folder in below if folder.lower() in SPLIT_ALIASES}
+    nested = sorted(folder for folder in splits if any(below[folder]))  # with class folders
+    classes = sorted(set(below) - set(splits))
+    if nested and classes and (len(nested) == 1 or "train" not in {splits[folder] for folder in nested}):
+        raise DataError(
+            f"{name!r} can be read in two ways: {nested[0]!r} holds folders like a split, and {classes[0]!r} lies next"
+            " to it like a class: move the training images into train/CLASS/, or rename a folder"
+        )
+    if nested:
+        if "train" not in {splits[folder] for folder in nested}:
+            raise DataError(f"{name!r} has no split 'train' (found: {', '.join(map(repr, nested))})")
+        return _assign_splits(content, depth, name, splits)
+    return _assign_classes(content, depth, name, below, splits) if classes else []
+
+
+def _assign_splits(
+    content: FolderContent, depth: int, name: str, splits: dict[str, str]
+) -> list[tuple[str, str, Parts]]:
+    doubled = [split for split, count in Counter(splits.values()).items() if count > 1]
+    if doubled:
+        raise DataError(f"{name!r} has two splits that mean {doubled[0]!r}: {', '.join(map(repr, splits))}; keep one")
+    assigned = []
+    for parts in content.images:
+        if len(parts) <= depth + 1 or parts[depth] not in splits:
+            content.left_out["in no folder of a split"].append("/".join(parts))
+        elif len(parts) == depth + 2:
+            content.left_out["in a split, in no class folder"].append("/".join(parts))
+        else:
+            assigned.append((splits[parts[depth]], parts[depth + 1], parts))
+    return assigned
+
+
+def _assign_classes(
+    content: FolderContent, depth: int, name: str, below: dict[str, set[Parts]], splits: dict[str, str]
+) -> list[tuple[str, str, Parts]]:
+    inner = {rest[0] if rest else "" for folders in below.values() for rest in folders}
+    by_class = inner <= {folder for folder in inner if folder.lower() in SPLIT_ALIASES}  # cat/train/1.png
+    if by_class and "train" not in {SPLIT_ALIASES[folder.lower()] for folder in inner}:
+        raise DataError(f"{name!r} has no split 'train' (found: {', '.join(map(repr, sorted(inner)))})")
+    if splits:
+        _logger.warning(
+            "%s: %s is read as a class, as it lies next to %s and holds no class folders",
+            name,
+            ", ".join(map(repr, sorted(splits))),
+            next(folder for folder in below if folder not in splits),
+        )
+    assigned = []
+    for parts in content.images:
+        if len(parts) <= depth + 1:
+            content.left_out["in no class folder"].append("/".join(parts))
+        else:
+            split = SPLIT_ALIASES[parts[depth + 1].lower()] if by_class else "train"
+            assigned.append((split, parts[depth], parts))
+    deep = sorted(folder for folder, rest in below.items() if any(rest))
+    if deep and not by_class:
+        _logger.warning("%s: images in folders below class %r belong to that class", name, deep[0])
+    return assigned
+
+
+def _check_classes(name: str, split: str, classes: set[str], known: list[str]) -> None:
+    unknown = sorted(classes - set(known))
+    if unknown:
+        raise LabelError(
+            f"classes of split {split!r} of {name!r} have no training image: {', '.join(map(repr, unknown))}"
+            f"{nearest(unknown[0], known)} (classes of train: {', '.join(known[:20])}): add some, or"
+            " remove the folder"
+        )
+
+
+def _report(name: str, files: dict[str, Any], left_out: dict[str, list[str]], classes: int) -> None:
+    reasons = "; ".join(f"{len(paths)} {reason} ({paths[0]})" for reason, paths in left_out.items())
+    quiet = set(left_out) <= {"hidden", "no image"}
+    _logger.log(
+        logging.INFO if quiet else logging.WARNING,
+        "%s: %d of %d files are used, in %d classes%s",
+        name,
+        files["used"],
+        files["seen"],
+        classes,
+        f"; not used: {reasons}" if reasons else "",
+    )

@@ -1,0 +1,258 @@
+"""Folders of images: what lies there is what is used, and what is not used is said."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erde_hub.data import load_image_data
+from erde_hub.errors import DataError, LabelError
+from tests.fakes.images import rows, write_parquet
+
+
+def save(path, seed, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path, **how)
+
+
+def fill(root, classes, count=12, first=0, ending="png", **how):
+    for number, label in enumerate(classes):
+        for i in range(count):
+            save(root / label / f"{i}.{ending}", first + 1000 * number + i, **how)
+    return root
+
+
+def used(data):
+    return len(data.train) + len(data.validation) + len(data.test)
+
+
+@pytest.fixture
+def load(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="erde_hub")
+
+    def call(folder, **kwargs):
+        return load_image_data(folder, cache_dir=tmp_path / "cache", progress=False, **kwargs)
+
+    return call
+
+
+def test_rows_classes_and_fingerprint_are_those_of_earlier_releases(tmp_path, load):
+    """The split.json of a run names rows by number: the order of the files must not change."""
+    number = 0
+    for split in ("train", "test"):
+        for label in ("cat", "cat 2", "dog-a", "dog"):
+            for i in range(6):
+                number += 1
+                save(tmp_path / "pets" / split / label / f"{'x y'[i % 3]}{i}.bmp", number)
+    data = load(tmp_path / "pets")
+    assert data.fingerprint == "9924e05e3a46de17"
+    assert data.class_names == ["cat", "cat 2", "dog", "dog-a"]
+    assert data.validation.indices.tolist() == [0, 9]
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "at the train museum", "val (2)", "test[1]", "a*b", "validation?", "testing"]
+)
+def test_names_of_files_classes_and_the_folder_decide_nothing(tmp_path, load, name):
+    root = fill(tmp_path / f"{name} [x]*", ["cat", f"{name} class"])
+    save(root / "cat" / f"{name}.png", 77)
+    data = load(root)
+    assert data.class_names == sorted(["cat", f"{name} class"])
+    assert used(data) == data.files["used"] == data.files["seen"] == 25
+
+
+@pytest.mark.parametrize("name", ["train", "test", "Val"])
+def test_a_class_may_be_called_like_a_split(tmp_path, load, caplog, name):
+    data = load(fill(tmp_path / "set", ["bus", "car", name]))
+    assert data.class_names == sorted(["bus", "car", name])
+    assert used(data) == 36
+    assert f"'{name}' is read as a class" in caplog.text
+
+
+@pytest.mark.parametrize("around", ["", "archive", "ILSVRC/Data/CLS-LOC"])
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "Validation", "Testing")])
+def test_splits_of_class_folders(tmp_path, load, around, names):
+    for number, split in enumerate(names):
+        fill(tmp_path / "set" / around / split, ["cat", "dog"], 6 - number, first=100 * number)
+    data = load(tmp_path / "set")
+    assert (len(data.train), len(data.validation), len(data.test)) == (12, 10, 8)
+    assert data.class_names == ["cat", "dog"]
+
+
+def test_splits_below_the_classes(tmp_path, load):
+    for number, split in enumerate(("train", "test")):
+        for label in ("cat", "dog"):
+            for i in range(10):
+                save(tmp_path / "set" / label / split / f"{i}.png", 1000 * number + 100 * (label == "dog") + i)
+    data = load(tmp_path / "set")
+    assert data.class_names == ["cat", "dog"]
+    assert (len(data.train) + len(data.validation), len(data.test)) == (20, 20)
+
+
+def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path, load):
+    fill(tmp_path / "a" / "train", ["cat", "dog"])
+    fill(tmp_path / "a", ["extra"], first=500)
+    with pytest.raises(DataError, match=r"two ways: 'train' holds folders like a split, and 'extra' lies next to it"):
+        load(tmp_path / "a")
+    fill(tmp_path / "b", ["cat", "dog"])
+    fill(tmp_path / "b" / "test", ["cat", "dog"], first=500)
+    with pytest.raises(DataError, match=r"two ways: 'test' .* 'cat' lies next to it"):
+        load(tmp_path / "b")
+    fill(tmp_path / "c" / "train", ["cat", "dog"])
+    fill(tmp_path / "c" / "val", ["cat", "dog"], first=500)
+    fill(tmp_path / "c" / "valid", ["cat", "dog"], first=900)
+    with pytest.raises(DataError, match="two splits that mean 'validation'"):
+        load(tmp_path / "c")
+    fill(tmp_path / "d" / "test", ["cat", "dog"])
+    with pytest.raises(DataError, match=r"no split 'train' \(found: 'test'\)"):
+        load(tmp_path / "d")
+    save(tmp_path / "e" / "1.png", 1)
+    with pytest.raises(DataError, match="holds 1 images and no class folders"):
+        load(tmp_path / "e")
+    fill(tmp_path / "f", ["train", "test"])
+    with pytest.raises(DataError, match="holds 24 images and no class folders"):
+        load(tmp_path / "f")
+
+
+def test_links_are_followed_and_circles_end(tmp_path, load, caplog):
+    away = fill(tmp_path / "away", ["cat", "dog"])
+    root = fill(tmp_path / "set", ["fox"], first=5000)
+    (root / "cat").symlink_to(away / "cat")
+    (root / "dog").mkdir()
+    for i in range(12):
+        (root / "dog" / f"{i}.png").symlink_to(away / "dog" / f"{i}.png")
+    (root / "fox" / "again").symlink_to(root)
+    (root / "fox" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(root / "fox" / "pipe.png")
+    data = load(root)
+    assert data.class_names == ["cat", "dog", "fox"]
+    assert used(data) == 36
+    assert data.files["left_out"] == {"no file (a broken link or a device)": 2}
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "train").symlink_to(away)
+    assert used(load(tmp_path / "links")) == 24
+
+
+FORMATS = {"PNG": "PnG", "JPEG": "JFIF", "AVIF": "avif", "WEBP": "", "TIFF": "scan", "BMP": "1", "GIF": "Gif",
+           "JPEG2000": "jp2", "TGA": "tga", "QOI": "qoi", "PPM": "data"}  # fmt: skip
+
+
+def test_every_raster_format_is_read_whatever_its_ending(tmp_path, load):
+    root = tmp_path / "set"
+    for number, (kind, ending) in enumerate(FORMATS.items()):
+        for label in ("cat", "dog"):
+            for i in range(2):
+                name = f"{kind}{i}.{ending}" if ending else f"{kind}{i}"
+                save(root / label / name, 10 * number + i + 500 * (label == "dog"), format=kind)
+    data = load(root)
+    assert used(data) == 4 * len(FORMATS)
+
+
+def test_what_is_no_image_is_counted(tmp_path, load, caplog):
+    root = fill(tmp_path / "set", ["cat", "dog"])
+    save(root / "cover.png", 999)
+    (root / "metadata.csv").write_text("file_name,label\ncat/0.png,dog\n")
+    for label in ("cat", "dog"):
+        for i in range(12):
+            (root / label / f"{i}.json").write_text('{"label": "wrong"}')
+            (root / label / f"{i}.txt").write_text("0 0.5 0.5 1 1")
+    save(root / "cat" / ".ipynb_checkpoints" / "0-checkpoint.png", 998)
+    (root / "dog" / "._0.png").write_bytes(b"resource fork")
+    Image.new("RGB", (8, 8)).save(root / "dog" / "drawing.eps")
+    (root / "fox").mkdir()
+    data = load(root)
+    assert data.class_names == ["cat", "dog"]
+    assert used(data) == 24
+    assert data.files == {"seen": 77, "used": 24, "left_out": {"no image": 50, "hidden": 2, "in no class folder": 1}}
+    assert "24 of 77 files are used, in 2 classes" in caplog.text
+    assert "1 in no class folder (cover.png)" in caplog.text
+    assert "folders without an image are no classes: fox" in caplog.text
+    assert data.summary()["files"] == data.files
+
+
+def test_images_of_any_depth_belong_to_the_top_folder(tmp_path, load, caplog):
+    root = fill(tmp_path / "set", ["cat", "dog"])
+    for i in range(5):
+        save(root / "cat" / "2020" / "may" / f"{i}.png", 300 + i)
+    data = load(root)
+    assert torch.bincount(torch.cat([data.train.labels, data.validation.labels, data.test.labels])).tolist() == [17, 12]
+    assert "images in folders below class 'cat' belong to that class" in caplog.text
+
+
+def test_an_image_that_is_none_is_named(tmp_path, load):
+    root = fill(tmp_path / "set", ["cat", "dog"])
+    (root / "dog" / "3.png").write_text("<html>not found</html>")
+    with pytest.raises(DataError, match=r"row \d+ of split 'train' of 'set' \(dog/3\.png\) cannot be read"):
+        load(root)
+    Image.new("RGB", (8, 8)).save(root / "dog" / "3.png", "EPS")
+    with pytest.raises(DataError, match=r"\(dog/3\.png\) cannot be read"):
+        load(root)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_classes_without_training_images_are_refused(tmp_path, load, split):
+    fill(tmp_path / "set" / "train", ["cat", "dog"])
+    fill(tmp_path / "set" / split, ["Cat", "dog", "fox"], 4, first=500)
+    with pytest.raises(
+        LabelError, match=rf"split '{split}' of 'set' have no training image: 'Cat', 'fox'.*did you mean 'cat'"
+    ):
+        load(tmp_path / "set")
+    columns = rows(20, classes=2)
+    table = write_parquet(tmp_path / "table", {"train": columns, split: rows(6, classes=3, first_seed=50)})
+    with pytest.raises(LabelError, match=rf"split '{split}' of 'table' have no row in train: class 2"):
+        load(table)
+
+
+def test_parquet_with_pictures_next_to_it_is_a_table(tmp_path, load):
+    folder = write_parquet(tmp_path / "set", {"train": rows(30)})
+    fill(tmp_path / "set" / "figures", ["a", "b"])
+    assert load(folder).num_classes == 3
+
+
+def test_copies_stay_on_one_side_where_we_cut(tmp_path, load):
+    root = fill(tmp_path / "set", ["cat", "dog"], 20)
+    for label in ("cat", "dog"):
+        for i in range(20):
+            for copy in range(i % 4):
+                (root / label / f"{i}_{copy}.png").write_bytes((root / label / f"{i}.png").read_bytes())
+    data = load(root)
+    assert used(data) == 100
+    seen = [set(getattr(data, split).content_hashes().tolist()) for split in ("train", "validation", "test")]
+    assert not seen[0] & seen[1]
+    assert not seen[0] & seen[2]
+    assert not seen[1] & seen[2]
+    assert sum(map(len, seen)) == 40
+    data.save_split(tmp_path / "split.json")
+    again = load(root, split_file=tmp_path / "split.json")
+    assert torch.equal(again.train.indices, data.train.indices)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (120, 100)])
+def test_copies_of_held_out_images_are_not_trained_on(tmp_path, load, caplog, size):
+    train, test = rows(30, size=size), rows(9, size=size, first_seed=500)
+    test["img"][:3] = train["img"][:3]
+    data = load(
+        write_parquet(
+            tmp_path / "set", {"train": train, "test": test, "validation": rows(6, size=size, first_seed=900)}
+        )
+    )
+    assert data.split_info["train"]["copies_left_out"] == 3
+    assert data.train.indices.tolist() == list(range(3, 30))
+    assert len(data.test) == 9
+    assert "3 rows of train are copies of held-out rows" in caplog.text
+
+
+def test_a_stream_of_class_folders(tmp_path, load):
+    root = fill(tmp_path / "set", ["cat", "dog", "train"], 30)
+    stream, loaded = load(root, streaming=True), load(root)
+    assert stream.class_names == loaded.class_names
+    assert stream.head == loaded.head
+    labels = [label for _, _, label in stream.train.rows()]
+    assert labels != sorted(labels)
+    parts = [{content for _, content, _ in getattr(stream, s).rows()} for s in ("train", "validation", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 90
