@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
 
 from erde_hub import keep_freed_memory
@@ -33,6 +35,7 @@ settings.register_profile(
 )
 settings.load_profile("erde_hub")
 keep_freed_memory()
+torch.set_num_threads(1)  # networks of tests are so small that a second thread only waits
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,10 +53,12 @@ def _fresh_state() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     logger = logging.getLogger("erde_hub")  # recipes set it up for a terminal
     handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from it
     torch.manual_seed(0)
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
     random.setstate(python_state)
@@ -64,6 +69,17 @@ def _fresh_state() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers, whose content our errors repeat."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+    transformers.logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="session")

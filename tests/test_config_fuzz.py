@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,7 +37,6 @@ _VALUES = st.recursive(
 
 @pytest.fixture(scope="module", params=["resnet", "bert"])
 def checkpoint(request, tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "resnet":
         backbone = timm.create_model("resnet8_cifar", num_classes=CLASSES, width=4)

@@ -38,11 +38,6 @@ from tests.fakes.networks import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def weightless(architecture: str, **kwargs) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(architecture, **kwargs)

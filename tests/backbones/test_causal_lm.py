@@ -25,13 +25,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    torch.set_num_threads(1)
-    level = t.utils.logging.get_verbosity()
-    t.utils.logging.set_verbosity_error()
-    yield
-    t.utils.logging.set_verbosity(level)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -15,11 +15,6 @@ from erde_hub.errors import ExitPointError, UnknownNameError
 from tests.fakes.networks import FAMILIES, Plain, build, sequential
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @functools.cache
 def backbone(name: str) -> nn.Module:
     return build(name)

@@ -12,7 +12,6 @@ import torch
 from pages import support
 from support_matrix import CHECKS, check_model, try_family
 from support_models import CLASSES, TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families
-from transformers.utils import logging
 
 from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.errors import ExitPointError, InputTypeError
@@ -52,15 +51,7 @@ QUICK = (
 REFUSED = {"gemma4_vit": "no classifier"}
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    torch.set_num_threads(1)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-    logging.set_verbosity(level)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def failed(family: str, skip: set[str]) -> dict[str, str]:

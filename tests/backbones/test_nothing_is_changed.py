@@ -10,7 +10,6 @@ import timm
 import torch
 from support_models import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families, transformers_model
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from erde_hub import EarlyExitWrapper, list_exit_points
 from tests.fakes.networks import FAMILIES, Plain, build, sequential
@@ -21,12 +20,7 @@ QUICK_TRANSFORMERS = ("Pvt", "Levit", "TimmWrapper", "Bert", "Albert", "ModernBe
 REFUSED = ("gemma4_vit",)
 
 
-@pytest.fixture(autouse=True)
-def _quiet():
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def _watch(*_: Any) -> None:

@@ -17,11 +17,6 @@ _VIT = FAMILIES["vit"].kwargs
 _CONVNEXT = FAMILIES["convnext"].kwargs
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize(
     ("architecture", "base", "more"),
     [

@@ -33,15 +33,7 @@ from tests.fakes.transformers_models import CLASSES, TEXT, VISION, inputs, side,
 MODELS = [*VISION, *TEXT]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    torch.set_num_threads(1)
-    t.utils.logging.disable_progress_bar()
-    level = t.utils.logging.get_verbosity()
-    t.utils.logging.set_verbosity_error()
-    yield
-    t.utils.logging.set_verbosity(level)
-    t.utils.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from tests.fakes.networks import all_logits, images, quantile_thresholds, wrap
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    torch.set_num_threads(1)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

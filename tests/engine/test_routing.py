@@ -42,8 +42,7 @@ def with_policy(model: EarlyExitWrapper, policy: str) -> EarlyExitWrapper:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_the_usual_policy():
-    torch.set_num_threads(1)
+def _the_usual_policy():
     yield
     for name in FAMILIES:
         if model_of.cache_info().currsize:

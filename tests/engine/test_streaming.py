@@ -33,11 +33,6 @@ def thresholds_of(name: str) -> list[float]:
     return quantile_thresholds(model_of(name), images(name, 30))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def stream(model, batches, **kwargs):
     return list(route_batches(model, batches, **kwargs))
 

@@ -1,22 +1,12 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.export import export_onnx, flat
 from tests.fakes.onnx_models import FAMILIES, build, tiny
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

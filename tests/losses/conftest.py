@@ -12,12 +12,6 @@ import torch
 from torch import Tensor
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Tensors here are tiny, yet torch splits some of them; on a busy machine the threads then wait for each other."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def golden(shared: Path) -> Callable[[str], dict[str, Any]]:
     """Reads one file of golden vectors by name."""

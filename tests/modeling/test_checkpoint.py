@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
-from transformers.utils import logging as transformers_logging
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper
 from erde_hub.errors import (
@@ -32,16 +31,7 @@ from erde_hub.errors import (
 )
 from tests.fakes.networks import CLASSES, FAMILIES, Plain, images, spread, wrap
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # reports on mismatched keys, which the errors repeat
-    yield
-    transformers_logging.set_verbosity(level)
-    transformers_logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture(scope="module")

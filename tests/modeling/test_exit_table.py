@@ -24,11 +24,6 @@ CIFAR = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @functools.cache
 def cifar(name: str) -> EarlyExitWrapper:
     with torch.device("meta"):

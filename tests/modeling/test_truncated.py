@@ -18,11 +18,6 @@ from erde_hub.modeling.truncated import RemovedModule
 from tests.fakes.networks import CLASSES, FAMILIES, StructureNet, all_logits, build, images, spread, wrap
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def numbers(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 

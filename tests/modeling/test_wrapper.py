@@ -33,11 +33,6 @@ from tests.fakes.networks import CLASSES, FAMILIES, Plain, build, images, no_ran
 KWARGS = FAMILIES["resnet"].kwargs
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @functools.cache
 def shared_model() -> EarlyExitWrapper:
     return wrap("resnet")

@@ -6,24 +6,20 @@ import json
 import sys
 
 import pytest
-import torch
 from benchmarks import calibration
 
 from erde_hub.errors import ConfigError, UnknownNameError
 
 
 def test_both_parts_are_measured_and_kept(tmp_path, capsys, monkeypatch):
-    file, threads = tmp_path / "b.json", torch.get_num_threads()
+    file = tmp_path / "b.json"
     small = ["--samples", "60", "--exits", "2", "--classes", "3", "--width", "4", "--output", str(file)]
-    try:
-        for flags in (
-            ["--parts", "laplace", "--batch_size", "2", "--draws", "2", "--rounds", "1"],
-            ["--parts", "functions"],
-        ):
-            monkeypatch.setattr(sys, "argv", ["calibration.py", *small, *flags])
-            calibration.main()
-    finally:
-        torch.set_num_threads(threads)
+    for flags in (
+        ["--parts", "laplace", "--batch_size", "2", "--draws", "2", "--rounds", "1"],
+        ["--parts", "functions"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["calibration.py", *small, *flags])
+        calibration.main()
     results = json.loads(file.read_text())
     assert [row["classes"] for row in results["laplace"]] == [10, 3]
     assert all(row["share"] == row["calibrator_seconds"] / row["forward_seconds"] for row in results["laplace"])

@@ -25,11 +25,6 @@ SMALL = ["--model", "test_resnet", "--exits", "2", "--cpu_threads", "1", "--roun
          "--seconds", "0.1", "--compiled", "none"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """One run of the command as a user would type it, without the parts that take their time."""

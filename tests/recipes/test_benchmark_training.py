@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from benchmarks import training
 
 from erde_hub.errors import ConfigError
@@ -15,14 +13,6 @@ SMALL = [
     "--teacher_kwargs", "width=4", "--student_kwargs", "width=4", "--batch_size", "16", "--max_train_samples", "64",
     "--rounds", "2", "--steps_per_round", "3", "--cpu_threads", "1", "--mixed_precision", "no",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_both_loops_are_timed_in_turns_and_the_numbers_written(tmp_path, monkeypatch, capsys):

@@ -41,7 +41,6 @@ def call(monkeypatch, tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """What a run leaves: a small network on digits whose heads were fitted by least squares, and its report."""
-    torch.set_num_threads(1)
     data = load_image_data("digits", progress=False)
     model = resnet8(10, head="linear", id2label=data.class_names).eval()
     model.set_preprocessing(

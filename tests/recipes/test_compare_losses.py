@@ -5,7 +5,6 @@ import sys
 
 import compare_losses
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 
 from erde_hub.errors import ConfigError, ResultsError
@@ -15,14 +14,6 @@ FAST = [
     "--teacher_kwargs", "width=4", "--student_kwargs", "width=4", "--epochs", "2", "--max_steps", "3", "--cpu_threads",
     "1", "--no_progress_bar", "--mixed_precision", "no", "--exits", "layer1",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def call(monkeypatch, *flags):

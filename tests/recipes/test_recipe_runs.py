@@ -34,14 +34,6 @@ FAST = [*FAST_TEACHER, "--student_kwargs", "width=4"]
 LEFT = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json", "sweep.csv", "frontier.png")  # fmt: skip # noqa: E501
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """Accelerate keeps one state per process; a recipe expects a process of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def call(monkeypatch, tmp_path):
     """Runs a recipe in this process, as if from a shell in tmp_path."""

@@ -8,7 +8,6 @@ import make_tables
 import pytest
 import rotation
 import torch
-from accelerate.state import AcceleratorState
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError
@@ -18,13 +17,6 @@ FAST = [
     "--max_train_samples", "64", "--max_eval_samples", "40", "--cpu_threads", "1", "--no_progress_bar",
     "--mixed_precision", "no", "--head", "linear",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def call(monkeypatch, *flags):

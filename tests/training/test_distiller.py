@@ -10,7 +10,6 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch import nn
 from torch.nn import functional as F
@@ -41,14 +40,6 @@ def _cheap_collections():
     gc.freeze()  # Accelerate collects garbage after every training, and what was imported need not be searched
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    torch.set_num_threads(1)  # networks this small only wait for a second one
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -332,7 +323,6 @@ def full_run(**changes):
 
 @pytest.fixture(scope="module")
 def never_stopped(data):
-    torch.set_num_threads(1)
     return train(data, "erde", teacher=TinyExits(seed=9), **full_run())
 
 
@@ -407,7 +397,6 @@ def test_without_an_output_dir_a_signal_stops_too(data, caplog):
 
 @pytest.fixture(scope="module")
 def two_steps(data, tmp_path_factory):
-    torch.set_num_threads(1)
     folder = str(tmp_path_factory.mktemp("runs") / "run")
     train(data, **full_run(output_dir=folder, max_steps=2))
     return folder

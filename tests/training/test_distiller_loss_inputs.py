@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from erde_hub.errors import ConfigError
 from erde_hub.losses import CELoss, EntropyWeight, ERDELoss, ExitLoss, FeatureKDLoss, FeatureTerm, Term, create_loss
@@ -10,14 +9,6 @@ from erde_hub.scripts.common.arguments import StudentArguments, build_loss, loss
 from erde_hub.training import Distiller, ExitFeatures
 from erde_hub.training._loss_inputs import LossInputs
 from tests.fakes.training import TinyExits, assert_same, make_args, make_data, network, weights
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from erde_hub._cores import available_cores
 from erde_hub.errors import LaunchError
@@ -25,14 +24,6 @@ from tests.fakes.training import assert_same, weights
 
 SCRIPT = Path(distiller_process.__file__)
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start(command, mode, folder, **env):
@@ -56,6 +47,7 @@ def wait_for_step(process, step):
     pytest.fail(f"ended before step {step}:\n{''.join(seen[-30:])}")
 
 
+@pytest.mark.slow
 def test_killed_orphaned_and_resumed_it_is_the_run_that_never_stopped(tmp_path):
     """SIGKILL to the training process, then SIGTERM to a launcher, which dies and leaves its child behind."""
     folder = tmp_path / "run"
@@ -84,10 +76,7 @@ def test_killed_orphaned_and_resumed_it_is_the_run_that_never_stopped(tmp_path):
 
 @pytest.fixture(scope="module")
 def alone():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield one_step(128)
-    torch.set_num_threads(threads)
+    return one_step(128)
 
 
 def check_group(folder, alone):
@@ -116,6 +105,7 @@ def check_group(folder, alone):
         torch.testing.assert_close(gradient, gradients[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, alone):
     command = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
     output, _ = start(command, "group", tmp_path, ACCELERATE_USE_CPU="true").communicate(timeout=280)
@@ -127,6 +117,7 @@ def machine(rank):
     return ["--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
 
 
+@pytest.mark.long
 def test_two_machines_are_one_with_twice_the_batch(tmp_path, alone):
     port = str(free_port())
     machines = [
@@ -149,20 +140,22 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_spellings_that_start_lonely_processes_are_refused_with_the_right_one(tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--num_processes", "2"], id="alone", marks=pytest.mark.slow),
+        pytest.param(["--multi_gpu", "--num_processes", "2"], id="strangers", marks=pytest.mark.long),
+    ],
+)
+def test_spellings_that_start_lonely_processes_are_refused_with_the_right_one(tmp_path, flags):
     if torch.cuda.is_available():
         pytest.skip("with GPUs these spellings start what they say")
-    wrong = {
-        "alone": [*LAUNCH, "--num_processes", "2"],
-        "strangers": [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())],
-    }
-    processes = {name: start(command, "check", tmp_path / name) for name, command in wrong.items()}
-    for name, process in processes.items():
-        output, _ = process.communicate(timeout=280)
-        assert process.returncode != 0
-        assert "LaunchError" in output, output
-        assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in output
-        assert not (tmp_path / name).exists()
+    process = start([*LAUNCH, *flags, "--main_process_port", str(free_port())], "check", tmp_path / "run")
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode != 0
+    assert "LaunchError" in output, output
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in output
+    assert not (tmp_path / "run").exists()
 
 
 LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "NO"}

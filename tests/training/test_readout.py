@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from erde_hub.errors import ConfigError
 from erde_hub.heads import FeatureSpec
@@ -15,14 +14,6 @@ from erde_hub.training import Distiller, readout
 from erde_hub.training._checks import all_exits
 from erde_hub.training.readout import ConvReadout, new_readout
 from tests.fakes.training import TinyExits, assert_same, make_args, make_data, network, weights
-
-
-@pytest.fixture(autouse=True)
-def _one_process():
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
