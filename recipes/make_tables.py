@@ -11,38 +11,34 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 from pages import calibration, inference, methods, pretrained, rotation, speed, studies, support
+from pages.markdown import RESULTS, load, registry_table, table
 from PIL import Image, PngImagePlugin
 
 from erde_hub import list_exit_points
-from erde_hub._registry import Entry
 from erde_hub.evaluation import load_results, plot_frontier
 from erde_hub.evaluation.formatting import mmacs, percent, threshold_label, thresholds_of
 from erde_hub.heads import get_head, list_heads
 from erde_hub.hub import render_model_card
-from erde_hub.losses import get_loss, list_losses
 from erde_hub.policies import get_policy, list_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGE_NAMES = ("calibration", "methods", "pretrained", "studies/README", "support_matrix")
 PAGES = (README, *(ROOT / "recipes" / f"{name}.md" for name in PAGE_NAMES))
-RESULTS = ROOT / "recipes" / "results"
 INFERENCE = RESULTS / "benchmark_inference.json"
 CONFIGS = ROOT / "recipes" / "configs"
 CARDS = ROOT / "model_cards"
 NETWORKS = ("resnet8_cifar", "resnet10_cifar", "resnet18_cifar", "resnet50_cifar")
 
 _PART = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_ARXIV = re.compile(r"(?<!\d)(\d{4}\.\d{4,5})(?!\d)")
 
 
 def main() -> None:
@@ -71,10 +67,10 @@ def main() -> None:
             if not check:
                 draw_picture(picture, path, results)
     picture = INFERENCE.with_suffix(".png")
-    if INFERENCE.is_file() and not picture_is_current(picture, INFERENCE):
+    if not picture_is_current(picture, INFERENCE):
         stale.append(picture.relative_to(ROOT).as_posix())
         if not check:
-            inference.draw_saving(inference_results() or {}, str(picture))
+            inference.draw_saving(load(INFERENCE.stem), str(picture))
             _make_small(picture, INFERENCE)
     if stale and check:
         print(f"not current: {', '.join(stale)}; run `python recipes/make_tables.py`", file=sys.stderr)
@@ -91,18 +87,6 @@ def render(text: str) -> str:
         return f"{match[1]}{_TABLES[match[2]]()}\n{match[3]}"
 
     return _PART.sub(part, text)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Formats a Markdown table; columns whose title ends in % or MMACs are numbers."""
-    rule = ["---:" if title.endswith(("%", "MMACs")) else "---" for title in header]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
-
-
-def registry_table(names: Sequence[str], get: Callable[[str], Entry[Any]]) -> str:
-    """One row per member of a registry."""
-    entries = [get(name) for name in names]
-    return table(("key", "what it does", "source"), [(f"`{e.name}`", e.summary, _links(e.reference)) for e in entries])
 
 
 def networks_table() -> str:
@@ -152,15 +136,6 @@ def run_results() -> list[tuple[Path, dict[str, Any]]]:
     return [(path, load_results(path)) for path in paths]
 
 
-def inference_results() -> dict[str, Any] | None:
-    """Returns what recipes/benchmarks/inference.py found, None before it was run."""
-    return _stored(INFERENCE)
-
-
-def _stored(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def picture_is_current(picture: Path, source: Path) -> bool:
     """Tells whether a picture was drawn from these results; its pixels depend on matplotlib's version."""
     if not picture.is_file():
@@ -188,36 +163,14 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _links(reference: str) -> str:
-    return _ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", reference)
-
-
+_PAGES = (calibration, inference, methods, pretrained, rotation, speed, studies, support)
 _TABLES: dict[str, Callable[[], str]] = {
-    **calibration.tables(table, registry_table),
-    **rotation.tables(table, registry_table),
-    **pretrained.tables(table),
-    **studies.tables(table),
-    **support.tables(table),
-    "losses": lambda: registry_table(list_losses(), get_loss),
-    "methods": lambda: methods.losses_table(table, _links),
-    "additions": lambda: methods.additions_table(table, _links),
-    "comparison": lambda: methods.comparison_table(table),
-    "comparison_cifar10": lambda: methods.comparison_table(table, "comparison_cifar10"),
-    "groups": lambda: methods.groups_table(table),
-    "egad": lambda: methods.egad_table(table),
-    "speed": lambda: methods.speed_table(table),
+    **{name: make for page in _PAGES for name, make in page.TABLES.items()},
     "policies": lambda: registry_table(list_policies(), get_policy),
     "heads": lambda: registry_table(list_heads(), get_head),
     "networks": networks_table,
     "configs": configs_table,
     "results": results_table,
-    "saving": lambda: inference.saving_table(table, inference_results()),
-    "bounds": lambda: inference.bounds_table(table, inference_results()),
-    "compiled": lambda: inference.compiled_table(table, inference_results()),
-    "stream": lambda: inference.stream_table(table, inference_results()),
-    "allocator": lambda: speed.allocator_table(table, _stored(RESULTS / "benchmark_allocator.json")),
-    "loading": lambda: speed.loading_table(table, _stored(RESULTS / "benchmark_loading.json")),
-    "int8": lambda: speed.int8_table(table, _stored(RESULTS / "benchmark_int8.json")),
 }
 
 

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from pages.markdown import load, registry_table, table
 
 from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.evaluation.formatting import percent
 
-RESULTS = Path(__file__).parents[1] / "results"
-Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
 
-
-def tables(table: Table, registry_table: Callable[..., str]) -> dict[str, Callable[[], str]]:
-    """Returns the tables by name."""
-    return {
-        "calibrators": lambda: registry_table(list_calibrators(), get_calibrator),
-        "guarantee": lambda: guarantee_table(table, 0),
-        "guarantee_cifar10": lambda: guarantee_table(table, 1),
-        "guarantee_greedy": lambda: greedy_table(table),
-        "guarantee_nearby": lambda: nearby_table(table),
-        "records_speed": lambda: functions_table(table),
-        "laplace_speed": lambda: laplace_table(table),
-        "policies_cifar10": lambda: comparison_table(table, "cifar10_resnet18_resnet10-small"),
-        "sets_cifar10": lambda: sets_table(table, "cifar10_resnet18_resnet10-small"),
-        "policies_digits": lambda: comparison_table(table, "digits"),
-    }
-
-
-def guarantee_table(table: Table, population: int) -> str:
+def guarantee_table(population: int) -> str:
     """Who keeps the bound in a simulation, and at what saving."""
-    results = _load("threshold_guarantee")
+    results = load("threshold_guarantee")
     name = _populations(results)[population]
     header = (
         "samples",
@@ -61,9 +42,9 @@ def guarantee_table(table: Table, population: int) -> str:
     return table(header, rows)
 
 
-def greedy_table(table: Table) -> str:
+def greedy_table() -> str:
     """The settings in which greedy search breaks a bound no more often than a guarantee would allow."""
-    results = _load("threshold_guarantee")
+    results = load("threshold_guarantee")
     settings: dict[tuple[str, float, int], dict[str, Any]] = {}
     for row in results["rows"]:
         settings.setdefault((row["population"], row["bound"], row["samples"]), {})[row["method"]] = row
@@ -86,9 +67,9 @@ def greedy_table(table: Table) -> str:
     return table(header, rows)
 
 
-def nearby_table(table: Table) -> str:
+def nearby_table() -> str:
     """How often greedy search breaks bounds that are close to each other."""
-    nearby = _load("threshold_guarantee")["nearby"]
+    nearby = load("threshold_guarantee")["nearby"]
     bounds = list(dict.fromkeys(row["bound"] for row in nearby))
     rows = []
     for name in dict.fromkeys(row["population"] for row in nearby):
@@ -97,16 +78,16 @@ def nearby_table(table: Table) -> str:
     return table(("bound %", *(f"{100 * bound:g}" for bound in bounds)), rows)
 
 
-def functions_table(table: Table) -> str:
+def functions_table() -> str:
     """What each function of records takes."""
-    results = _load("benchmark_calibration")
+    results = load("benchmark_calibration")
     rows = [(f"`{row['function']}`", f"{row['seconds']:.2f}") for row in results["functions"]]
     return table(("function", "seconds"), rows)
 
 
-def laplace_table(table: Table) -> str:
+def laplace_table() -> str:
     """What the Laplace approximation adds to a forward pass."""
-    results = _load("benchmark_calibration")
+    results = load("benchmark_calibration")
     header = ("network", "classes", "batch", "draws", "forward, ms", "Laplace at all exits, ms", "share %")
     rows = [
         (
@@ -127,9 +108,9 @@ def _populations(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["population"] for row in results["rows"]))
 
 
-def comparison_table(table: Table, name: str) -> str:
+def comparison_table(name: str) -> str:
     """Area under the curve of every policy, and what it gains on entropy."""
-    results = _load(f"policies_{name}")
+    results = load(f"policies_{name}")
     header = (
         "policy",
         "area %",
@@ -159,9 +140,9 @@ def _gain(value: float, interval: Sequence[float]) -> str:
     return f"{100 * value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})" if low != high else "-"
 
 
-def sets_table(table: Table, name: str) -> str:
+def sets_table(name: str) -> str:
     """Size, coverage and nestedness of prediction sets, per exit."""
-    results = _load(f"policies_{name}")
+    results = load(f"policies_{name}")
     header = ("sets", "mean size per exit", "coverage per exit, in %", "coverage so far, in %", "nested, in %")
     rows = [
         (
@@ -177,5 +158,15 @@ def sets_table(table: Table, name: str) -> str:
     return table(header, rows)
 
 
-def _load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+TABLES: dict[str, Callable[[], str]] = {
+    "calibrators": lambda: registry_table(list_calibrators(), get_calibrator),
+    "guarantee": lambda: guarantee_table(0),
+    "guarantee_cifar10": lambda: guarantee_table(1),
+    "guarantee_greedy": greedy_table,
+    "guarantee_nearby": nearby_table,
+    "records_speed": functions_table,
+    "laplace_speed": laplace_table,
+    "policies_cifar10": lambda: comparison_table("cifar10_resnet18_resnet10-small"),
+    "sets_cifar10": lambda: sets_table("cifar10_resnet18_resnet10-small"),
+    "policies_digits": lambda: comparison_table("digits"),
+}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pages.markdown import load, table
 
 from erde_hub._files import replacing
 from erde_hub.errors import MissingDependencyError, ResultsError
 from erde_hub.evaluation.plots import _STYLE
 
 Results = Mapping[str, Any]
-#: Header and rows to Markdown.
-Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+FILE = "benchmark_inference"
 
 #: Name of a target, its bound.
 BOUNDS = {
@@ -133,13 +134,10 @@ def _verdict(target: Target) -> str:
 
 # README.md
 
-_NOT_YET = "Not measured yet."
 
-
-def saving_table(table: Table, results: Results | None) -> str:
+def saving_table() -> str:
     """How much time is saved, beside the same stages called by hand, in per cent of the bare backbone's."""
-    if results is None:
-        return _NOT_YET
+    results = load(FILE)
     header = (
         "network",
         "one image, out at exit 0",
@@ -167,18 +165,16 @@ def _saving(entry: Mapping[str, Any], batch: int, key: str) -> str:
     return "-"
 
 
-def bounds_table(table: Table, results: Results | None) -> str:
+def bounds_table() -> str:
     """What was aimed at and what was reached, misses included."""
-    if results is None:
-        return _NOT_YET
+    results = load(FILE)
     rows = [(row[0], row[1], *row[2:]) for row in target_rows(results)]
     return table(("time or memory, divided by", "at most", *results["networks"]), rows)
 
 
-def compiled_table(table: Table, results: Results | None) -> str:
+def compiled_table() -> str:
     """What ``compile_stages()`` makes of the times, and what compiling takes."""
-    if results is None:
-        return _NOT_YET
+    results = load(FILE)
     header = ("network", "batch, never leaving", "a quarter out at each exit", "one image, out at 0", "graphs", "s")
     rows = []
     for name, entry in results["networks"].items():
@@ -195,13 +191,12 @@ def compiled_table(table: Table, results: Results | None) -> str:
                 f"{compiled['compile_seconds']:.0f}",
             )
         )
-    return table(header, rows) if rows else _NOT_YET
+    return table(header, rows)
 
 
-def stream_table(table: Table, results: Results | None) -> str:
+def stream_table() -> str:
     """Images per second of a stream."""
-    if results is None:
-        return _NOT_YET
+    results = load(FILE)
     rows = []
     for name, entry in results["networks"].items():
         for stream in entry.get("stream") or []:
@@ -296,3 +291,11 @@ def draw_saving(results: Results, path: str) -> None:
         figure.legend(loc="outside lower center", ncols=3)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "saving": saving_table,
+    "bounds": bounds_table,
+    "compiled": compiled_table,
+    "stream": stream_table,
+}

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from pages.markdown import links, load, registry_table, table
+
 from erde_hub.losses import SampleWeight, get_addition, get_loss, list_additions, list_losses
-
-RESULTS = Path(__file__).parents[1] / "results"
-
-Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
-Links = Callable[[str], str]
 
 _FORMULA = re.compile(r"^    (L = .*?)(?=\n\s*\n)", re.DOTALL | re.MULTILINE)
 
@@ -23,7 +18,7 @@ _FORMULA = re.compile(r"^    (L = .*?)(?=\n\s*\n)", re.DOTALL | re.MULTILINE)
 COMMON = ("exit_weights", "teacher_exits", "label_smoothing")
 
 
-def losses_table(table: Table, links: Links) -> str:
+def losses_table() -> str:
     """One row per loss of the registry."""
     rows = []
     for name in list_losses():
@@ -33,7 +28,7 @@ def losses_table(table: Table, links: Links) -> str:
     return table(("key", "formula", "arguments, with defaults", "source", "state"), rows)
 
 
-def additions_table(table: Table, links: Links) -> str:
+def additions_table() -> str:
     """One row per weight of samples and further term."""
     rows = []
     for name in list_additions():
@@ -46,9 +41,9 @@ def additions_table(table: Table, links: Links) -> str:
     return table(("key", "flag", "what it does", "arguments, with defaults", "source", "state"), rows)
 
 
-def comparison_table(table: Table, name: str = "comparison") -> str:
+def comparison_table(name: str = "comparison") -> str:
     """One row per method that was compared on images without groups, and one for the teachers."""
-    results = _results(name)
+    results = load(f"benchmark_{name}")
     teachers = [teacher["per_exit"][-1] for teacher in results["teachers"]]
     accuracy, nll = (statistics.fmean(teacher[key] for teacher in teachers) for key in ("accuracy", "nll"))
     rows = [("(teacher)", str(len(teachers)), "-", "-", f"{100 * accuracy:.1f}", f"{nll:.3f}")]
@@ -59,9 +54,9 @@ def comparison_table(table: Table, name: str = "comparison") -> str:
     return table(header, rows)
 
 
-def groups_table(table: Table) -> str:
+def groups_table() -> str:
     """One row per method that was compared on coloured digits, and one for the teachers."""
-    results = _results("groups")
+    results = load("benchmark_groups")
     rows = []
     teachers = [teacher["groups"][-1] for teacher in results["teachers"]]
     worst, mean = (statistics.fmean(teacher[key] for teacher in teachers) for key in ("worst_group", "mean_of_groups"))
@@ -73,9 +68,9 @@ def groups_table(table: Table) -> str:
     return table(header, rows)
 
 
-def egad_table(table: Table) -> str:
+def egad_table() -> str:
     """One row per variant of EGAD, and one for the teachers; differences are taken seed by seed, under one teacher."""
-    results = _results("egad")
+    results = load("benchmark_egad")
     teachers = results["teachers"]
     nll, accuracy = (statistics.fmean(teacher[key] for teacher in teachers) for key in ("nll", "accuracy"))
     rows = [("(teacher)", str(len(teachers)), f"{nll:.4f}", "-", "-", f"{100 * accuracy:.2f}")]
@@ -91,9 +86,9 @@ def egad_table(table: Table) -> str:
     return table(("student", "seeds", "nats per character", "minus `uniform_kd`", "minus `egad`", "right %"), rows)
 
 
-def speed_table(table: Table) -> str:
+def speed_table() -> str:
     """One row per loss: time of a call, and its share of a training step."""
-    results = _results("losses")
+    results = load("benchmark_losses")
     students = results["students"]
     header = ["loss"]
     for student in students:
@@ -106,10 +101,6 @@ def speed_table(table: Table) -> str:
             cells += [f"{1e3 * row['seconds']:.2f}", f"{100 * row['share']:.2f}"]
         rows.append(cells)
     return table(header, rows)
-
-
-def _results(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"benchmark_{name}.json").read_text(encoding="utf-8"))
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
@@ -136,3 +127,15 @@ def arguments(cls: type) -> str:
     """Returns the arguments of its own that a constructor takes, with their defaults."""
     own = {name: p.default for name, p in inspect.signature(cls).parameters.items() if name not in COMMON}
     return ", ".join(f"`{name}={value!r}`" for name, value in own.items()) or "-"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "losses": lambda: registry_table(list_losses(), get_loss),
+    "methods": losses_table,
+    "additions": additions_table,
+    "comparison": comparison_table,
+    "comparison_cifar10": lambda: comparison_table("comparison_cifar10"),
+    "groups": groups_table,
+    "egad": egad_table,
+    "speed": speed_table,
+}

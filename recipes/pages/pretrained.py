@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from pages.markdown import RESULTS, load, table
 
 from erde_hub.evaluation.formatting import mmacs, percent, threshold_label, thresholds_of
 
-RESULTS = Path(__file__).parents[1] / "results"
 #: Data sets by the name of their runs.
 TEXTS = {"sst2_minilm-small": "SST-2", "agnews_minilm-small": "AG News"}
-IMAGES = RESULTS / "pretrained_efficientnet_lite0.json"
-
-Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
+IMAGES = "pretrained_efficientnet_lite0"
 
 
-def tables(table: Table) -> dict[str, Callable[[], str]]:
-    """Returns the tables of the page by name."""
-    return {
-        "texts": lambda: texts_table(table),
-        "pretrained": lambda: agreement_table(table),
-        "photographs": lambda: photographs_table(table),
-    }
-
-
-def texts_table(table: Table) -> str:
+def texts_table() -> str:
     """One row per loss and data set, and one per teacher."""
     rows = []
     for stem, name in TEXTS.items():
-        runs = [_read(RESULTS / f"{stem}{ending}.json") for ending in ("-class_token", "-ce", "-kd", "")]
-        found = [run for run in runs if run is not None]
+        files = (f"{stem}{ending}" for ending in ("-class_token", "-ce", "-kd", ""))
+        found = [load(file) for file in files if (RESULTS / f"{file}.json").is_file()]
         teachers = [run["teacher"] for run in found if run.get("teacher")]
         if teachers:
             rows.append((name, "(teacher)", "-", *_accuracies(teachers[-1]), "-", "-", "-"))
@@ -65,11 +53,9 @@ def texts_table(table: Table) -> str:
     return table(header, rows)
 
 
-def agreement_table(table: Table) -> str:
+def agreement_table() -> str:
     """One row per exit of the network with ImageNet weights, and one for its stored threshold."""
-    results = _read(IMAGES)
-    if results is None:
-        return table(_AGREEMENT, [])
+    results = load(IMAGES)
     full, crops = results["per_exit"][-1]["macs"], results["pretrained"]["crops"]
     rows = [
         (
@@ -97,11 +83,11 @@ _AGREEMENT = (
 )
 
 
-def photographs_table(table: Table) -> str:
+def photographs_table() -> str:
     """One row per photograph."""
-    results = _read(IMAGES)
+    results = load(IMAGES)
     rows = []
-    for row in results["pretrained"]["photographs"] if results is not None else []:
+    for row in results["pretrained"]["photographs"]:
         rows.append(
             (
                 row["photograph"],
@@ -132,5 +118,8 @@ def _accuracies(part: Mapping[str, Any]) -> list[str]:
     return [percent(row["accuracy"]) for row in part["per_exit"]]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+TABLES: dict[str, Callable[[], str]] = {
+    "texts": texts_table,
+    "pretrained": agreement_table,
+    "photographs": photographs_table,
+}

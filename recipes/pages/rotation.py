@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+from pages.markdown import load, registry_table, table
 
 from erde_hub.evaluation.formatting import mmacs, percent
 from erde_hub.policies import get_regression_policy, list_regression_policies
 
-RESULTS = Path(__file__).parents[1] / "results"
-Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
 
-
-def tables(table: Table, registry_table: Callable[..., str]) -> dict[str, Callable[[], str]]:
-    """Returns the tables by name."""
-    return {
-        "regression_policies": lambda: registry_table(list_regression_policies(), get_regression_policy),
-        "rotation_exits": lambda: exits_table(table),
-        "rotation_intervals": lambda: intervals_table(table),
-        "rotation_routing": lambda: routing_table(table),
-    }
-
-
-def exits_table(table: Table) -> str:
+def exits_table() -> str:
     """Error and cost of each exit."""
     rows = [
         (f"`{row['exit']}`", mmacs(row["macs"]), f"{row['mae']:.2f}", f"{row['rmse']:.2f}")
-        for row in _load()["per_exit"]
+        for row in load("rotation_digits")["per_exit"]
     ]
     return table(("always leave at", "MMACs", "mean error, degrees", "root of the mean square, degrees"), rows)
 
 
-def intervals_table(table: Table) -> str:
+def intervals_table() -> str:
     """Width and coverage of intervals, one number per exit."""
     header = ("intervals", "mean width, degrees", "coverage, in %", "in all so far, in %", "nested, in %")
     rows = [
@@ -43,14 +30,14 @@ def intervals_table(table: Table) -> str:
             " / ".join(f"{value:.1f}" for value in row["width"]),
             *(" / ".join(percent(v) for v in row[key]) for key in ("coverage", "coverage_so_far", "nested")),
         )
-        for row in _load()["intervals"]
+        for row in load("rotation_digits")["intervals"]
     ]
     return table(header, rows)
 
 
-def routing_table(table: Table) -> str:
+def routing_table() -> str:
     """What leaving below a width costs and saves."""
-    results = _load()
+    results = load("rotation_digits")
     full = results["per_exit"][-1]["macs"]
     header = (
         "leave below, degrees",
@@ -85,5 +72,9 @@ def _mixture(per_exit: Sequence[dict[str, Any]], macs: float) -> float:
     return per_exit[-1]["mae"]
 
 
-def _load() -> dict[str, Any]:
-    return json.loads((RESULTS / "rotation_digits.json").read_text(encoding="utf-8"))
+TABLES: dict[str, Callable[[], str]] = {
+    "regression_policies": lambda: registry_table(list_regression_policies(), get_regression_policy),
+    "rotation_exits": exits_table,
+    "rotation_intervals": intervals_table,
+    "rotation_routing": routing_table,
+}

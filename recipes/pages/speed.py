@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+from pages.markdown import load, table
 
 #: At most so many times the bare model's time, or so many seconds more: the larger counts.
 TIME_BOUND, SECONDS_BOUND = 1.3, 0.1
@@ -13,10 +13,8 @@ TIME_BOUND, SECONDS_BOUND = 1.3, 0.1
 MEMORY_BOUND = 1.2
 
 
-def allocator_table(table: Table, results: Mapping[str, Any] | None) -> str:
-    """Milliseconds per image of both sides, for the terminal and for README.md."""
-    if results is None:
-        return "Not measured yet."
+def allocator_table(results: Mapping[str, Any]) -> str:
+    """Milliseconds per image of both sides."""
     batch = results["batch_size"]
     header = ("network, no exits", "ms per image as it comes", "keep_freed_memory()", "times faster")
     rows = [
@@ -35,10 +33,8 @@ def time_bound(bare: float) -> float:
     return max(TIME_BOUND * bare, bare + SECONDS_BOUND)
 
 
-def loading_table(table: Table, results: Mapping[str, Any] | None) -> str:
-    """Time and memory of both sides, for the terminal and for README.md."""
-    if results is None:
-        return "Not measured yet."
+def loading_table(results: Mapping[str, Any]) -> str:
+    """Time and memory of both sides."""
     header = (
         "network with three exits",
         "weights, MiB",
@@ -67,10 +63,8 @@ def loading_table(table: Table, results: Mapping[str, Any] | None) -> str:
     return table(header, rows)
 
 
-def int8_table(table: Table, results: Mapping[str, Any] | None) -> str:
-    """Float and int8 side by side, for the terminal and for README.md."""
-    if results is None:
-        return "Not measured yet."
+def int8_table(results: Mapping[str, Any]) -> str:
+    """Float and int8 side by side."""
     header = ("checkpoint", "threshold", "accuracy, float", "int8", "ms per image, float", "int8", "MB, float", "int8")
     rows = []
     for name, entry in results["models"].items():
@@ -82,3 +76,10 @@ def int8_table(table: Table, results: Mapping[str, Any] | None) -> str:
             shown = " ".join(f"{t:.3g}" for t in (threshold if isinstance(threshold, list) else [threshold]))
             rows.append((name, shown, *accuracies, *times, *sizes))
     return table(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "allocator": lambda: allocator_table(load("benchmark_allocator")),
+    "loading": lambda: loading_table(load("benchmark_loading")),
+    "int8": lambda: int8_table(load("benchmark_int8")),
+}

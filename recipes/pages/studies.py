@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
+
+from pages.markdown import RESULTS, table
 
 from erde_hub.evaluation.formatting import mmacs, percent
 
-STUDIES = Path(__file__).parents[1] / "results" / "studies"
+STUDIES = RESULTS / "studies"
 TEST_IMAGES = 10_000  # of CIFAR-10 and CIFAR-100
-
-Table = Callable[[Sequence[str], Iterable[Sequence[str]]], str]
-
-
-def tables(table: Table) -> dict[str, Callable[[], str]]:
-    """Returns the tables of the page by name."""
-    return {"frozen_places": lambda: places_table(table), "frozen_points": lambda: points_table(table)}
 
 
 def results(prefix: str) -> list[dict[str, Any]]:
@@ -26,7 +20,7 @@ def results(prefix: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(STUDIES.glob(f"{prefix}_*.json"))]
 
 
-def places_table(table: Table) -> str:
+def places_table() -> str:
     """One row per place: accuracy of each kind of head on validation images, a column per size."""
     columns = {
         (result["arguments"]["size"], kind): {
@@ -41,7 +35,7 @@ def places_table(table: Table) -> str:
     return table(header, ((f"`{place}`", *(column.get(place, "-") for column in columns.values())) for place in order))
 
 
-def points_table(table: Table) -> str:
+def points_table() -> str:
     """One row per way to use a network with frozen backbone, on test images."""
     rows = []
     for result in results("frozen"):
@@ -63,3 +57,6 @@ def points_table(table: Table) -> str:
             rows.append((size, f"threshold: {', '.join(names)}", percent(test["accuracy"]), against, *cost))
     header = ("pixels", "how", "test %", "against the classifier, points", "mean MMACs", "of the network's MACs %")
     return table(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"frozen_places": places_table, "frozen_points": points_table}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results" / "support_matrix.json"
+from pages.markdown import load, table
+
 CHECKS = ("attach", "train", "routing", "stream", "save", "copy", "onnx")
 
 _SIGNS = {"yes": "yes", None: "not tried", "images only": "-"}
@@ -16,7 +15,7 @@ _SIGNS = {"yes": "yes", None: "not tried", "images only": "-"}
 
 def matrix() -> dict[str, Any]:
     """What `support_matrix.py` found."""
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
+    return load("support_matrix")
 
 
 def columns() -> list[str]:
@@ -67,14 +66,13 @@ def support_summary() -> str:
     return "\n".join([*lines, *(["", "What did not work:", "", *failures] if failures else [])])
 
 
-def tables(table: Callable[..., str]) -> dict[str, Callable[[], str]]:
-    """The generated parts by name; ``table`` formats header and rows."""
+def rows_of(library: str) -> str:
+    """The families of a library as a table."""
+    return table(("family", "network", "exits", *columns()), support_rows(library))
 
-    def rows_of(library: str) -> str:
-        return table(("family", "network", "exits", *columns()), support_rows(library))
 
-    return {
-        "support_summary": support_summary,
-        "support_timm": lambda: rows_of("timm"),
-        "support_transformers": lambda: rows_of("transformers"),
-    }
+TABLES: dict[str, Callable[[], str]] = {
+    "support_summary": support_summary,
+    "support_timm": lambda: rows_of("timm"),
+    "support_transformers": lambda: rows_of("transformers"),
+}

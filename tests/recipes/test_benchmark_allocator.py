@@ -10,7 +10,6 @@ from benchmarks import allocator
 from pages import speed
 
 from erde_hub.allocator import keep_freed_memory
-from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError
 
 
@@ -23,7 +22,7 @@ def test_both_sides_run_in_processes_of_their_own(tmp_path, monkeypatch):
     results = json.loads(output.read_text())
     assert results["seconds"]["test_resnet"].keys() == {"default", "kept"}
     assert min(results["seconds"]["test_resnet"].values()) > 0
-    assert "`test_resnet`" in speed.allocator_table(format_table, results)
+    assert "`test_resnet`" in speed.allocator_table(results)
 
 
 def test_a_side_is_not_measured_where_it_is_not_in_force(monkeypatch):

@@ -12,7 +12,6 @@ from pages import speed
 
 import erde_hub.backbones.cifar_resnet  # noqa: F401 - registers resnet*_cifar
 from erde_hub import EarlyExitWrapper
-from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError
 
 
@@ -35,7 +34,7 @@ def test_both_files_answer_the_same_images(tmp_path, monkeypatch):
         assert never[kind]["ms_per_image"]["median"] > 0
     assert abs(never["int8"]["accuracy"] - never["float"]["accuracy"]) <= 0.2
     assert entry["bytes"]["int8"] < entry["bytes"]["float"]
-    assert speed.int8_table(format_table, results).count("model") >= 2
+    assert speed.int8_table(results).count("model") >= 2
     assert str(tmp_path) not in output.read_text()
 
 

@@ -11,8 +11,6 @@ import torch
 from benchmarks import loading
 from pages.speed import MEMORY_BOUND, loading_table, time_bound
 
-from erde_hub.backbones.base import format_table
-
 linux = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read off /proc")
 
 
@@ -42,7 +40,7 @@ def test_a_checkpoint_is_loaded_within_its_own_size(tmp_path, monkeypatch):
         assert 0.9 < found[side]["kept_memory"] < found[side]["peak_memory"] + 0.02
         assert found[side]["seconds"] > 0
     assert found["exits"]["peak_memory"] < MEMORY_BOUND
-    assert "`resnet18`" in loading_table(format_table, results)
+    assert "`resnet18`" in loading_table(results)
     monkeypatch.setattr(loading, "_network", lambda name, rounds: {**found, "ratio": rounds})
     for rounds, kept in ((1, ["resnet18", "a"]), (2, ["a"])):  # numbers of other settings are not mixed in
         monkeypatch.setattr(sys, "argv", ["loading.py", "--model", "a", "--rounds", str(rounds), *flags[2:]])
@@ -56,6 +54,6 @@ def test_what_misses_its_bound_is_marked():
     side = {"weights_mib": 10.0, "seconds": 1.0, "peak_memory": 1.0, "kept_memory": 1.0}
     late = {"bare": side, "exits": {**side, "seconds": 1.31}, "ratio": 1.31}
     large = {"bare": side, "exits": {**side, "peak_memory": 1.21}, "ratio": 1.0}
-    rows = loading_table(format_table, {"networks": {"late": late, "large": large, "good": {**large, "exits": side}}})
+    rows = loading_table({"networks": {"late": late, "large": large, "good": {**large, "exits": side}}})
     missed = {row.split("`")[1]: row.count("(missed)") for row in rows.splitlines() if "`" in row}
     assert missed == {"late": 1, "large": 1, "good": 0}
