@@ -86,6 +86,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_upload_private_and_load_with_a_bad_line(hub, tmp_path):
     """A refused token, a dropped connection on the way up and down, a private repository; then without the Hub."""
     hub.drop = {r"POST /preupload/": 1, r"GET /resolve/[^/]+/model\.safetensors": 1}
@@ -119,6 +120,7 @@ print(EarlyExitWrapper.from_pretrained("org/run", revision="second").num_exits)
 """
 
 
+@pytest.mark.slow
 def test_a_run_is_published_with_its_card(hub, tmp_path):
     folder = tmp_path / "run"
     wrap("resnet").save_pretrained(folder)
@@ -316,6 +318,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_heads_alone_with_the_published_backbone(hub, tmp_path):
     """Heads on backbones of ours, of transformers and of timm; pushed, in shards, on devices, in other types."""
     _, digest = published(hub)

@@ -145,6 +145,7 @@ def worker(rank, folder):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(worker, args=(tmp_path,), nprocs=2)
     assert {name.partition("+")[0] for name, _ in LOSSES} == set(list_losses())

@@ -27,6 +27,7 @@ def test_passing_and_lasting_memory_are_told_apart():
 
 
 @linux
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_within_its_own_size(tmp_path, monkeypatch):
     output = tmp_path / "new" / "loading.json"
     flags = ["--rounds", "1", "--output", str(output)]

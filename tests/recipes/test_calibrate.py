@@ -115,6 +115,7 @@ def test_eenet_is_trained_for_the_budget(call, run, monkeypatch):
         call(calibrate, *flags, "--max_mean_macs", 2 * macs[-1])
 
 
+@pytest.mark.slow
 def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     call(
         calibrate, "--model", run, "--max_accuracy_drop", 0.3, "--calibrator", "temperature", "--policy", "eefp",
@@ -212,6 +213,7 @@ def test_no_guarantee_survives_a_kill_on_samples_that_its_parts_were_fitted_on(c
     assert mixed == 2, "between weights, preprocessing and config"
 
 
+@pytest.mark.slow
 def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, run, monkeypatch, capsys):
     monkeypatch.setattr(calibrate.recipe, "rows_trained_on", lambda model, records, split: records.index[:2])
     with pytest.raises(DataError, match="2 of 144 samples were trained on"):

@@ -124,6 +124,7 @@ def test_configuration_of_texts_runs(config, call, tmp_path):
 
 
 @pytest.mark.parametrize("config", sorted({*CONFIGS} - {*TEXT_CONFIGS}), ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_configuration_runs(config, call, tmp_path):
     settings = yaml.safe_load(config.read_text())
     flags = ["--dataset", write_images(tmp_path / "images", settings), "--image_size", "32"]
@@ -144,6 +145,7 @@ def test_configuration_runs(config, call, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_streamed_data(call, tmp_path, capsys):
     images = write_images(tmp_path / "images", {})
     call(distill, *FAST, "--dataset", images, "--streaming", "--max_steps", "2", "--batch_size", "16")
@@ -215,6 +217,7 @@ def test_published_thresholds_follow_the_rule_of_today():
     assert set(rules) == {THRESHOLD_RULE}
 
 
+@pytest.mark.slow
 def test_other_data_without_a_file_get_the_general_settings(call, tmp_path, capsys):
     images = write_images(tmp_path / "images", {})
     flags = ["--loss", "ce", "--max_steps", "1", "--batch_size", "16", "--student_kwargs", "width=4",
@@ -305,6 +308,7 @@ def test_a_broken_image_is_found_before_training_unless_nobody_is_to_look(call, 
             call(distill, *flags, "--check_images", how)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_handed_out_under_other_settings(call, tmp_path, capsys):
     few = ["--max_train_samples", "130", "--max_eval_samples", "40"]
     flags = [*FAST, *few, "--max_steps", "2", "--batch_size", "32", "--output_dir", "out"]
@@ -346,6 +350,7 @@ def test_what_is_finished_is_not_handed_out_under_other_settings(call, tmp_path,
     assert again["loss"]["name"] == "kd"
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_it_starts_at_step_0(call, tmp_path, monkeypatch, capsys):
     few = ["--max_train_samples", "130", "--max_eval_samples", "40", "--batch_size", "32"]
     flags = [*FAST_TEACHER, *few, "--max_steps", "2", "--checkpoint_steps", "0"]

@@ -102,6 +102,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     assert [p.name for p in (tmp_path / "images").iterdir()] == ["cats"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder._hold, "__defaults__", (0.5,))
     code = (
