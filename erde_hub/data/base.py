@@ -29,7 +29,7 @@ class LabelledData(ABC):
         split_info: How each split was made, as JSON types.
         augment: The augmentation that suits these data where none is chosen.
         plan: The whole splits, of which ``max_train_samples`` and the like use a part; see :meth:`save_split`.
-        head: Hash of the first training rows, by which loaded data and a stream know each other.
+        prefix_hash: Hash of the first training rows, by which loaded data and a stream know each other.
         files: Of a folder of images, how many files were seen, used and left out, by reason.
     """
 
@@ -45,7 +45,7 @@ class LabelledData(ABC):
     split_info: dict[str, dict[str, Any]]
     augment: str = "none"
     plan: SplitPlan | None = field(default=None, repr=False)
-    head: str | None = field(default=None, repr=False)
+    prefix_hash: str | None = field(default=None, repr=False)
     files: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
@@ -78,7 +78,7 @@ class LabelledData(ABC):
         """
         if self.plan is None:
             raise DataError(f"{self.name!r} has no plan of its splits: only data that were loaded have one")
-        self.plan.save(path, self.name, self.fingerprint, self.head)
+        self.plan.save(path, self.name, self.fingerprint, self.prefix_hash)
 
     def summary(self) -> dict[str, Any]:
         """Returns what a report says about the data, as JSON types and without paths."""

@@ -24,7 +24,7 @@ from erde_hub._files import replacing
 from erde_hub._progress import passing_bar
 from erde_hub.errors import CheckpointWriteError, DataError
 
-from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes
+from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, complete
 
 _logger = logging.getLogger(__name__)
 
@@ -297,7 +297,7 @@ def decode_splits(
     stored: Mapping[str, EncodedImages | NDArray[np.uint8]],
     needed: Mapping[str, NDArray[np.int64]],
     fingerprint: str,
-    wishes: PreprocessingWishes,
+    overrides: Mapping[str, Any],
     cache_folder: Path | None,
     progress: bool,
 ) -> dict[str, DecodedImages] | None:
@@ -315,7 +315,7 @@ def decode_splits(
     size = common_size(encoded)
     if size is None or size[0] * size[1] > SMALL_IMAGE_PIXELS:
         return None
-    target = wishes.complete((3, *size), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    target = complete({**overrides, "mean": (0.0,) * 3, "std": (1.0,) * 3}, input_size=(3, *size))
     pixels = target.input_size[1] * target.input_size[2]
     if pixels > SMALL_IMAGE_PIXELS or sum(map(len, needed.values())) * pixels * 3 > _DECODED_BYTES_LIMIT:
         return None

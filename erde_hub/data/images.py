@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError
 
@@ -33,7 +32,14 @@ from .decoding import (
 )
 from .integrity import check_image_check, find_unreadable
 from .loader import BatchLoader, DecodedSplit, EncodedSplit, Split
-from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes, channel_statistics, check_wishes
+from .preprocessing import (
+    LARGE_IMAGE_DEFAULTS,
+    SMALL_IMAGE_PIXELS,
+    Preprocessing,
+    channel_statistics,
+    check_overrides,
+    complete,
+)
 from .splits import SPLIT_NAMES, SplitPlan, bucket_of, leave_out_copies, limit_plan, load_plan, plan_splits
 from .streaming import StreamSplit, open_stream
 
@@ -154,24 +160,24 @@ def load_image_data(
                     f"{name}={value!r} is not for 'digits', which has neither columns nor configurations: leave it out,"
                     " or name another dataset"
                 )
-    wishes = check_wishes(input_size, mean, std, interpolation, crop_pct, crop_mode)
+    overrides = check_overrides(input_size, mean, std, interpolation, crop_pct, crop_mode)
     if streaming:
         for name, given in {"'digits'": dataset == "digits", **limits}.items():
             if given and name != "max_train_samples":
                 raise ConfigError(f"streaming does not go with {name}: load without streaming")
         opened = open_stream(
-            dataset, image_column, label_column, config_name, wishes, cache, max_train_samples, split_file
+            dataset, image_column, label_column, config_name, overrides, cache, max_train_samples, split_file
         )
         return _streamed(*opened)
     stored: Mapping[str, EncodedImages | NDArray[np.uint8]]
     if dataset == "digits":
-        source, stored = _digits((wishes.input_size or (3, 32, 32))[1:])
-        wishes = replace(wishes, input_size=None)
+        source, stored = _digits(overrides.get("input_size", (3, 32, 32))[1:])
+        overrides.pop("input_size", None)
     else:
         source = open_source(dataset, image_column, label_column, config_name, cache)
         stored = source.images
     fingerprint = content_hash(source.class_names, source.labels, stored, progress)
-    head = _head(source)
+    prefix_hash = _prefix_hash(source)
     folder = Path(cache or datasets.config.HF_DATASETS_CACHE)
     keys = {}
     for split, images in stored.items():
@@ -182,13 +188,15 @@ def load_image_data(
     plan = (
         plan_splits(source.labels, seed, known)
         if split_file is None
-        else load_plan(split_file, source.labels, fingerprint, head, lambda split: _buckets(source.images[split]))
+        else load_plan(
+            split_file, source.labels, fingerprint, prefix_hash, lambda split: _buckets(source.images[split])
+        )
     )
     plan = leave_out_copies(plan, known)
     used = limit_plan(plan, source.labels, max_train_samples, max_eval_samples)
     return replace(
-        _build(source, stored, plan, used, fingerprint, wishes, folder, check_images, progress),
-        head=head,
+        _build(source, stored, plan, used, fingerprint, overrides, folder, check_images, progress),
+        prefix_hash=prefix_hash,
         files=source.files,
     )
 
@@ -234,7 +242,7 @@ def image_data_from_arrays(
         raise InputTypeError(f"images of {name!r} differ in size between splits")
     source = Source(name, list(class_names), labels, {})
     plan, fingerprint = plan_splits(labels, seed), content_hash(class_names, labels, images)
-    return _build(source, images, plan, plan, fingerprint, PreprocessingWishes(), None, "none", progress=False)
+    return _build(source, images, plan, plan, fingerprint, {}, None, "none", progress=False)
 
 
 def _build(
@@ -243,7 +251,7 @@ def _build(
     plan: SplitPlan,
     used: SplitPlan,
     fingerprint: str,
-    wishes: PreprocessingWishes,
+    overrides: Mapping[str, Any],
     cache: Path | None,
     check: str,
     progress: bool,
@@ -253,19 +261,19 @@ def _build(
         split: np.unique(np.concatenate([rows for origin, rows in used.rows.values() if origin == split]))
         for split in dict.fromkeys(origin for origin, _ in used.rows.values())
     }
-    stores = decode_splits(stored, needed, fingerprint, wishes, cache and cache / "erde_hub_decoded", progress)
+    stores = decode_splits(stored, needed, fingerprint, overrides, cache and cache / "erde_hub_decoded", progress)
     if stores is None:
         for split, rows in needed.items():
             checked = cache and cache / "erde_hub_checked" / f"{fingerprint}-{split}"
             find_unreadable(source.images[split], rows, check, checked, progress)
-        preprocessing = wishes.complete((3, 224, 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bicubic", 0.875)
+        preprocessing = complete(overrides, **LARGE_IMAGE_DEFAULTS)
     else:
         origin, rows = used.rows["train"]
-        mean, std = wishes.mean, wishes.std
+        mean, std = overrides.get("mean"), overrides.get("std")
         if mean is None or std is None:
             measured = channel_statistics(stores[origin].pixels, stores[origin].positions(rows))
             mean, std = mean or measured[0], std or measured[1]
-        preprocessing = wishes.complete((3, *stores[origin].size), mean, std)
+        preprocessing = complete({**overrides, "mean": mean, "std": std}, input_size=(3, *stores[origin].size))
     splits: dict[str, Split] = {}
     for name, (origin, rows) in used.rows.items():
         labels, indices = torch.from_numpy(source.labels[origin][rows]), torch.from_numpy(rows.copy())
@@ -288,7 +296,7 @@ def _build(
     )
 
 
-def _head(source: Source) -> str | None:
+def _prefix_hash(source: Source) -> str | None:
     """What a stream of the same data has for a fingerprint; None for images that no stream can give."""
     images = source.images.get("train")
     if images is None:
@@ -321,7 +329,7 @@ def _streamed(
         split_info=plan.info,
         augment="crop_flip" if height * width <= SMALL_IMAGE_PIXELS else "rrc_flip",
         plan=plan,
-        head=fingerprint,
+        prefix_hash=fingerprint,
     )
 
 

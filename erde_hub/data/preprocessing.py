@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, DataError, unknown_name
@@ -24,6 +24,15 @@ from .augment import Augmentation
 SMALL_IMAGE_PIXELS = 96 * 96
 
 Triple = tuple[float, float, float]
+
+#: Of large images where nothing else is said.
+LARGE_IMAGE_DEFAULTS = {
+    "input_size": (3, 224, 224),
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+}
 
 
 @dataclass(frozen=True)
@@ -108,45 +117,20 @@ class Preprocessing:
         }
 
 
-@dataclass(frozen=True)
-class PreprocessingWishes:
-    """What the caller fixed of :class:`Preprocessing`; None is decided by the data."""
-
-    input_size: tuple[int, int, int] | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
-    interpolation: str | None = None
-    crop_pct: float | None = None
-    crop_mode: str | None = None
-
-    def complete(
-        self,
-        input_size: tuple[int, int, int],
-        mean: Triple,
-        std: Triple,
-        interpolation: str = "bilinear",
-        crop_pct: float = 1.0,
-    ) -> Preprocessing:
-        """Fills in what was not fixed."""
-        return Preprocessing(
-            self.input_size or input_size,
-            self.mean or mean,
-            self.std or std,
-            self.interpolation or interpolation,
-            self.crop_pct or crop_pct,
-            self.crop_mode or "center",
-        )
+def complete(overrides: Mapping[str, Any], **defaults: Any) -> Preprocessing:
+    """Returns the preprocessing that the data decide, but for what the caller fixed."""
+    return Preprocessing(**{**defaults, **overrides})
 
 
-def check_wishes(
+def check_overrides(
     input_size: int | Sequence[int] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     interpolation: str | None,
     crop_pct: float | None,
     crop_mode: str | None = None,
-) -> PreprocessingWishes:
-    """Checks what a person asked for.
+) -> dict[str, Any]:
+    """Checks what a person asked for and returns it; what is None is left to the data.
 
     Raises:
         ConfigError: A size, a number or a name that no preprocessing can have.
@@ -166,9 +150,15 @@ def check_wishes(
         raise ConfigError(f"crop_pct={crop_pct!r} is not allowed: give a number above 0 and at most 1")
     if crop_mode is not None and crop_mode not in CROP_MODES:
         raise unknown_name("crop_mode", crop_mode, CROP_MODES)
-    return PreprocessingWishes(
-        size, _triple("mean", mean, 0), _triple("std", std, 1e-6), interpolation, crop_pct, crop_mode
-    )
+    given = {
+        "input_size": size,
+        "mean": _triple("mean", mean, 0),
+        "std": _triple("std", std, 1e-6),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _triple(name: str, values: Sequence[float] | None, low: float) -> Triple | None:

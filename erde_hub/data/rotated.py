@@ -110,7 +110,7 @@ def rotated_images(data: ImageData, degrees: float = 45.0, copies: int = 1, seed
         split_info=info,
         augment="none",
         plan=None,
-        head=None,
+        prefix_hash=None,
         train=splits["train"],
         validation=splits["validation"],
         test=splits["test"],

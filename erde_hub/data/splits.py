@@ -164,14 +164,16 @@ class SplitPlan:
     rows: dict[str, tuple[str, Rows]]
     info: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike[str], dataset: str, fingerprint: str, head: str | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], dataset: str, fingerprint: str, prefix_hash: str | None = None
+    ) -> None:
         """Writes the held-out rows, or the rule that finds them, as JSON, beside first and then renamed.
 
         Args:
             path: The file.
             dataset: Name of the data set, for people.
             fingerprint: Of the data: the file is used with these only.
-            head: Hash of the first training rows, by which loaded data and a stream know each other.
+            prefix_hash: Hash of the first training rows, by which loaded data and a stream know each other.
 
         Raises:
             CheckpointWriteError: The file cannot be written.
@@ -180,7 +182,7 @@ class SplitPlan:
             "format_version": _FORMAT_VERSION,
             "dataset": dataset,
             "fingerprint": fingerprint,
-            "head": head,
+            "head": prefix_hash,
             "streamed": not self.rows,
             "splits": self.info,
             # train is what these leave of their sources
@@ -304,7 +306,7 @@ class StoredSplit:
 
     name: str
     fingerprint: str
-    head: str | None
+    prefix_hash: str | None
     streamed: bool
     info: dict[str, dict[str, Any]]
     rows: dict[str, Rows]
@@ -323,20 +325,24 @@ class StoredSplit:
             for entry in info.values():
                 _ = entry["source"], entry["rule"], range(entry.get("from", 0), entry.get("below", 100))
             rows = {name: np.asarray(held, dtype=np.int64).reshape(-1) for name, held in content["rows"].items()}
-            fingerprint, head, streamed = content["fingerprint"], content.get("head"), content.get("streamed", False)
+            fingerprint, prefix_hash, streamed = (
+                content["fingerprint"],
+                content.get("head"),
+                content.get("streamed", False),
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"split file {path.name!r} cannot be used: {type(error).__name__}: {error}") from error
-        return cls(path.name, fingerprint, head, bool(streamed), info, rows)
+        return cls(path.name, fingerprint, prefix_hash, bool(streamed), info, rows)
 
-    def belongs_to(self, fingerprint: str, head: str | None, streamed: bool) -> bool:
+    def belongs_to(self, fingerprint: str, prefix_hash: str | None, streamed: bool) -> bool:
         """Tells whether it was written for these data, be they loaded or streamed then and now."""
         if self.streamed == streamed:
             return self.fingerprint == fingerprint
-        return self.head is not None and self.head == head
+        return self.prefix_hash is not None and self.prefix_hash == prefix_hash
 
-    def check_data(self, fingerprint: str, head: str | None, streamed: bool) -> None:
+    def check_data(self, fingerprint: str, prefix_hash: str | None, streamed: bool) -> None:
         """Raises :class:`DataError` unless it was written for these data."""
-        if not self.belongs_to(fingerprint, head, streamed):
+        if not self.belongs_to(fingerprint, prefix_hash, streamed):
             raise DataError(
                 f"split file {self.name!r} was written for data with fingerprint {self.fingerprint}, these have"
                 f" {fingerprint}: use the data the model was trained on"
@@ -360,7 +366,7 @@ def load_plan(
     path: str | os.PathLike[str],
     labels: Mapping[str, Labels],
     fingerprint: str,
-    head: str | None = None,
+    prefix_hash: str | None = None,
     buckets: Callable[[str], NDArray[np.int64]] | None = None,
 ) -> SplitPlan:
     """Reads a plan that :meth:`SplitPlan.save` wrote and checks that it belongs to these data.
@@ -369,14 +375,14 @@ def load_plan(
         path: The file; one that was written for the same data streamed will do.
         labels: Class of every row of each source split.
         fingerprint: Of these data.
-        head: Hash of their first training rows.
+        prefix_hash: Hash of their first training rows.
         buckets: Returns the bucket of every row of a source split; called for files of streamed data only.
 
     Raises:
         DataError: The file is missing or damaged, was written for other data, or names rows twice or out of range.
     """
     stored = StoredSplit.read(path)
-    stored.check_data(fingerprint, head, streamed=False)
+    stored.check_data(fingerprint, prefix_hash, streamed=False)
     rows: dict[str, tuple[str, Rows]] = {}
     for name in ("test", "validation", "train"):
         source = stored.info[name]["source"]

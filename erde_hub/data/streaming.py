@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import datasets
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from erde_hub.errors import DataError, InputTypeError, LabelError
@@ -18,7 +17,7 @@ from erde_hub.errors import DataError, InputTypeError, LabelError
 from .augment import epoch_order
 from .columns import find_columns, open_dataset
 from .decoding import HASHED_ROWS, content_digest, decode, stored_bytes
-from .preprocessing import SMALL_IMAGE_PIXELS, Preprocessing, PreprocessingWishes, channel_statistics
+from .preprocessing import LARGE_IMAGE_DEFAULTS, SMALL_IMAGE_PIXELS, Preprocessing, channel_statistics, complete
 from .splits import EVERY_BUCKET, SPLIT_NAMES, Buckets, SplitPlan, StoredSplit, bucket_info, bucket_of, split_buckets
 
 _logger = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ def open_stream(
     image_column: str | None,
     label_column: str | None,
     config_name: str | None,
-    wishes: PreprocessingWishes,
+    overrides: Mapping[str, Any],
     cache_dir: str | None,
     max_train_samples: int | None = None,
     split_file: str | os.PathLike[str] | None = None,
@@ -194,12 +193,12 @@ def open_stream(
             part, streams[source], columns, classes, preprocessing, name, buckets, size, limit, roots=roots
         )
 
-    unset = wishes.complete((3, 224, 224), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bicubic", 0.875)
+    unset = complete(overrides, **LARGE_IMAGE_DEFAULTS)
     probe = split("train", unset)
     sample = list(islice(probe.rows(), _STREAM_SAMPLE))
     if not sample:
         raise DataError(f"split 'train' of {name!r} is empty: give one with rows")
-    preprocessing = _preprocessing(probe, sample, wishes, unset)
+    preprocessing = _preprocessing(probe, sample, overrides, unset)
     limits = {"train": max_train_samples}
     splits = {part: split(part, preprocessing, limits.get(part)) for part in SPLIT_NAMES}
     info = {part: {"rows": splits[part].num_samples, **bucket_info(*parts[part])} for part in SPLIT_NAMES}
@@ -227,13 +226,18 @@ def _known_size(stream: Any) -> int | None:
 
 
 def _preprocessing(
-    probe: StreamSplit, head: list[tuple[int, bytes, int]], wishes: PreprocessingWishes, unset: Preprocessing
+    probe: StreamSplit, head: list[tuple[int, bytes, int]], overrides: Mapping[str, Any], unset: Preprocessing
 ) -> Preprocessing:
     images = [decode(content, probe.where(index)) for index, content, _ in head[:HASHED_ROWS]]
     sizes = {image.size for image in images}
     width, height = images[0].size
-    if len(sizes) > 1 or width * height > SMALL_IMAGE_PIXELS or wishes.input_size not in (None, (3, height, width)):
+    if (
+        len(sizes) > 1
+        or width * height > SMALL_IMAGE_PIXELS
+        or overrides.get("input_size", (3, height, width)) != (3, height, width)
+    ):
         return unset
-    native = wishes.complete((3, height, width), unset.mean, unset.std)
+    native = complete(overrides, input_size=(3, height, width), mean=unset.mean, std=unset.std)
     images += [decode(content, probe.where(index)) for index, content, _ in head[HASHED_ROWS:]]
-    return wishes.complete((3, height, width), *channel_statistics(native.pixels(images)))
+    mean, std = channel_statistics(native.pixels(images))
+    return complete(overrides, input_size=(3, height, width), mean=mean, std=std)

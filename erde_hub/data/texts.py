@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from erde_hub._progress import passing_bar
 from erde_hub.errors import ConfigError, DataError, InputTypeError
@@ -36,34 +36,6 @@ _AT_ONCE = 10_000
 _WINDOW = 16
 
 
-@dataclass(frozen=True, eq=False)
-class TokenizedTexts:
-    """Token ids of many texts, one behind the other.
-
-    Attributes:
-        ids: int32, of all texts.
-        starts: int64, where each text begins, and the end of the last one.
-    """
-
-    ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, texts: Sequence[Sequence[int]]) -> TokenizedTexts:
-        """Joins texts that are tokenised already."""
-        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        ids = np.fromiter((token for text in texts for token in text), np.int32, int(lengths.sum()))
-        return cls(ids, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
-
-    def __getitem__(self, row: int) -> NDArray[np.int32]:
-        return self.ids[self.starts[row] : self.starts[row + 1]]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of every text."""
-        return np.diff(self.starts)
-
-
 class TextSplit(Split):
     """A split of tokenised texts.
 
@@ -74,9 +46,8 @@ class TextSplit(Split):
         name: "train", "validation" or "test".
         labels: Class of every row.
         indices: Row number in the source split.
-        texts: Tokenised, one for every row.
-        pad_id: Token that fills up short texts.
-        padding_side: "right" or "left", as the tokenizer pads.
+        texts: Token ids of every row, int32.
+        tokenizer: Pads the texts of a batch.
     """
 
     def __init__(
@@ -84,17 +55,12 @@ class TextSplit(Split):
         name: str,
         labels: Tensor,
         indices: Tensor,
-        texts: TokenizedTexts,
-        pad_id: int,
-        padding_side: str = "right",
+        texts: Sequence[NDArray[np.int32]],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         super().__init__(name, labels, indices)
-        self._texts, self._pad_id, self._left = texts, pad_id, padding_side == "left"
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of every row."""
-        return self._texts.lengths
+        self._texts, self._collate = texts, DataCollatorWithPadding(tokenizer)
+        self.lengths = np.fromiter(map(len, texts), np.int64, len(texts))
 
     def check_settings(self, settings: BatchSettings) -> None:
         """Refuses what is for images.
@@ -120,18 +86,14 @@ class TextSplit(Split):
 
     def inputs(self, positions: NDArray[np.int64], settings: BatchSettings, epoch: int) -> Batch:
         """Returns ``input_ids`` and ``attention_mask`` (N, L), L tokens in the longest of these texts."""
-        texts = [self._texts[int(position)] for position in positions]
-        longest = max(map(len, texts), default=1)
-        ids = np.full((len(texts), longest), self._pad_id, np.int64)
-        mask = np.zeros_like(ids)
-        for row, text in enumerate(texts):
-            place = slice(longest - len(text), longest) if self._left else slice(0, len(text))
-            ids[row, place], mask[row, place] = text, 1
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if len(positions) == 0:  # a process may get none of the last batch
+            return {name: torch.zeros(0, 1, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+        texts = [self._texts[position].tolist() for position in positions]
+        return dict(self._collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts]))
 
     def contents(self) -> Iterator[bytes]:
         """Yields the tokens of each row."""
-        return (self._texts[row].tobytes() for row in range(len(self)))
+        return (text.tobytes() for text in self._texts)
 
 
 @dataclass(kw_only=True)
@@ -315,8 +277,7 @@ def _tokenized_splits(
             name,
             torch.from_numpy(labels[origin][rows]),
             torch.from_numpy(rows.copy()),
-            TokenizedTexts.of(tokens),
-            int(tokenizer.pad_token_id),
-            str(tokenizer.padding_side),
+            [np.asarray(ids, np.int32) for ids in tokens],
+            tokenizer,
         )
     return splits

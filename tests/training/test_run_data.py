@@ -11,12 +11,13 @@ from PIL import Image
 from erde_hub.calibration import check_calibration_data
 from erde_hub.data.images import load_image_data
 from erde_hub.data.rotated import rotated_images
-from erde_hub.data.texts import TextSplit, TokenizedTexts
+from erde_hub.data.texts import TextSplit
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import ExitRecords, save_results
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common import phases, run_data
 from erde_hub.scripts.common.arguments import TrainedDataArguments
+from tests.fakes.texts import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_large_images_texts_and_turned_images_are_known_by_what_they_hold(tmp_pa
     assert len(set(held[0].tolist())) == 12
     assert sorted(held[0]) == sorted(held[1])
     texts = [
-        TextSplit("train", labels[:3], torch.arange(3), TokenizedTexts.of(own), 0)
+        TextSplit("train", labels[:3], torch.arange(3), [np.array(ids, np.int32) for ids in own], make_tokenizer())
         for own in ([[1, 2], [3], [1]], [[1], [9], [1, 2]])
     ]
     hashes = [split.content_hashes().tolist() for split in texts]

@@ -187,7 +187,7 @@ def load_data_of(
     if path is None:
         return data
     stored = StoredSplit.read(path)
-    if not stored.belongs_to(data.fingerprint, data.head, data.streamed):
+    if not stored.belongs_to(data.fingerprint, data.prefix_hash, data.streamed):
         return data
     if data.streamed and not stored.streamed:
         if stored.info[split]["rule"] == data.split_info[split]["rule"] == "given":
