@@ -13,13 +13,13 @@ from erde_hub.heads import ExitHead, FeatureSpec
 
 
 class ExitFeatures:
-    """Keeps what the head of each early exit read in the model's last forward pass, for losses that compare features.
+    """Captures what the head of each early exit read in the last forward pass, for losses that compare features.
 
-    The :class:`~erde_hub.training.Distiller` uses it by itself; in your own loop, build one for the student and one
-    for the teacher, builds the projections of a :class:`~erde_hub.losses.FeatureTerm` from their :attr:`widths`, and
-    hands over what :meth:`take` returns. Every exit must run: in train mode, or with ``output_all_exits=True``. The
-    student's features carry gradients, and a model and its checkpoint stay as they are: nothing is kept but between
-    the two ends of :meth:`watching`.
+    The :class:`~erde_hub.training.Distiller` does this by itself. In your own loop, build one for the student and one
+    for the teacher, build the projections of a :class:`~erde_hub.losses.FeatureTerm` from their :attr:`widths`, and
+    pass on what :meth:`take` returns. Every exit must run: in train mode, or with ``output_all_exits=True``. The
+    student's features carry gradients. Hooks exist only within :meth:`watching`, so the model and its checkpoint stay
+    as they are.
 
     Args:
         model: With early exits of this library, such as an :class:`~erde_hub.EarlyExitWrapper`; not what DDP wraps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import re
 import shutil
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 #: Folders inside that of a distillation, for the networks that are trained in addition to the student.
 COMPANIONS = ("teacher", "static")
-#: File that the process holds which trains in the folder.
+#: File that is locked by the process that trains in the folder.
 LOCK = ".lock"
 #: Describes a static student whose training is complete.
 STATIC_STUDENT = "static_student.json"
@@ -134,6 +135,13 @@ def _hold(folder: Path, patience: float = 8.0) -> None:
             f"another process trains in {str(folder)!r}: wait for it, stop it, or choose another --output_dir"
         ) from error
     _held[key] = lock
+    atexit.register(_release, lock)
+
+
+def _release(lock: FileLock) -> None:
+    """Leaves nothing in the folder when the process ends; the lock of a killed one ends with it and its file stays."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def check_run_folder(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:

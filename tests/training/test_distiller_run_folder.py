@@ -122,3 +122,12 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
     assert open_run_folder(tmp_path, "digits") == tmp_path
     assert open_run_folder(tmp_path, "digits") == tmp_path, "the same process may go on"
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_process_that_ends_leaves_no_lock(tmp_path):
+    code = "import sys, erde_hub.training as t; f = t.open_run_folder(sys.argv[1], 'digits'); print(*f.iterdir())"
+    seen = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert seen.strip() == str(tmp_path / ".lock")
+    assert not list(tmp_path.iterdir())
