@@ -73,17 +73,18 @@ def route(plan: RoutingPlan, inputs: ModelInputs) -> EarlyExitOutput:
     if main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: no sample exits
         everything: Any = run_all(runner, plan.heads, inputs)
         return _answer(everything.logits, len(plan.heads), batch, device)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         raise ExportError(
-            "a pass in which samples exit early depends on their values and is no graph that torch.export can write:"
-            " export model.truncate(exit), or all of it with erde_hub.export.export_onnx, or call the model with"
-            " output_all_exits=True"
+            "a pass in which samples exit early depends on their values and is no graph that torch.export, torch.jit or"
+            " the old ONNX exporter can write: export model.truncate(exit), or all of it with"
+            " erde_hub.export.export_onnx, or call the model with output_all_exits=True"
         )
     stages = runner.stages()
     mask = runner.token_mask(inputs.kwargs) if plan.pools_tokens else None
     if batch == 1 and plan.looks_at_one and mask is None and stages is not None:
         logits, taken = route_one(plan, stages, main)
-        return _answer(runner.adapter.logits(logits) if taken == len(plan.heads) else logits, taken, 1, device)
+        index = torch.full((1,), taken, dtype=torch.int64, device=device)
+        return EarlyExitOutput(logits=logits, exit_index=index)
     if stages is None and batch > 1:
         runner.check_shrinks()
     visitor = Router(plan, batch, device, mask)

@@ -75,7 +75,7 @@ def _kind(value: Any) -> str:
 
 
 def explain_failure(error: Exception, inputs: ModelInputs, input_size: Sequence[int], dtype: torch.dtype) -> Exception:
-    """Returns the typed error behind a backbone's own where the inputs are not those of its config, else ``error``.
+    """Returns a typed error in place of a backbone's own where the inputs are not those of its config, else ``error``.
 
     Checked only where a backbone failed: many take other sizes, and some convert other types.
 

@@ -79,32 +79,17 @@ class RoutingPlan:
 
 
 class PlanCache:
-    """Keeps the latest plan until something changes that it was made from; a copy or a pickle of it is empty."""
+    """Holds the latest plan; a copy or a pickle of it is empty.
+
+    Attributes:
+        latest: What the plan was made from, to be compared with what the next one would be made from; and the plan.
+    """
 
     def __init__(self) -> None:
-        self._kept: tuple[list[Any], bool, list[Any], list[type], RoutingPlan] | None = None
+        self.latest: tuple[list[Any], RoutingPlan] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
-
-    def get(self, parts: list[Any], threshold: Any, make: Callable[[], RoutingPlan]) -> RoutingPlan:
-        """Returns the plan for a threshold.
-
-        Args:
-            parts: The objects that the plan is made from, compared by identity.
-            threshold: One number, or a list of them; for anything else a plan is made anew in each call.
-            make: Makes the plan; raises where the threshold is not allowed.
-        """
-        several = type(threshold) is list  # [0.5] is not 0.5
-        numbers = threshold if several else [threshold]
-        types = [*map(type, numbers)]  # True is not 1
-        kept = self._kept
-        if kept is not None and kept[3] == types and kept[2] == numbers and kept[1] is several and kept[0] == parts:
-            return kept[4]
-        plan = make()
-        if set(types) <= {int, float}:
-            self._kept = (parts, several, [*numbers], types, plan)
-        return plan
 
 
 def read_feature(output: Any, output_index: int | None) -> Tensor:
@@ -171,7 +156,7 @@ def all_finite(logits: Tensor) -> bool:
     return math.isfinite(logits.sum().item()) or bool(logits.isfinite().all())
 
 
-def route_one(plan: RoutingPlan, stages: Sequence[Stage], x: Any) -> tuple[Any, int]:
+def route_one(plan: RoutingPlan, stages: Sequence[Stage], x: Any) -> tuple[Tensor, int]:
     """Takes a single sample through the stages: what :class:`Router` does, where nothing can shrink.
 
     The kernels of a short network evict the interpreter's code from the caches, so every function called at an exit
@@ -183,7 +168,7 @@ def route_one(plan: RoutingPlan, stages: Sequence[Stage], x: Any) -> tuple[Any, 
         x: The sample, with an axis of one for the batch.
 
     Returns:
-        The exit's logits (1, K), or what the backbone returned, and the index of the exit.
+        Logits (1, K), and the index of the exit.
     """
     policy, runs_head = plan.policy, plan.runs_head
     for stage in stages:
@@ -197,7 +182,7 @@ def route_one(plan: RoutingPlan, stages: Sequence[Stage], x: Any) -> tuple[Any, 
         log_probs = (logits if logits.dtype is torch.float32 else logits.float()).log_softmax(-1)
         if policy.compare(policy.score_one(log_probs), plan.rounded[e]) and all_finite(logits):
             return logits, e
-    return x, len(runs_head)
+    return plan.runner.adapter.logits(x), len(runs_head)
 
 
 class AllExits:

@@ -53,15 +53,15 @@ def select_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.index_select(0, rows)
 
 
-def shrink(tree: Any, rows: Tensor, batch: int, batched: Sequence[int] = ()) -> Any:
-    """Keeps the rows of every tensor whose first axis is the live batch; everything else stays as it is.
+def shrink(tree: Any, rows: Tensor, batch: int, batch_outputs: Sequence[int] = ()) -> Any:
+    """Keeps the rows of every tensor whose first axis is the batch; everything else stays as it is.
 
     Args:
         tree: Output of a stage: one batch-first tensor, or a structure.
         rows: Indices of the samples that go on, (M,) int64.
-        batch: Number of live samples before.
-        batched: Positions of the batch-first tensors of a structure. Their lengths alone do not tell: a table of 64
-            positions is not a batch of 64 samples.
+        batch: Number of samples before.
+        batch_outputs: Positions of the batch-first tensors of a structure. Their lengths alone do not tell: a table of
+            64 positions is not a batch of 64 samples.
 
     Raises:
         ShapeError: A batch-first tensor has another number of rows.
@@ -69,35 +69,35 @@ def shrink(tree: Any, rows: Tensor, batch: int, batched: Sequence[int] = ()) -> 
     positions = itertools.count()
 
     def select(tensor: Tensor) -> Tensor:
-        if not isinstance(tree, Tensor) and next(positions) not in batched:
+        if not isinstance(tree, Tensor) and next(positions) not in batch_outputs:
             return tensor
         if not isinstance(tree, Tensor) and batch and tensor.shape[0] > batch and tensor.shape[0] % batch == 0:
             # several rows per sample, one sample after the other, as tnt's pixels of each patch
             return tensor.unflatten(0, (batch, -1)).index_select(0, rows).flatten(0, 1)
         if tensor.shape[0] != batch:
-            raise ShapeError(f"a stage returned a tensor of shape {tuple(tensor.shape)} for {batch} live samples")
+            raise ShapeError(f"a stage returned a tensor of shape {tuple(tensor.shape)} for {batch} active samples")
         return select_rows(tensor, rows)
 
     return map_tensors(select, tree)
 
 
-def cut_rows(tree: Any, start: int, stop: int, batch: int, batched: Sequence[int] = ()) -> Any:
+def cut_rows(tree: Any, start: int, stop: int, batch: int, batch_outputs: Sequence[int] = ()) -> Any:
     """Returns the samples from ``start`` to ``stop`` of every batch-first tensor, as views; see :func:`shrink`."""
     positions = itertools.count()
 
     def cut(tensor: Tensor) -> Tensor:
-        if not isinstance(tree, Tensor) and next(positions) not in batched:
+        if not isinstance(tree, Tensor) and next(positions) not in batch_outputs:
             return tensor
         rows, rest = divmod(tensor.shape[0], batch)
         if rest or (rows != 1 and isinstance(tree, Tensor)):
-            raise ShapeError(f"a stage returned a tensor of shape {tuple(tensor.shape)} for {batch} live samples")
+            raise ShapeError(f"a stage returned a tensor of shape {tuple(tensor.shape)} for {batch} active samples")
         return tensor[start * rows : stop * rows]
 
     return map_tensors(cut, tree)
 
 
-def join_rows(trees: Sequence[Any], batched: Sequence[int] = ()) -> Any:
-    """Puts the batches of several structures of one kind behind each other; the rest comes from the first.
+def join_rows(trees: Sequence[Any], batch_outputs: Sequence[int] = ()) -> Any:
+    """Concatenates the batches of several structures of one kind; the rest comes from the first.
 
     Several rows per sample lie one sample after the other, so that they stay with theirs.
     """
@@ -106,11 +106,11 @@ def join_rows(trees: Sequence[Any], batched: Sequence[int] = ()) -> Any:
         return first
     if isinstance(first, Tensor):
         return torch.cat(list(trees))
-    leaves = [tensors(tree) for tree in trees]
+    parts = [tensors(tree) for tree in trees]
     positions = itertools.count()
 
     def join(tensor: Tensor) -> Tensor:
         position = next(positions)
-        return torch.cat([own[position] for own in leaves]) if position in batched else tensor
+        return torch.cat([own[position] for own in parts]) if position in batch_outputs else tensor
 
     return map_tensors(join, first)

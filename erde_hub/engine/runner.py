@@ -7,6 +7,7 @@ known, they are run one after the other; any other backbone runs its own forward
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -48,8 +49,8 @@ class ExitRunner:
     """Runs a backbone with its exits.
 
     Which way is taken is decided for each call. Running stages skips the calls of the modules that contain them; hooks
-    that somebody put on one of those, or a ``forward`` that was replaced there, would be skipped as well, so the
-    backbone then runs its own forward.
+    on one of those, or a ``forward`` that was replaced there, would be skipped as well, so the backbone then runs its
+    own forward.
 
     A copy or a pickle of a runner finds its own stages; compiled ones belong to the modules they were made from.
 
@@ -83,7 +84,7 @@ class ExitRunner:
         They are kept as long as no module among them is replaced.
         """
         found = self._found
-        if found is None or not found.holds_for(self.backbone):
+        if found is None or found.backbone is not self.backbone or not found.holds():
             found = self._found = self._find()
         return None if found.stages is None or any(found.hooks) else found.stages
 
@@ -135,7 +136,7 @@ class ExitRunner:
         """Compiles the stages and the heads, each when it first runs.
 
         Raises:
-            ExitPointError: The backbone's stages are not known, or somebody's hooks have to be called.
+            ExitPointError: The backbone's stages are not known, or would skip other hooks.
         """
         if self.stages() is None:
             raise ExitPointError(
@@ -149,7 +150,7 @@ class ExitRunner:
         """Checks that samples can be taken out of a batch, for callers who have found no stages to run.
 
         Raises:
-            ExitPointError: The backbone's own forward keeps the number of samples, and somebody's hooks make it run.
+            ExitPointError: The backbone's own forward keeps the number of samples, and other hooks make it run.
         """
         backbone = _uncompiled(self.backbone)
         if not self.hooked and self.adapter.needs_stages(backbone):
@@ -185,34 +186,31 @@ class _Found:
         stages: None where the stages are not known or not to be run.
 
     Attributes:
-        hooks: The hooks of the bypassed modules, as the modules keep them.
+        hooks: The hooks of the backbone and the bypassed modules, as the modules keep them.
     """
 
-    __slots__ = ("_attributes", "_backbone", "_children", "_counts", "hooks", "stages")
+    __slots__ = ("_children", "_kept", "_lengths", "_sized", "backbone", "hooks", "stages")
 
     def __init__(self, backbone: nn.Module, bypassed: Sequence[nn.Module], stages: list[Stage] | None) -> None:
+        self.backbone = backbone
         self.stages = stages
-        self._backbone = backbone
-        holders = [part for module in bypassed for part in _with_lists(module)]
-        self._children = [(module._modules, [*module._modules.values()]) for module in holders]
-        self._attributes = [vars(module) for module in bypassed]
-        self._counts = [len(attributes) for attributes in self._attributes]
-        self.hooks = _found_hooks(bypassed if backbone is bypassed[0] else [backbone, *bypassed])
+        self.hooks = _hooks_of(bypassed if backbone is bypassed[0] else [backbone, *bypassed])
+        self._children = [part._modules for module in bypassed for part in _with_lists(module)]
+        self._kept = [*chain.from_iterable(map(dict.values, self._children))]
+        self._sized: list[dict[str, Any]] = [*self._children, *map(vars, bypassed)]  # a forward of its own is in vars
+        self._lengths = [*map(len, self._sized)]
 
-    def holds_for(self, backbone: nn.Module) -> bool:
-        """Tells whether nothing was replaced, added or taken away since: a handful of comparisons."""
-        if self._backbone is not backbone:
-            return False
-        for children, kept in self._children:
-            if [*children.values()] != kept:
-                return False
-        return [len(attributes) for attributes in self._attributes] == self._counts
+    def holds(self) -> bool:
+        """Tells whether nothing was replaced, added or taken away since: two comparisons, which every call makes."""
+        return [*map(len, self._sized)] == self._lengths and [
+            *chain.from_iterable(map(dict.values, self._children))
+        ] == self._kept
 
 
 def calls_are_replaced(backbone: nn.Module, exits: Sequence[str]) -> bool:
     """Tells whether hooks, or a replaced forward, sit on modules that are not called where stages are run."""
     bypassed = list(_bypassed(_uncompiled(backbone), exits))
-    return any(_found_hooks(bypassed)) or any(map(_has_own_forward, bypassed))
+    return any(_hooks_of(bypassed)) or any(map(_has_own_forward, bypassed))
 
 
 def _uncompiled(backbone: nn.Module) -> nn.Module:
@@ -233,7 +231,7 @@ def _bypassed(backbone: nn.Module, exits: Sequence[str]) -> Iterator[nn.Module]:
             return
 
 
-def _found_hooks(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
+def _hooks_of(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
     """The hooks of modules, as the modules keep them."""
     return [
         hooks

@@ -70,7 +70,7 @@ def route_batches(
     than ``batch_size`` samples wait, so the memory does not grow with the stream.
 
     Args:
-        model: In eval mode; for images. Backbones with a staged forward enter at a stage directly. Other backbones run
+        model: In eval mode; for images. Backbones whose stages are known are entered at a stage. Others run
             one empty image through the stages before it, which happens only where a stage runs on part of a batch.
         batches: Batches of ``pixel_values`` (N, C, H, W) of one size, dtype and device; also mappings that hold
             ``pixel_values``, and tuples that begin with them, as data loaders give them.
@@ -88,7 +88,7 @@ def route_batches(
         ConfigError: A model in train mode, or a size below 1.
         ShapeError: A batch whose images differ in size from those of the first.
         ThresholdError: A threshold that the policy does not take.
-        ExitNotReachedError: While streaming: samples have waited at an exit, and a layer behind it reads what was
+        ExitNotReachedError: While streaming: samples have waited at an exit, and a later layer reads what was
             computed long before it. What lies one or two layers back, which NASNet's cells read, waits with them.
 
     Example:
@@ -102,7 +102,7 @@ def route_batches(
     if model.main_input_name != "pixel_values":
         raise InputTypeError(
             f"route_batches streams images of one size; {type(model.backbone).__name__} reads {model.main_input_name}:"
-            " texts of different batches differ in length, and in the masks and positions that layers get beside the"
+            " texts of different batches differ in length, and in the masks and positions that layers get next to the"
             " features, so they cannot share a stage; call model(...) on padded batches"
         )
     if model.training:

@@ -45,7 +45,7 @@ def choose_exits(
     traced: Trace,
     inputs: Sequence[Tensor],
 ) -> tuple[list[ExitPoint], str]:
-    """Turns names, a number or "auto" into exit points behind which the batch can shrink; also says how.
+    """Turns names, a number or "auto" into exit points after which the batch can shrink; also says how.
 
     Raises:
         ExitPointError: See :func:`~erde_hub.backbones.base.resolve_exits` and

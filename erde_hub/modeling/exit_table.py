@@ -29,9 +29,9 @@ class ExitRow:
         width: Channels that the head reads, None for the classifier.
         head: Key of the head, None for the classifier.
         macs: What this exit adds: the layers since the previous exit and its own head.
-        cumulative_macs: All that a sample has cost that leaves here, heads of earlier exits included.
+        cumulative_macs: All that a sample costs that exits here, heads of earlier exits included.
         params: Parameters of those layers and that head.
-        cumulative_params: Parameters that a sample has touched that leaves here.
+        cumulative_params: Parameters that are used for a sample that exits here.
     """
 
     exit: str
@@ -77,7 +77,7 @@ class _Counter(AllExits):
 
     Args:
         heads: The heads, shallow to deep.
-        ends: The last of them answers, and nothing is behind it.
+        ends: The last of them answers, and no layer comes after it.
         total: Returns the MACs so far.
         touched: Parameters so far.
     """

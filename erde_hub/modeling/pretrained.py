@@ -69,6 +69,9 @@ _HUB_ARGUMENTS = (
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
+_NO_TEXTS: dict[str, Any] = dict.fromkeys(TEXT_INPUTS)
+
+
 class EarlyExitPreTrainedModel(PreTrainedModel):
     """Checkpoints: config, safetensors, preprocessing; loaded tensors are copied out of the mapped file."""
 
@@ -355,8 +358,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 more = {**more, "use_cache": False}
             return check_text_inputs({**texts, **more}, accepted, name)
         inputs = check_pixel_values(pixel_values, read_field(self.config, "input_size") or ())
-        kwargs = {key: value for key, value in texts.items() if value is not None}
-        kwargs.update(more)
+        if texts == _NO_TEXTS and not more:
+            return ModelInputs((inputs,), {}, inputs)
+        kwargs = {key: value for key, value in texts.items() if value is not None} | more
         if kwargs and self.config.exits and self.runner.stages() is not None:
             name = type(self.backbone).__name__
             key = sorted(kwargs)[0]

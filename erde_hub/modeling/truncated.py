@@ -1,7 +1,7 @@
-"""A model cut off behind one exit: a static network without decisions, as a transformers model of its own.
+"""A model cut off after one exit: a static network without decisions, as a transformers model of its own.
 
 For hardware that cannot branch, for tools that take one fixed graph, and as the baseline that every measurement of
-routing is held against. What lies behind the exit is not merely skipped, it is gone, weights included.
+routing is compared with. The layers after the exit are not merely skipped but removed, weights included.
 
 A checkpoint of such a model is a folder like any other: its config says how the whole backbone is built and which
 modules to take out again (``removed_modules``), so that loading needs neither the model it was cut from nor a run of
@@ -47,7 +47,7 @@ class TruncatedConfig(EarlyExitConfig):
     ``exits`` and ``exit_features`` hold the one exit that answers, or nothing where the classifier does.
 
     Args:
-        removed_modules: Names of the backbone's modules that lie behind the exit.
+        removed_modules: Names of the backbone's modules that come after the exit.
     """
 
     model_type: ClassVar[str] = "early_exit_truncated"
@@ -68,9 +68,9 @@ class TruncatedModel(EarlyExitPreTrainedModel):
     """The static network up to one exit: a stem, some stages, a head; made by ``model.truncate(exit)``.
 
     Its logits are those of that exit in the model it was cut from, bit for bit (a calibrator stored there, which works
-    behind the logits, stays there). There is nothing to decide and no threshold, so it traces: ``torch.export``,
-    ``torch.onnx.export`` and ``torch.compile`` take it as they take any module (in one graph for families with a staged
-    forward; other backbones end by an exception, which ``torch.compile`` leaves to Python). ``save_pretrained``,
+    after the logits, stays there). There is nothing to decide and no threshold, so it traces: ``torch.export``,
+    ``torch.onnx.export`` and ``torch.compile`` take it as they take any module (in one graph for families whose stages
+    are known; other backbones end by an exception, which ``torch.compile`` leaves to Python). ``save_pretrained``,
     ``from_pretrained``, ``AutoModelForImageClassification`` and ``pipeline`` work as for the whole model.
 
     Args:
@@ -145,7 +145,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
                 or the mean squared error.
             return_dict: False returns a tuple of what is set.
             **kwargs: ``input_ids`` and the like of text models; otherwise passed on to the backbone's own forward,
-                where it is not staged.
+                where its stages are not known.
 
         Raises:
             ShapeError: Inputs or labels of the wrong shape.
@@ -179,7 +179,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
 
 
 class RemovedModule(nn.Module):
-    """Stands where a module behind the exit was; has no weights and must not be run."""
+    """Stands where a module after the exit was; has no weights and must not be run."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -204,10 +204,10 @@ class _Cut:
 
 
 def truncate(model: EarlyExitPreTrainedModel, exit: int | str) -> TruncatedModel:
-    """Cuts a model off behind one exit; see :class:`TruncatedModel`.
+    """Cuts a model off after one exit; see :class:`TruncatedModel`.
 
     Args:
-        model: Is copied, not touched; what lies behind the exit is not copied.
+        model: Is copied, not touched; what comes after the exit is not copied.
         exit: Index or name of the exit; the last, ``"classifier"``, gives the backbone without early exits.
 
     Returns:
@@ -246,7 +246,7 @@ def _exit_index(names: Sequence[str], exit: int | str) -> int:
     return exit
 
 
-# What lies behind an exit
+# What comes after an exit
 
 
 class _Touched(BaseException):
@@ -357,7 +357,7 @@ def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
 
 
 def _copy_without(backbone: nn.Module, removed: Sequence[str]) -> nn.Module:
-    """Copies a backbone without copying what is removed, and without the taps of the model it comes from."""
+    """Copies a backbone without copying what is removed, and without the hooks of the model it comes from."""
     memo: dict[int, Any] = {id(backbone.get_submodule(name)): RemovedModule(name) for name in removed}
     return _without_own_hooks(copy.deepcopy(backbone, memo))
 

@@ -49,9 +49,9 @@ CLASSIFIER = "classifier"
 class EarlyExitWrapper(EarlyExitPreTrainedModel):
     """A backbone with early exits.
 
-    In train mode, and with ``output_all_exits=True``, one pass runs every exit. In eval mode each sample leaves at the
-    first exit that the policy is sure of; what lies behind runs on the samples that are left, and not at all when there
-    are none. Wrapping changes no weight and no output: where nobody can leave early, the answer is the backbone's own,
+    In train mode, and with ``output_all_exits=True``, one pass runs every exit. In eval mode each sample takes the
+    first exit at which the policy is confident; later layers run on the remaining samples only, and not at all where
+    none remain. Wrapping changes no weight and no output: where no sample can exit early, the answer is the backbone's,
     bit for bit.
 
     Args:
@@ -225,7 +225,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 setattr(module, flag, (module, flag) in recomputed)
         self._find_shared_weights(adopted)
         self.post_init()
-        # The backbone keeps its modes, layer by layer: somebody may have put some of them in eval mode.
+        # The backbone keeps its modes, layer by layer: some of them may have been put in eval mode.
         self.training = backbone.training
         self.heads.train(self.training)
         self.policy.train(self.training)
@@ -266,9 +266,27 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         """
         if threshold is None:
             threshold = read_field(self.config, "threshold")
-        runner, modules = self.runner, self._modules
-        parts = [runner.compiler, *modules.values(), *modules["heads"]._modules.values()]
-        return self._plans.get(parts, threshold, lambda: self._plan(runner, threshold))
+        modules: Any = self._modules
+        runner = self._runner if self._runner.backbone is modules["backbone"] else self.runner
+        several = type(threshold) is list
+        types = [*map(type, threshold)] if several else [type(threshold)]  # type: ignore[arg-type]
+        # Types come first: 1 is True, and a tensor is compared with no number.
+        made_from = [
+            *types,
+            several,
+            threshold,
+            runner.compiler,
+            *modules.values(),
+            *modules["heads"]._modules.values(),
+        ]
+        kept = self._plans.latest
+        if kept is not None and kept[0] == made_from:
+            return kept[1]
+        plan = self._plan(runner, threshold)
+        if {*types} <= {int, float}:
+            made_from[len(types) + 1] = [*threshold] if several else threshold  # type: ignore[misc]
+            self._plans.latest = made_from, plan
+        return plan
 
     def _plan(self, runner: ExitRunner, threshold: Any) -> RoutingPlan:
         if self._regression:  # model.policy may have been set by hand
@@ -366,7 +384,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             **options: Keyword arguments of ``torch.compile``, such as ``backend`` and ``mode``.
 
         Raises:
-            ExitPointError: A backbone without a staged forward, whose parts cannot be told apart.
+            ExitPointError: A backbone whose stages are not known.
         """
         self.runner.compile(options)
 
@@ -424,7 +442,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             token_type_ids: (N, L), for backbones that take them.
             position_ids: (N, L) or (1, L), for backbones that take them.
             inputs_embeds: (N, L, C), instead of ``input_ids``.
-            **kwargs: Passed on to the backbone's own forward, where it is not staged.
+            **kwargs: Passed on to the backbone's own forward, where its stages are not known.
 
         Raises:
             ShapeError: Inputs or labels of the wrong shape.
@@ -447,8 +465,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             if self.training or output_all_exits:
                 if threshold is not None:
                     raise ThresholdError(
-                        f"threshold={threshold!r} has no effect where every exit runs: call model.eval() and leave"
-                        " output_all_exits out to route"
+                        f"threshold={threshold!r} has no effect where every exit runs: call model.eval(), without"
+                        " output_all_exits, to route"
                     )
                 calibrator = None if self.training else self.calibrator
                 output = run_all(self.runner, [*self.heads], inputs, training=self.training, calibrator=calibrator)

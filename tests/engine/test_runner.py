@@ -17,7 +17,7 @@ from torch import nn
 
 from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.calibration import create_calibrator
-from erde_hub.errors import ExitPointError, ThresholdError
+from erde_hub.errors import ExitPointError, ExportError, ThresholdError
 from erde_hub.policies import create_policy
 from tests.fakes.networks import CLASSES, STAGED, all_logits, images, quantile_thresholds, route_reference, wrap
 
@@ -169,6 +169,15 @@ def test_numbers_that_look_alike_are_checked_each_by_its_type():
         with pytest.raises(ThresholdError):
             model(x, threshold=wrong)
     assert torch.equal(model(x, threshold=torch.tensor(1.0)).logits, model(x, threshold=1.0).logits)
+
+
+def test_a_trace_of_a_routed_pass_is_refused():
+    """It would hold the one exit that the traced sample took."""
+    model, x = wrap("resnet").requires_grad_(False), images("resnet", 1)
+    with pytest.raises(ExportError, match=r"torch\.jit"):
+        torch.jit.trace(lambda given: model(given, threshold=0.3).logits, x)
+    traced = torch.jit.trace(lambda given: model(given, threshold=0.0).logits, x)
+    assert torch.equal(traced(x), model(x, threshold=0.0).logits)
 
 
 # Hooks of others

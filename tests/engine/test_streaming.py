@@ -299,9 +299,9 @@ def test_cut_join_and_shrink_keep_every_row_with_its_sample(pieces, rows, order)
 
 
 def test_rows_that_are_not_so_many_per_sample():
-    with pytest.raises(ShapeError, match=r"shape \(7, 2\) for 3 live samples"):
+    with pytest.raises(ShapeError, match=r"shape \(7, 2\) for 3 active samples"):
         cut_rows((torch.zeros(7, 2),), 0, 1, 3, (0,))
-    with pytest.raises(ShapeError, match=r"shape \(6, 2\) for 3 live samples"):
+    with pytest.raises(ShapeError, match=r"shape \(6, 2\) for 3 active samples"):
         cut_rows(torch.zeros(6, 2), 0, 1, 3)
 
 
