@@ -85,6 +85,7 @@ TEXT_CONFIGS = [path for path in CONFIGS if "MiniLM" in path.read_text()]
         for path in TEXT_CONFIGS
     ],
 )
+@pytest.mark.slow
 def test_configuration_of_texts_runs(config, call, tmp_path):
     """Ends in a checkpoint that loads with its tokenizer, in pipelines and in the other recipes."""
     encoder = write_encoder(tmp_path / "all-MiniLM-L6-v2", layers=6)
