@@ -81,6 +81,10 @@ class RecordsError(ErdeError, ValueError):
     """Recorded exits are damaged, hold NaN, or do not fit the model or each other."""
 
 
+class RepeatedSamplesWarning(UserWarning):
+    """Records hold a sample more than once, or samples that cannot be told apart."""
+
+
 class ResultsError(ErdeError, ValueError):
     """A results file lacks a part, holds a value that JSON cannot, or names a place on the machine."""
 

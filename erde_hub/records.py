@@ -9,7 +9,8 @@ import contextlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +23,26 @@ from torch import Tensor
 
 from ._arguments import check_flag
 from ._files import replacing
-from .errors import ConfigError, DataError, InputTypeError, RecordsError, ShapeError, unknown_argument, unknown_name
+from .errors import (
+    ConfigError,
+    DataError,
+    InputTypeError,
+    RecordsError,
+    RepeatedSamplesWarning,
+    ShapeError,
+    unknown_argument,
+    unknown_name,
+)
 from .tasks import REGRESSION, check_class_labels, check_targets, refuse_regression
 
 #: Fewest calibration samples; below, no number means anything.
 MIN_SAMPLES = 20
-#: Samples that were trained on which a message names.
+#: Label of samples without one.
+UNLABELLED = -100
+#: Samples that a message names.
 _NAMED = 5
+#: Numbers, and rows, that are computed with at a time, so that a large set needs no second copy of itself.
+_CELLS, _ROWS = 1 << 22, 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +51,8 @@ class ExitRecords:
 
     Attributes:
         logits: Raw logits, shallow to deep; the last exit is the backbone's own classifier. float32 on the CPU.
-        labels: Class indices; real numbers where ``problem_type`` is ``"regression"``.
+        labels: Class indices; real numbers where ``problem_type`` is ``"regression"``. None, or -100 for every sample,
+            where samples of classes have no labels; these are then -100.
         index: Stable sample index within the data set and split, so that overlaps with other records can be found.
         exit_names: One per exit.
         cumulative_macs: Multiply-accumulates per sample up to and including each exit, heads on the way included.
@@ -72,13 +87,16 @@ class ExitRecords:
     FORMAT: ClassVar[str] = "erde_hub.exit_records/1"
 
     def __post_init__(self) -> None:
-        logits, labels, index = self.logits, self.labels, self.index
+        logits, index = self.logits, self.index
+        labels = self.labels
         if logits.ndim != 3 or 0 in logits.shape:
             raise ShapeError(f"logits must be (exits, samples, classes), none of them 0, got {tuple(logits.shape)}")
         exits, samples, classes = logits.shape
         if self.problem_type not in (None, REGRESSION):
             raise unknown_name("problem_type", self.problem_type, [REGRESSION])
         regression = self.problem_type == REGRESSION
+        if labels is None and not regression:
+            labels = torch.full((samples,), UNLABELLED)
         if not logits.is_floating_point():
             raise InputTypeError(f"logits must be floating point, got {logits.dtype}")
         for name, values in (("index", index),) if regression else (("labels", labels), ("index", index)):
@@ -95,7 +113,8 @@ class ExitRecords:
         if regression:
             labels = check_targets(labels, samples, classes)
         else:
-            check_class_labels(labels, len(labels), classes)
+            if not bool((labels == UNLABELLED).all()):
+                check_class_labels(labels, len(labels), classes)
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise InputTypeError(f"index must hold integers, got {index.dtype}")
         put = object.__setattr__
@@ -140,9 +159,21 @@ class ExitRecords:
         """Number of logits of an exit: classes, or targets of a regression."""
         return self.logits.shape[2]
 
-    def require_classes(self, what: str) -> None:
-        """Raises :class:`~erde_hub.errors.ConfigError` where ``what`` would read probabilities off a regression."""
+    @property
+    def labelled(self) -> bool:
+        """The samples have labels."""
+        return self.problem_type == REGRESSION or bool((self.labels != UNLABELLED).any())
+
+    def require_classes(self, what: str, labels: bool = True) -> None:
+        """Checks that ``what`` can read probabilities and, unless ``labels`` is False, labels off these records.
+
+        Raises:
+            ConfigError: The records are of a regression.
+            RecordsError: The samples have no labels.
+        """
         refuse_regression(self.problem_type, what, "use sweep_widths, IntervalWidthPolicy or ConformalRegressor")
+        if labels and not self.labelled:
+            raise RecordsError(f"{what} needs labels, these records have none: collect them on labelled samples")
 
     def require_regression(self, what: str) -> None:
         """Raises :class:`~erde_hub.errors.ConfigError` where ``what`` would take classes for real numbers."""
@@ -274,8 +305,15 @@ def check_kind(records: object, name: str = "records") -> None:
         )
 
 
-def check_fit_data(fit: Callable[..., Any], records: ExitRecords, checks: Mapping[str, Any]) -> None:
-    """Calls :func:`check_calibration_data` with what a fit takes for it in ``**checks``.
+def row_chunks(samples: int, width: int) -> Iterator[slice]:
+    """Yields slices of rows that hold a few million numbers at most, of ``width`` numbers a row."""
+    size = max(1, min(_ROWS, _CELLS // max(width, 1)))
+    for start in range(0, samples, size):
+        yield slice(start, min(start + size, samples))
+
+
+def check_fit_data(fit: Callable[..., Any], records: ExitRecords, checks: Mapping[str, Any]) -> ExitRecords:
+    """Calls :func:`check_calibration_data` with the arguments in ``**checks`` of a fit, and returns its records.
 
     Raises:
         UnknownArgumentError: The fit takes no such argument.
@@ -285,13 +323,16 @@ def check_fit_data(fit: Callable[..., Any], records: ExitRecords, checks: Mappin
     for name in checks:
         if name not in allowed:
             raise unknown_argument(fit.__qualname__, name, [*own, *allowed])
-    check_calibration_data(records, **checks)
+    return check_calibration_data(records, **checks)
 
 
 def check_calibration_data(
     records: ExitRecords, training_index: Any | None = None, allow_missing_classes: bool = False
-) -> None:
-    """Refuses records that nothing that reads classes should be fitted on.
+) -> ExitRecords:
+    """Checks that records of classes are suitable for a fit: held out, large enough, all classes present.
+
+    Returns:
+        The records with each sample index once, see :func:`distinct_samples`.
 
     Raises:
         ConfigError: They are of a regression.
@@ -301,7 +342,7 @@ def check_calibration_data(
     check_kind(records)
     check_flag("allow_missing_classes", allow_missing_classes)
     records.require_classes("a calibrator, a threshold search or a policy for classes")
-    check_held_out(records, training_index)
+    records = check_held_out(records, training_index)
     counts = torch.bincount(records.labels, minlength=records.num_classes)
     missing = (counts == 0).nonzero().flatten().tolist()
     if missing and not allow_missing_classes:
@@ -310,14 +351,18 @@ def check_calibration_data(
             f"{f' ({len(missing)} of {records.num_classes} have none)' if len(missing) > 1 else ''}: collect more, or"
             " pass allow_missing_classes=True"
         )
+    return records
 
 
-def check_held_out(records: ExitRecords, training_index: Any | None = None) -> None:
-    """Refuses records that nothing should be fitted on, whatever they hold.
+def check_held_out(records: ExitRecords, training_index: Any | None = None) -> ExitRecords:
+    """Checks that records, of classes or real numbers, are held out and large enough for a fit.
 
     Args:
         records: Of classes or real numbers.
         training_index: Numbers of the samples that were trained on, where known.
+
+    Returns:
+        The records with each sample index once, see :func:`distinct_samples`.
 
     Raises:
         DataError: They overlap training data, or are fewer than ``MIN_SAMPLES``.
@@ -338,8 +383,54 @@ def check_held_out(records: ExitRecords, training_index: Any | None = None) -> N
                 f"{int(seen.sum())} of {records.num_samples} samples were trained on (index"
                 f" {', '.join(map(str, first))}{more}): leave them out of the data, or with records.select(...)"
             )
+    records = distinct_samples(records)
     if records.num_samples < MIN_SAMPLES:
         raise DataError(f"{records.num_samples} samples are too few to calibrate on: at least {MIN_SAMPLES} are needed")
+    return records
+
+
+def distinct_samples(records: ExitRecords) -> ExitRecords:
+    """Returns records with each sample index once: copies of a sample are no independent samples.
+
+    The first row of each index is kept, and a :class:`~erde_hub.errors.RepeatedSamplesWarning` gives the number of the
+    others. Rows with equal logits under different indices are kept: they may be copies, or different samples that look
+    alike to the model; the warning gives their number too.
+    """
+    order = records.index.argsort(stable=True)
+    ordered = records.index[order]
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    repeated = records.num_samples - int(first.sum())
+    if repeated:
+        index = [int(i) for i in ordered[~first].unique()[:_NAMED]]
+        warnings.warn(
+            f"{repeated} of {records.num_samples} rows repeat a sample index (such as {', '.join(map(str, index))}):"
+            f" each sample counts once, so that {int(first.sum())} are used",
+            RepeatedSamplesWarning,
+            stacklevel=3,
+        )
+        records = records.select(order[first].sort().values)
+    equal = records.num_samples - len(_row_hashes(records.logits).unique())
+    if equal:
+        warnings.warn(
+            f"{equal} of {records.num_samples} samples have exactly the logits of another sample under a different"
+            " index: if they are copies, they count more than once, and guarantees look better than they are",
+            RepeatedSamplesWarning,
+            stacklevel=3,
+        )
+    return records
+
+
+def _row_hashes(logits: Tensor) -> Tensor:
+    """Returns one integer per sample, equal for equal float32 logits of all exits: (E, N, K) to (N,) int64."""
+    exits, samples, classes = logits.shape
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (exits, 1, classes), generator=generator) * 2 + 1
+    parts = []
+    for rows in row_chunks(samples, exits * classes):
+        bits = logits[:, rows].contiguous().view(torch.int32).long()
+        parts.append((bits * factors).sum((0, 2)))  # integers wrap around, so that the order of the sum is immaterial
+    return torch.cat(parts)
 
 
 def _sample_numbers(training_index: Any) -> Tensor:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError, RecordsError, ShapeError
-
-if TYPE_CHECKING:
-    from erde_hub.records import ExitRecords
-
-#: Rows that are calibrated at a time where records are.
-_ROWS = 4096
+from erde_hub.records import ExitRecords, row_chunks
 
 
 class Calibrator(nn.Module):
@@ -84,8 +79,7 @@ class Calibrator(nn.Module):
                 " features=True)"
             )
         parts = []
-        for start in range(0, logits.shape[1], _ROWS):
-            rows = slice(start, start + _ROWS)
+        for rows in row_chunks(logits.shape[1], len(logits) * logits.shape[2]):
             state: list[Tensor] = []
             exits = [
                 self(e, logits[e, rows].float(), None if features is None else features[e][rows], state)

@@ -129,7 +129,7 @@ class LaplaceCalibrator(Calibrator):
             ConfigError: A prior variance, temperature or number that is not positive.
             InputTypeError: An argument of another type.
         """
-        check_fit_data(cls.fit, records, checks)
+        records = check_fit_data(cls.fit, records, checks)
         source = records if training_records is None else training_records
         check_kind(source, "training_records")
         if records.features is None or source.features is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from erde_hub.records import check_fit_data
 
 from .base import Calibrator, log_of
-from .temperature import TEMPERATURES, check_temperatures, nlpd
+from .temperature import TEMPERATURES, check_temperatures, label_log_probs
 
 if TYPE_CHECKING:
     from erde_hub.records import ExitRecords
@@ -50,7 +50,7 @@ class MIECalibrator(Calibrator):
             grid: Temperatures to choose from; None leaves all at 1, as published without Laplace.
             **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
         """
-        check_fit_data(cls.fit, records, checks)
+        records = check_fit_data(cls.fit, records, checks)
         found = cls(records.num_exits)
         found.weight.copy_(ensemble_weights(records.cumulative_macs))
         if grid is not None:
@@ -89,11 +89,12 @@ def ensemble_temperatures(
         of each exit at each value of the grid (E, values), both float64.
     """
     values = check_temperatures(grid)
-    chosen, scores, total = [], [], torch.zeros_like(logits[0], dtype=torch.float64)
-    for e, exit_logits in enumerate(logits.double()):
+    chosen, scores = [], []
+    total = torch.zeros(len(labels), dtype=torch.float64)  # weighted probability of the label so far
+    for e, exit_logits in enumerate(logits):
         norm = weight[: e + 1].double().sum()
-        sums = [total + weight[e].double() * (exit_logits / t).softmax(-1) for t in values]
-        scores.append(torch.stack([nlpd(log_of(own / norm), labels) for own in sums]))
+        sums = [total + weight[e].double() * label_log_probs(exit_logits, labels, t).exp() for t in values]
+        scores.append(torch.stack([-log_of(own / norm).mean() for own in sums]))
         best = int(scores[-1].argmin())
         chosen.append(values[best])
         total = sums[best]

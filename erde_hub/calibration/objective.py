@@ -1,23 +1,19 @@
-"""What is asked of a search for thresholds, checked before any time is spent."""
+"""What a threshold is chosen for: the cheapest choice under a bound on a loss, or the best one under a budget."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from erde_hub._arguments import check_choice, plain_numbers
-from erde_hub.errors import ConfigError, RecordsError, ThresholdError
+from erde_hub.errors import ConfigError, ThresholdError
 from erde_hub.policies import ExitPolicy
-from erde_hub.records import check_calibration_data
 
 from .choice import METHODS, check_confidence, describe_bound
-
-if TYPE_CHECKING:
-    from erde_hub.records import ExitRecords
 
 #: Targets that bound a cost instead of a loss.
 BUDGETS = ("mean_macs", "mean_milliseconds")
@@ -25,8 +21,75 @@ BUDGETS = ("mean_macs", "mean_milliseconds")
 BINARY = ("accuracy_drop", "disagreement")
 
 
-def read_target(targets: dict[str, float | None]) -> tuple[str, float]:
-    """Returns name and value of the one target that is given."""
+@dataclass(frozen=True)
+class Objective:
+    """One target and its bound; it says which of several operating points is the best.
+
+    Attributes:
+        target: What is bounded: a key of :data:`~erde_hub.calibration.choice.TARGETS`.
+        bound: Highest value allowed, in the unit of the target.
+    """
+
+    target: str
+    bound: float
+
+    @property
+    def is_budget(self) -> bool:
+        """The target is a cost."""
+        return self.target in BUDGETS
+
+    @property
+    def counts_samples(self) -> bool:
+        """The loss of a sample is -1, 0 or 1."""
+        return self.target in BINARY
+
+    @property
+    def scale(self) -> float:
+        """Losses are divided by this number, so that they lie in [-1, 1]."""
+        return 2.0 if self.target == "brier_increase" else 1.0
+
+    @property
+    def loss_bound(self) -> float:
+        """The bound on the losses in [-1, 1]."""
+        return self.bound / self.scale
+
+    def rank(self, loss: Tensor, cost: Tensor) -> Tensor:
+        """Returns a number per operating point; the best point has the smallest, points above the bound infinity.
+
+        Under a bound on the loss the cheapest point is the best, among equally cheap points the one with the smallest
+        loss. Under a budget the point with the smallest loss is the best, among equal ones the cheapest.
+
+        Args:
+            loss: Mean losses in [-1, 1].
+            cost: Mean costs.
+
+        Shape:
+            loss, cost: the same. Returns the same.
+        """
+        if self.is_budget:
+            return torch.where(cost <= self.bound * (1 + 1e-12), loss + 1e-9 * cost, math.inf)
+        return torch.where(loss <= self.loss_bound + 1e-12, cost + 1e-9 * loss, math.inf)
+
+
+def under_loss(bound: float, target: str = "accuracy_drop") -> Objective:
+    """Returns the objective of the smallest cost with a mean loss of at most ``bound``."""
+    return Objective(target, bound)
+
+
+def under_budget(budget: float, target: str = "mean_macs") -> Objective:
+    """Returns the objective of the smallest loss with a mean cost of at most ``budget``."""
+    return Objective(target, budget)
+
+
+def read_objective(targets: Mapping[str, float | None]) -> Objective:
+    """Returns the objective of the one target that is given.
+
+    Args:
+        targets: The bound of each target, None for those that are not given.
+
+    Raises:
+        ConfigError: None or several targets are given, or a bound is negative, not finite or too high.
+    """
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         names = ", ".join(f"max_{name}" for name in targets)
@@ -37,33 +100,35 @@ def read_target(targets: dict[str, float | None]) -> tuple[str, float]:
     highest = {"accuracy_drop": 1, "disagreement": 1, "brier_increase": 2}.get(name, math.inf)
     if bound >= highest:
         raise ConfigError(f"max_{name} must be below {highest}, got {bound!r}: it is a fraction, 0.01 is one point")
-    return name, float(bound)
+    return Objective(name, float(bound))
 
 
-def read_costs(
-    cumulative_macs: Sequence[int], milliseconds: Sequence[float] | None, target: str, bound: float
-) -> Tensor:
-    """Returns the cost of each exit, (E,) float64, in the unit of the target; a budget must pay for the cheapest."""
-    times = read_milliseconds(milliseconds, target)
+def read_costs(cumulative_macs: Sequence[int], milliseconds: Sequence[float] | None, objective: Objective) -> Tensor:
+    """Returns the cost of each exit, (E,) float64, in milliseconds where they are given, otherwise in MACs.
+
+    Raises:
+        ConfigError: The times do not fit, or the budget is below the cost of the cheapest exit.
+    """
+    times = read_milliseconds(milliseconds, objective)
     exits = len(cumulative_macs)
     if times is not None and len(times) != exits:
         raise ConfigError(
             f"exit_milliseconds must be {exits} positive times, one per exit, the last one included, got {milliseconds}"
         )
     costs = torch.tensor(cumulative_macs if times is None else times, dtype=torch.float64)
-    if target in BUDGETS and bound < float(costs.min()):
-        given, least = describe_bound(target, bound), describe_bound(target, float(costs.min()))
+    if objective.is_budget and objective.bound < float(costs.min()):
+        given, least = (describe_bound(objective.target, value) for value in (objective.bound, float(costs.min())))
         raise ConfigError(f"a budget of {given} is below the cheapest exit's cost, {least}")
     return costs
 
 
-def read_milliseconds(milliseconds: Sequence[float] | None, target: str) -> list[float] | None:
-    """Returns the times of the exits if there are any: what can be checked before the exits are known."""
+def read_milliseconds(milliseconds: Sequence[float] | None, objective: Objective) -> list[float] | None:
+    """Returns the times of the exits, None without; checks what can be checked before the exits are known."""
     if milliseconds is None:
-        if target == "mean_milliseconds":
+        if objective.target == "mean_milliseconds":
             raise ConfigError("max_mean_milliseconds needs exit_milliseconds: the measured time of each exit")
         return None
-    if target == "mean_macs":
+    if objective.target == "mean_macs":
         raise ConfigError("max_mean_macs counts MACs and takes no exit_milliseconds: use max_mean_milliseconds")
     times = plain_numbers(milliseconds)
     if times is None or any(not math.isfinite(value) or value <= 0 for value in times):
@@ -73,22 +138,22 @@ def read_milliseconds(milliseconds: Sequence[float] | None, target: str) -> list
     return times
 
 
-def read_method(method: str | None, confidence: float | None, target: str) -> str:
-    """Returns the method, which is ``search`` without a confidence and ``ltt`` with one where none is named."""
+def read_method(method: str | None, confidence: float | None, objective: Objective) -> str:
+    """Returns the method: the one that is named, otherwise ``search`` without a confidence and ``ltt`` with one."""
     if method is not None:
         check_choice("method", method, list(METHODS))
     if confidence is not None:
         check_confidence(confidence)
     chosen = method or ("search" if confidence is None else "ltt")
-    if target in BUDGETS and chosen != "search":
+    if objective.is_budget and chosen != "search":
         given = [] if confidence is None else [f"confidence {confidence}"]
         given += [] if method is None else [f"method {method!r}"]
         raise ConfigError(
-            f"max_{target} is a budget, of which nothing is promised: leave {' and '.join(given)} out; the mean cost on"
-            " the records is reported"
+            f"max_{objective.target} is a budget, which has no guarantee: leave {' and '.join(given)} out; the mean cost"
+            " on the records is reported"
         )
-    if chosen == "exact" and target not in BINARY:
-        raise ConfigError(f"method 'exact' counts samples, which max_{target} does not: use 'ltt' or 'ucb'")
+    if chosen == "exact" and not objective.counts_samples:
+        raise ConfigError(f"method 'exact' counts samples, which max_{objective.target} does not: use 'ltt' or 'ucb'")
     if chosen in ("ltt", "exact", "ucb") and confidence is None:
         raise ConfigError(f"method {chosen!r} needs a confidence, such as 0.9")
     if chosen in ("search", "crc") and confidence is not None:
@@ -97,7 +162,7 @@ def read_method(method: str | None, confidence: float | None, target: str) -> st
 
 
 def read_candidates(candidates: Sequence[float], policy: ExitPolicy, early: int) -> list[float]:
-    """Returns the candidates as thresholds that the policy takes, with one where nobody leaves among them."""
+    """Returns the candidates as thresholds that the policy takes; one at which no sample exits early is added."""
     given = plain_numbers(candidates)
     if given is None:
         raise ThresholdError(f"candidates must be thresholds, such as [0.1, 0.2], got {candidates!r:.80}")
@@ -112,17 +177,3 @@ def check_has_threshold(policy: type[ExitPolicy]) -> None:
     """Raises :class:`ThresholdError` where there is nothing to choose."""
     if not policy.uses_threshold:
         raise ThresholdError(f"{policy.__name__} has no threshold to choose: take entropy, confidence or margin")
-
-
-def check_records(
-    records: ExitRecords, policy: ExitPolicy, training_index: Any | None, allow_missing_classes: bool
-) -> None:
-    """Refuses records and policies between which there is nothing to choose, and :func:`check_calibration_data`."""
-    if records.num_exits == 1:
-        raise RecordsError("the records have no early exit, so there is no threshold to choose")
-    check_has_threshold(type(policy))
-    if policy.uses_features:
-        raise ConfigError(
-            f"{type(policy).__name__} is for real numbers and reads no probabilities: take another policy"
-        )
-    check_calibration_data(records, training_index, allow_missing_classes)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -33,21 +32,15 @@ def hoeffding_bentkus_p_values(means: Tensor, samples: int, bound: float, binary
         Bates et al., Distribution-free, risk-controlling prediction sets, 2021, arXiv 2101.02703; Angelopoulos et al.,
         Learn then test, 2021, arXiv 2110.01052, section 3.2. Deviations: none.
     """
+    from scipy.stats import binom  # noqa: PLC0415 - takes a second to import
+
     means = means.double()
     low = means.clamp(max=bound)
     divergence = torch.special.xlogy(low, low / bound) + torch.special.xlogy(1 - low, (1 - low) / (1 - bound))
     hoeffding = (-samples * divergence).exp()
     count = (samples * means - 1e-9).ceil().clamp(0, samples).long()  # a mean times n is whole up to rounding
-    bentkus = _binomial_cdf(samples, bound)[count] * (1.0 if binary else math.e)
+    bentkus = torch.from_numpy(binom.cdf(count.numpy(), samples, bound)) * (1.0 if binary else math.e)
     return torch.minimum(hoeffding, bentkus)
-
-
-def _binomial_cdf(samples: int, share: float) -> Tensor:
-    """P(Bin(n, share) <= k) for every k of 0 to n."""
-    k = torch.arange(samples + 1, dtype=torch.float64)
-    log_choose = math.lgamma(samples + 1) - torch.lgamma(k + 1) - torch.lgamma(samples - k + 1)
-    log_mass = log_choose + k * math.log(share) + (samples - k) * math.log1p(-share)
-    return log_mass.exp().cumsum(0).clamp(max=1.0)
 
 
 def betting_p_values(losses: Tensor, bound: float, weights: Tensor | None = None) -> Tensor:
@@ -105,8 +98,8 @@ def difference_p_value(lost: int, won: int, samples: int, bound: float, level: f
         return 1.0
     score = max((lost - won - samples * bound) / float(_deviation(torch.tensor(lost + won), samples, bound)), _LOWEST)
     missed = min(_NUISANCE_LEVEL, level / 50)
-    highest = min(_upper_share(won, samples, missed / 2), (1 - bound) / 2)
-    lowest = min(_upper_share(won - 1, samples, 1 - missed / 2), highest) if won else 0.0  # the lower limit
+    highest = min(_upper_limit(won, samples, missed / 2), (1 - bound) / 2)
+    lowest = min(_upper_limit(won - 1, samples, 1 - missed / 2), highest) if won else 0.0  # the lower limit
     wins = torch.linspace(lowest, highest, 16, dtype=torch.float64)
     return min(1.0, missed + float(_tails(score, samples, bound, wins).max()))
 
@@ -136,14 +129,15 @@ class AcceptanceRegion:
 
     def _most_losses(self, won: int) -> int:
         """The most losses that are accepted beside some wins, -1 if none; looked for around a normal test's answer."""
+        from scipy.stats import norm  # noqa: PLC0415
 
         def accepted(lost: int) -> bool:
             return difference_p_value(lost, won, self.samples, self.bound, self.level) <= self.level
 
-        expected, lost = self.samples * self.bound, float(won)
+        expected, lost, quantile = self.samples * self.bound, float(won), float(norm.ppf(self.level))
         for _ in range(4):
             variance = max(lost + won, expected) - expected * self.bound
-            lost = won + expected + statistics.NormalDist().inv_cdf(self.level) * variance**0.5
+            lost = won + expected + quantile * variance**0.5
         low = high = max(int(lost), 0)
         step = 1
         if accepted(low):
@@ -172,17 +166,11 @@ _NUISANCE_LEVEL = 0.002
 _LOWEST = -7.0
 
 
-def _upper_share(count: int, samples: int, level: float) -> float:
-    """Clopper and Pearson's upper confidence limit of a share."""
-    if count >= samples:
-        return 1.0
-    k = torch.arange(count + 1, dtype=torch.float64)
-    choose = math.lgamma(samples + 1) - torch.lgamma(k + 1) - torch.lgamma(samples - k + 1)
+def _upper_limit(count: int, samples: int, level: float) -> float:
+    """Clopper and Pearson's upper confidence limit of a probability, from ``count`` of so many samples."""
+    from scipy.stats import beta  # noqa: PLC0415
 
-    def p_value(share: float) -> float:
-        return float((choose + k * math.log(share) + (samples - k) * math.log1p(-share)).exp().sum())
-
-    return smallest_bound(p_value, level, 1e-12)
+    return 1.0 if count >= samples else float(beta.ppf(1 - level, count + 1, samples - count))
 
 
 def _deviation(differing: Tensor, samples: int, bound: float) -> Tensor:
@@ -213,13 +201,11 @@ def _tails(score: float, samples: int, bound: float, wins: Tensor) -> Tensor:
     return (_masses(torch.tensor(float(samples), dtype=torch.float64), m, some) * at_most_k).sum(1)
 
 
-def _masses(trials: Tensor, count: Tensor, share: Tensor) -> Tensor:
+def _masses(trials: Tensor, count: Tensor, probability: Tensor) -> Tensor:
     """Binomial probabilities; 0 outside 0 to the number of trials."""
-    inside = (count >= 0) & (count <= trials)
-    c = torch.where(inside, count, 0.0)
-    log_mass = torch.lgamma(trials + 1) - torch.lgamma(c + 1) - torch.lgamma(trials - c + 1)
-    log_mass = log_mass + torch.special.xlogy(c, share) + torch.special.xlog1py(trials - c, -share)
-    return torch.where(inside, log_mass.exp(), 0.0)
+    from scipy.stats import binom  # noqa: PLC0415
+
+    return torch.from_numpy(binom.pmf(count.numpy(), trials.numpy(), probability.numpy()))
 
 
 def smallest_bound(p_value: Callable[[float], float], level: float, low: float) -> float:

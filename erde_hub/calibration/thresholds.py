@@ -1,34 +1,38 @@
-"""Choosing thresholds from records: for a budget, or for a bound on what leaving early may lose."""
+"""Choosing thresholds from records: an objective gives candidates, a test accepts some of them, a choice comes out."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from erde_hub._arguments import check_flag
-from erde_hub.errors import ConfigError
+from erde_hub.errors import ConfigError, RecordsError
 from erde_hub.policies import ExitPolicy, as_policy, policy_name
-from erde_hub.policies.recorded import exit_indices, score_exits
-from erde_hub.records import check_kind
+from erde_hub.records import ExitRecords, check_calibration_data, check_kind
 
 from .choice import ThresholdChoice, describe_bound, samples_without_loss
-from .guarantees import candidate_losses, candidate_sums, certify, certify_sums, reads_sums, supported_bound
-from .objective import BINARY, BUDGETS, check_records, read_candidates, read_costs, read_method, read_target
-from .search import Wish, at_most, best_on_grid, best_per_exit, shared_curve, within
-from .threshold_path import STEPS, find_factors, walk
+from .guarantees import LossTest, candidate_losses, candidate_sums
+from .objective import (
+    Objective,
+    check_has_threshold,
+    read_candidates,
+    read_costs,
+    read_method,
+    read_objective,
+)
+from .outcomes import ExitOutcomes, expected_losses
+from .search import best_on_grids, best_per_exit, shared_curve
+from .threshold_path import STEPS, fit_exit_speeds, threshold_path
 
-if TYPE_CHECKING:
-    from erde_hub.records import ExitRecords
-
-#: Share of the samples that finds the candidates of a per-exit search with a guarantee, and the seed of that split.
-_FINDING, _SPLIT_SEED = 0.2, 0
+#: Share of the samples that the speeds of a path per exit are fitted on, and the seed of that split.
+_FITTING, _SPLIT_SEED = 0.2, 0
 #: Tested samples times bound from which the exact test of the difference is sharper than that of the losses alone.
 _MANY = 5
-#: Steps of a walk whose samples need not be kept apart: fine ones end nearer to what the samples support.
+#: Steps of a path whose samples need not be kept apart: fine ones end nearer to what the samples support.
 _FINE_STEPS = 4 * STEPS
 
 
@@ -51,17 +55,19 @@ def choose_threshold(
 ) -> ThresholdChoice:
     """Chooses the threshold, or one per early exit, that saves most within a bound or loses least within a budget.
 
-    Exactly one of the ``max_`` arguments says what is wanted. Without ``confidence`` the choice is the best on the
-    records: over every shared threshold that makes a difference, or over all combinations of one per exit (quantiles,
-    refined around the best; from eight exits on a pruned search). Nothing is promised for other samples, and on few
-    samples the bound is easily exceeded on new ones.
+    Exactly one of the ``max_`` arguments is given. Without ``confidence`` the choice is the best on the records: over
+    every shared threshold that makes a difference, or over combinations of one per exit (quantiles, refined around the
+    best; a pruned search with more than six early exits). There is no guarantee for other samples, and on few samples
+    the bound is easily exceeded on new ones.
 
     With ``confidence`` the bound holds for new samples of the same kind with that probability over the draw of the
-    calibration samples. Candidates are tested from nobody leaving to everybody, and the last one before the first that
-    fails is taken. A shared threshold walks along the policy's own grid, which no data have touched; one per exit
-    walks along the same grid at a speed of its own for each exit; the speeds are found on a fifth of the samples, and
-    the walk is tested on the others. Where the samples cannot support what is asked, nobody leaves, and the report says
-    what is missing.
+    calibration samples. Candidates are tested in order, from no early exit to all, and the last one before the first
+    that fails is taken. Candidates for a shared threshold are the policy's own grid, which does not depend on the
+    data. Candidates for one threshold per exit move along the same grid with a speed per exit; the speeds are fitted on
+    a fifth of the samples, and the candidates are tested on the others. Where the samples cannot support the request,
+    no sample exits early, and the report says what is missing.
+
+    A sample index that occurs more than once in the records counts once, with a warning.
 
     Args:
         records: Of held-out data, calibrated if the model has a calibrator.
@@ -71,18 +77,17 @@ def choose_threshold(
         max_brier_increase: How much the Brier score (0 to 2) may exceed the last exit's.
         max_mean_macs: Budget of mean multiply-accumulates per sample.
         max_mean_milliseconds: Budget of mean time per sample; needs ``exit_milliseconds``.
-        exit_milliseconds: Measured time of a sample that leaves at each exit, last exit included. With a bound on a
-            loss it replaces MACs as what is saved.
+        exit_milliseconds: Measured time of a sample that takes each exit, last exit included. With a bound on a loss
+            it replaces MACs as what is saved.
         per_exit: One threshold per early exit in place of a shared one.
-        confidence: In (0, 1). It speaks of other samples than those that a calibrator or a learned policy were fitted
-            on: leave these out of the records (``calibrate.py`` does).
-        method: ``ltt`` tests the share of samples that lose, gains not counted, so that a bound of 0.01 holds for them
-            alone; ``exact`` tests losses minus gains; ``ucb`` does the same by betting, for losses that are no counts
-            too; ``crc`` bounds the loss on average over calibration sets and takes no confidence. None with a
-            confidence: ``exact`` where the bound times the tested samples is at least 5 and the losses are counts,
-            otherwise ``ltt``; the number of samples decides, never what they show.
-        candidates: Thresholds to choose from, in place of all; they must not come from these records where a
-            confidence is asked for.
+        confidence: In (0, 1). The records must not hold samples that a calibrator or a learned policy were fitted on
+            (``calibrate.py`` leaves them out).
+        method: ``ltt`` tests the share of samples that lose and does not count gains; ``exact`` tests losses minus
+            gains; ``ucb`` tests the same by betting, also for losses that are no counts; ``crc`` bounds the mean loss
+            over calibration sets and takes no confidence. None with a confidence: ``exact`` where the bound times the
+            tested samples is at least 5 and the losses are counts, otherwise ``ltt``; the number of samples decides,
+            not what they show.
+        candidates: Thresholds to choose from; None allows all. With a confidence they must not come from these records.
         training_index: Sample indices that the model was trained on, of the same data set; none may be in the records.
         allow_missing_classes: Go on where a class has no sample.
 
@@ -96,159 +101,150 @@ def choose_threshold(
 
     References:
         Laufer-Goldshtein et al., Efficiently controlling multiple risks with Pareto testing, 2023, arXiv 2210.07913,
-        for finding the order of per-exit candidates on a part of the data. Deviations: the order is one of few walks,
-        which a fifth of the data finds, in place of a front over all combinations.
+        for finding the order of per-exit candidates on a part of the data. Deviations: the order is one of few paths,
+        fitted on a fifth of the data, in place of a front over all combinations.
     """
-    targets = {
-        "accuracy_drop": max_accuracy_drop,
-        "disagreement": max_disagreement,
-        "brier_increase": max_brier_increase,
-        "mean_macs": max_mean_macs,
-        "mean_milliseconds": max_mean_milliseconds,
-    }
     check_kind(records)
     policy = as_policy(policy)
-    target, bound = read_target(targets)
+    objective = read_objective(
+        {
+            "accuracy_drop": max_accuracy_drop,
+            "disagreement": max_disagreement,
+            "brier_increase": max_brier_increase,
+            "mean_macs": max_mean_macs,
+            "mean_milliseconds": max_mean_milliseconds,
+        }
+    )
     check_flag("per_exit", per_exit)
-    costs = read_costs(records.cumulative_macs, exit_milliseconds, target, bound)
-    tested = records.num_samples - (int(_FINDING * records.num_samples) if per_exit else 0)
-    if method is None and confidence is not None and target in BINARY:
-        method = "exact" if tested * bound >= _MANY else "ltt"
-    method = read_method(method, confidence, target)
-    check_records(records, policy, training_index, allow_missing_classes)
-    early = records.num_exits - 1
-    scores = score_exits(records.logits, policy)
-    losses, scale = exit_losses(records.logits, records.labels, target)
-    wish = within(bound) if target in BUDGETS else at_most(bound / scale)
-    grid = None if candidates is None else read_candidates(candidates, policy, early)
-    if method != "search" and bound == 0:
-        thresholds, tested, upper = [policy.never_threshold] * early, records.num_samples, None
-    elif method == "search":
-        thresholds = _search(scores, losses, costs, policy, wish, per_exit, grid)
-        tested, upper = records.num_samples, None
+    costs = read_costs(records.cumulative_macs, exit_milliseconds, objective)
+    requested = read_method(method, confidence, objective)
+    _check_policy(records, policy)
+    records = check_calibration_data(records, training_index, allow_missing_classes)
+    grid = None if candidates is None else read_candidates(candidates, policy, records.num_exits - 1)
+    outcomes = ExitOutcomes.of(records, policy, objective, costs)
+    if requested == "search":
+        found = _Found(_best_thresholds(outcomes, objective, per_exit, grid), len(records))
+        return _report(records, outcomes, objective, found, None, per_exit)
+    rows = _split(len(records), per_exit)
+    if method is None and objective.counts_samples and len(rows[1]) * objective.bound >= _MANY:
+        requested = "exact"  # the number of samples decides, not what they show
+    test = LossTest(requested, confidence, outcomes.binary)
+    if objective.bound == 0:
+        found = _Found([policy.never_threshold] * outcomes.early, len(records))
     else:
-        thresholds, tested, upper = _guaranteed(
-            scores, losses, costs, policy, bound / scale, confidence, method, per_exit, grid, records.num_classes,
-            expected_losses(records.logits) if per_exit and target == "accuracy_drop" else None,
-        )  # fmt: skip
-    return _report(
-        records, scores, losses, costs, policy, thresholds,
-        target=target, bound=bound, scale=scale, confidence=confidence, method=method, per_exit=per_exit,
-        tested=tested, upper_bound=None if upper is None else upper * scale,
-        timed=exit_milliseconds is not None,
-    )  # fmt: skip
+        path = _candidate_path(records, outcomes, objective, test, per_exit, grid, rows[0])
+        found = _last_supported(outcomes.select(rows[1]), path, test, objective)
+    return _report(records, outcomes, objective, found, test, per_exit)
 
 
-def exit_losses(logits: Tensor, labels: Tensor, target: str) -> tuple[Tensor, float]:
-    """What leaving at each exit loses against the last one, per sample, divided by a scale so that it is in [-1, 1].
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Thresholds of the early exits, on how many samples their guarantee rests, and the smallest bound they support."""
 
-    Shape:
-        logits: (E, N, K). labels: (N,). Returns (E, N) float64, the last row 0, and the scale.
-    """
-    if target == "brier_increase":
-        parts = []
-        for exit_logits in logits:
-            probs = exit_logits.double().softmax(-1)
-            parts.append(probs.square().sum(-1) - 2 * probs.gather(1, labels[:, None])[:, 0])
-        brier = torch.stack(parts)
-        return (brier - brier[-1]) / 2, 2.0
-    answers = logits.argmax(-1)
-    wrong = (answers != (answers[-1] if target == "disagreement" else labels)).double()
-    return wrong - wrong[-1], 1.0
+    thresholds: list[float]
+    tested: int
+    supported_bound: float | None = None
 
 
-def expected_losses(logits: Tensor) -> Tensor:
-    """The accuracy that leaving at each exit loses if the last exit's probabilities are right; every sample tells some.
+def _check_policy(records: ExitRecords, policy: ExitPolicy) -> None:
+    """Refuses records without early exits and policies without a threshold for them."""
+    if records.num_exits == 1:
+        raise RecordsError("the records have no early exit, so there is no threshold to choose")
+    check_has_threshold(type(policy))
+    if policy.uses_features:
+        raise ConfigError(
+            f"{type(policy).__name__} is for real numbers and reads no probabilities: take another policy"
+        )
 
-    Shape:
-        logits: (E, N, K). Returns (E, N) float64 in [0, 1], the last row 0.
-    """
-    probs, answers = logits[-1].double().softmax(-1), logits.argmax(-1)
-    believed = torch.stack([probs.gather(1, answer[:, None])[:, 0] for answer in answers])
-    return believed[-1] - believed
 
-
-def _search(
-    scores: Tensor,
-    losses: Tensor,
-    costs: Tensor,
-    policy: ExitPolicy,
-    wish: Wish,
-    per_exit: bool,
-    grid: list[float] | None,
-) -> list[float]:
-    """The best thresholds on the records, one per exit."""
-    ranks, early = _ranks(scores, policy), len(scores)
-    if grid is not None:
-        if per_exit:
-            # The level of a threshold: the lowest score that passes it. Others that share it act alike.
-            levels = [
-                torch.tensor([_level(ranks[e], scores[e], policy, t) for t in grid]).double() for e in range(early)
-            ]
-            best = best_on_grid(ranks, losses, costs, [level.unique().flip(0) for level in levels], wish)
-            return [grid[int((levels[e] == best.levels[e]).nonzero()[0, 0])] for e in range(early)]
-        index = torch.stack([exit_indices(scores, policy, [t] * early) for t in grid])
-        loss = torch.stack([losses.gather(0, i[None])[0].mean() for i in index])
-        return [grid[int(wish(loss, costs[index].mean(1)).argmin())]] * early
-    levels_, loss, cost = shared_curve(ranks, losses, costs)
-    shared = float(levels_[int(wish(loss, cost).argmin())])
+def _split(samples: int, per_exit: bool) -> tuple[Tensor, Tensor]:
+    """Returns the rows that fit the speeds of a path per exit, none for a shared threshold, and those that test it."""
     if not per_exit:
-        return [_threshold(policy, ranks, shared)] * early
-    best = best_per_exit(ranks, losses, costs, wish, [shared] * early)
-    return [_threshold(policy, ranks[e], level) for e, level in enumerate(best.levels)]
+        return torch.arange(0), torch.arange(samples)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    return order[: int(_FITTING * samples)], order[int(_FITTING * samples) :]
 
 
-def _guaranteed(
-    scores: Tensor,
-    losses: Tensor,
-    costs: Tensor,
-    policy: ExitPolicy,
-    bound: float,
-    confidence: float | None,
-    method: str,
+def _best_thresholds(
+    outcomes: ExitOutcomes, objective: Objective, per_exit: bool, grid: list[float] | None
+) -> list[float]:
+    """Returns the best thresholds on the records, one per early exit."""
+    if grid is not None:
+        return _best_candidates(outcomes, objective, per_exit, grid)
+    ranks, early = outcomes.ranks(), outcomes.early
+    levels, loss, cost = shared_curve(ranks, outcomes.losses, outcomes.costs)
+    shared = float(levels[int(objective.rank(loss, cost).argmin())])
+    if not per_exit:
+        return [outcomes.threshold_of(ranks, shared)] * early
+    best = best_per_exit(ranks, outcomes.losses, outcomes.costs, objective, [shared] * early)
+    return [outcomes.threshold_of(ranks[e], level) for e, level in enumerate(best.levels)]
+
+
+def _best_candidates(outcomes: ExitOutcomes, objective: Objective, per_exit: bool, grid: list[float]) -> list[float]:
+    """Returns the best thresholds of a grid, one per early exit."""
+    early = outcomes.early
+    loss = torch.stack([outcomes.losses_at([t] * early).mean() for t in grid])
+    cost = torch.stack([outcomes.costs[outcomes.route([t] * early)].mean() for t in grid])
+    shared = int(objective.rank(loss, cost).argmin())
+    if not per_exit:
+        return [grid[shared]] * early
+    ranks = outcomes.ranks()
+    levels = [torch.tensor([outcomes.level_of(e, ranks[e], t) for t in grid]).double() for e in range(early)]
+    grids = [level.unique().flip(0) for level in levels]  # thresholds that share a level act alike
+    start = [float(level[shared]) for level in levels]
+    best = best_on_grids(ranks, outcomes.losses, outcomes.costs, grids, objective, start)
+    return [grid[int((levels[e] == best.levels[e]).nonzero()[0, 0])] for e in range(early)]
+
+
+def _candidate_path(
+    records: ExitRecords,
+    outcomes: ExitOutcomes,
+    objective: Objective,
+    test: LossTest,
     per_exit: bool,
-    grid: list[float] | None,
-    classes: int,
-    expected: Tensor | None,
-) -> tuple[list[float], int, float | None]:
-    early, samples = scores.shape
-    part = torch.arange(samples)
-    free = grid is None
-    # In the order of the policy: nobody leaving first.
-    grid = policy.grid(classes, early) if grid is None else sorted(grid, reverse=policy.leaves_above)
+    candidates: list[float] | None,
+    fitting: Tensor,
+) -> list[list[float]]:
+    """Returns the candidates of a guarantee in the order of their tests, from no early exit to all."""
+    policy, early, free = outcomes.policy, outcomes.early, candidates is None
+    grid = (
+        policy.grid(records.num_classes, early)
+        if candidates is None
+        else sorted(candidates, reverse=policy.leaves_above)
+    )
     grid = [policy.never_threshold, *(threshold for threshold in grid if not policy.never_leaves(threshold))]
-    binary = bool((losses == losses.round()).all())
-    fine = reads_sums(method, binary)
-    steps = _FINE_STEPS if fine else STEPS
+    steps = _FINE_STEPS if test.reads_sums else STEPS
     if per_exit:
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(_SPLIT_SEED))
-        finding, part = order[: int(_FINDING * samples)], order[int(_FINDING * samples) :]
-        lost = losses[:, finding].clamp(min=0) if method in ("ltt", "crc") else losses[:, finding]
-        if expected is not None:
-            lost = _smoothed(lost, expected[:, finding])
-        factors = find_factors(scores[:, finding], lost, costs, policy, grid, bound, between=free)
-        path = walk(policy, grid, factors, free, steps)
-    elif free and fine and not policy.whole_thresholds:
-        path = walk(policy, grid, [1.0] * early, free, steps)
+        losses = outcomes.losses[:, fitting]
+        losses = losses.clamp(min=0) if test.method in ("ltt", "crc") else losses
+        if objective.target == "accuracy_drop":
+            losses = _smoothed(losses, expected_losses(records.logits[:, fitting]))
+        part = dataclasses.replace(outcomes.select(fitting), losses=losses)
+        speeds = fit_exit_speeds(part, grid, objective.loss_bound, between=free)
+        return threshold_path(policy, grid, speeds, free, steps)
+    if free and test.reads_sums and not policy.whole_thresholds:
+        return threshold_path(policy, grid, [1.0] * early, free, steps)
+    return [[threshold] * early for threshold in grid]
+
+
+def _last_supported(outcomes: ExitOutcomes, path: list[list[float]], test: LossTest, objective: Objective) -> _Found:
+    """Tests the candidates of a path in order and returns the last before the first that fails."""
+    bound = objective.loss_bound
+    if test.reads_sums:
+        index = test.last_accepted_of_sums(*candidate_sums(outcomes, path), outcomes.samples, bound)
+        table = candidate_losses(outcomes, path[index : index + 1])
     else:
-        path = [[threshold] * early for threshold in grid]
-    scores, losses = scores[:, part], losses[:, part]
-    if fine:
-        sums = candidate_sums(scores, losses, policy, path)
-        index = certify_sums(*sums, len(part), bound, confidence, method, binary)
-        table = candidate_losses(scores, losses, policy, path[index : index + 1])
-    else:
-        table = candidate_losses(scores, losses, policy, path)
-        index = certify(table, bound, confidence, method, binary)
+        table = candidate_losses(outcomes, path)
+        index = test.last_accepted(table, bound)
         table = table[: index + 1]
-    return path[index], len(part), supported_bound(table, confidence, method, binary)
+    return _Found(path[index], outcomes.samples, test.supported_bound(table) * objective.scale)
 
 
 def _smoothed(losses: Tensor, expected: Tensor) -> Tensor:
-    """Half of what samples lose and half of what they are expected to lose, brought to the same mean.
+    """Returns the mean of losses and expected losses, the latter scaled to the mean of the former.
 
-    Few samples lose anything; the expectation says of all others how near they are to it. Only the search of candidates
-    reads this, the test never does.
+    Few samples lose anything; the expectation shows how near the others are to a loss. Only the fit of the speeds reads
+    this; the test never does.
     """
     ratio = (losses[:-1].sum() / expected[:-1].sum().clamp(min=1e-12)).clamp(0.2, 5.0)
     return (losses + ratio * expected) / 2
@@ -256,146 +252,102 @@ def _smoothed(losses: Tensor, expected: Tensor) -> Tensor:
 
 def _report(
     records: ExitRecords,
-    scores: Tensor,
-    losses: Tensor,
-    costs: Tensor,
-    policy: ExitPolicy,
-    thresholds: list[float],
-    *,
-    target: str,
-    bound: float,
-    scale: float,
-    confidence: float | None,
-    method: str,
+    outcomes: ExitOutcomes,
+    objective: Objective,
+    found: _Found,
+    test: LossTest | None,
     per_exit: bool,
-    tested: int,
-    upper_bound: float | None,
-    timed: bool,
 ) -> ThresholdChoice:
-    index = exit_indices(scores, policy, thresholds)
-    never = bool((index == len(scores)).all())
+    thresholds, policy, costs = found.thresholds, outcomes.policy, outcomes.costs
+    index = outcomes.route(thresholds)
+    never = bool((index == outcomes.early).all())
     if never:  # a threshold that just does not reach any of these samples would be an accident
-        thresholds = [policy.never_threshold] * len(scores)
-    shares = torch.bincount(index, minlength=records.num_exits).double() / records.num_samples
+        thresholds = [policy.never_threshold] * outcomes.early
+    fractions = torch.bincount(index, minlength=records.num_exits).double() / len(records)
     macs = torch.tensor(records.cumulative_macs, dtype=torch.float64)
-    right = records.logits.argmax(-1) == records.labels
-    value = float(losses.gather(0, index[None]).mean()) * scale
-    saving = 1 - float(costs @ shares) / float(costs[-1])
-    possible = saving
-    if target in BUDGETS:
-        value = float(costs @ shares)
-        if value > bound * (1 + 1e-9):
-            raise ConfigError(
-                f"no threshold of the policy {policy_name(policy)!r} keeps a mean cost of"
-                f" {describe_bound(target, bound)} on these records: ask for more, or take another policy"
-            )
-    else:
-        _, loss, cost = shared_curve(_ranks(scores, policy), losses, costs)
-        cheapest = float(cost[loss <= bound / scale + 1e-12].min())
-        possible = max(saving, 1 - cheapest / float(costs[-1]))
+    correct = records.logits.argmax(-1) == records.labels
+    cost = float(costs @ fractions)
+    saving = 1 - cost / float(costs[-1])
+    possible = saving if objective.is_budget else max(saving, _possible_saving(outcomes, objective))
+    value = cost if objective.is_budget else float(outcomes.losses_at(thresholds).mean()) * objective.scale
+    if objective.is_budget and value > objective.bound * (1 + 1e-9):
+        raise ConfigError(
+            f"no threshold of the policy {policy_name(policy)!r} keeps a mean cost of"
+            f" {describe_bound(objective.target, objective.bound)} on these records: raise the budget, or take another"
+            " policy"
+        )
     return ThresholdChoice(
         threshold=thresholds if per_exit else thresholds[0],
         policy=policy_name(policy),
-        target=target,
-        bound=bound,
-        confidence=confidence,
-        method=method,
+        target=objective.target,
+        bound=objective.bound,
+        confidence=None if test is None else test.confidence,
+        method="search" if test is None else test.method,
         per_exit=per_exit,
-        samples=records.num_samples,
-        tested=tested,
+        samples=len(records),
+        tested=found.tested,
         value=value,
-        upper_bound=upper_bound,
-        accuracy=float(right.gather(0, index[None]).double().mean()),
-        full_accuracy=float(right[-1].double().mean()),
-        mean_macs=float(macs @ shares),
+        upper_bound=found.supported_bound,
+        accuracy=float(correct.gather(0, index[None]).double().mean()),
+        full_accuracy=float(correct[-1].double().mean()),
+        mean_macs=float(macs @ fractions),
         full_macs=records.cumulative_macs[-1],
         saving=saving,
         possible_saving=possible,
-        exit_share=shares.tolist(),
+        exit_share=fractions.tolist(),
         never_exits=never,
-        advice=_advice(never, method, bound / scale, confidence, records.num_samples, tested, saving, possible),
+        advice=_advice(objective, found.tested, len(records), test, never, saving, possible),
         dataset=records.info.get("dataset", ""),
         split=records.info.get("split", ""),
         fingerprint=records.fingerprint,
     )
 
 
+def _possible_saving(outcomes: ExitOutcomes, objective: Objective) -> float:
+    """Returns what the best shared threshold saves if the bound only has to hold on these samples."""
+    _, loss, cost = shared_curve(outcomes.ranks(), outcomes.losses, outcomes.costs)
+    cheapest = float(cost[loss <= objective.loss_bound + 1e-12].min())
+    return 1 - cheapest / float(outcomes.costs[-1])
+
+
 def _advice(
-    never: bool,
-    method: str,
-    bound: float,
-    confidence: float | None,
-    samples: int,
+    objective: Objective,
     tested: int,
+    samples: int,
+    test: LossTest | None,
+    never: bool,
     saving: float,
     possible: float,
 ) -> str:
     """Says what is missing, in one or two sentences."""
-    if method == "search":
-        return "Nobody leaves: no candidate keeps what was asked." if never else ""
-    needed = math.ceil(1 / max(bound, 1e-9)) - 1
-    if method != "crc" and 0 < bound < 1:
-        needed = samples_without_loss(bound, float(confidence or 0))
-        if method == "ucb":  # the wealth is spread over eight bets
-            needed = samples_without_loss(bound, 1 - (1 - float(confidence or 0)) / 8)
-    seen = (
-        f"On these {samples:,} samples a bolder threshold, which saves {100 * possible:.1f} %, keeps the bound, but so"
-        " few cannot show that it does on others too; with more, the promise comes nearer to that."
-    )
-    seen = seen if possible > saving + 0.005 else ""
-    if bound == 0:
-        return "Nobody leaves: a bound of 0 cannot be promised from any number of samples; give a positive one."
-    reason = ""
+    if test is None:
+        return "No sample exits early: no candidate meets the objective." if never else ""
+    if objective.bound == 0:
+        return "No sample exits early: no number of samples can guarantee a bound of 0; give a positive bound."
+    parts = []
+    needed = _needed_samples(objective.loss_bound, test)
     if never and tested < needed:
-        reason = (
-            f"Nobody leaves: even if no sample lost anything, {needed:,} are needed for this bound and confidence, and"
-            f" there are {tested:,}. Collect more, or ask for a wider bound or a lower confidence."
+        parts.append(
+            f"No sample exits early: even if no sample lost anything, {needed:,} are needed for this bound and"
+            f" confidence, and there are {tested:,}. Collect more, or give a wider bound or a lower confidence."
         )
     elif never:
-        reason = f"Nobody leaves: the most careful candidate loses too much on {tested:,} samples to promise the bound."
-    return " ".join(part for part in (reason, seen) if part)
+        parts.append(
+            f"No sample exits early: the most careful candidate loses too much on {tested:,} samples to guarantee the"
+            " bound."
+        )
+    if possible > saving + 0.005:
+        parts.append(
+            f"On these {samples:,} samples a bolder threshold, which saves {100 * possible:.1f} %, keeps the bound, but"
+            " so few samples cannot show that it does on others too; more samples bring the guaranteed saving nearer to"
+            " that."
+        )
+    return " ".join(parts)
 
 
-# Thresholds and ranks
-
-
-def _ranks(scores: Tensor, policy: ExitPolicy) -> Tensor:
-    """Scores turned so that larger ones leave first; those that no threshold lets leave are minus infinity."""
-    ranks = (scores if policy.leaves_above else -scores).double()
-    stuck = ranks.isnan()
-    if policy.leaves_above:
-        stuck |= ranks < policy.threshold_range[0]
-    return ranks.masked_fill(stuck, -math.inf)
-
-
-def _level(ranks: Tensor, scores: Tensor, policy: ExitPolicy, threshold: float) -> float:
-    """The lowest rank that leaves at a threshold; infinity if none does."""
-    if policy.never_leaves(threshold):
-        return math.inf
-    leaving = ranks[policy.compare(scores, threshold)]
-    return float(leaving.min()) if len(leaving) else math.inf
-
-
-def _threshold(policy: ExitPolicy, ranks: Tensor, level: float) -> float:
-    """A short threshold that lets exactly the ranks of at least ``level`` leave."""
-    if math.isinf(level):
-        return policy.never_threshold
-    if policy.whole_thresholds:
-        return float(level)
-    below = ranks[ranks < level]
-    following = float(below.max()) if len(below) else level - max(1e-4 * abs(level), 1e-6)
-    low, high = policy.threshold_range
-    if policy.leaves_above:  # leaves at score >= threshold: anything in (following, level]
-        return min(max(_short(following, level, level), low), high)
-    # leaves at score < threshold: anything in (-level, -following]
-    return min(max(_short(-level, -following, -following), low), high)
-
-
-def _short(low: float, high: float, otherwise: float) -> float:
-    """The shortest decimal strictly between two numbers, in float32 too, or ``otherwise``."""
-    middle = (low + high) / 2
-    for digits in range(2, 9):
-        value = float(f"{middle:.{digits}g}")
-        if low < value < high and low < float(torch.tensor(value)) < high:
-            return value
-    return otherwise
+def _needed_samples(bound: float, test: LossTest) -> int:
+    """Returns how many samples a test needs to accept anything, if none of them loses."""
+    if test.method == "crc" or not 0 < bound < 1:
+        return math.ceil(1 / max(bound, 1e-9)) - 1
+    level = test.level / 8 if test.method == "ucb" else test.level  # the wealth is spread over eight bets
+    return samples_without_loss(bound, 1 - level)

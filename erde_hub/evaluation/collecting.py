@@ -16,7 +16,7 @@ from erde_hub.engine.features import last_linears
 from erde_hub.engine.modes import evaluating
 from erde_hub.errors import ConfigError, DataError, InputTypeError, ShapeError
 from erde_hub.fingerprint import model_fingerprint
-from erde_hub.records import ExitRecords
+from erde_hub.records import UNLABELLED, ExitRecords
 from erde_hub.tasks import REGRESSION, check_targets
 
 #: Keyword inputs of the model that batches may hold; everything else in a batch is left alone.
@@ -34,6 +34,7 @@ def collect_exit_records(
     accelerator: Any | None = None,
     autocast_dtype: torch.dtype | None = None,
     info: Mapping[str, str] | None = None,
+    labels: bool = True,
 ) -> ExitRecords:
     """Runs every exit once over a data set.
 
@@ -51,6 +52,8 @@ def collect_exit_records(
             process returns all records, ordered by index, samples that were seen twice kept once.
         autocast_dtype: Run the model under autocast in this dtype; logits are stored in float32 all the same.
         info: Stored with the records.
+        labels: Record labels too. False takes batches without them, also a tensor of images alone, and ignores those
+            that there are; such records serve :func:`~erde_hub.evaluation.compare_records`.
 
     Raises:
         DataError: The loader is empty, a batch has no inputs or no labels, or several processes run without an index.
@@ -71,19 +74,23 @@ def collect_exit_records(
     main = accelerator is None or accelerator.is_local_main_process
     cast = torch.autocast(device.type, autocast_dtype) if autocast_dtype is not None else contextlib.nullcontext()
     regression = getattr(getattr(core, "config", None), "problem_type", None) == REGRESSION
+    if regression and not check_flag("labels", labels):
+        raise ConfigError("labels=False is for classes; records of a regression need their labels")
     parts = _Parts(regression)
     taps = last_linears(core) if features else {}
     # Not inference_mode: what a backbone caches in eval mode, or a data set on first use, would be refused by autograd.
     with evaluating(core), torch.no_grad(), cast, _recording(taps) as seen:
         for batch in tqdm(dataloader, desc="collecting exits", unit="batch", disable=not (progress and main)):
-            inputs, labels, index = _read(batch)
+            inputs, targets, index = _read(batch, labels)
             on_device = {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
             seen.clear()
             logits = _exit_logits(runner, on_device)
+            if targets is None:
+                targets = torch.full(logits.shape[1:2], UNLABELLED)
             missing = [name for name in taps if name not in seen]
             if missing:
                 raise ConfigError(f"features=True, but the last linear layer of exit {missing[0]!r} did not run")
-            parts.add(logits, labels, index, [seen[name] for name in taps])
+            parts.add(logits, targets, index, [seen[name] for name in taps])
     everything = parts.finish(with_features=features, accelerator=accelerator)
     return ExitRecords(
         **everything,
@@ -203,8 +210,10 @@ def _unwrapped(model: nn.Module, accelerator: Any | None) -> Any:
     return core
 
 
-def _read(batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    """Splits a batch into model inputs, labels and sample index."""
+def _read(batch: Any, labelled: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """Splits a batch into model inputs, labels (None where they are not read) and sample index."""
+    if isinstance(batch, Tensor) and not labelled:
+        batch = (batch,)
     if isinstance(batch, Mapping):
         inputs = {key: batch[key] for key in _INPUTS if key in batch}
         image = next((key for key in _IMAGES if key in batch), None)
@@ -215,21 +224,28 @@ def _read(batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         columns = ", ".join(map(repr, batch))
         if not inputs:
             raise DataError(f"a batch has no images among its columns {columns}: call the column 'pixel_values'")
-        if label is None:
+        if label is None and labelled:
             raise DataError(f"a batch has no labels among its columns {columns}: call the column 'labels'")
-        labels, index = batch[label], None if index_key is None else batch[index_key]
+        labels = None if label is None else batch[label]
+        index = None if index_key is None else batch[index_key]
     elif isinstance(batch, (tuple, list)):
-        if len(batch) not in (2, 3):
-            raise DataError(f"a batch must be (x, y) or (x, y, index), got {len(batch)} parts; are the labels missing?")
-        inputs, labels, index = {"pixel_values": batch[0]}, batch[1], batch[2] if len(batch) == 3 else None
+        if len(batch) not in (2, 3) and not (len(batch) == 1 and not labelled):
+            raise DataError(
+                f"a batch must be (x, y) or (x, y, index), got {len(batch)} parts; where there are no labels, pass"
+                " labels=False"
+            )
+        labels = batch[1] if len(batch) > 1 else None
+        inputs, index = {"pixel_values": batch[0]}, batch[2] if len(batch) == 3 else None
     else:
         raise InputTypeError(
-            f"a batch must be a dict or a tuple (x, y), got {type(batch).__name__}: labels are needed beside the images"
+            f"a batch must be a dict or a tuple (x, y), got {type(batch).__name__}: labels are needed next to the"
+            " images; where there are none, pass labels=False"
         )
     for key, value in inputs.items():
         if not isinstance(value, Tensor):
             raise InputTypeError(f"{key} of a batch must be a tensor, got {type(value).__name__}")
-    return inputs, torch.as_tensor(labels), None if index is None else torch.as_tensor(index)
+    targets = torch.as_tensor(labels) if labelled else None
+    return inputs, targets, None if index is None else torch.as_tensor(index)
 
 
 def _exit_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

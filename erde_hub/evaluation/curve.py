@@ -11,18 +11,21 @@ from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError
 from erde_hub.policies import ExitPolicy, as_policy
 from erde_hub.policies.recorded import exit_indices
-from erde_hub.records import ExitRecords, check_kind
+from erde_hub.records import ExitRecords, check_kind, distinct_samples
 
 from .sweep import exit_scores, fine_thresholds
 
 
 @dataclass(frozen=True)
 class CurveArea:
-    """Mean accuracy over a range of mean costs, read off the best points up to each cost.
+    """Mean accuracy over a range of mean costs, of the best points up to each cost.
+
+    Areas are comparable over the same range only: give ``low`` and ``high`` of one to the other, or use
+    :func:`area_difference`, which takes the range that both curves reach.
 
     Attributes:
         area: Between 0 and 1: the accuracy at a cost that is drawn evenly from the range.
-        low: Lower end of the range, as a share of the full model's cost.
+        low: Lower end of the range, a fraction of the full model's cost.
         high: Upper end.
         interval: Bootstrap interval over the samples, percentiles.
         level: Probability of the interval.
@@ -50,13 +53,15 @@ def curve_area(
 ) -> CurveArea:
     """Area under the accuracy-MACs curve of all shared thresholds, divided by the width of the range.
 
-    Between neighbours on the curve it is linear, what drawing between their two thresholds at random would give; a
-    point that a cheaper one beats counts as that one.
+    The curve is linear between neighbours, which drawing between their two thresholds at random would give; a point
+    that a cheaper one beats counts as that one. Costs that the policy cannot reach have no accuracy: a policy with
+    ``patience``, for instance, uses the second exit at least.
 
     Args:
         records: Of test data; calibrated if the model is.
         policy: A key of the policies table, or a policy.
-        low: Lower end of the range as a share of the full cost; None is the first exit's.
+        low: Lower end of the range as a fraction of the full cost; None is the lowest mean cost that the policy reaches
+            on these records.
         high: Upper end.
         full_macs: What shares refer to; None is the last exit's cost. Give the same to methods that are compared.
         resamples: Bootstrap samples, 0 for no interval (it is then the area twice).
@@ -64,14 +69,14 @@ def curve_area(
         seed: Of the bootstrap.
 
     Raises:
-        ConfigError: An empty range, or one that begins below the first exit's cost, where there is no accuracy; a
-            number out of its range.
+        ConfigError: An empty range, or one that begins below what the policy reaches; a number out of its range.
         InputTypeError: No records, or an argument of another type.
     """
     check_kind(records)
     _check_resampling(resamples, level, seed)
+    records = distinct_samples(records)
     hits, costs, reference = _curves(records, policy, full_macs)
-    low, high = _range(records, low, high, reference)
+    low, high = _range([costs], low, high, reference)
     return _summary(_areas(hits, costs / reference, low, high, resamples, seed), low, high, level)
 
 
@@ -89,7 +94,8 @@ def area_difference(
 ) -> CurveArea:
     """How much larger the first area is than the second, on the same samples, drawn together in each resample.
 
-    Shares of cost refer to the first records' last exit. See :func:`curve_area` for the arguments.
+    Without ``low`` the range begins where both curves do. Fractions of cost refer to the first records' last exit. See
+    :func:`curve_area` for the arguments.
 
     Raises:
         RecordsError: The records are of different samples.
@@ -101,9 +107,10 @@ def area_difference(
     _check_resampling(resamples, level, seed)
     if not torch.equal(records.index, other_records.index) or not torch.equal(records.labels, other_records.labels):
         raise RecordsError("the two records are of different samples: collect both on the same split, in one order")
+    records, other_records = distinct_samples(records), distinct_samples(other_records)
     hits, costs, reference = _curves(records, policy, None)
     others, other_costs, _ = _curves(other_records, other_policy, reference)
-    low, high = _range(records, low, high, reference)
+    low, high = _range([costs, other_costs], low, high, reference)
     areas = _areas(hits, costs / reference, low, high, resamples, seed)
     areas = areas - _areas(others, other_costs / reference, low, high, resamples, seed)
     return _summary(areas, low, high, level)
@@ -124,30 +131,31 @@ def _check_resampling(resamples: int, level: float, seed: int) -> None:
 
 
 def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | None) -> tuple[Tensor, Tensor, float]:
-    """Right answers (T, N) and costs (T, N) at every threshold, and the cost that shares refer to."""
+    """Correct predictions (T, N) and costs (T, N) at every threshold, and the cost that fractions refer to."""
     records.require_classes("the area under a curve of accuracy")
     policy = as_policy(policy)
     scores, early = exit_scores(records, policy), records.num_exits - 1
-    right = (records.logits.argmax(-1) == records.labels).float()
+    correct = (records.logits.argmax(-1) == records.labels).float()
     macs = torch.tensor(records.cumulative_macs, dtype=torch.float32)
     rows = [
         exit_indices(scores, policy, policy.check_threshold(threshold, early))
         for threshold in [*fine_thresholds(records, policy), policy.never_threshold]
     ]
     index = torch.stack(rows)
-    hits = torch.stack([right.gather(0, row[None])[0] for row in index])
+    hits = torch.stack([correct.gather(0, row[None])[0] for row in index])
     full = records.cumulative_macs[-1] if full_macs is None else check_number("full_macs", full_macs, zero=False)
     return hits, macs[index], float(full)
 
 
-def _range(records: ExitRecords, low: float | None, high: float, reference: float) -> tuple[float, float]:
-    cheapest = records.cumulative_macs[0] / reference
+def _range(curves: list[Tensor], low: float | None, high: float, reference: float) -> tuple[float, float]:
+    """Returns the range of costs, as fractions, that all curves of costs (T, N) reach."""
+    cheapest = max(float(costs.double().mean(1).min()) for costs in curves) / reference
     low = cheapest if low is None else check_number("low", low, zero=True)
     high = check_number("high", high, zero=False)
     if not cheapest - 1e-9 <= low < high:
         raise ConfigError(
-            f"the cost range {low:g} to {high:g} must rise and begin at the first exit's share of the cost,"
-            f" {cheapest:.4g}, or above"
+            f"the cost range {low:g} to {high:g} must rise and begin at the lowest cost that can be reached,"
+            f" {cheapest:.4g} of the full cost, or above"
         )
     return low, high
 
@@ -175,5 +183,5 @@ def _area(cost: Tensor, accuracy: Tensor, low: float, high: float) -> float:
     right = torch.searchsorted(x, grid).clamp(1, len(x) - 1)
     left = right - 1
     width = (x[right] - x[left]).clamp_min(1e-12)
-    share = ((grid - x[left]) / width).clamp(0, 1)
-    return float(torch.trapezoid(y[left] + share * (y[right] - y[left]), grid) / (high - low))
+    fraction = ((grid - x[left]) / width).clamp(0, 1)
+    return float(torch.trapezoid(y[left] + fraction * (y[right] - y[left]), grid) / (high - low))

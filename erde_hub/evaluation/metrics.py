@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, InputTypeError, RecordsError, ShapeError
+from erde_hub.records import row_chunks
 from erde_hub.tasks import check_class_labels
 
 from .ranking import aurc
 
 #: Number of equal, right-closed bins of the calibration error.
 ECE_BINS = 15
-
-#: Rows that are turned into float64 at a time, so that a large set needs no second copy of itself.
-_ROWS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +125,7 @@ def sample_metrics(logits: Tensor, labels: Tensor) -> SampleMetrics:
         RecordsError: A logit is NaN; the message names the row.
     """
     _check(logits, labels)
-    parts = zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)
-    return SampleMetrics.concatenate([_rows(part, y) for part, y in parts])
+    return SampleMetrics.concatenate([_rows(logits[rows], labels[rows]) for rows in row_chunks(*logits.shape)])
 
 
 def exit_metrics(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> dict[str, float]:

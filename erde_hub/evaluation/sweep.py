@@ -48,7 +48,7 @@ def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
     if policy.uses_features:
         return score_features(features_of(records, type(policy).__name__), policy)
     if not isinstance(policy, NeverPolicy):
-        records.require_classes(type(policy).__name__)
+        records.require_classes(type(policy).__name__, labels=False)
     return score_exits(records.logits, policy)
 
 

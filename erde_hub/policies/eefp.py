@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, ShapeError
 from erde_hub.losses import functional
-from erde_hub.records import check_fit_data
+from erde_hub.records import check_fit_data, row_chunks
 
 from .base import LearnedPolicy
 
@@ -111,7 +111,7 @@ class EEFPPolicy(LearnedPolicy):
             Platt, Probabilistic outputs for support vector machines, 1999, with the smoothed targets of section 2.2.
             Deviations: slope and shift have normal priors around 1 and 0 with a standard deviation of 1.
         """
-        check_fit_data(cls.fit, records, checks)
+        records = check_fit_data(cls.fit, records, checks)
         if weight_decay is not None:
             check_number("weight_decay", weight_decay, zero=False)
         if check_whole("folds", folds, 2) > records.num_samples:
@@ -121,7 +121,10 @@ class EEFPPolicy(LearnedPolicy):
         generator = torch.Generator().manual_seed(seed)
         policy = cls(records.num_exits)
         targets = should_exit(records.logits.argmax(-1) == records.labels)
-        features = [gate_features(logits.log_softmax(-1)).double() for logits in records.logits[:-1]]
+        features = [
+            torch.cat([gate_features(logits[rows].log_softmax(-1)).double() for rows in row_chunks(*logits.shape)])
+            for logits in records.logits[:-1]
+        ]
         unseen, maps = [], []
         for x, target in zip(features, targets, strict=True):
             gates = _unseen_gates(x, target, _deal(target, folds, generator), decays)
@@ -168,9 +171,9 @@ def gate_features(log_probs: Tensor) -> Tensor:
     """
     best = log_probs.topk(min(3, log_probs.shape[-1]), dim=-1).values
     best = F.pad(best, (0, 3 - best.shape[-1]), value=-20.0)
-    entropy = functional.entropy(log_probs) / math.log(log_probs.shape[-1])
+    spread = functional.entropy(log_probs) / math.log(log_probs.shape[-1])
     first, second = best[..., 0].exp(), best[..., 1].exp()
-    return torch.cat([torch.stack([first, first - second, entropy], -1), best.clamp_min(-20.0)], -1)
+    return torch.cat([torch.stack([first, first - second, spread], -1), best.clamp_min(-20.0)], -1)
 
 
 def platt(gate: Tensor, target: Tensor) -> tuple[float, float]:

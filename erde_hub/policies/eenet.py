@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from erde_hub._arguments import check_flag, check_number, check_whole, plain_numbers
 from erde_hub.errors import ConfigError, ShapeError
+from erde_hub.losses.functional import entropy
 from erde_hub.records import check_fit_data
 
 from .base import LearnedPolicy
@@ -111,7 +112,7 @@ class EENetPolicy(LearnedPolicy):
             InputTypeError: An argument of another type.
             DataError: The records are of training data, too few, or lack a class.
         """
-        check_fit_data(cls.fit, records, checks)
+        records = check_fit_data(cls.fit, records, checks)
         for name, value in (("beta", beta), ("kl_weight", kl_weight), ("cost_weight", cost_weight)):
             check_number(name, value, zero=True)
         check_number("weight_decay", weight_decay, zero=True)
@@ -308,8 +309,7 @@ def _budget(costs: Tensor, budget: float | None) -> float:
 
 def _summary(probs: Tensor) -> tuple[Tensor, Tensor]:
     """Largest probability, and one minus the normalised entropy."""
-    entropy = -torch.special.xlogy(probs, probs).sum(-1)
-    return probs.amax(-1), 1 - entropy / math.log(probs.shape[-1])
+    return probs.amax(-1), 1 - entropy(probs.log()) / math.log(probs.shape[-1])
 
 
 def _end(

@@ -147,7 +147,7 @@ class IntervalWidthPolicy(LearnedPolicy):
         """
         check_kind(records)
         features_of(records, cls.__name__)
-        check_held_out(records, training_index)
+        records = check_held_out(records, training_index)
         if isinstance(level_share, bool) or not isinstance(level_share, (int, float)) or not 0 <= level_share < 1:
             raise ConfigError(f"level_share must be at least 0 and below 1, got {level_share!r}")
         generator = torch.Generator().manual_seed(seed)

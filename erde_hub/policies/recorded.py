@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from erde_hub.errors import RecordsError
+from erde_hub.records import ExitRecords, row_chunks
 
 from .base import ExitPolicy
-
-if TYPE_CHECKING:
-    from erde_hub.records import ExitRecords
-
-#: Samples that are scored at a time, so that a large set needs no second copy of itself.
-_ROWS = 8192
 
 
 def score_exits(logits: Tensor, policy: ExitPolicy) -> Tensor:
@@ -34,8 +28,8 @@ def score_exits(logits: Tensor, policy: ExitPolicy) -> Tensor:
         return torch.empty(0, samples)
     parts = []
     with torch.no_grad():
-        for part in logits[:early].split(_ROWS, 1):
-            log_probs = part.log_softmax(-1)
+        for rows in row_chunks(samples, early * logits.shape[2]):
+            log_probs = logits[:early, rows].log_softmax(-1)
             seen = [log_probs[: e + 1] if policy.uses_history else log_probs[e : e + 1] for e in range(early)]
             parts.append(torch.stack([policy.score(history) for history in seen]))
     return torch.cat(parts, 1)
@@ -69,8 +63,8 @@ def score_features(features: Sequence[Tensor], policy: ExitPolicy) -> Tensor:
         return torch.empty(0, len(features[0]))
     parts = []
     with torch.no_grad():
-        for start in range(0, len(features[0]), _ROWS):
-            evidence = [policy.evidence(e, feature[start : start + _ROWS]) for e, feature in enumerate(early)]
+        for rows in row_chunks(len(features[0]), max(feature.shape[1] for feature in early)):
+            evidence = [policy.evidence(e, feature[rows]) for e, feature in enumerate(early)]
             parts.append(torch.stack([policy.score(torch.stack(evidence[: e + 1])) for e in range(len(early))]))
     return torch.cat(parts, 1)
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from erde_hub.errors import ConfigError, ShapeError
-from erde_hub.records import check_fit_data
+from erde_hub.prediction_sets import probability_before
+from erde_hub.records import ExitRecords, check_fit_data, row_chunks
 
 from .base import GRID, LearnedPolicy
-
-if TYPE_CHECKING:
-    from erde_hub.records import ExitRecords
 
 
 class SetSizePolicy(LearnedPolicy):
@@ -60,13 +58,19 @@ class SetSizePolicy(LearnedPolicy):
             ConfigError: ``alpha`` is not between 0 and 1.
             DataError: The records are of training data, too few, or lack a class.
         """
-        check_fit_data(cls.fit, records, checks)
+        records = check_fit_data(cls.fit, records, checks)
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
             raise ConfigError(f"alpha must be between 0 and 1, both excluded, got {alpha!r}")
         policy = cls(records.num_exits)
         rank = math.ceil((records.num_samples + 1) * (1 - alpha))
         for e in range(records.num_exits - 1):
-            sums = taken_before(records.logits[e].softmax(-1)).gather(1, records.labels[:, None])[:, 0]
+            logits = records.logits[e]
+            sums = torch.cat(
+                [
+                    taken_before(logits[rows].softmax(-1)).gather(1, records.labels[rows, None])[:, 0]
+                    for rows in row_chunks(*logits.shape)
+                ]
+            )
             policy.quantile[e] = sums.sort().values[rank - 1] if rank <= records.num_samples else 1.0
         return policy
 
@@ -96,5 +100,5 @@ class SetSizePolicy(LearnedPolicy):
 
 def taken_before(probs: Tensor) -> Tensor:
     """For each class the sum of all larger probabilities, (..., K); 0 for the best."""
-    values, order = probs.sort(dim=-1, descending=True, stable=True)
-    return torch.empty_like(probs).scatter_(-1, order, values.cumsum(-1) - values)
+    _, order, before = probability_before(probs)
+    return torch.empty_like(probs).scatter_(-1, order, before)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError, ShapeError, unknown_name
-from erde_hub.records import check_held_out, check_kind
+from erde_hub.records import ExitRecords, check_held_out, check_kind, row_chunks
 
 from .base import SetMetrics, check_alpha
-
-if TYPE_CHECKING:
-    from erde_hub.records import ExitRecords
 
 #: Least number of draws of all labels together that the coverage of thresholds is measured on.
 _LABEL_DRAWS = 20_000
@@ -82,7 +79,8 @@ class AVCSClassifier:
     Args:
         relu_threshold: One per exit, see :func:`concentrations`.
         alpha: Error rate.
-        seed: Of the draws. The sets are random; the same seed gives the same sets for the same logits.
+        seed: Of the draws. The sets are random, and every call of :meth:`sets` continues the sequence of draws, so that
+            samples given one at a time are independent; the same seed gives the same sequence.
 
     Attributes:
         fitted_coverage: Smallest coverage of an exit on the records of the fit, over the draws of the fit; below
@@ -98,6 +96,7 @@ class AVCSClassifier:
         self.relu_threshold = [float(value) for value in relu_threshold]
         self.alpha = check_alpha(alpha)
         self.seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
         self.fitted_coverage: float | None = None
 
     @classmethod
@@ -129,7 +128,7 @@ class AVCSClassifier:
         """
         check_kind(records)
         records.require_classes("AVCSClassifier")
-        check_held_out(records)
+        records = check_held_out(records)
         check_whole("seed", seed, 0)
         held = _HeldLabels(records.logits, records.labels, seed)
         limit = -math.log(check_alpha(alpha))
@@ -154,10 +153,15 @@ class AVCSClassifier:
         Shape:
             logits: (E, N, K). Returns (E, N, K) bool.
         """
-        if draws is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            draws = dirichlet_draws(concentrations(logits, self.relu_threshold), generator)
-        return running_intersection(avcs_sets(logits, self.relu_threshold, draws, self.alpha))
+        parts = []
+        for rows in row_chunks(logits.shape[1], len(logits) * logits.shape[2]):
+            part = logits[:, rows]
+            if draws is None:
+                own = dirichlet_draws(concentrations(part, self.relu_threshold), self._generator)
+            else:
+                own = draws[:, rows]
+            parts.append(running_intersection(avcs_sets(part, self.relu_threshold, own, self.alpha)))
+        return torch.cat(parts, 1) if parts else torch.zeros(logits.shape, dtype=torch.bool)
 
 
 class _HeldLabels:
@@ -188,9 +192,11 @@ class _HeldLabels:
         """Returns the logarithm of the predictive over the drawn probability, (draws, N); infinite without evidence."""
         key = (exit_index, threshold)
         if key not in self.known:
-            evidence = concentrations(self.logits[exit_index, None], [threshold])[0]
-            own = evidence.gather(1, self.labels[:, None])[:, 0]
-            total = evidence.sum(1)
+            parts = []
+            for rows in row_chunks(len(self.labels), self.logits.shape[2]):
+                evidence = concentrations(self.logits[exit_index, None, rows], [threshold])[0]
+                parts.append(torch.stack([evidence.gather(1, self.labels[rows, None])[:, 0], evidence.sum(1)]))
+            own, total = torch.cat(parts, 1)
             generator = torch.Generator().manual_seed(self.seed * len(self.logits) + exit_index)
             shapes = torch.stack([own, total - own]).clamp_min(1e-300)[:, None].expand(2, self.draws, -1)
             label, others = torch._standard_gamma(shapes.contiguous(), generator=generator)
@@ -242,7 +248,8 @@ class ConformalClassifier:
         alpha: Error rate.
         penalty: Per class beyond ``free``; 0 for APS.
         free: Number of classes without penalty.
-        seed: Of the random parts, one per sample and exit.
+        seed: Of the random parts, one per sample and exit. Every call of :meth:`sets` continues the sequence, so that
+            samples given one at a time have parts of their own; the same seed gives the same sequence.
 
     References:
         Romano et al., Classification with valid and adaptive coverage, 2020, arXiv 2006.02544; Angelopoulos et al.,
@@ -255,6 +262,7 @@ class ConformalClassifier:
     ) -> None:
         self.quantiles = [float(value) for value in quantiles]
         self.alpha, self.penalty, self.free, self.seed = check_alpha(alpha), float(penalty), int(free), seed
+        self._generator = torch.Generator().manual_seed(seed)
         if self.penalty < 0 or self.free < 0:
             raise ConfigError(f"penalty and free must not be negative, got {penalty!r} and {free!r}")
 
@@ -272,14 +280,19 @@ class ConformalClassifier:
         penalty, free = (0.01, 5) if method == "raps" else (0.0, 0)
         check_kind(records)
         records.require_classes("ConformalClassifier")
-        check_held_out(records)
+        records = check_held_out(records)
         samples = records.num_samples
         rank = math.ceil((samples + 1) * (1 - check_alpha(alpha)))
         found = cls([math.inf] * records.num_exits, alpha, penalty, free, seed + 1)
         generator = torch.Generator().manual_seed(seed)
         for e, logits in enumerate(records.logits):
             parts = torch.rand(samples, 1, generator=generator, dtype=torch.float64)
-            scores = found.scores(logits, parts).gather(1, records.labels[:, None])[:, 0]
+            scores = torch.cat(
+                [
+                    found.scores(logits[rows], parts[rows]).gather(1, records.labels[rows, None])[:, 0]
+                    for rows in row_chunks(*logits.shape)
+                ]
+            )
             if rank <= samples:
                 found.quantiles[e] = float(scores.sort().values[rank - 1])
         return found
@@ -290,9 +303,9 @@ class ConformalClassifier:
         Shape:
             logits: (N, K). parts: (N, 1) in [0, 1]. Returns (N, K) float64.
         """
-        probs, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        probs, order, before = probability_before(logits.double().softmax(-1))
         ranks = torch.arange(1, probs.shape[-1] + 1, dtype=torch.float64)
-        sums = probs.cumsum(-1) - (1 - parts) * probs + self.penalty * (ranks - self.free).clamp_min(0)
+        sums = before + parts * probs + self.penalty * (ranks - self.free).clamp_min(0)
         return torch.empty_like(sums).scatter_(-1, order, sums)
 
     def sets(self, logits: Tensor) -> Tensor:
@@ -305,11 +318,28 @@ class ConformalClassifier:
             raise ShapeError(
                 f"these sets were fitted for {len(self.quantiles)} exits, got {len(logits)}: fit them anew"
             )
-        generator = torch.Generator().manual_seed(self.seed)
-        parts = torch.rand(*logits.shape[:2], 1, generator=generator, dtype=torch.float64)
-        best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
-        rows = zip(logits, parts, self.quantiles, strict=True)
-        return torch.stack([self.scores(own, part) <= limit for own, part, limit in rows]) | best
+        random = torch.rand(*logits.shape[:2], 1, generator=self._generator, dtype=torch.float64)
+        found = torch.empty(logits.shape, dtype=torch.bool)
+        for e, limit in enumerate(self.quantiles):
+            for rows in row_chunks(*logits.shape[1:]):
+                found[e, rows] = self.scores(logits[e, rows], random[e, rows]) <= limit
+        return found.scatter_(2, logits.argmax(-1, keepdim=True), True)
+
+
+def probability_before(probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts classes by probability, as adaptive prediction sets (APS) take them.
+
+    Returns:
+        The falling probabilities, the classes in that order, and the sum of all larger probabilities: 0 for the best.
+
+    Shape:
+        probs: (..., K). Returns three tensors (..., K).
+
+    References:
+        Romano et al., Classification with valid and adaptive coverage, 2020, arXiv 2006.02544.
+    """
+    values, order = probs.sort(dim=-1, descending=True, stable=True)
+    return values, order, values.cumsum(-1) - values
 
 
 def set_metrics(sets: Tensor, labels: Tensor) -> SetMetrics:

@@ -240,7 +240,7 @@ class ConformalRegressor:
         """
         check_kind(records)
         records.require_regression("ConformalRegressor")
-        check_held_out(records)
+        records = check_held_out(records)
         share = check_alpha(alpha) / (records.num_exits if all_exits else 1)
         rank = math.ceil((records.num_samples + 1) * (1 - share))
         errors = (records.logits.double() - records.labels.double()).abs().sort(1).values

@@ -25,10 +25,14 @@ from erde_hub.calibration import (
     get_calibrator,
     list_calibrators,
 )
-from erde_hub.calibration.objective import check_has_threshold, read_costs, read_method, read_milliseconds, read_target
-from erde_hub.config import EarlyExitConfig
-from erde_hub.data.loader import Split
-from erde_hub.data.streaming import StreamSplit
+from erde_hub.calibration.objective import (
+    Objective,
+    check_has_threshold,
+    read_costs,
+    read_method,
+    read_milliseconds,
+    read_objective,
+)
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
 from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -110,10 +114,10 @@ class CalibrationArguments:
 
 def main() -> None:
     """Loads, measures, chooses, writes."""
-    sections = {"what is requested": CalibrationArguments, "data": TrainedDataArguments}
-    requested, data_args, _ = parse_arguments(sections, __doc__)
-    options = target_options(requested)
-    target, bound = check_requested(requested, options)
+    sections = {"what is wanted": CalibrationArguments, "data": TrainedDataArguments}
+    wanted, data_args, _ = parse_arguments(sections, __doc__)
+    options = target_options(wanted)
+    objective = check_wanted(wanted, options)
     args = DistillationArguments(
         batch_size=requested.batch_size, num_workers=requested.num_workers, cpu_threads=requested.cpu_threads
     )
@@ -124,8 +128,8 @@ def main() -> None:
             f"--model {requested.model!r} is no folder: only a checkpoint on this machine can be rewritten;"
             " download it, or add --dry_run"
         )
-    model = recipe.load_model(requested.model)
-    read_costs(model.exit_table().cumulative_macs, requested.exit_milliseconds, target, bound)
+    model = recipe.load_model(wanted.model)
+    read_costs(model.exit_table().cumulative_macs, wanted.exit_milliseconds, objective)
     data = recipe.load_data_of(
         requested.model,
         data_args,
@@ -134,14 +138,14 @@ def main() -> None:
         accelerator.is_main_process,
     )
     recipe.check_measurable(model, data)
-    accelerator.print(recipe.describe_data(data, requested.model if data_args.dataset is None else None))
-    run = recipe.Run(accelerator, data, args, asdict(requested) | asdict(data_args))
-    laplace = requested.calibrator in list_calibrators() and get_calibrator(requested.calibrator).cls.uses_features
-    records = recipe.collect(run, model, requested.split, args.batch_size, features=laplace or None)
-    trained_on = recipe.rows_trained_on(requested.model, records, getattr(data, requested.split))
-    check_calibration_data(records, trained_on, allow_missing_classes=requested.allow_missing_classes)
-    before = recipe.rows_fitted_on(requested.model, records, getattr(data, requested.split))
-    keep = keeps_fitted(requested, model)
+    accelerator.print(recipe.describe_data(data, wanted.model if data_args.dataset is None else None))
+    run = recipe.Run(accelerator, data, args, asdict(wanted) | asdict(data_args))
+    laplace = wanted.calibrator in list_calibrators() and get_calibrator(wanted.calibrator).cls.uses_features
+    records = recipe.collect(run, model, wanted.split, args.batch_size, features=laplace or None)
+    trained_on = recipe.rows_trained_on(wanted.model, records, getattr(data, wanted.split))
+    records = check_calibration_data(records, trained_on, allow_missing_classes=wanted.allow_missing_classes)
+    before = recipe.rows_fitted_on(wanted.model, records, getattr(data, wanted.split))
+    keep = keeps_fitted(wanted, model)
     if before is None and keep:
         accelerator.print(
             f"Warning: it is not known which samples calibrator or policy of {requested.model} were fitted on."
@@ -162,18 +166,18 @@ def main() -> None:
     accelerator.print(f"written into {folder}")
 
 
-def check_requested(requested: CalibrationArguments, options: dict[str, Any]) -> tuple[str, float]:
-    """Checks what needs neither model nor data, and returns the target and its bound."""
-    if requested.calibrator not in ("keep", "none"):
-        get_calibrator(requested.calibrator)
-    if requested.policy != "keep":
-        check_has_threshold(get_policy(requested.policy).cls)
-    if not 0 < requested.fit_share < 1:
-        raise ConfigError(f"--fit_share must be between 0 and 1, got {requested.fit_share}")
-    target, bound = read_target({key[4:]: value for key, value in options.items() if key.startswith("max_")})
-    read_milliseconds(requested.exit_milliseconds, target)
-    read_method(options["method"], options["confidence"], target)
-    return target, bound
+def check_wanted(wanted: CalibrationArguments, options: dict[str, Any]) -> Objective:
+    """Checks what needs neither model nor data, and returns the objective."""
+    if wanted.calibrator not in ("keep", "none"):
+        get_calibrator(wanted.calibrator)
+    if wanted.policy != "keep":
+        check_has_threshold(get_policy(wanted.policy).cls)
+    if not 0 < wanted.fit_share < 1:
+        raise ConfigError(f"--fit_share must be between 0 and 1, got {wanted.fit_share}")
+    objective = read_objective({key[4:]: value for key, value in options.items() if key.startswith("max_")})
+    read_milliseconds(wanted.exit_milliseconds, objective)
+    read_method(options["method"], options["confidence"], objective)
+    return objective
 
 
 def keeps_fitted(requested: CalibrationArguments, model: EarlyExitWrapper) -> bool:

@@ -11,7 +11,9 @@ search is that of earlyon 0.3.0 as its documentation describes it, on its grid.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +25,10 @@ from tqdm.auto import tqdm
 
 from erde_hub import __version__
 from erde_hub.calibration import ThresholdChoice, choose_threshold
-from erde_hub.calibration.search import at_most, best_per_exit
-from erde_hub.calibration.thresholds import exit_losses
+from erde_hub.calibration.objective import under_loss
+from erde_hub.calibration.outcomes import exit_losses
+from erde_hub.calibration.search import best_per_exit
+from erde_hub.errors import RepeatedSamplesWarning
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
@@ -108,7 +112,7 @@ class Population:
     def __init__(self, name: str, records: ExitRecords) -> None:
         self.name, self.records, self.policy = name, records, create_policy("confidence")
         self.scores = score_exits(records.logits, self.policy)
-        self.losses, _ = exit_losses(records.logits, records.labels, "accuracy_drop")
+        self.losses = exit_losses(records.logits, records.labels, "accuracy_drop")
         self.costs = torch.tensor(records.cumulative_macs, dtype=torch.float64) / records.cumulative_macs[-1]
 
     def draw(self, samples: int, seed: int) -> Tensor:
@@ -170,7 +174,8 @@ def simulate(population: Population, args: SimulationArguments, bound: float, si
     named = {}
     for seed in tqdm(range(args.draws), desc=f"{population.name}, {bound:g}, {size} samples", unit="draw"):
         rows = population.draw(size, seed)
-        records = population.records.select(rows)
+        # Draws with replacement from a population are independent samples, each with an index of its own.
+        records = dataclasses.replace(population.records.select(rows), index=torch.arange(size))
         for name, method in methods.items():
             found[name].append(population.truth(method(records, rows)))
     if bound == args.bound:
@@ -223,7 +228,7 @@ def ceiling(population: Population, bound: float, size: int, confidence: float) 
     normal, room, best = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(confidence)), 0.0, 0.0
     for _ in range(4):  # the deviation is that of the thresholds that it leads to
         point = best_per_exit(
-            ranks, population.losses, population.costs, at_most(bound - room), [torch.inf] * len(ranks)
+            ranks, population.losses, population.costs, under_loss(bound - room), [torch.inf] * len(ranks)
         )
         index = exit_indices(population.scores, population.policy, point.levels)
         deviation = population.losses.gather(0, index[None])[0].std()
@@ -241,6 +246,7 @@ def results_before(path: Path, settings: dict[str, Any]) -> dict[str, list[dict[
 def main() -> None:
     """Draws, chooses, counts, writes; a simulation that was cut off goes on with what is missing."""
     args, _ = parse_arguments({"what is simulated": SimulationArguments}, __doc__)
+    warnings.simplefilter("ignore", RepeatedSamplesWarning)
     populations = [made_up(args), *(recorded(path) for path in args.records)]
     results: dict[str, Any] = {
         "erde_hub": __version__,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from erde_hub.calibration import attainable_confidence, samples_without_loss
-from erde_hub.calibration.guarantees import certify, supported_bound
+from erde_hub.calibration.guarantees import LossTest
 from erde_hub.calibration.p_values import (
     AcceptanceRegion,
     betting_p_values,
@@ -146,8 +146,8 @@ def test_the_exact_test_serves_high_confidences_too():
     assert difference_p_value(5, 0, 5000, 0.01) > 0.001  # what it spends on the unknown share of wins
     assert difference_p_value(5, 0, 5000, 0.01, level=0.001) < 0.001
     losses = torch.cat([torch.zeros(1, 5000), torch.cat([torch.ones(5), torch.zeros(4995)])[None]])
-    assert certify(losses, 0.01, 0.999, "exact") == 1
-    assert supported_bound(losses, 0.999, "exact") < 0.01
+    assert LossTest("exact", 0.999).last_accepted(losses, 0.01) == 1
+    assert LossTest("exact", 0.999).supported_bound(losses) < 0.01
 
 
 @pytest.mark.parametrize(("samples", "bound", "level"), [
@@ -183,8 +183,6 @@ def test_the_smallest_bound_is_the_inverse():
 
 
 def test_fixed_sequence_is_mapies():
-    from erde_hub.calibration.guarantees import certify  # noqa: PLC0415
-
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
         risks = torch.linspace(0, 0.05, 25)[:, None]
@@ -192,4 +190,4 @@ def test_fixed_sequence_is_mapies():
         losses[0] = 0
         p_values = mapie.compute_hoeffding_bentkus_p_value(losses.double().mean(1).numpy(), 800, 0.02, True)[:, 0]
         accepted = fwer.control_fwer(p_values[1:], 0.1, "fixed_sequence")
-        assert certify(losses, 0.02, 0.9, "ltt") == len(accepted)
+        assert LossTest("ltt", 0.9).last_accepted(losses, 0.02) == len(accepted)

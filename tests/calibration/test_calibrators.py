@@ -7,6 +7,8 @@ import functools
 import json
 import math
 import pickle
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -191,9 +193,8 @@ def test_temperature_by_hand():
     labels = (torch.arange(100) % 4 == 0).long()
     found = best_temperature(logits, labels)
     assert 1 / (1 + math.exp(-8 / found)) == pytest.approx(0.75, abs=1e-6)
+    assert best_temperature(logits * 2, labels) == pytest.approx(2 * found, rel=1e-5)
     records = records_of(torch.stack([logits, logits * 2]), labels)
-    calibrator = TemperatureCalibrator.fit(records)
-    assert calibrator.temperature.tolist() == pytest.approx([found, 2 * found], rel=1e-5)
     assert TemperatureCalibrator.fit(records, grid=[1.0, 5.0]).temperature.tolist() == [5.0, 5.0]
 
 
@@ -204,16 +205,74 @@ def test_temperature_stays_moderate_where_the_samples_tell_none(caplog):
     wrong_once = right.clone()
     wrong_once[0] = wrong_once[0].flip(0)
     faint = 1e-4 * wrong_once
-    records = records_of(torch.stack([right, faint, -right, wrong_once]), labels)
-    found = TemperatureCalibrator.fit(records).temperature.tolist()
+    logits = torch.stack([right, faint, -right, wrong_once])
+    found = [best_temperature(z, labels, name=f"exit '{e}'") for e, z in enumerate(logits)]
     assert found[:3] == pytest.approx([1, 0.3, 3])
     assert found[3] == pytest.approx(4 / math.log(59), rel=1e-4), "which makes the exit 59/60 sure"
     first, second, third = (record.getMessage() for record in caplog.records)
-    assert first.startswith("exit '0' is right on all 60 samples")
+    assert first.startswith("exit '0' is correct on all 60 samples")
     assert second.startswith("the best temperature of exit '1' on 60 samples lies at an edge, 0.02, of the search")
     assert "of exit '2' on 60 samples lies at an edge, 50, of the search: it gets 3." in third
+    records = records_of(logits, labels)
     given = TemperatureCalibrator.fit(records, grid=[0.1, 5.0]).temperature.tolist()
     assert given == pytest.approx([0.1, 0.1, 5, 5]), "a grid is taken as it is"
+
+
+@pytest.mark.parametrize("samples", [40, 4000])
+def test_the_prior_of_a_temperature_is_a_normal_one_on_its_logarithm_and_fades(samples):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(samples, 5, generator=generator)
+    labels = torch.distributions.Categorical(logits=logits).sample()  # T = 0.5 is right for half of these logits
+    records = records_of(torch.stack([logits, logits / 2]), labels)
+    temperature = float(TemperatureCalibrator.fit(records).temperature[1])
+    rows = torch.arange(samples)
+
+    def loss(t):
+        nll = -(records.logits[1].double() / t).log_softmax(-1)[rows, labels].sum()
+        return float(nll) + math.log(t) ** 2 / (2 * 0.2**2)
+
+    grid = [temperature * (1 + 0.002 * i) for i in range(-100, 101)]
+    assert min(grid, key=loss) == pytest.approx(temperature, rel=0.0021)
+    distance = abs(math.log(temperature / best_temperature(logits / 2, labels)))
+    assert distance > 0.1 if samples == 40 else distance < 0.02
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_few_samples_with_one_error_give_no_extreme_temperature(seed, caplog):
+    """144 samples of an exit that is correct on 93 %, of which one is wrong: without a prior they say T = 0.35."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(20_000, 10, generator=generator)
+    logits[:, 0] += 5 + 1.5 * torch.rand(20_000, generator=generator)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    logits *= 0.6
+    correct = logits.argmax(-1) == labels
+    rows = torch.cat([correct.nonzero()[:143, 0], (~correct).nonzero()[:1, 0]])
+    fitted = TemperatureCalibrator.fit(records_of(logits[None, rows], labels[rows]), allow_missing_classes=True)
+    temperature, free = float(fitted.temperature[0]), best_temperature(logits[rows], labels[rows])
+    best, fine, extreme = (float(nlpd((logits / t).log_softmax(-1), labels)) for t in (0.6, temperature, free))
+    assert fine < 1.1 * best
+    assert extreme > 1.15 * best
+    assert f"(without the prior {free:.3g})" in fitted.report
+    assert fitted.report in caplog.text
+
+
+def test_many_classes_take_little_memory():
+    """Temperatures and ensembles read the probability of the label; no table of all classes is kept."""
+    code = (
+        "import resource, torch\n"
+        "from erde_hub.evaluation import ExitRecords, sweep_thresholds\n"
+        "from erde_hub.calibration import MIECalibrator, TemperatureCalibrator\n"
+        "n, k = 600, 21841\n"
+        "z = torch.randn(2, n, k); y = torch.arange(n); z[:, y, y] += 12\n"
+        "r = ExitRecords(z, y.roll(1), y, ['a', 'b'], [1, 2], list(map(str, range(k))), info={'split': 'validation'})\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for cls in (TemperatureCalibrator, MIECalibrator):\n"
+        "    cls.fit(r, grid=[0.5, 1.0, 2.0], allow_missing_classes=True)\n"
+        "sweep_thresholds(r, [0.5])\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert int(run.stdout) < 300, "MiB; the logits have 100, and twice that in float64"
 
 
 def test_mie_weighs_by_cost_and_leaves_the_temperature_alone_where_told():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -20,9 +21,18 @@ from erde_hub.calibration import (
     thresholds,
 )
 from erde_hub.calibration.choice import describe_confidence
-from erde_hub.errors import ConfigError, DataError, InputTypeError, RecordsError, ThresholdError, UnknownNameError
+from erde_hub.errors import (
+    ConfigError,
+    DataError,
+    InputTypeError,
+    RecordsError,
+    RepeatedSamplesWarning,
+    ThresholdError,
+    UnknownNameError,
+)
 from erde_hub.evaluation import ExitRecords, collect_exit_records, curve_area, route_records
 from erde_hub.policies import EEFPPolicy, EENetPolicy, SetSizePolicy
+from erde_hub.prediction_sets import AVCSClassifier, ConformalClassifier
 from tests.fakes.networks import resnet8
 from tests.fakes.records import make_records
 
@@ -35,7 +45,7 @@ def test_without_enough_samples_nobody_leaves_and_the_report_says_so():
         assert choice.never_exits
         assert choice.threshold == never
         assert choice.saving == 0
-        assert "Nobody leaves" in choice.advice
+        assert "No sample exits early" in choice.advice
         assert "230 are needed" in choice.advice
         assert "there are 144" in choice.advice
         index, _ = route_records(make_records(50, seed=3), policy, choice.threshold)
@@ -43,7 +53,7 @@ def test_without_enough_samples_nobody_leaves_and_the_report_says_so():
         assert "(nobody leaves early)" in str(choice)
     zero = choose_threshold(RECORDS, max_accuracy_drop=0, confidence=0.9)
     assert zero.never_exits
-    assert "a bound of 0 cannot be promised" in zero.advice
+    assert "no number of samples can guarantee a bound of 0" in zero.advice
     assert choose_threshold(RECORDS, max_accuracy_drop=0).accuracy >= zero.full_accuracy
 
 
@@ -89,8 +99,12 @@ def test_a_wider_bound_or_a_lower_confidence_saves_more():
 
 def test_candidates_per_exit_are_found_on_samples_that_are_not_tested(monkeypatch):
     records, seen = make_records(600), []
-    find = thresholds.find_factors
-    monkeypatch.setattr(thresholds, "find_factors", lambda *args, **kw: seen.append(args[:2]) or find(*args, **kw))
+    find = thresholds.fit_exit_speeds
+    monkeypatch.setattr(
+        thresholds,
+        "fit_exit_speeds",
+        lambda *args, **kw: seen.append((args[0].scores, args[0].losses)) or find(*args, **kw),
+    )
     tested = torch.randperm(600, generator=torch.Generator().manual_seed(thresholds._SPLIT_SEED))[120:]
     labels = records.labels.clone()
     labels[tested] = labels[tested].roll(1)
@@ -98,6 +112,64 @@ def test_candidates_per_exit_are_found_on_samples_that_are_not_tested(monkeypatc
         choice = choose_threshold(given, max_accuracy_drop=0.05, confidence=0.8, per_exit=True)
         assert choice.tested == len(tested)
     assert all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
+
+
+def repeated(records, times, index=None):
+    found = records.select(torch.arange(len(records)).repeat(times))
+    return found if index is None else dataclasses.replace(found, index=index)
+
+
+@pytest.mark.parametrize("per_exit", [False, True])
+def test_a_repeated_sample_counts_once(per_exit):
+    records = make_records(300)
+    args = {"max_accuracy_drop": 0.05, "confidence": 0.9, "per_exit": per_exit}
+    with pytest.warns(
+        RepeatedSamplesWarning, match=r"14700 of 15000 rows repeat a sample index \(such as 0, 1, 2, 3, 4"
+    ):
+        many = choose_threshold(repeated(records, 50), **args)
+    assert many == choose_threshold(records, **args)
+    assert many.samples == 300
+
+
+def test_equal_logits_under_other_indices_are_a_warning_and_never_refused():
+    records = make_records(300)
+    with pytest.warns(RepeatedSamplesWarning, match="600 of 900 samples have exactly the logits of another"):
+        choice = choose_threshold(repeated(records, 3, torch.arange(900)), max_accuracy_drop=0.05, confidence=0.9)
+    assert choice.samples == 900
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose_threshold(records, max_accuracy_drop=0.05, confidence=0.9)
+
+
+@pytest.mark.parametrize("fit", [EEFPPolicy.fit, SetSizePolicy.fit, TemperatureCalibrator.fit, ConformalClassifier.fit,
+                                 AVCSClassifier.fit, check_calibration_data])  # fmt: skip
+def test_fits_of_every_kind_count_a_repeated_sample_once(fit):
+    records = make_records(60, classes=3)
+    with pytest.warns(RepeatedSamplesWarning, match="60 of 120 rows"):
+        twice = fit(repeated(records, 2))
+    once = fit(records)
+    for name, value in vars(once).items():
+        if isinstance(value, (list, float, str)):
+            assert getattr(twice, name) == value, name
+    if isinstance(once, torch.nn.Module):
+        assert all(torch.equal(a, b) for a, b in zip(once.buffers(), twice.buffers(), strict=True))
+    with pytest.raises(DataError, match="15 samples are too few"), pytest.warns(RepeatedSamplesWarning):
+        fit(repeated(records.select(range(15)), 40))
+
+
+@pytest.mark.parametrize("candidates", [None, [0.1 * i for i in range(1, 16)]])
+@pytest.mark.parametrize("objective", [{"max_mean_macs": 17_000.0}, {"max_accuracy_drop": 0.02}])
+def test_thirty_two_early_exits_are_searched_in_linear_work(objective, candidates):
+    """Tables of all combinations would have 2 to 16 to the power of 32 cells."""
+    records = make_records(300, exits=33)
+    choice = choose_threshold(records, per_exit=True, candidates=candidates, **objective)
+    shared = choose_threshold(records, candidates=candidates, **objective)
+    assert choice.value <= choice.bound
+    if "max_mean_macs" in objective:
+        assert choice.accuracy >= shared.accuracy
+    else:
+        assert choice.mean_macs <= shared.mean_macs
+    assert candidates is None or set(choice.threshold) <= {0.0, *candidates}
 
 
 def test_the_same_records_give_the_same_choice():

@@ -11,13 +11,15 @@ import simulate_guarantee
 import torch
 
 from erde_hub.calibration import choose_threshold
-from erde_hub.calibration.guarantees import candidate_losses, candidate_sums, certify
-from erde_hub.calibration.threshold_path import first_steps, step_sums, walk
-from erde_hub.calibration.thresholds import exit_losses
+from erde_hub.calibration.guarantees import LossTest, candidate_losses, candidate_sums
+from erde_hub.calibration.outcomes import ExitOutcomes, exit_losses
+from erde_hub.calibration.threshold_path import first_steps, step_sums, threshold_path
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
 from tests.fakes.records import earlyon_thresholds, make_logits, make_records
+
+pytestmark = pytest.mark.filterwarnings("ignore::erde_hub.errors.RepeatedSamplesWarning")  # with replacement
 
 BOUND, CONFIDENCE, DRAWS = 0.01, 0.9, 500
 COSTS = torch.tensor([0.3, 0.65, 1.0], dtype=torch.float64)
@@ -30,9 +32,10 @@ class Population:
         self.policy = create_policy("confidence")
         self.logits, self.labels = make_logits(60_000, spread=1.0)
         self.scores = score_exits(self.logits, self.policy)
-        self.losses, _ = exit_losses(self.logits, self.labels, "accuracy_drop")
+        self.losses = exit_losses(self.logits, self.labels, "accuracy_drop")
         self.path = [[t, t] for t in self.policy.grid(10, 2)]
-        table = candidate_losses(self.scores, self.losses, self.policy, self.path)
+        self.outcomes = ExitOutcomes(self.policy, self.scores, self.losses, COSTS)
+        table = candidate_losses(self.outcomes, self.path)
         self.risks = table.double().mean(1)
         table = table[: int((self.risks <= 4 * BOUND).sum())]  # bolder ones are never reached
         # Samples that lose at the same candidates are alike: a draw is how often each kind comes up in it.
@@ -75,11 +78,11 @@ def test_the_bound_is_kept_in_the_promised_share_of_draws(population, samples):
     for seed in range(DRAWS):
         counts = population.counts(population.draw(samples, seed))
         for method in broken:
-            index = certify(losses, BOUND, CONFIDENCE, method, weights=counts)
+            index = LossTest(method, CONFIDENCE).last_accepted(losses, BOUND, counts)
             broken[method] += bool(population.risks[index] > BOUND)
             if method == "ltt":
                 saving += 1 - float(population.costs[index])
-        crc_risk += float(population.risks[certify(losses, BOUND, None, "crc", weights=counts)])
+        crc_risk += float(population.risks[LossTest("crc", None).last_accepted(losses, BOUND, counts)])
     for method, count in broken.items():
         assert count / DRAWS <= allowed_share(DRAWS), (method, samples, count)
     assert broken["exact"] > 0, "it comes near to what it promises"
@@ -90,15 +93,16 @@ def test_the_bound_is_kept_in_the_promised_share_of_draws(population, samples):
 def test_one_draw_goes_the_same_way_through_the_public_function(population):
     rows = population.draw(2500, 0)
     records = population.select(rows)
-    path = walk(population.policy, population.policy.grid(10, 2), [1.0, 1.0], steps=800)
-    losses = candidate_losses(population.scores[:, rows], population.losses[:, rows], population.policy, path)
+    path = threshold_path(population.policy, population.policy.grid(10, 2), [1.0, 1.0], steps=800)
+    losses = candidate_losses(population.outcomes.select(rows), path)
     for method in ("ltt", "exact", "ucb"):
         choice = choose_threshold(records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE, method=method)
-        index = certify(losses, BOUND, CONFIDENCE, method)
+        test = LossTest(method, CONFIDENCE)
+        index = test.last_accepted(losses, BOUND)
         assert choice.threshold == path[index][0]
         assert choice.upper_bound <= BOUND + 1e-6
-        assert certify(losses[: index + 1], choice.upper_bound + 1e-6, CONFIDENCE, method) == index
-        assert certify(losses[[0, index]], choice.upper_bound - 1e-5, CONFIDENCE, method) == 0
+        assert test.last_accepted(losses[: index + 1], choice.upper_bound + 1e-6) == index
+        assert test.last_accepted(losses[[0, index]], choice.upper_bound - 1e-5) == 0
     default = choose_threshold(records, "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE)
     assert default.method == "exact"
     assert choose_threshold(make_records(95), max_accuracy_drop=0.05, confidence=0.9).method == "ltt"
@@ -109,10 +113,12 @@ def test_sums_of_a_walk_are_those_of_its_table(name):
     records, policy = make_records(400, exits=4), create_policy(name)
     scores = score_exits(records.logits, policy)
     for target in ("accuracy_drop", "brier_increase"):
-        losses, _ = exit_losses(records.logits, records.labels, target)
-        path = walk(policy, policy.grid(10, 3), [0.4, 1.0, 0.7])
-        table = candidate_losses(scores, losses, policy, path).double()
-        lost, won = candidate_sums(scores, losses, policy, path)
+        losses = exit_losses(records.logits, records.labels, target)
+        losses = losses / (2 if target == "brier_increase" else 1)
+        outcomes = ExitOutcomes(policy, scores, losses, torch.zeros(4))
+        path = threshold_path(policy, policy.grid(10, 3), [0.4, 1.0, 0.7])
+        table = candidate_losses(outcomes, path).double()
+        lost, won = candidate_sums(outcomes, path)
         torch.testing.assert_close(lost, table.clamp(min=0).sum(1), atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(won, (-table).clamp(min=0).sum(1), atol=1e-4, rtol=1e-5)
     first = first_steps(scores, policy, path)

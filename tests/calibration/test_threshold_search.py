@@ -11,16 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erde_hub.calibration import choose_threshold
-from erde_hub.calibration.search import (
-    _pruned_front,
-    at_most,
-    best_per_exit,
-    grid_tables,
-    shared_curve,
-    within,
-)
-from erde_hub.calibration.threshold_path import find_factors, walk
-from erde_hub.calibration.thresholds import exit_losses
+from erde_hub.calibration.objective import under_budget, under_loss
+from erde_hub.calibration.outcomes import ExitOutcomes, exit_losses
+from erde_hub.calibration.search import best_per_exit, grid_tables, pruned_front, shared_curve
+from erde_hub.calibration.threshold_path import fit_exit_speeds, threshold_path
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import route_records, sweep_thresholds
 from erde_hub.policies import create_policy
@@ -74,39 +68,40 @@ def test_tables_of_all_combinations_equal_a_loop(seed, exits, samples):
 @pytest.mark.parametrize("seed", range(6))
 def test_per_exit_search_on_few_samples_is_exhaustive(seed):
     ranks, losses, costs = made_up(seed, 3, 12, 40)
-    for wish, feasible, key in (
-        (at_most(0.1), lambda p: p[0] <= 0.1 + 1e-9, lambda p: p[1]),
-        (within(float(costs.mean())), lambda p: p[1] <= float(costs.mean()), lambda p: p[0]),
+    for objective, feasible, key in (
+        (under_loss(0.1), lambda p: p[0] <= 0.1 + 1e-9, lambda p: p[1]),
+        (under_budget(float(costs.mean())), lambda p: p[1] <= float(costs.mean()), lambda p: p[0]),
     ):
         every = itertools.product(*([math.inf, *row.tolist()] for row in ranks))
         best = min(key(p) for p in (evaluate(ranks, losses, costs, levels) for levels in every) if feasible(p))
-        point = best_per_exit(ranks, losses, costs, wish, [math.inf] * 2)
+        point = best_per_exit(ranks, losses, costs, objective, [math.inf] * 2)
         assert evaluate(ranks, losses, costs, point.levels) == pytest.approx((point.loss, point.cost))
         assert key((point.loss, point.cost)) == pytest.approx(best, abs=1e-9)
 
 
 def test_many_exits_are_searched_with_pruning():
     records = make_records(400, exits=9)
-    wish = at_most(0.02)
+    objective = under_loss(0.02)
     ranks = score_exits(records.logits, create_policy("confidence")).double()
-    losses, _ = exit_losses(records.logits, records.labels, "accuracy_drop")
+    losses = exit_losses(records.logits, records.labels, "accuracy_drop")
     costs = torch.tensor(records.cumulative_macs).double()
     levels, loss, cost = shared_curve(ranks, losses, costs)
-    start = float(levels[int(wish(loss, cost).argmin())])
-    point = best_per_exit(ranks, losses, costs, wish, [start] * 8)
+    start = float(levels[int(objective.rank(loss, cost).argmin())])
+    point = best_per_exit(ranks, losses, costs, objective, [start] * 8)
     assert evaluate(ranks, losses, costs, point.levels) == pytest.approx((point.loss, point.cost), abs=1e-5)
     assert point.loss <= 0.02
     assert point.cost < float(cost[loss <= 0.02].min()) - 100, "better than one threshold for all"
-    _, loss, cost = _pruned_front(ranks, losses, costs, [start] * 8)
+    grids = [torch.linspace(1, 0, 20, dtype=torch.float64) for _ in range(8)]
+    _, loss, cost = pruned_front(ranks, losses, costs, grids)
     assert (loss[:-1] <= loss[1:]).all()
     assert (cost[:-1] > cost[1:]).all()
 
 
 @pytest.mark.parametrize("name", ["entropy", "confidence", "margin", "patience"])
-def test_a_walk_goes_from_nobody_to_everybody_and_an_exit_never_turns_back(name):
+def test_a_path_goes_from_nobody_to_everybody_and_an_exit_never_turns_back(name):
     policy, records = create_policy(name), make_records(300, exits=4)
     scores = score_exits(records.logits, policy)
-    path = walk(policy, policy.grid(10, 3), [0.5, 1.0, 0.0])
+    path = threshold_path(policy, policy.grid(10, 3), [0.5, 1.0, 0.0])
     leaving = torch.stack(
         [torch.stack([policy.compare(s, t) for s, t in zip(scores, row, strict=True)]) for row in path]
     )
@@ -117,38 +112,40 @@ def test_a_walk_goes_from_nobody_to_everybody_and_an_exit_never_turns_back(name)
         assert leaving[-1, 1].all()
         assert not leaving[-1, 0].all()
     given = [policy.never_threshold, *policy.grid(10, 3)[1::7]]
-    values = {value for row in walk(policy, given, [0.3, 0.8, 1.0], between=False) for value in row}
+    values = {value for row in threshold_path(policy, given, [0.3, 0.8, 1.0], between=False) for value in row}
     assert values <= set(given)
 
 
-def test_factors_are_those_that_save_most():
+def test_speeds_are_those_that_save_most():
     records = make_records(2000)
     policy = create_policy("confidence")
     scores = score_exits(records.logits, policy)
-    losses, _ = exit_losses(records.logits, records.labels, "accuracy_drop")
+    losses = exit_losses(records.logits, records.labels, "accuracy_drop")
     costs = torch.tensor(records.cumulative_macs).double()
     grid = policy.grid(10, 2)
 
-    def saving(factors):
-        index = torch.stack([exit_indices(scores, policy, row) for row in walk(policy, grid, factors)])
+    def saving(speeds):
+        index = torch.stack([exit_indices(scores, policy, row) for row in threshold_path(policy, grid, speeds)])
         loss, cost = losses.gather(0, index).mean(1), costs[index].mean(1)
         levels = [0.35 * (3 / 0.35) ** (i / 15) for i in range(16)]
         return -sum(float(cost[loss <= 0.01 * level].min()) for level in levels)
 
-    found = find_factors(scores, losses, costs, policy, grid, 0.01)
+    found = fit_exit_speeds(ExitOutcomes(policy, scores, losses, costs), grid, 0.01)
     assert max(found) == 1
     assert saving(found) >= max(saving(f) for f in ([1.0, 1.0], [0.5, 1.0], [1.0, 0.5], [0.2, 1.0])) - 1e-9
     assert saving(found) > saving([1.0, 1.0])
     useless = losses.clone()
     useless[0] = 1.0
-    assert find_factors(scores, useless, costs, policy, grid, 0.01)[0] == 0, "an exit that is always wrong stays shut"
+    assert fit_exit_speeds(ExitOutcomes(policy, scores, useless, costs), grid, 0.01)[0] == 0, (
+        "an exit that is always wrong stays shut"
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_saves_at_least_what_a_greedy_search_on_the_same_grid_saves(seed):
     records = make_records(300, exits=4, seed=seed)
     ranks = score_exits(records.logits, create_policy("confidence"))
-    losses, _ = exit_losses(records.logits, records.labels, "accuracy_drop")
+    losses = exit_losses(records.logits, records.labels, "accuracy_drop")
     costs = torch.tensor(records.cumulative_macs).double()
     greedy = earlyon_thresholds(ranks, losses, costs, 0.01)
     _, greedy_cost = evaluate(ranks, losses, costs, greedy)
@@ -179,8 +176,8 @@ def test_the_report_is_what_routing_does(policy, per_exit, wanted):
     assert choice.exit_share == pytest.approx(row["exit_share"])
     assert choice.saving == pytest.approx(1 - row["mean_macs"] / records.cumulative_macs[-1])
     index, _ = route_records(records, policy, choice.threshold)
-    losses, scale = exit_losses(records.logits, records.labels, choice.target)
-    value = row["mean_macs"] if "macs" in choice.target else scale * float(losses.gather(0, index[None]).mean())
+    losses = exit_losses(records.logits, records.labels, choice.target)
+    value = row["mean_macs"] if "macs" in choice.target else float(losses.gather(0, index[None]).mean())
     assert choice.value == pytest.approx(value, abs=1e-9)
     assert choice.value <= choice.bound + 1e-9
     if not per_exit and policy != "patience":

@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 
 from erde_hub.calibration import TemperatureCalibrator, choose_threshold
-from erde_hub.errors import ConfigError, InputTypeError, RecordsError, ShapeError, ThresholdError, UnknownNameError
+from erde_hub.errors import (
+    ConfigError,
+    InputTypeError,
+    RecordsError,
+    RepeatedSamplesWarning,
+    ShapeError,
+    ThresholdError,
+    UnknownNameError,
+)
 from erde_hub.evaluation import (
     ExitRecords,
     accuracy_at_cost,
@@ -109,8 +117,26 @@ def test_the_area_is_the_mean_accuracy_over_costs():
     assert width == pytest.approx(2 * 1.96 * (found.area * (1 - found.area) / 2000) ** 0.5, rel=0.4)
     assert curve_area(records, "entropy", 0.4, 0.9, resamples=50) == found
     assert curve_area(records, resamples=0).low == pytest.approx(1 / 3)
-    with pytest.raises(ConfigError, match=r"must rise and begin at the first exit's share of the cost, 0\.3333"):
+    with pytest.raises(ConfigError, match=r"begin at the lowest cost that can be reached, 0\.3333 of the full cost"):
         curve_area(records, "entropy", 0.2)
+
+
+def test_costs_that_a_policy_cannot_reach_are_not_credited():
+    """Patience exits at the second exit at the earliest: between the costs of the first two it has no accuracy."""
+    records = make_records(2000, exits=4)
+    patience, entropy = curve_area(records, "patience", resamples=0), curve_area(records, "entropy", resamples=0)
+    assert entropy.low == pytest.approx(0.25)
+    cheapest = sweep_thresholds(records, [1.0], "patience")[0]["mean_macs"] / 400
+    assert patience.low == pytest.approx(cheapest)
+    assert cheapest > 0.5
+    with pytest.raises(ConfigError, match="must rise and begin at the lowest cost that can be reached"):
+        curve_area(records, "patience", 0.3)
+    for first, second in (("patience", "entropy"), ("entropy", "patience")):
+        difference = area_difference(records, first, records, second, resamples=0)
+        assert difference.low == pytest.approx(cheapest)
+        common = [curve_area(records, policy, cheapest, resamples=0).area for policy in (first, second)]
+        assert difference.area == pytest.approx(common[0] - common[1])
+    assert area_difference(records, "patience", records, "entropy", resamples=0).area < 0
 
 
 def test_areas_are_compared_on_the_same_samples():
@@ -169,13 +195,64 @@ def test_drift_is_found_and_its_absence_too():
         compare_records(before, make_records(30, exits=2), "entropy", 0.5)
 
 
+def blurred(records):
+    """The same samples with half of the evidence of every exit gone: routing follows the full model down."""
+    generator = torch.Generator().manual_seed(5)
+    noise = 1.5 * torch.randn(records.logits.shape[1:], generator=generator)
+    return dataclasses.replace(records, logits=0.4 * records.logits + noise)
+
+
+def test_threshold_model_and_input_have_a_verdict_each_with_the_next_command():
+    before, now = make_records(3000), make_records(3000, seed=1)
+    fine = compare_records(before, now, "entropy", 0.2, 0.2)
+    assert (fine.verdict, fine.model_verdict, fine.input_verdict) == ("holds", "same", "same")
+    found = compare_records(before, blurred(now), "entropy", 0.2, 0.2)
+    assert found.full_accuracy[1] < found.full_accuracy[0] - 0.1
+    assert (found.verdict, found.model_verdict, found.input_verdict) == ("holds", "worse", "changed")
+    lines = str(found).splitlines()[-3:]
+    assert [line.split(":")[0] for line in lines] == ["threshold", "model", "input"]
+    assert "which no threshold mends" in lines[1]
+    assert "python recipes/distill.py --dataset DATA" in lines[1]
+    broken = compare_records(before, make_records(3000, seed=2, harder=1.2), "entropy", 0.8, 0.05)
+    assert "python recipes/calibrate.py" in str(broken).splitlines()[-3]
+
+
+def test_images_without_labels_are_compared_by_exits_and_scores():
+    before, now = make_records(3000), make_records(3000, seed=1)
+    unlabelled = dataclasses.replace(now, labels=None)
+    assert not unlabelled.labelled
+    assert not unlabelled.select(range(10)).labelled
+    found = compare_records(before, unlabelled, "entropy", 0.5, 0.2)
+    assert (found.verdict, found.model_verdict, found.input_verdict) == ("unknown", "unknown", "same")
+    assert found.accuracy[1] is None
+    assert found.exit_share == compare_records(before, now, "entropy", 0.5).exit_share
+    assert "label some" in str(found)
+    assert (
+        compare_records(before, dataclasses.replace(blurred(now), labels=None), "entropy", 0.5).input_verdict
+        == "changed"
+    )
+    agreed = compare_records(before, unlabelled, "entropy", 0.5, 0.5, target="disagreement")
+    assert agreed.verdict == "holds", "disagreement with the full model needs no labels"
+    for function in (sweep_thresholds, per_exit_metrics, curve_area, TemperatureCalibrator.fit):
+        with pytest.raises(RecordsError, match="needs labels, these records have none"):
+            function(unlabelled)
+
+
+def test_a_sample_that_is_repeated_counts_once_in_a_comparison():
+    before, now = make_records(300), make_records(60, seed=1)
+    once = compare_records(before, now, "entropy", 0.5, 0.2)
+    with pytest.warns(RepeatedSamplesWarning, match="2940 of 3000 rows repeat a sample index"):
+        many = compare_records(before, now.select(torch.arange(60).repeat(50)), "entropy", 0.5, 0.2)
+    assert many == once
+
+
 def test_drift_names_the_exits_and_writes_its_confidence_no_larger_than_it_is():
     records = dataclasses.replace(make_records(300), exit_names=["backbone.stages.1.blocks", "b", "classifier"])
     lines = str(compare_records(records, records, "entropy", 0.5, 0.2, 0.764783)).splitlines()
-    assert sum(line.startswith("leave at backbone.stages.1.blocks, % ") for line in lines) == 1
-    assert sum(line.startswith("leave at classifier, %") for line in lines) == 1
-    assert len({len(line) for line in lines[1:8]}) == 1, "columns stay below each other"
-    assert "with 76.4 % confidence" in lines[-1]
+    assert sum(line.startswith("exit at backbone.stages.1.blocks, % ") for line in lines) == 1
+    assert sum(line.startswith("exit at classifier, %") for line in lines) == 1
+    assert len({len(line) for line in lines[1:9]}) == 1, "columns stay below each other"
+    assert any("with 76.4 % confidence" in line for line in lines)
 
 
 @pytest.mark.parametrize(("args", "error", "message"), [
@@ -214,15 +291,6 @@ def test_titles_of_scores_hold_the_threshold_as_tables_do(tmp_path, monkeypatch)
     monkeypatch.setattr(Axes, "set_title", lambda self, text, *a, **k: titles.append(text) or draw(self, text, *a, **k))
     plot_scores(make_records(60), "confidence", [0.9995, 2.0], tmp_path / "scores.png")
     assert titles == ["layer0\nleave → at θ = 0.9995", "layer1\nnobody leaves"]
-
-
-def test_chi_squared_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    from erde_hub.evaluation.drift import _chi_squared  # noqa: PLC0415
-
-    table = torch.tensor([[30.0, 0.0, 12.0, 58.0], [44.0, 0.0, 9.0, 90.0]], dtype=torch.float64)
-    expected = stats.chi2_contingency(table[:, [0, 2, 3]].numpy(), correction=False).pvalue
-    assert _chi_squared(*table) == pytest.approx(expected)
 
 
 def test_calibrated_records():

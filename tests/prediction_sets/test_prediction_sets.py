@@ -163,11 +163,30 @@ def test_conformal_sets_cover_what_they_promise(method):
     assert tiny.sets(fresh.logits).all(), "too few samples: every class"
 
 
+@pytest.mark.parametrize("kind", [ConformalClassifier, AVCSClassifier])
+def test_sets_of_one_sample_at_a_time_have_draws_of_their_own(kind):
+    """From one seed per call all of 2,000 single samples would share one draw, and coverage would be off by points."""
+    alpha, worst = 0.1, []
+    for seed in range(8):
+        records, fresh = make_records(2000, seed=seed), make_records(1500, seed=100 + seed)
+        fitted = kind.fit(records, alpha, seed=seed)
+        singly = torch.cat([fitted.sets(fresh.logits[:, i : i + 1]) for i in range(1500)], 1)
+        together = kind.fit(records, alpha, seed=seed).sets(fresh.logits)
+        found, expected = (set_metrics(sets, fresh.labels).coverage for sets in (singly, together))
+        worst.append(max(abs(a - b) for a, b in zip(found, expected, strict=True)))
+        assert min(found) > 1 - alpha - 0.035
+    assert max(worst) < 0.03
+    assert len({tuple(fitted.sets(torch.full((3, 1, 6), 1.5)).flatten().tolist()) for _ in range(200)}) > 1, (
+        "sets are random"
+    )
+
+
 def test_nested_sets_cover_at_all_exits_at_once():
     records, fresh = make_records(), make_records(2000, seed=1)
     avcs = AVCSClassifier.fit(records, 0.1)
     sets = avcs.sets(fresh.logits)
-    assert torch.equal(sets, avcs.sets(fresh.logits)), "the same seed, the same sets"
+    again = AVCSClassifier(avcs.relu_threshold, 0.1, avcs.seed)
+    assert torch.equal(sets, again.sets(fresh.logits)), "the same seed, the same sets"
     assert avcs.fitted_coverage > 0.9
     drawn = [AVCSClassifier(avcs.relu_threshold, 0.1, seed).sets(records.logits) for seed in range(20)]
     drawn = [min(set_metrics(own, records.labels).coverage) for own in drawn]

@@ -93,7 +93,7 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     assert loaded.config.threshold_profile is None
     call(calibrate, "--model", run, "--max_accuracy_drop", 0.001, "--cpu_threads", 1)
     assert config_of(run)["threshold"] == 0.0
-    assert "Nobody leaves" in capsys.readouterr().out
+    assert "No sample exits early" in capsys.readouterr().out
 
 
 def test_eenet_is_trained_for_the_budget(call, run, monkeypatch):
