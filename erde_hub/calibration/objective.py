@@ -149,8 +149,8 @@ def read_method(method: str | None, confidence: float | None, objective: Objecti
         given = [] if confidence is None else [f"confidence {confidence}"]
         given += [] if method is None else [f"method {method!r}"]
         raise ConfigError(
-            f"max_{objective.target} is a budget, which has no guarantee: leave {' and '.join(given)} out; the mean cost"
-            " on the records is reported"
+            f"max_{objective.target} is a budget, which has no guarantee: leave {' and '.join(given)} out; the mean"
+            " cost on the records is reported"
         )
     if chosen == "exact" and not objective.counts_samples:
         raise ConfigError(f"method 'exact' counts samples, which max_{objective.target} does not: use 'ltt' or 'ucb'")

@@ -8,7 +8,7 @@ from erde_hub.records import ExitRecords
 
 from .calibrated import calibrate_records
 from .collecting import collect_exit_records
-from .curve import CurveArea, area_difference, curve_area
+from .curve import CurveArea, area_difference, curve_area, lowest_cost
 from .drift import Drift, check_records_of, compare_records
 from .groups import group_accuracies, group_metrics
 from .metrics import calibration_error, exit_metrics
@@ -53,6 +53,7 @@ __all__ = [
     "group_accuracies",
     "group_metrics",
     "load_results",
+    "lowest_cost",
     "model_fingerprint",
     "pareto_front",
     "per_exit_metrics",

@@ -231,8 +231,8 @@ def _read(batch: Any, labelled: bool) -> tuple[dict[str, Tensor], Tensor | None,
     elif isinstance(batch, (tuple, list)):
         if len(batch) not in (2, 3) and not (len(batch) == 1 and not labelled):
             raise DataError(
-                f"a batch must be (x, y) or (x, y, index), got {len(batch)} parts; where there are no labels, pass"
-                " labels=False"
+                f"a batch must be (x, y) or (x, y, index), got {len(batch)} parts: labels missing? Where there"
+                " are none, pass labels=False"
             )
         labels = batch[1] if len(batch) > 1 else None
         inputs, index = {"pixel_values": batch[0]}, batch[2] if len(batch) == 3 else None

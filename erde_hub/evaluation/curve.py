@@ -116,6 +116,23 @@ def area_difference(
     return _summary(areas, low, high, level)
 
 
+def lowest_cost(records: ExitRecords, policy: str | ExitPolicy = "entropy", full_macs: float | None = None) -> float:
+    """Returns the lowest mean cost that a policy reaches with a shared threshold, a fraction of the full cost.
+
+    Args:
+        records: Of test data.
+        policy: A key of the policies table, or a policy.
+        full_macs: What the fraction refers to; None is the last exit's cost.
+    """
+    _, costs, reference = _curves(records, policy, full_macs)
+    return _cheapest(costs) / reference
+
+
+def _cheapest(costs: Tensor) -> float:
+    """The lowest mean cost of a curve of costs (T, N)."""
+    return float(costs.double().mean(1).min())
+
+
 def _summary(areas: Tensor, low: float, high: float, level: float) -> CurveArea:
     """The area of the sample itself, which comes first, and the interval from those of its resamples, if any."""
     resamples = len(areas) - 1
@@ -149,7 +166,7 @@ def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | N
 
 def _range(curves: list[Tensor], low: float | None, high: float, reference: float) -> tuple[float, float]:
     """Returns the range of costs, as fractions, that all curves of costs (T, N) reach."""
-    cheapest = max(float(costs.double().mean(1).min()) for costs in curves) / reference
+    cheapest = max(map(_cheapest, curves)) / reference
     low = cheapest if low is None else check_number("low", low, zero=True)
     high = check_number("high", high, zero=False)
     if not cheapest - 1e-9 <= low < high:

@@ -33,6 +33,9 @@ from erde_hub.calibration.objective import (
     read_milliseconds,
     read_objective,
 )
+from erde_hub.config import EarlyExitConfig
+from erde_hub.data.loader import Split
+from erde_hub.data.streaming import StreamSplit
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
 from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -114,10 +117,10 @@ class CalibrationArguments:
 
 def main() -> None:
     """Loads, measures, chooses, writes."""
-    sections = {"what is wanted": CalibrationArguments, "data": TrainedDataArguments}
-    wanted, data_args, _ = parse_arguments(sections, __doc__)
-    options = target_options(wanted)
-    objective = check_wanted(wanted, options)
+    sections = {"what is requested": CalibrationArguments, "data": TrainedDataArguments}
+    requested, data_args, _ = parse_arguments(sections, __doc__)
+    options = target_options(requested)
+    objective = check_requested(requested, options)
     args = DistillationArguments(
         batch_size=requested.batch_size, num_workers=requested.num_workers, cpu_threads=requested.cpu_threads
     )
@@ -128,8 +131,8 @@ def main() -> None:
             f"--model {requested.model!r} is no folder: only a checkpoint on this machine can be rewritten;"
             " download it, or add --dry_run"
         )
-    model = recipe.load_model(wanted.model)
-    read_costs(model.exit_table().cumulative_macs, wanted.exit_milliseconds, objective)
+    model = recipe.load_model(requested.model)
+    read_costs(model.exit_table().cumulative_macs, requested.exit_milliseconds, objective)
     data = recipe.load_data_of(
         requested.model,
         data_args,
@@ -138,14 +141,14 @@ def main() -> None:
         accelerator.is_main_process,
     )
     recipe.check_measurable(model, data)
-    accelerator.print(recipe.describe_data(data, wanted.model if data_args.dataset is None else None))
-    run = recipe.Run(accelerator, data, args, asdict(wanted) | asdict(data_args))
-    laplace = wanted.calibrator in list_calibrators() and get_calibrator(wanted.calibrator).cls.uses_features
-    records = recipe.collect(run, model, wanted.split, args.batch_size, features=laplace or None)
-    trained_on = recipe.rows_trained_on(wanted.model, records, getattr(data, wanted.split))
-    records = check_calibration_data(records, trained_on, allow_missing_classes=wanted.allow_missing_classes)
-    before = recipe.rows_fitted_on(wanted.model, records, getattr(data, wanted.split))
-    keep = keeps_fitted(wanted, model)
+    accelerator.print(recipe.describe_data(data, requested.model if data_args.dataset is None else None))
+    run = recipe.Run(accelerator, data, args, asdict(requested) | asdict(data_args))
+    laplace = requested.calibrator in list_calibrators() and get_calibrator(requested.calibrator).cls.uses_features
+    records = recipe.collect(run, model, requested.split, args.batch_size, features=laplace or None)
+    trained_on = recipe.rows_trained_on(requested.model, records, getattr(data, requested.split))
+    records = check_calibration_data(records, trained_on, allow_missing_classes=requested.allow_missing_classes)
+    before = recipe.rows_fitted_on(requested.model, records, getattr(data, requested.split))
+    keep = keeps_fitted(requested, model)
     if before is None and keep:
         accelerator.print(
             f"Warning: it is not known which samples calibrator or policy of {requested.model} were fitted on."
@@ -153,6 +156,8 @@ def main() -> None:
         )
     records, fitted_on = fit_parts(requested, model, records, before)
     choice = choose_threshold(records, model.policy, **options, allow_missing_classes=requested.allow_missing_classes)
+    if requested.calibrator != "keep" and getattr(model.calibrator, "report", ""):
+        accelerator.print(model.calibrator.report)
     accelerator.print(f"\n{choice}\n")
     if requested.dry_run:
         return
@@ -166,16 +171,16 @@ def main() -> None:
     accelerator.print(f"written into {folder}")
 
 
-def check_wanted(wanted: CalibrationArguments, options: dict[str, Any]) -> Objective:
+def check_requested(requested: CalibrationArguments, options: dict[str, Any]) -> Objective:
     """Checks what needs neither model nor data, and returns the objective."""
-    if wanted.calibrator not in ("keep", "none"):
-        get_calibrator(wanted.calibrator)
-    if wanted.policy != "keep":
-        check_has_threshold(get_policy(wanted.policy).cls)
-    if not 0 < wanted.fit_share < 1:
-        raise ConfigError(f"--fit_share must be between 0 and 1, got {wanted.fit_share}")
+    if requested.calibrator not in ("keep", "none"):
+        get_calibrator(requested.calibrator)
+    if requested.policy != "keep":
+        check_has_threshold(get_policy(requested.policy).cls)
+    if not 0 < requested.fit_share < 1:
+        raise ConfigError(f"--fit_share must be between 0 and 1, got {requested.fit_share}")
     objective = read_objective({key[4:]: value for key, value in options.items() if key.startswith("max_")})
-    read_milliseconds(wanted.exit_milliseconds, objective)
+    read_milliseconds(requested.exit_milliseconds, objective)
     read_method(options["method"], options["confidence"], objective)
     return objective
 

@@ -27,6 +27,7 @@ from erde_hub.evaluation import (
     calibrate_records,
     curve_area,
     fine_thresholds,
+    lowest_cost,
     sweep_thresholds,
 )
 from erde_hub.evaluation.drift import check_same_model
@@ -79,6 +80,9 @@ def main() -> None:
     write_results(args.output, results)
     print(f"{'':26}{'area':>8}{'- entropy':>11}{'95 % interval':>20}{'EEFP':>7}   accuracy at 50 / 75 % cost")
     for row in rows:
+        if row["area"] is None:
+            print(f"{row['policy']:26} reaches no cost below {args.high:g} of the full one")
+            continue
         low, high = row["difference_interval"]
         at = " / ".join("-" if v is None else percent(v) for v in row["accuracy_at"][1:])
         score = "-" if row["eefp"] is None else f"{row['eefp']:.3f}"
@@ -135,10 +139,15 @@ def compare(
     args: ComparisonArguments,
 ) -> dict[str, Any]:
     """Returns the numbers of one policy."""
-    options: dict[str, Any] = {"low": args.low, "high": args.high, "resamples": args.resamples, "seed": args.seed}
-    area = curve_area(records, policy, **options)
-    difference = area_difference(records, policy, test, "entropy", **options)
-    margin = area_difference(records, policy, test, "margin", **options)
+    # Of what the policy and its yardsticks cannot reach nothing is compared.
+    yardsticks = (lowest_cost(test, other) for other in ("entropy", "margin"))
+    low = max(args.low, lowest_cost(records, policy), *yardsticks)
+    options: dict[str, Any] = {"low": low, "high": args.high, "resamples": args.resamples, "seed": args.seed}
+    area, difference, margin = None, None, None
+    if low < args.high:
+        area = curve_area(records, policy, **options)
+        difference = area_difference(records, policy, test, "entropy", **options)
+        margin = area_difference(records, policy, test, "margin", **options)
     rows = sweep_thresholds(records, fine_thresholds(records, policy), policy)
     targets = should_exit(records.logits.argmax(-1) == records.labels)
     scores = exit_scores(records, policy) * (1 if policy.leaves_above else -1)
@@ -146,12 +155,13 @@ def compare(
     full = records.cumulative_macs[-1]
     return {
         "policy": name,
-        "area": area.area,
-        "interval": list(area.interval),
-        "difference": difference.area,
-        "difference_interval": list(difference.interval),
-        "to_margin": margin.area,
-        "to_margin_interval": list(margin.interval),
+        "range": [low, args.high],
+        "area": area and area.area,
+        "interval": area and list(area.interval),
+        "difference": difference and difference.area,
+        "difference_interval": difference and list(difference.interval),
+        "to_margin": margin and margin.area,
+        "to_margin_interval": margin and list(margin.interval),
         "eefp": ranking,
         "accuracy_at": [accuracy_at_cost(rows, share * full) for share in COST_SHARES],
     }

@@ -109,7 +109,7 @@ def test_saturated_logits_are_finite_and_never_minus_zero():
 def test_rows_are_independent_of_the_chunks_they_are_computed_in(monkeypatch):
     logits, labels = torch.randn(50, 6), torch.randint(6, (50,))
     whole = exit_metrics(logits, labels)
-    monkeypatch.setattr("erde_hub.evaluation.metrics._ROWS", 7)
+    monkeypatch.setattr("erde_hub.records._ROWS", 7)
     assert exit_metrics(logits, labels) == whole
 
 
