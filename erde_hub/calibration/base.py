@@ -30,6 +30,8 @@ class Calibrator(nn.Module):
     uses_history: ClassVar[bool] = False
     #: It is a product with one number per exit, which an ONNX file can hold.
     affine: ClassVar[bool] = False
+    #: How the latest fit found what it found, where there is something to say.
+    report: str = ""
 
     def __init__(self, num_exits: int) -> None:
         super().__init__()

@@ -56,7 +56,6 @@ class TemperatureCalibrator(Calibrator):
     def __init__(self, num_exits: int) -> None:
         super().__init__(num_exits)
         self.register_buffer("temperature", torch.ones(num_exits))
-        self.report = ""
 
     @classmethod
     def fit(cls, records: ExitRecords, grid: Sequence[float] | None = None, **checks: Any) -> TemperatureCalibrator:

@@ -56,7 +56,7 @@ def publish_checkpoint(
         token: Of the Hub; None takes the one that ``hf auth login`` stored.
 
     Raises:
-        CheckpointError: The folder holds no complete checkpoint.
+        CheckpointError: The folder holds no complete checkpoint, or a link to a file outside it.
         ConfigError: ``repo_id`` is no repository name, or the stored config is not allowed.
         ResultsError: ``results.json`` is damaged.
         HfHubHTTPError: The Hub refuses the token or the upload.
@@ -96,7 +96,19 @@ def _files(folder: Path) -> list[Path]:
                 opened.keys()
         except SafetensorError as error:
             raise CheckpointError(f"{path.name} is damaged ({error}): save the checkpoint again") from error
-    return [folder / "config.json", *weights, *(folder / name for name in WITH_IT if (folder / name).is_file())]
+    found = [folder / "config.json", *weights, *(folder / name for name in WITH_IT if (folder / name).is_file())]
+    for path in found:
+        _check_inside(path, folder)
+    return found
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Raises :class:`CheckpointError` for a symbolic link to a file outside the folder, which may be private."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{path.name} is a symbolic link to a file outside {str(folder)!r}, which is not uploaded: put a copy of"
+            " the file in its place if it belongs to the checkpoint"
+        )
 
 
 def _card(folder: Path, made: Path, repo_id: str, license: str | None) -> Path | None:
@@ -106,4 +118,7 @@ def _card(folder: Path, made: Path, repo_id: str, license: str | None) -> Path |
         path.write_text(text, encoding="utf-8")
         return path
     path = folder / "README.md"
-    return path if path.is_file() else None
+    if not path.is_file():
+        return None
+    _check_inside(path, folder)
+    return path

@@ -156,7 +156,7 @@ def main() -> None:
         )
     records, fitted_on = fit_parts(requested, model, records, before)
     choice = choose_threshold(records, model.policy, **options, allow_missing_classes=requested.allow_missing_classes)
-    if requested.calibrator != "keep" and getattr(model.calibrator, "report", ""):
+    if requested.calibrator != "keep" and model.calibrator is not None and model.calibrator.report:
         accelerator.print(model.calibrator.report)
     accelerator.print(f"\n{choice}\n")
     if requested.dry_run:

@@ -400,3 +400,15 @@ def test_heads_alone_need_a_published_backbone(tmp_path):
         model.save_pretrained(tmp_path / "a", heads_only=True, backbone_weights={"repo_id": "org/name"})
     assert isinstance(model, EarlyExitWrapper)
     assert check_backbone_weights({"timm_tag": "resnet50.a1_in1k"})["filename"] == "model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "README.md", "model-2.safetensors", "frontier.png"])
+def test_links_out_of_the_folder_are_not_followed(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("erde_hub.hub.publish.HfApi", lambda token=None: pytest.fail("nothing is sent"))
+    folder, private = tmp_path / "run", tmp_path / "private"
+    wrap("resnet").save_pretrained(folder)
+    shutil.copy(folder / "model.safetensors", private)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(private)
+    with pytest.raises(CheckpointError, match=rf"{name} is a symbolic link to a file outside .* put a copy"):
+        publish_checkpoint(folder, "org/name")

@@ -326,3 +326,42 @@ def test_formats():
     assert threshold_label(0.5534041, "entropy", [0.5533]) == "0.553404"
     assert threshold_label(0.1 + 0.2, "entropy", [0.3]) == "0.3", "float noise is no neighbour"
     assert [duration(value) for value in (0.5, 42, 725, 7380)] == ["0.5 s", "42 s", "12 min 5 s", "2 h 3 min"]
+
+
+def places_of(value, place=()):
+    """Paths to all plain values of a tree, one of each list."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from places_of(entry, (*place, key))
+    elif isinstance(value, list):
+        yield from places_of(value[0], (*place, 0)) if value else ()
+    else:
+        yield place
+
+
+@pytest.mark.parametrize("payload", [
+    "X\n\n<img src=x onerror=alert(1)>\n\n[a](javascript:alert(1))", "``` `<img src=x onerror=alert(1)>`",
+    '")\n__import__("os").system("onerror")  #',
+])  # fmt: skip
+def test_no_value_of_the_results_becomes_markdown_html_or_python(payload):
+    results = make_results() | {"warnings": ["w"], "threshold_choice": {"rule": "r", "split": "s", "samples": 3}}
+    results["metrics"] = {"split": "test", "samples": 5, "ece_bins": 15, "ece_binning": "right-closed"}
+    tried = 0
+    for place in places_of(results):
+        changed = json.loads(json.dumps(results))
+        part = changed
+        for key in place[:-1]:
+            part = part[key]
+        part[place[-1]] = payload
+        try:
+            text = render_model_card(changed)
+        except (ResultsError, TypeError, ValueError):
+            continue
+        tried += 1
+        body = text[text.index("\n---\n", 4) :]
+        blocks = re.findall(r"```python\n(.*?)```", body, flags=re.S)
+        assert not any("onerror" in block for block in blocks), place
+        plain = re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", body, flags=re.S))
+        assert not re.search(r"(?<!\\)<img", plain), place
+        assert not re.search(r"(?<!\\)\[a\]\(", plain), place
+    assert tried > 25
