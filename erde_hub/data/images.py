@@ -30,7 +30,7 @@ from .decoding import (
     decode_splits,
     warn_of_16_bits,
 )
-from .integrity import check_image_check, find_unreadable
+from .integrity import check_how, find_unreadable
 from .loader import BatchLoader, DecodedSplit, EncodedSplit, Split
 from .preprocessing import (
     LARGE_IMAGE_DEFAULTS,
@@ -151,7 +151,7 @@ def load_image_data(
     limits = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
     check_limits(limits)
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
-    check_image_check(check_images)
+    check_how(check_images)
     if dataset == "digits":
         named = {"image_column": image_column, "label_column": label_column, "config_name": config_name}
         for name, value in named.items():

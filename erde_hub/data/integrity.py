@@ -26,7 +26,7 @@ _HEADERS = 20_000
 _PIECE = 4096
 
 
-def check_image_check(how: str) -> None:
+def check_how(how: str) -> None:
     """Raises :class:`~erde_hub.errors.UnknownNameError` for a word that is no kind of check."""
     if how not in IMAGE_CHECKS:
         raise unknown_name("check_images", how, IMAGE_CHECKS)
