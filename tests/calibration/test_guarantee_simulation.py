@@ -17,7 +17,7 @@ from erde_hub.calibration.threshold_path import first_steps, step_sums, threshol
 from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
-from tests.fakes.records import earlyon_thresholds, make_logits, make_records
+from tests.fakes.records import make_logits, make_records
 
 pytestmark = pytest.mark.filterwarnings("ignore::erde_hub.errors.RepeatedSamplesWarning")  # with replacement
 
@@ -130,7 +130,9 @@ def test_sums_of_a_walk_are_those_of_its_table(name):
 
 def test_the_published_simulation_kept_every_promise():
     """Every method, 500 draws, made-up and recorded exits: what recipes/calibration.md shows."""
-    results = json.loads((Path(simulate_guarantee.__file__).parent / "results/threshold_guarantee.json").read_text())
+    results = json.loads(
+        (Path(simulate_guarantee.__file__).parents[1] / "results/threshold_guarantee.json").read_text()
+    )
     assert results["draws"] == DRAWS
     seen = set()
     for row in results["rows"]:
@@ -148,7 +150,9 @@ def test_thresholds_per_exit_keep_it_too_where_a_greedy_search_does_not(populati
     draws, broken = 40, {"greedy": 0, "ours": 0}
     for seed in range(draws):
         rows = population.draw(2500, seed)
-        greedy = earlyon_thresholds(population.scores[:, rows], population.losses[:, rows], COSTS, BOUND)
+        greedy = simulate_guarantee.earlyon_thresholds(
+            population.scores[:, rows], population.losses[:, rows], COSTS, BOUND
+        )
         ours = choose_threshold(
             population.select(rows), "confidence", max_accuracy_drop=BOUND, confidence=CONFIDENCE, per_exit=True
         ).threshold

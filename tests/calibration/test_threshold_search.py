@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from simulate_guarantee import EARLYON_GRID, earlyon_thresholds
 
 from erde_hub.calibration import choose_threshold
 from erde_hub.calibration.objective import under_budget, under_loss
@@ -19,7 +20,7 @@ from erde_hub.errors import ConfigError
 from erde_hub.evaluation import route_records, sweep_thresholds
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
-from tests.fakes.records import EARLYON_GRID, earlyon_thresholds, make_logits, make_records
+from tests.fakes.records import make_logits, make_records
 
 
 def evaluate(ranks, losses, costs, levels):

@@ -1,16 +1,16 @@
-"""Records of made-up exits of known quality, as the simulation of the recipes makes them."""
+"""Records of made-up exits of known quality."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import torch
-from simulate_guarantee import EARLYON_GRID, earlyon_thresholds, make_logits
 from torch import nn
 
 from erde_hub.evaluation import ExitRecords
+from erde_hub.scripts.common.patterns import make_logits
 
-__all__ = ["EARLYON_GRID", "FakeExits", "batches", "earlyon_thresholds", "make_logits", "make_records"]
+__all__ = ["FakeExits", "batches", "make_logits", "make_records"]
 
 
 def make_records(samples=400, exits=3, classes=10, seed=0, **info):
