@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -109,18 +109,45 @@ def stages_give_the_same(
         specs: What each exit reads.
         inputs: Example inputs, batch first; of those without values, random ones of their shapes.
     """
-    if adapter.stages(module, exits, checkpointed=False) is None or any(p.is_meta for p in module.parameters()):
+    if adapter.stages(module, exits, checkpointed=False) is None:
         return True
+    return all(
+        _stages_agree(adapter, network, exits, specs, tuple(x[:1] for x in samples))
+        for network, samples in networks_to_run(module, rebuilt, inputs)
+    )
+
+
+def networks_to_run(
+    module: nn.Module, rebuilt: nn.Module | None, inputs: Sequence[Tensor]
+) -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
+    """Yields what is run in place of a module, in eval mode, and two samples; nothing for a module on meta.
+
+    Args:
+        module: It is neither run nor written to.
+        rebuilt: The same network with random weights, to be run; None is a copy, with its own weights, then with
+            random ones.
+        inputs: Example inputs, batch first; of those without values, random ones of their shapes.
+    """
+    if any(p.is_meta for p in module.parameters()):
+        return
     generator = torch.Generator().manual_seed(0)
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    batch = [(_random_like(x, generator) if x.is_meta else x[:1]).to(weight.device) for x in inputs]
+    samples = tuple(_two_samples(x, generator).to(weight.device) for x in inputs)
     network = rebuilt if rebuilt is not None else copy_around(module, {})
-    if not _stages_agree(adapter, network, exits, specs, batch):
-        return False
+    yield network, samples
     if rebuilt is None:
         _scatter_weights(network, generator)
-        return _stages_agree(adapter, network, exits, specs, batch)
-    return True
+        yield network, samples
+
+
+def _two_samples(x: Tensor, generator: torch.Generator) -> Tensor:
+    if not x.is_meta and len(x) > 1:
+        return x[:2]
+    if x.is_floating_point():
+        return torch.randn((2, *x.shape[1:]), generator=generator).to(x.dtype)
+    if x.is_meta:
+        return torch.zeros((2, *x.shape[1:]), dtype=x.dtype)
+    return torch.cat([x, x // 2])  # other indices, and no larger ones
 
 
 class _Features:
@@ -135,25 +162,17 @@ class _Features:
         return output
 
 
-def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """One input of that shape and type."""
-    shape = (1, *x.shape[1:])
-    if not x.is_floating_point():
-        return torch.zeros(shape, dtype=x.dtype)
-    return torch.randn(shape, generator=generator).to(x.dtype)
-
-
 def _stages_agree(
     adapter: BackboneAdapter,
     network: nn.Module,
     exits: Sequence[str],
     specs: Sequence[FeatureSpec],
-    batch: Sequence[Tensor],
+    batch: tuple[Tensor, ...],
 ) -> bool:
     own, staged = _Features(specs), _Features(specs)
     stages = adapter.stages(network, exits, checkpointed=False) or []
     try:
-        ours = adapter.logits(HookRunner(network, add_exit_hooks(network, exits)).run(own, tuple(batch), {}))
+        ours = adapter.logits(HookRunner(network, add_exit_hooks(network, exits)).run(own, batch, {}))
         theirs = adapter.logits(run_stages(stages, staged, *batch))
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
         return False

@@ -3,11 +3,13 @@
 A staged forward does by construction. Elsewhere the stage may lie inside a residual block, or the forward may keep the
 number of samples, or the whole batch, aside; then the pass fails or returns other rows than were left, and that shows
 here. A weightless copy is run. A text model reads the values of masks, so a copy with its weights is run, on a few
-short padded texts, and the samples that are left must get the answers that they get in the whole batch.
+short padded texts, and the samples that are left must get the answers that they get in the whole batch. Of other
+networks that is seen when they are wrapped, on the rebuilt network or on a copy.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 from erde_hub.engine.hooks import HookRunner, add_exit_hooks
 from erde_hub.engine.recomputation import without_recomputation
 from erde_hub.engine.rows import shrink
+from erde_hub.engine.stages import run_stages
 from erde_hub.errors import ExitPointError
 from erde_hub.heads import FeatureSpec
 
 from . import BackboneAdapter, ExitPoint, ExitPoints
+from .rebuild import networks_to_run
 from .tracing import copy_around, example_batch, weightless_copy
 
 #: What backbones raise when tensors of the whole batch meet tensors of the samples left.
@@ -42,6 +46,20 @@ class _DropLast:
         self.count -= 1
         rows = self.active = torch.arange(self.count, device=self.device)
         return shrink(output, rows, self.count + 1, self.specs[exit_index].batch_outputs)
+
+
+class _DropOne(_DropLast):
+    """Takes one sample out at the first exit."""
+
+    def on_exit(self, exit_index: int, output: Any) -> Any:
+        return super().on_exit(exit_index, output) if exit_index == 0 else output
+
+
+class _KeepAll:
+    """Lets nobody leave."""
+
+    def on_exit(self, exit_index: int, output: Any) -> Any:
+        return output
 
 
 def check_shrinks(
@@ -160,14 +178,78 @@ def _run_texts(
         left = adapter.logits(
             adapter.hook_runner(clone, exit_hooks, sync_hooks).run(_DropLast(batch, specs, device), (), kwargs)
         )
-    scale = whole.abs().max().clamp_min(1e-6)
-    tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
-    if not torch.allclose(left / scale, whole[: len(left)] / scale, 0, tolerance, equal_nan=True):
-        raise ExitPointError(
-            f"samples that stay in {type(module).__name__} get other answers when others leave at {list(exits)}:"
-            " something behind these exits reads the whole batch"
-        )
+    if not _alike(left, whole[: len(left)]):
+        raise _reads_the_batch(module, exits)
     return len(left)
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether logits of batches of different sizes differ by rounding at most."""
+    scale = theirs.abs().max().clamp_min(1e-6)
+    tolerance = 1e-3 if ours.dtype == torch.float32 else 5e-2
+    return torch.allclose(ours / scale, theirs / scale, 0, tolerance, equal_nan=True)
+
+
+def _reads_the_batch(module: nn.Module, exits: Sequence[str], what: str = "") -> ExitPointError:
+    return ExitPointError(
+        f"samples that stay in {type(module).__name__} get other answers when others leave at {list(exits)}:"
+        f" something behind these exits reads the whole batch, as batch norm without running statistics does{what}"
+    )
+
+
+def _answer(
+    adapter: BackboneAdapter,
+    network: nn.Module,
+    exits: Sequence[str],
+    samples: tuple[Tensor, ...],
+    hooked: bool,
+    visitor: Any,
+) -> Tensor:
+    stages = None if hooked else adapter.stages(network, exits, checkpointed=False)
+    if stages is not None:
+        return adapter.logits(run_stages(stages, visitor, *samples))
+    runner = adapter.hook_runner(network, add_exit_hooks(network, exits), adapter.add_sync_hooks(network, exits))
+    return adapter.logits(runner.run(visitor, samples, {}))
+
+
+@torch.no_grad()
+def check_samples_are_apart(
+    adapter: BackboneAdapter,
+    module: nn.Module,
+    rebuilt: nn.Module | None,
+    exits: Sequence[str],
+    specs: Sequence[FeatureSpec],
+    inputs: Sequence[Tensor],
+    hooked: bool,
+) -> None:
+    """Lets one of two samples leave at the first exit; the other must get the answer that it gets beside it.
+
+    Args:
+        adapter: Of the backbone.
+        module: The backbone; it is neither run nor written to.
+        rebuilt: The same network with random weights, see :func:`~erde_hub.backbones.rebuild.networks_to_run`.
+        exits: Names, shallow to deep.
+        specs: What each exit reads.
+        inputs: Example inputs, batch first.
+        hooked: The exits sit on hooks, in a backbone with a staged forward too.
+
+    Raises:
+        ExitPointError: The answers differ, or there is none for one sample.
+    """
+    if adapter.is_text(module):  # whose padding counts: see _run_texts
+        return
+    for network, samples in networks_to_run(module, rebuilt, inputs):
+        run = functools.partial(_answer, adapter, network, exits, samples, hooked)
+        try:
+            whole = run(_KeepAll())
+        except _FAILURES:  # as a type for which this device has no kernels
+            continue
+        try:
+            left = run(_DropOne(2, specs, whole.device))
+        except _FAILURES as error:
+            raise _reads_the_batch(module, exits, f" ({type(error).__name__}: {error})") from error
+        if not _alike(left, whole[:1]) and torch.equal(run(_KeepAll()), whole):  # else it draws random numbers
+            raise _reads_the_batch(module, exits)
 
 
 def _padded_texts(config: Any, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:

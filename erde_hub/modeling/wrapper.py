@@ -12,7 +12,7 @@ from transformers.utils import logging
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
 from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
-from erde_hub.backbones.shrink_check import check_shrinks
+from erde_hub.backbones.shrink_check import check_samples_are_apart, check_shrinks
 from erde_hub.backbones.tracing import trace
 from erde_hub.calibration import Calibrator, calibrator_name, create_calibrator
 from erde_hub.config import EarlyExitConfig, read_field
@@ -155,9 +155,11 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         specs = [p.spec for p in points]
         rebuilt = adapter.check_rebuild(model, config)
         config.exit_hooks = not stages_give_the_same(adapter, model, rebuilt, names, specs, inputs)
-        del rebuilt  # as large as the model
-        if config.exit_hooks or calls_are_replaced(model, names):
+        hooked = config.exit_hooks or calls_are_replaced(model, names)
+        if hooked:
             check_shrinks(adapter, model, names, specs, inputs, hooked=True)
+        check_samples_are_apart(adapter, model, rebuilt, names, specs, inputs, hooked)
+        del rebuilt  # as large as the model
         super().__init__(config)
         self.exits_reason = reason if isinstance(exits, (int, str)) else None
         self._assemble(adapter, model, adopted=True)
