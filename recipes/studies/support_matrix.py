@@ -191,11 +191,15 @@ def check_model(
     given = {} if size is None else {"input_size": (3, size, size)}
     try:
         backbone = lively(make(), size)
+        before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
         model = EarlyExitWrapper(backbone, exits="auto", backbone_kwargs=kwargs or None, **given).eval()
     except ErdeError as error:
         return {"attach": f"refused: {_line(error)}"}
     except Exception as error:  # noqa: BLE001 - the row says which
         return {"attach": f"{type(error).__name__}: {_line(error)}"}
+    changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])]
+    if changed:
+        return {"attach": f"wrapping changed {len(changed)} tensors, first {changed[0]}"}
     row["attach"] = "yes"
     row["exits"] = model.exit_names[:-1]
     row["parameters"] = sum(p.numel() for p in model.backbone.parameters())
