@@ -12,6 +12,7 @@ from support_models import TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, 
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper, list_exit_points
+from erde_hub.export import export_onnx
 from tests.fakes.networks import FAMILIES, Plain, build, sequential
 
 #: Modules registered twice, biases kept in eval mode (coat, levit), staged and hooked families, buffers of positions.
@@ -142,3 +143,18 @@ def test_activation_checkpointing_of_some_stages_stays_so(tmp_path):
     module.layers[1].grad_checkpointing = True
     size = FAMILIES["swin"].size
     _check_unchanged(module, (torch.randn(2, 3, size, size),), _everything(tmp_path, size, FAMILIES["swin"].kwargs))
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin"])
+def test_exporting(name, tmp_path):
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+
+    def run(module: nn.Module) -> None:
+        given = {"exits": family.exits, "input_size": family.input_size, "backbone_kwargs": family.kwargs}
+        model = EarlyExitWrapper(module, **given)
+        modes = {name: child.training for name, child in model.named_modules()}
+        export_onnx(model, tmp_path / "model.onnx")
+        assert {name: child.training for name, child in model.named_modules()} == modes
+
+    _check_unchanged(build(name), (torch.randn(2, *family.input_size),), run)
