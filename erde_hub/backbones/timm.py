@@ -418,27 +418,29 @@ def staged_stages(
     found: list[int] = []
     checkpointed = checkpointed and bool(getattr(module, "grad_checkpointing", False))
 
-    def add(name: str, child: nn.Module) -> None:
-        inside = any(e.startswith(name + ".") for e in exits)
-        if type(child) is nn.Sequential and inside:
-            for part, grandchild in child._modules.items():  # a module may stand there twice
-                add(f"{name}.{part}", grandchild)
-            if name not in exits:
-                return
-            stages.append(Stage(_identity))
-        else:
-            recomputed = checkpointed and name.partition(".")[0] in _RECOMPUTED
-            stages.append(Stage(_checkpointed(child) if recomputed else child))
-        if name in exits:
-            stages[-1].exit_index = exits.index(name)
-            found.append(exits.index(name))
-
     for part in parts:
-        if isinstance(part, str):
-            add(part, module.get_submodule(part))
-        else:
+        if not isinstance(part, str):
             stages.append(Stage(part))
+            continue
+        for name, run in _expanded(part, module.get_submodule(part), exits):
+            if checkpointed and isinstance(run, nn.Module) and part.partition(".")[0] in _RECOMPUTED:
+                run = _checkpointed(run)
+            stages.append(Stage(run))
+            if name in exits:
+                stages[-1].exit_index = exits.index(name)
+                found.append(exits.index(name))
     return stages if found == list(range(len(exits))) else None
+
+
+def _expanded(name: str, child: nn.Module, exits: Sequence[str]) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """Yields a part, or the members of a Sequential that has exits inside, each with its name."""
+    if type(child) is not nn.Sequential or not any(e.startswith(name + ".") for e in exits):
+        yield name, child
+        return
+    for part, grandchild in child._modules.items():  # a module may stand there twice
+        yield from _expanded(f"{name}.{part}", grandchild, exits)
+    if name in exits:
+        yield name, _identity
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
+import weakref
 
 import pytest
 import timm
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones import timm as timm_backbones
+from erde_hub.backbones.timm import staged_stages
 from erde_hub.errors import ExitPointError
 from tests.fakes.networks import FAMILIES, STAGED, build
 from tests.fakes.transformers_models import vision
@@ -188,3 +191,16 @@ def test_stages_that_are_known_wrongly_are_not_used(monkeypatch):
         model = EarlyExitWrapper(module, exits=2, input_size=family.input_size, backbone_kwargs=family.kwargs).eval()
         assert model.config.exit_hooks
         assert torch.equal(model(x, output_all_exits=True).logits, right)
+
+
+def test_stages_keep_no_network_alive():
+    """A cycle would: the copy that is compared at wrapping would be in memory until Python looks for cycles."""
+    net = inside_a_sequential()
+    last = weakref.ref(net[-1])
+    gc.disable()
+    try:
+        staged_stages(net, list(net._modules), ["0", "1.1"], False)
+        del net
+        assert last() is None
+    finally:
+        gc.enable()
