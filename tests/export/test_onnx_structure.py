@@ -129,7 +129,9 @@ def test_large_files_keep_their_weights_beside(tiny_file, tmp_path, monkeypatch)
     model, small = tiny_file
     monkeypatch.setattr(nesting, "EXTERNAL_DATA_LIMIT", 1000)
     path = export_onnx(model, tmp_path / "export" / "model.onnx")
-    assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    first, second = sorted(p.name for p in path.parent.iterdir())
+    assert first == "model.onnx"
+    assert re.fullmatch(r"model\.onnx\.[0-9a-f]{8}\.data", second)
     external = [
         (graph.name, name)
         for graph in levels(path)
@@ -178,7 +180,7 @@ def test_full_disk(tiny_file, tmp_path, monkeypatch):
 
 class NotInONNX(torch.nn.Module):
     def forward(self, x):
-        return x if x.is_meta else x + torch.linalg.svdvals(x.mean((2, 3))).sum()
+        return x if x.is_meta else x + torch.linalg.svdvals(x.mean((2, 3))[:, None])[:, :, None, None]
 
 
 class Undecided(torch.nn.Module):
@@ -188,7 +190,7 @@ class Undecided(torch.nn.Module):
 
 class CountsTheBatch(torch.nn.Module):
     def forward(self, x):
-        return x * len(range(len(x)))
+        return x * min(len(range(len(x))), 1)
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,7 @@ def test_saving_leaves_the_model_as_it_was(model, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
-@pytest.mark.parametrize(
-    "where", ["modeling_utils.safe_save_file", "configuration_utils.PreTrainedConfig.to_json_file"]
-)
+@pytest.mark.parametrize("where", ["transformers.modeling_utils.safe_save_file", "erde_hub.config.write_text"])
 def test_a_full_disk_is_named_and_the_checkpoint_before_survives(model, damaged, monkeypatch, error, where):
     def full(*args, **kwargs):
         raise error
@@ -121,7 +119,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_before_survives(model, damaged,
     before = {path.name: path.read_bytes() for path in damaged.iterdir()}
     other = wrap("resnet").eval()
     other.threshold = 0.125
-    monkeypatch.setattr(f"transformers.{where}", full)
+    monkeypatch.setattr(where, full)
     with pytest.raises(CheckpointWriteError, match=f"{damaged.name}.*No space left") as caught:
         other.save_pretrained(damaged)
     assert isinstance(caught.value, ValueError)

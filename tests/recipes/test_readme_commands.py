@@ -112,10 +112,8 @@ def test_make_demo_leaves_everything_the_readme_promises(folder):
 
 @pytest.mark.slow
 def test_make_test_runs_pytest(folder):
-    printed = run(
-        folder, block_with("make test"), PYTEST_ADDOPTS="--collect-only -q tests/recipes/testcommand_line.py", CI=""
-    )
-    assert "testcommand_line.py" in printed
+    printed = run(folder, block_with("make test"), PYTEST_ADDOPTS="--collect-only -q tests/recipes/test_cli.py", CI="")
+    assert "test_cli.py" in printed
 
 
 def test_install_is_what_make_does(folder):
