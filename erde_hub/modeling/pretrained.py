@@ -216,7 +216,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         if backbone_weights is not None and not heads_only:
             raise ConfigError("backbone_weights says where a left-out backbone is published: pass heads_only=True")
         self.config.backbone_weights = None
-        rounded = {buffer.dtype for buffer in self._rotary_frequencies().values()} - {torch.float32}
+        rounded = {buffer.dtype for buffer in _rotary_frequencies(self.backbone)} - {torch.float32}
         self.config.rotary_dtype = str(rounded.pop()).removeprefix("torch.") if rounded else None
         if heads_only:
             state_dict = self._heads_only_state(backbone_weights, kwargs.get("token"))
@@ -321,12 +321,6 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 ", ".join(sorted(repeated)),
             )
         return state
-
-    def _rotary_frequencies(self) -> dict[str, Tensor]:
-        """Buffers that transformers computes in float32 whatever the type of the weights is."""
-        if not isinstance(self.backbone, PreTrainedModel):
-            return {}
-        return {name: buffer for name, buffer in self.backbone.named_buffers() if name.endswith("inv_freq")}
 
     # What every forward pass begins and ends with
 
@@ -439,7 +433,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             if given and types and model.config.dtype not in (None, *types):  # transformers leaves it as it was given
                 model.backbone.to(model.config.dtype)
             if model.config.rotary_dtype == str(model.dtype).removeprefix("torch."):
-                for buffer in model._rotary_frequencies().values():
+                for buffer in _rotary_frequencies(model.backbone):
                     buffer.data = buffer.data.to(model.dtype)
             for tensor in (*model.parameters(), *model.buffers()):
                 # Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last
@@ -454,6 +448,13 @@ _pushed: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
 
 #: Size of the weights that are being loaded; None where they are not known, and while nothing is.
 _bytes_of_weights: contextvars.ContextVar[int | None] = contextvars.ContextVar("erde_hub_bytes", default=None)
+
+
+def _rotary_frequencies(backbone: nn.Module) -> list[Tensor]:
+    """Buffers that transformers computes in float32 whatever the type of the weights is."""
+    if not isinstance(backbone, PreTrainedModel):
+        return []
+    return [buffer for name, buffer in backbone.named_buffers() if name.endswith("inv_freq")]
 
 
 def _weights_size(source: Any, kwargs: dict[str, Any]) -> int | None:
