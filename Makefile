@@ -1,6 +1,7 @@
 # make demo        everything on the bundled digits: teacher, student, report, checkpoint (about three minutes on two cores)
 # make test        the tests (under seven minutes on two cores);  make test-fast   without the slow ones (under two)
-# make test-long   further families of networks, every block of the README, long attacks
+# make test-long   every block of the README, wrapping of every family of networks (a quarter of an hour)
+# make test-families   one network of every further family trained, routed, saved and exported (an hour or more)
 # make lint        formatting, lint and layers;  make types   static types
 # Each installs into .venv when it is missing or pyproject.toml has changed.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-long lint types clean
+.PHONY: demo test test-fast test-long test-families lint types clean
 
 demo: $(VENV)/.train
 	$(BIN)/python recipes/distill.py
@@ -21,10 +22,13 @@ test: $(VENV)/.dev
 	$(PYTEST)
 
 test-fast: $(VENV)/.dev
-	$(PYTEST) -m "not slow and not long"
+	$(PYTEST) -m "not slow and not long and not families"
 
 test-long: $(VENV)/.dev
 	$(PYTEST) -m long
+
+test-families: $(VENV)/.dev
+	$(PYTEST) -m families --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -76,19 +76,19 @@ def test_dinov3_beside_the_other_of_its_family():
     assert [row.get(check) for check in ("attach", "train", "routing", "save")] == ["yes"] * 4
 
 
-@pytest.mark.long
+@pytest.mark.families
 @pytest.mark.parametrize("family", [name for name in timm_families() if name not in REFUSED])
 def test_every_family_of_timm(family):
     assert failed(family, {"onnx"} if family not in QUICK else {"save"}) == {}
 
 
-@pytest.mark.long
+@pytest.mark.families
 @pytest.mark.parametrize("family", [*TRANSFORMERS_VISION, *TRANSFORMERS_TEXT])
 def test_every_family_of_transformers(family):
     assert failed(family, {"onnx"} if family in TRANSFORMERS_TEXT else set()) == {}
 
 
-@pytest.mark.long
+@pytest.mark.families
 @pytest.mark.parametrize("family", REFUSED)
 def test_families_without_a_classifier(family):
     architecture, _, kwargs = timm_choice(family, timm_families()[family])
@@ -128,7 +128,7 @@ def test_a_check_of_later_has_a_column_once_a_row_was_tried_with_it(monkeypatch)
     assert "- `b`, stream: differs by 3.0e-02" in summary
 
 
-@pytest.mark.long
+@pytest.mark.families
 def test_cells_that_read_two_cells_before():
     with torch.device("meta"):
         backbone = timm.create_model("nasnetalarge", num_classes=3)

@@ -38,7 +38,7 @@ def test_families(family_file):
     check_all(*family_file)
 
 
-@pytest.mark.long
+@pytest.mark.families
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_more_families(family, tmp_path):
     model = build(*MORE_FAMILIES[family])
