@@ -123,6 +123,7 @@ def test_a_network_that_embeds_its_maps_again_needs_no_size():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # over a thousand networks
 def test_sizes_of_all_of_timm():
     tried = 0
     for name in timm.list_models():
