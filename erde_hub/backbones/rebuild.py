@@ -84,7 +84,7 @@ def check_same_network(
     theirs = _stored_tensors(rebuilt)
     same = copy_around(module, {id(tensor): theirs[name] for name, tensor in _stored_tensors(module).items()})
     ours, other = logits(same(x)), logits(rebuilt(x))
-    if not _same_values(ours, other):
+    if not same_values(ours, other):
         raise RebuildError(f"{name} rebuilt from its config gives another output with the same weights{advice}")
     return rebuilt
 
@@ -179,14 +179,21 @@ def _stages_agree(
     if [index for index, _ in own.seen] != [index for index, _ in staged.seen]:
         return False
     return all(
-        _same_values(a, b) for (_, a), (_, b) in zip([*own.seen, (0, ours)], [*staged.seen, (0, theirs)], strict=True)
+        same_values(a, b) for (_, a), (_, b) in zip([*own.seen, (0, ours)], [*staged.seen, (0, theirs)], strict=True)
     )
 
 
-def _same_values(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two outputs differ by rounding at most: another memory format or kernel differs in the last bits."""
+def same_values(ours: Tensor, theirs: Tensor, float32: float = 1e-4, other: float = 1e-2) -> bool:
+    """Whether two outputs differ by rounding at most: another memory format or kernel differs in the last bits.
+
+    Args:
+        ours: Any shape.
+        theirs: To compare with.
+        float32: Largest difference for that type, as a fraction of the largest value.
+        other: The same for other types.
+    """
     scale = theirs.abs().max().clamp_min(1e-6)
-    tolerance = 1e-4 if ours.dtype == torch.float32 else 1e-2
+    tolerance = float32 if ours.dtype == torch.float32 else other
     return ours.shape == theirs.shape and torch.allclose(ours / scale, theirs / scale, 0, tolerance, equal_nan=True)
 
 

@@ -24,7 +24,7 @@ from erde_hub.errors import ExitPointError
 from erde_hub.heads import FeatureSpec
 
 from . import BackboneAdapter, ExitPoint, ExitPoints
-from .rebuild import networks_to_run
+from .rebuild import networks_to_run, same_values
 from .tracing import copy_around, example_batch, weightless_copy
 
 #: What backbones raise when tensors of the whole batch meet tensors of the samples left.
@@ -185,9 +185,7 @@ def _run_texts(
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:
     """Whether logits of batches of different sizes differ by rounding at most."""
-    scale = theirs.abs().max().clamp_min(1e-6)
-    tolerance = 1e-3 if ours.dtype == torch.float32 else 5e-2
-    return torch.allclose(ours / scale, theirs / scale, 0, tolerance, equal_nan=True)
+    return same_values(ours, theirs, float32=1e-3, other=5e-2)
 
 
 def _reads_the_batch(module: nn.Module, exits: Sequence[str], what: str = "") -> ExitPointError:

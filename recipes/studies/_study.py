@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import erde_hub
 from erde_hub import EarlyExitWrapper
+from erde_hub._files import replacing, write_text
 from erde_hub.losses import ExitLoss
 
 log = logging.getLogger("study")
@@ -66,9 +67,8 @@ def share_cores() -> None:
 def save(path: Path, state: Any) -> None:
     """Writes a file that is either complete or not there, also when the process is killed while it writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f"{path.suffix}.tmp")
-    torch.save(state, unfinished)
-    unfinished.replace(path)
+    with replacing(path) as unfinished, unfinished.open("wb") as file:  # by name, torch refuses one without a stem
+        torch.save(state, file)
 
 
 def load(path: Path) -> Any:
@@ -92,10 +92,8 @@ def write_result(path: Path, arguments: dict[str, Any], measured: dict[str, Any]
         "cores": os.cpu_count(),
         **measured,
     }
-    unfinished = path.with_suffix(".tmp")
     rounded = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 6))
-    unfinished.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, json.dumps(rounded, indent=1) + "\n")
     log.info("wrote %s", path.name)
 
 

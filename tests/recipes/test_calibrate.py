@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import compare_policies
 import pytest
 import simulate_guarantee
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from erde_hub import EarlyExitWrapper
@@ -22,20 +20,6 @@ from erde_hub.policies import EENetPolicy
 from erde_hub.scripts import calibrate, evaluate
 from erde_hub.scripts import common as recipe
 from tests.fakes.networks import resnet8
-
-
-@pytest.fixture
-def call(monkeypatch, tmp_path):
-    """Runs a recipe in this process, as if from a shell in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def _call(module, *flags: object) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-        module.main()
-
-    yield _call
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
@@ -32,19 +31,6 @@ FAST_TEACHER = ["--teacher_kwargs", "width=4", "--epochs", "1", "--no_progress_b
                 "--mixed_precision", "no", "--checkpoint_steps", "4"]  # fmt: skip
 FAST = [*FAST_TEACHER, "--student_kwargs", "width=4"]
 LEFT = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json", "sweep.csv", "frontier.png")  # fmt: skip # noqa: E501
-
-
-@pytest.fixture
-def call(monkeypatch, tmp_path):
-    """Runs a recipe in this process, as if from a shell in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def _call(recipe, *flags: object) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, flags)])
-        recipe.main()
-
-    return _call
 
 
 def write_images(folder: Path, settings: dict) -> Path:
