@@ -56,7 +56,7 @@ def shares(make, **kwargs) -> dict[str, float]:
         ("swin_tiny_patch4_window7_224", {}, {"layers.0": 96, "layers.1": 192, "layers.2": 384}),
         ("swin_tiny_patch4_window7_224", {"img_size": 256}, {"layers.0": 96, "layers.1": 192, "layers.2": 384}),
         ("volo_d1_224", {}, {"network.0": 192, "network.2": 384}),
-        ("sequencer2d_s", {}, {"stages.0": 192, "stages.1": 384}),
+        pytest.param("sequencer2d_s", {}, {"stages.0": 192, "stages.1": 384}, marks=pytest.mark.long),
     ],
 )
 def test_d1_heads_of_nhwc_models_read_channels_and_not_heights(architecture, kwargs, widths):
@@ -111,7 +111,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     "name",
     [
         "volo_d1_224",
-        "sequencer2d_s",
+        pytest.param("sequencer2d_s", marks=pytest.mark.long),
         "deit_tiny_distilled_patch16_224",
         "dla34",
         "mixer_s32_224",

@@ -29,7 +29,14 @@ def flat_is_known(tiny_flat: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat, "flat_model", lambda *_: ir.from_proto(onnx.load_from_string(tiny_flat)))
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+#: Families exported by `make test`; the others by `make test-long`, because each takes up to twenty seconds.
+QUICK = ("resnet", "convnext", "vit")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES],
+)
 def family_file(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EarlyExitWrapper, Path]:

@@ -14,7 +14,7 @@ from erde_hub.errors import ConfigError
 
 
 @pytest.mark.skipif(not keep_freed_memory(), reason="an allocator that is not glibc's")
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_sides_run_in_processes_of_their_own(tmp_path, monkeypatch):
     output = tmp_path / "new" / "allocator.json"
     flags = ["--model", "test_resnet", "--batch_size", "2", "--rounds", "1", "--calls", "1", "--output", str(output)]

@@ -379,7 +379,7 @@ def start_and_kill(folder: Path, flags: list[str], checkpoints: Path, with_signa
     return process.wait(120)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_any_phase_and_resumed_gives_the_same_weights(call, tmp_path, capsys):
     flags = [*FAST, "--output_dir", "run"]
     call(distill, *FAST, "--output_dir", "whole")
