@@ -5,6 +5,7 @@ from __future__ import annotations
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 
 from ._launch import create_accelerator, run_on_main
+from ._setup import adopt_data
 from .arguments import DistillationArguments
 from .distiller import Distiller, DistillerCallback, TrainResult
 from .features import ExitFeatures
@@ -16,6 +17,7 @@ __all__ = [
     "DistillerCallback",
     "ExitFeatures",
     "TrainResult",
+    "adopt_data",
     "create_accelerator",
     "open_run_folder",
     "run_on_main",

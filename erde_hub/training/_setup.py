@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 
+from erde_hub.data.base import LabelledData
 from erde_hub.data.loader import BatchLoader
 from erde_hub.errors import ConfigError
+from erde_hub.modeling.pretrained import EarlyExitPreTrainedModel
 
 from .arguments import DistillationArguments
+
+logger = logging.getLogger(__name__)
+
+
+def adopt_data(model: nn.Module, data: LabelledData) -> None:
+    """Stores in a model's config how the images of the data become inputs, and the names of the classes.
+
+    A checkpoint then answers in a pipeline as it did in training. :class:`~erde_hub.training.Distiller` calls it for
+    the student; call it yourself before you train in another way, with transformers' Trainer for example. Modules
+    without a config of this library stay as they are.
+
+    Args:
+        model: The model that will be trained on the data.
+        data: Image or text data; a tokenizer is saved by whoever saves the model.
+    """
+    if not isinstance(model, EarlyExitPreTrainedModel):
+        return
+    if data.kind == "image":
+        frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
+        expected, given = _normalization(model.config.preprocessing), _normalization(data.preprocessing)
+        if frozen and expected is not None and given is not None and expected != given:
+            logger.warning(
+                "the backbone is frozen and was made for images of mean %s and std %s, %r has mean %s and std %s: its"
+                " features fit better if the data are loaded with the mean= and std= of the backbone",
+                *(*expected, data.name, *given),
+            )
+        model.set_preprocessing(**data.preprocessing)
+    if data.class_names and model.config.task == "classification":
+        model.config.id2label = dict(enumerate(data.class_names))
+        model.config.label2id = {name: index for index, name in enumerate(data.class_names)}
+
+
+def teacher_normalization(teacher: nn.Module | None, data: LabelledData) -> Callable[[Tensor], Tensor] | None:
+    """Returns what turns the images of the data into those of a teacher that was trained with another mean and std.
+
+    None where there is nothing to change.
+    """
+    if not isinstance(teacher, EarlyExitPreTrainedModel) or data.kind != "image":
+        return None
+    own, given = _normalization(teacher.config.preprocessing), _normalization(data.preprocessing)
+    if own is None or given is None or own == given:
+        return None
+    logger.warning(
+        "the teacher was trained on images of mean %s and std %s and is given such images, while the student is given"
+        " those of %r with mean %s and std %s; if that is not so, correct it by"
+        " teacher.set_preprocessing(**data.preprocessing)",
+        *(*own, data.name, *given),
+    )
+    (own_mean, own_std), (mean, std) = (torch.tensor(pair).view(2, 1, -1, 1, 1).unbind(0) for pair in (own, given))
+    scale, offset = std / own_std, (mean - own_mean) / own_std
+    return lambda images: images * scale.to(images.device) + offset.to(images.device)
+
+
+def _normalization(preprocessing: dict[str, Any] | None) -> tuple[list[float], list[float]] | None:
+    return (preprocessing["mean"], preprocessing["std"]) if preprocessing else None
 
 
 def place_models(

@@ -36,7 +36,7 @@ from ._launch import LOGS, StopRequest, create_accelerator, gather, is_sharded, 
 from ._loss_inputs import LossInputs
 from ._meter import Totals, describe_non_finite
 from ._progress import flatten, progress_bar, show
-from ._setup import count_steps, create_loader, create_optimizer, place_models
+from ._setup import adopt_data, count_steps, create_loader, create_optimizer, place_models, teacher_normalization
 from .arguments import DistillationArguments
 from .checkpointing import CHECKPOINTS, load_checkpoint, save_checkpoint
 from .run_folder import check_run_folder, warn_from_start
@@ -94,8 +94,9 @@ class DistillerCallback:
 class Distiller:
     """Trains a model with exits from labels, and from a teacher if there is one.
 
-    The student is trained in place and left in eval mode, with the averaged weights if ``ema_decay`` is set. The
-    teacher runs in eval mode, without gradients, unwrapped, in the same precision and on the same augmented batch.
+    The student is trained in place and left in eval mode, with the averaged weights if ``ema_decay`` is set. Its config
+    takes the preprocessing and the class names of the data. The teacher runs in eval mode, without gradients,
+    unwrapped, in the same precision and on the same augmented batch, normalised with its own mean and std.
     The global random generators are seeded at the start (dropout draws from them).
 
     With several processes, each takes its contiguous part of a global batch (two of 64 see exactly what one of 128
@@ -149,6 +150,8 @@ class Distiller:
         self.teacher_exits = check_loss(self.loss, student, teacher, args, has_targets(data))
         self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data, args, accelerator)
         place_models(student, teacher, self.loss, args, accelerator.device)
+        adopt_data(student, data)
+        self.teacher_normalization = teacher_normalization(teacher, data)
         self.train_loader = create_loader(data.train, args, accelerator, train=True, augment=self.augment)
         self.steps_per_epoch, self.total_steps, self.epochs = count_steps(
             self.train_loader.num_batches, data.name, args
@@ -234,13 +237,18 @@ class Distiller:
             teacher_logits = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_logits = all_exits(self.teacher, inputs)
+                    teacher_logits = all_exits(self.teacher, self._teacher_inputs(inputs))
             logits = all_exits(student, inputs)
         result = self.loss(logits, teacher_logits, labels, **self.loss_inputs.of(batch))
         accelerator.backward(result.loss)
         if accelerator.sync_gradients:
             self.loss_inputs.average_gradients(accelerator)
         return result, logits
+
+    def _teacher_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.teacher_normalization is None:
+            return inputs
+        return {**inputs, "pixel_values": self.teacher_normalization(inputs["pixel_values"])}
 
     @torch.no_grad()
     def evaluate(self, split: Any = None) -> dict[str, Any]:
