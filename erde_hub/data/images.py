@@ -171,7 +171,7 @@ def load_image_data(
         return _streamed(*opened)
     stored: Mapping[str, EncodedImages | NDArray[np.uint8]]
     if dataset == "digits":
-        source, stored = _digits(overrides.get("input_size", (3, 32, 32))[1:])
+        source, stored = read_digits(overrides.get("input_size", (3, 32, 32))[1:])
         overrides.pop("input_size", None)
     else:
         source = open_source(dataset, image_column, label_column, config_name, cache)
@@ -333,7 +333,7 @@ def _streamed(
     )
 
 
-def _digits(size: tuple[int, ...]) -> tuple[Source, dict[str, NDArray[np.uint8]]]:
+def read_digits(size: tuple[int, ...]) -> tuple[Source, dict[str, NDArray[np.uint8]]]:
     """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grey levels, enlarged and repeated to three channels."""
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415 (an extra)

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from _coloured import DATASET as COLOURED
+from _coloured import GroupedImages, coloured_digits
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
 from erde_hub.data.base import LabelledData
-from erde_hub.data.coloured import DATASET as COLOURED
-from erde_hub.data.coloured import GroupedImages, coloured_digits
 from erde_hub.errors import ConfigError, ResultsError, nearest
 from erde_hub.evaluation import (
     accuracy_at_cost,

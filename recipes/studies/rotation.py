@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from _rotated import TARGET, rotated_images
 from torch import Tensor
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
 from erde_hub.data.images import ImageData
-from erde_hub.data.rotated import TARGET, rotated_images
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, exit_scores, regression_per_exit, sweep_widths
 from erde_hub.evaluation.formatting import mmacs, percent

@@ -8,7 +8,6 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from erde_hub.errors import ConfigError, ResultsError
-from erde_hub.scripts import distill
 
 FAST = [
     "--teacher_kwargs", "width=4", "--student_kwargs", "width=4", "--epochs", "2", "--max_steps", "3", "--cpu_threads",
@@ -108,14 +107,6 @@ def test_flags_about_data_that_would_change_nothing_are_refused(monkeypatch, fla
     monkeypatch.setattr(compare_losses, "create_accelerator", lambda _: pytest.fail("it goes on"))
     with pytest.raises(ConfigError, match=message):
         call(monkeypatch, "--dataset", "coloured_digits", *flags)
-
-
-def test_other_recipes_say_which_one_has_coloured_digits(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    flags = ["distill.py", "--dataset", "coloured_digits", "--mixed_precision", "no"]
-    monkeypatch.setattr(sys, "argv", flags)
-    with pytest.raises(ConfigError, match=r"made by recipes/studies/compare_losses.py, .* --dataset coloured_digits"):
-        distill.main()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from _rotated import rotated_images
 from PIL import Image
 
 from erde_hub.calibration import check_calibration_data
 from erde_hub.data.images import load_image_data
-from erde_hub.data.rotated import rotated_images
 from erde_hub.data.texts import TextSplit
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import ExitRecords, save_results

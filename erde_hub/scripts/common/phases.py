@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from erde_hub.data.base import LabelledData
-from erde_hub.data.coloured import DATASET as COLOURED
 from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.data.splits import StoredSplit
 from erde_hub.data.texts import load_text_data
@@ -103,14 +102,8 @@ def load_data(
 
     Raises:
         DataError, LabelError, ConfigError: See :func:`~erde_hub.data.images.load_image_data` and
-            :func:`~erde_hub.data.texts.load_text_data`; also an argument for data of the other kind, and
-            coloured digits, which one recipe makes.
+            :func:`~erde_hub.data.texts.load_text_data`; also an argument for data of the other kind.
     """
-    if args.dataset == COLOURED and not Path(COLOURED).is_dir():
-        raise ConfigError(
-            f"{COLOURED!r} are made by recipes/studies/compare_losses.py, which also measures their groups: compare"
-            f" losses on them with python recipes/studies/compare_losses.py --dataset {COLOURED}, or give other data"
-        )
     texts = bool(preprocessing) and "tokenizer" in dict(preprocessing or {})
     for name in ("image_column", "image_size", "streaming") if texts else ("text_column", "max_length"):
         if getattr(args, name):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from _coloured import COLOURS, coloured_digits
 
-from erde_hub.data.coloured import COLOURS, coloured_digits
 from erde_hub.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")

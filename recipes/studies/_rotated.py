@@ -17,11 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from erde_hub.data.augment import counter_hash
+from erde_hub.data.images import ImageData
+from erde_hub.data.loader import BatchSettings, ImageSplit
 from erde_hub.errors import ConfigError, InputTypeError
-
-from .augment import counter_hash
-from .images import ImageData
-from .loader import BatchSettings, ImageSplit
 
 #: Name of the target, with its unit.
 TARGET = "angle in radians"

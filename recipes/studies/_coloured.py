@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from erde_hub.data.augment import counter_hash
+from erde_hub.data.images import ImageData, image_data_from_arrays, read_digits
+from erde_hub.data.splits import TEST_FRACTION, VALIDATION_FRACTION, hold_out
 from erde_hub.errors import ConfigError
-
-from .augment import counter_hash
-from .images import ImageData, _digits, image_data_from_arrays
-from .splits import TEST_FRACTION, VALIDATION_FRACTION, hold_out
 
 #: What ``recipes/studies/compare_losses.py`` calls them.
 DATASET = "coloured_digits"
@@ -66,7 +65,7 @@ def coloured_digits(correlation: float = 0.95, seed: int = 0) -> GroupedImages:
     """
     if isinstance(correlation, bool) or not isinstance(correlation, (int, float)) or not 0 <= correlation <= 1:
         raise ConfigError(f"correlation must be a share from 0 to 1, got {correlation!r}")
-    source, stored = _digits((32, 32))
+    source, stored = read_digits((32, 32))
     digits, grey = source.labels["train"], stored["train"][..., 0]
     rest, test = hold_out(digits, TEST_FRACTION)
     kept, held = hold_out(digits[rest], VALIDATION_FRACTION)

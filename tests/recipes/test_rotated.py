@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from _rotated import TARGET, rotate, rotated_images
 from PIL import Image
 
 from erde_hub.data.images import BatchLoader
-from erde_hub.data.rotated import TARGET, rotate, rotated_images
 from erde_hub.errors import ConfigError, InputTypeError
 from tests.fakes.training import make_data
 
