@@ -202,7 +202,7 @@ class TransformersAdapter(BackboneAdapter):
         for name, calls in traced.calls.items():
             if family.stage(body, name):
                 names += [name] if len(calls) == 1 else [f"{name}@{i}" for i in range(len(calls))]
-        return names
+        return names[:-1] if self.task(module) == "causal_lm" else names  # after the last layer the model answers
 
     def feature_spec(self, module: nn.Module, name: str, call: StageCall, traced: Trace) -> FeatureSpec:
         """Layout of the family; an output that does not have it is an error, not a guess.

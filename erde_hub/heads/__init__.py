@@ -10,12 +10,14 @@ from erde_hub._registry import Registry
 from .base import ExitHead, FeatureSpec
 from .fc import FCHead
 from .linear import LinearHead
+from .lm import LMHead
 from .mlp import MLPHead
 
 __all__ = [
     "ExitHead",
     "FCHead",
     "FeatureSpec",
+    "LMHead",
     "LinearHead",
     "MLPHead",
     "create_head",
@@ -32,6 +34,7 @@ list_heads = _HEADS.names
 register_head("fc", FCHead, "batch norm, ReLU, 2x2 average pooling, dropout, linear", "arXiv 2510.04856")
 register_head("linear", LinearHead, "global pooling, linear")
 register_head("mlp", MLPHead, "global pooling, layer norm, hidden layer, linear")
+register_head("lm", LMHead, "the language model's own final norm and output embedding, shared", "arXiv 2404.16710")
 
 
 def create_head(name: str, spec: FeatureSpec, num_labels: int, **kwargs: Any) -> ExitHead:

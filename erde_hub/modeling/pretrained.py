@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, PreTrainedModel
@@ -228,8 +228,11 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             # torch.compile puts its own module around the backbone, which a checkpoint must not show.
             state_dict = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
         state_dict = self._saved_once(state_dict)
+        empty = not state_dict
         with replacing_all(save_directory, last="config.json") as staging, disk_errors(Path(save_directory)):
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
+            if empty:  # heads that share all they use with a published backbone
+                save_file({}, staging / FILENAME, metadata={"format": "pt"})
             if self.config.preprocessing:
                 self.image_processor().save_pretrained(staging)
             else:

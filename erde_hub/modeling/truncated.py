@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub.backbones import BackboneAdapter, get_adapter
+from erde_hub.backbones.decoders import create_heads
 from erde_hub.backbones.tracing import weightless_copy
 from erde_hub.config import EarlyExitConfig
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs
@@ -27,7 +28,7 @@ from erde_hub.engine.rows import tensors
 from erde_hub.engine.runner import ExitRunner
 from erde_hub.engine.stages import run_stages
 from erde_hub.errors import ConfigError, ExitNotReachedError, ExitPointError, InputTypeError, nearest
-from erde_hub.heads import ExitHead, FeatureSpec, create_head
+from erde_hub.heads import ExitHead, FeatureSpec, LMHead
 from erde_hub.outputs import EarlyExitOutput
 
 from .pretrained import EarlyExitPreTrainedModel
@@ -110,7 +111,7 @@ class TruncatedModel(EarlyExitPreTrainedModel):
                 _replace(module, name, RemovedModule(name))
             for values in config.exit_features or ():
                 spec = FeatureSpec.from_dict(values)
-                head = create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {}))
+                (head,) = create_heads(config.head, [spec], config.num_outputs, module, **(config.head_kwargs or {}))
         self._assemble(adapter, module, head, adopted=backbone is not None)
 
     def _assemble(self, adapter: BackboneAdapter, backbone: nn.Module, head: ExitHead | None, adopted: bool) -> None:
@@ -219,7 +220,10 @@ def truncate(model: EarlyExitPreTrainedModel, exit: int | str) -> TruncatedModel
     exits = model.exits_and_heads()
     index = _exit_index([name for name, _ in exits], exit)
     name, head = exits[index]
+    whole = getattr(model.backbone, "_orig_mod", model.backbone)
     removed = [] if head is None else _modules_after(model, name)
+    if isinstance(head, LMHead):
+        removed = [n for n in removed if whole.get_submodule(n) not in head.shared_modules()]
     values = {key: value for key, value in model.config.to_dict().items() if key not in _ROUTING_FIELDS}
     config = TruncatedConfig.from_dict(
         {
@@ -229,8 +233,10 @@ def truncate(model: EarlyExitPreTrainedModel, exit: int | str) -> TruncatedModel
             "removed_modules": removed,
         }
     )
-    backbone = _copy_without(getattr(model.backbone, "_orig_mod", model.backbone), removed)
-    static = TruncatedModel(config, backbone, None if head is None else _without_own_hooks(copy.deepcopy(head)))
+    backbone = _copy_without(whole, removed)
+    if head is not None:
+        head = _without_own_hooks(copy.deepcopy(head, {id(whole): backbone}))
+    static = TruncatedModel(config, backbone, head)
     static.training = model.training
     return static
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, get_adapter
+from erde_hub.backbones.decoders import check_readout, create_heads, exit_layers
 from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
 from erde_hub.backbones.shrink_check import check_samples_are_apart, check_shrinks
 from erde_hub.backbones.tracing import trace
@@ -23,7 +24,7 @@ from erde_hub.engine.recomputation import is_recomputing, recomputing
 from erde_hub.engine.routing import PlanCache, RoutingPlan
 from erde_hub.engine.runner import ExitRunner, calls_are_replaced
 from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
-from erde_hub.heads import ExitHead, FeatureSpec, create_head
+from erde_hub.heads import ExitHead, FeatureSpec
 from erde_hub.losses.exit_weights import weights_per_exit
 from erde_hub.outputs import EarlyExitOutput
 from erde_hub.policies import (
@@ -59,7 +60,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             (N, K), or an :class:`EarlyExitConfig` to build the same model from.
         exits: Module names, shallow to deep (:func:`list_exit_points` lists the usual ones); an int n for n places
             evenly spaced in MACs; ``"auto"`` for a good choice, which is logged with its reason.
-        head: Key of the heads table.
+        head: Key of the heads table; None is ``fc``, and ``lm`` for a causal language model.
         policy: Key of the policies table; None is ``entropy``, and ``never`` for a regression.
         threshold: One number, or one per early exit; None takes the policy's default.
         input_size: Shape of one input without the batch; for texts the number of tokens that costs are counted at.
@@ -100,7 +101,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         model: nn.Module | EarlyExitConfig,
         exits: Sequence[str] | int | str = "auto",
         *,
-        head: str = "fc",
+        head: str | None = None,
         policy: str | None = None,
         threshold: float | Sequence[float] | None = None,
         input_size: Sequence[int] | None = None,
@@ -141,7 +142,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             problem_type=problem_type,
             exits=names,
             exit_features=[p.spec.to_dict() for p in points],
-            head=head,
+            head=head or ("lm" if adapter.task(model) == "causal_lm" else "fc"),
             head_kwargs=head_kwargs,
             policy=policy,
             policy_kwargs=policy_kwargs,
@@ -159,6 +160,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         if hooked:
             check_shrinks(adapter, model, names, specs, inputs, hooked=True)
         check_samples_are_apart(adapter, model, rebuilt, names, specs, inputs, hooked)
+        if config.head == "lm" and rebuilt is not None and not next(rebuilt.parameters()).is_meta:
+            check_readout(rebuilt, specs[0])
         del rebuilt  # as large as the model
         super().__init__(config)
         self.exits_reason = reason if isinstance(exits, (int, str)) else None
@@ -191,8 +194,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._runner = runner
         self._plans = PlanCache()
         self.backbone = backbone
+        if config.task == "causal_lm":
+            exit_layers(backbone, names)
         self.heads = nn.ModuleList(
-            create_head(config.head, spec, config.num_outputs, **(config.head_kwargs or {})) for spec in specs
+            create_heads(config.head, specs, config.num_outputs, backbone, **(config.head_kwargs or {}))
         )
         self.policy = policy_for(config.problem_type, str(config.policy), **(config.policy_kwargs or {}))
         self._regression = config.problem_type == REGRESSION
@@ -203,7 +208,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._backbone_frozen = False
         self._costs = {}
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
-        on_meta = any(p.device.type == "meta" for p in self.heads.parameters())  # while a checkpoint is loaded
+        on_meta = torch.get_default_device().type == "meta"  # while a checkpoint is loaded
         if on_meta and not adopted:
             self._check_is_as_large_as_its_file()
         if not adopted:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from support_models import CLASSES, TRANSFORMERS_VISION, transformers_model
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
 
-__all__ = ["CLASSES", "TEXT", "VISION", "inputs", "side", "text", "vision", "wrap"]
+__all__ = ["CAUSAL", "CLASSES", "TEXT", "VISION", "causal", "inputs", "side", "text", "vision", "wrap"]
 
 #: Class without its ending, and exits.
 VISION: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -42,6 +43,55 @@ TEXT: dict[str, tuple[str, tuple[str, ...]]] = {
     "qwen2": ("Qwen2", ("model.layers.0", "model.layers.1")),
     "gpt2": ("GPT2", ("transformer.h.0", "transformer.h.1")),
 }
+#: Class, and what a tiny one needs beside the usual sizes. Windows are short, so that texts are longer.
+CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 1}),
+    "llama3": (
+        "Llama",
+        {
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 1}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 8}),
+    "mistral": ("Mistral", {"num_key_value_heads": 1, "sliding_window": 8}),
+    "gemma2": ("Gemma2", {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8}),
+    "smollm3": ("SmolLM3", {"num_key_value_heads": 1}),
+    "phi3": ("Phi3", {"num_key_value_heads": 1}),
+    "gpt2": ("GPT2", {}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "opt": ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 16}),
+}
+
+
+def causal(name: str, **kwargs: Any) -> nn.Module:
+    """A tiny causal language model of 50 tokens and five layers, in eval mode, whose layers disagree."""
+    class_name, more = CAUSAL[name]
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, f"{class_name}Config")(**{**sizes, **more, **kwargs})
+    cls = "GPT2LMHeadModel" if class_name == "GPT2" else f"{class_name}ForCausalLM"
+    torch.manual_seed(0)
+    return getattr(transformers, cls)(config).eval()
 
 
 def side(name: str) -> int:
