@@ -1,6 +1,6 @@
 """Every exit's logits on a data set, collected once and read by everything else.
 
-Calibrators, policies, threshold searches, sweeps and pictures are functions of these records and need no network.
+Calibrators, policies, threshold searches, sweeps and figures are functions of these records and need no network.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -163,6 +164,11 @@ class ExitRecords:
     def labelled(self) -> bool:
         """The samples have labels."""
         return self.problem_type == REGRESSION or bool((self.labels != UNLABELLED).any())
+
+    @cached_property
+    def equal_rows(self) -> int:
+        """Number of samples whose logits of all exits are exactly those of another sample."""
+        return self.num_samples - len(_row_hashes(self.logits).unique())
 
     def require_classes(self, what: str, labels: bool = True) -> None:
         """Checks that ``what`` can read probabilities and, unless ``labels`` is False, labels off these records.
@@ -381,7 +387,7 @@ def check_held_out(records: ExitRecords, training_index: Any | None = None) -> E
             more = ", ..." if int(seen.sum()) > len(first) else ""
             raise DataError(
                 f"{int(seen.sum())} of {records.num_samples} samples were trained on (index"
-                f" {', '.join(map(str, first))}{more}): leave them out of the data, or with records.select(...)"
+                f" {', '.join(map(str, first))}{more}): remove them from the data, or with records.select(...)"
             )
     records = distinct_samples(records)
     if records.num_samples < MIN_SAMPLES:
@@ -410,11 +416,10 @@ def distinct_samples(records: ExitRecords) -> ExitRecords:
             stacklevel=3,
         )
         records = records.select(order[first].sort().values)
-    equal = records.num_samples - len(_row_hashes(records.logits).unique())
-    if equal:
+    if records.equal_rows:
         warnings.warn(
-            f"{equal} of {records.num_samples} samples have exactly the logits of another sample under a different"
-            " index: if they are copies, they count more than once, and guarantees look better than they are",
+            f"{records.equal_rows} of {records.num_samples} samples have exactly the logits of another sample under a"
+            " different index: if they are copies, they count more than once, and guarantees look better than they are",
             RepeatedSamplesWarning,
             stacklevel=3,
         )

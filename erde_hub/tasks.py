@@ -1,8 +1,8 @@
-"""What a model answers with, and what its labels must be: classes, real numbers, or tokens.
+"""What a model predicts, and what its labels must be: classes, real numbers, or tokens.
 
-Classes are (N, K) logits per exit. A regression (``problem_type="regression"``) answers with (N, D) real numbers: there
+Classes are (N, K) logits per exit. A regression (``problem_type="regression"``) predicts (N, D) real numbers: there
 are no probabilities, so what reads probabilities (entropy and its siblings, calibrators, distillation losses) refuses
-it. A causal language model answers with logits for every token.
+it. A causal language model gives logits for every token.
 """
 
 from __future__ import annotations

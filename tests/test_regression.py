@@ -330,13 +330,13 @@ def test_a_policy_of_other_answers_or_exits_is_refused(fitted):
     model, x, _ = fitted
     with pytest.raises(ConfigError, match="policy 'entropy' reads class probabilities"):
         model.set_policy(EntropyPolicy())
-    with pytest.raises(ConfigError, match="SetSizePolicy is not for models that answer with real numbers"):
+    with pytest.raises(ConfigError, match="SetSizePolicy is not for models that predict real numbers"):
         model.set_policy(SetSizePolicy(3))
     other = IntervalWidthPolicy.fit(make_records())
     with pytest.raises(ShapeError, match=r"fitted for features \[4, 4, 4\] and 2 targets, the exits have"):
         model.set_policy(other)
     classifier = EarlyExitWrapper(Plain(), EXITS, input_size=(3, 16, 16))
-    with pytest.raises(ConfigError, match="IntervalWidthPolicy is not for models that answer with classes"):
+    with pytest.raises(ConfigError, match="IntervalWidthPolicy is not for models that predict classes"):
         classifier.set_policy(other)
     with pytest.raises(ConfigError, match="TemperatureCalibrator reads class probabilities"):
         model.set_calibrator(TemperatureCalibrator(3))

@@ -53,10 +53,10 @@ class Calibrator(nn.Module):
 
         Args:
             exit_index: Index of the exit.
-            logits: Raw logits of the samples that are still there.
+            logits: Raw logits of the samples that have not exited.
             feature: What the exit's last linear layer reads, where :attr:`uses_features`.
             state: What the calibrator keeps between the exits of a pass, tensors with one row per sample; the caller
-                takes rows of samples that leave out of it. Empty at the first exit.
+                removes the rows of samples that exit. Empty at the first exit.
 
         Shape:
             logits: (N, K). feature: (N, D). Returns (N, K).

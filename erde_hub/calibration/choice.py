@@ -15,7 +15,7 @@ from erde_hub.fingerprint import check_fingerprint
 #: What a target bounds, in words, by its name.
 TARGETS = {
     "accuracy_drop": "loss of accuracy against the full model",
-    "disagreement": "share of samples whose answer differs from the full model's",
+    "disagreement": "fraction of samples whose prediction differs from the full model's",
     "brier_increase": "rise of the Brier score against the full model",
     "mean_macs": "mean multiply-accumulates per sample",
     "mean_milliseconds": "mean measured time per sample",
@@ -46,7 +46,7 @@ class ThresholdChoice:
         per_exit: One threshold was searched for each exit.
         samples: Number of calibration samples.
         tested: Number of these that the guarantee rests on; the others found the candidates.
-        value: Mean of the target over the samples, below 0 where leaving early is better.
+        value: Mean of the target over the samples, below 0 where exiting early is better.
         upper_bound: Smallest bound that a test of this threshold alone accepts on the samples, at this confidence; for
             ``ltt`` without counting gains, for ``crc`` the estimate that it compares with the bound. What is promised
             is ``bound``: the same samples picked the threshold, so that this number says no more than how much of the
@@ -55,13 +55,13 @@ class ThresholdChoice:
         full_accuracy: Of the last exit, on the samples.
         mean_macs: Multiply-accumulates per sample with this threshold.
         full_macs: Of the full model.
-        saving: Share of the full model's cost that is expected to be saved, in the unit of the target where that is a
-            time, else in multiply-accumulates.
+        saving: Fraction of the full model's cost that is expected to be saved: of the time where the target is one,
+            otherwise of multiply-accumulates.
         possible_saving: The same for the boldest candidate that keeps the bound on these samples without any
             confidence: about what more data could show at most.
-        exit_share: Share of samples per exit, shallow to deep.
-        never_exits: Nobody leaves early.
-        advice: What would need more data, or why nobody leaves; empty where there is nothing to say.
+        exit_share: Fraction of samples per exit, shallow to deep.
+        never_exits: No sample exits early.
+        advice: What would need more data, or why no sample exits; empty where there is nothing to say.
         dataset: Name of the calibration data, where known.
         split: Their split, where known.
         fingerprint: Hash of the weights that gave the records; empty where unknown.
@@ -120,8 +120,8 @@ class ThresholdChoice:
     def rule(self) -> str:
         """One sentence that says what the threshold was chosen for, for cards and logs."""
         amount = describe_bound(self.target, self.bound)
-        sure = "" if self.confidence is None else f" with {describe_confidence(self.confidence)} confidence"
-        return f"{TARGETS[self.target]} at most {amount}{sure} ({METHODS[self.method]})"
+        confident = "" if self.confidence is None else f" with {describe_confidence(self.confidence)} confidence"
+        return f"{TARGETS[self.target]} at most {amount}{confident} ({METHODS[self.method]})"
 
     def store(self, model: Any) -> None:
         """Sets a model's threshold and keeps this report in its config as ``threshold_profile``.
@@ -145,8 +145,8 @@ class ThresholdChoice:
         where = f" of {self.split}" if self.split else ""
         rests = f" (guarantee from {self.tested:,})" if self.tested != self.samples else ""
         lines = [
-            f"threshold: {self.threshold}{' (nobody leaves early)' if self.never_exits else ''}",
-            f"wanted: {self.rule}",
+            f"threshold: {self.threshold}{' (no sample exits early)' if self.never_exits else ''}",
+            f"objective: {self.rule}",
             (
                 f"on {self.samples:,} samples{where}{rests}: accuracy {100 * self.accuracy:.2f} % (full model"
                 f" {100 * self.full_accuracy:.2f} %), {100 * self.mean_macs / max(self.full_macs, 1):.1f} % of the full"
@@ -182,7 +182,7 @@ def describe_bound(target: str, bound: float) -> str:
 
 
 def describe_confidence(confidence: float) -> str:
-    """Returns a confidence in percent, rounded down to one decimal at most, or to what tells it from certainty.
+    """Returns a confidence in percent, rounded down to one decimal at most, or more where that would read as certainty.
 
     Example:
         >>> describe_confidence(0.9), describe_confidence(0.764783), describe_confidence(0.99999)

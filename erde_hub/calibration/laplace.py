@@ -239,9 +239,9 @@ def predictive(logits: Tensor, features: Tensor, feature_factor: Tensor, noise: 
         logits: (N, K). features: (N, D). feature_factor: (D + 1, D + 1). noise: (M, K). Returns (N, K).
     """
     h = torch.nn.functional.pad(features, (0, 1), value=1.0)
-    spread = (h @ feature_factor).norm(dim=1)
+    deviation = (h @ feature_factor).norm(dim=1)
     rows = max(1, _CELLS // noise.numel())
     parts = []
-    for z, s in zip(logits.split(rows), spread.split(rows), strict=True):
+    for z, s in zip(logits.split(rows), deviation.split(rows), strict=True):
         parts.append(((z + s[:, None] * noise[:, None]) / temperature).softmax(-1).mean(0))
     return torch.cat(parts) if parts else logits.new_zeros(logits.shape)

@@ -21,7 +21,7 @@ class MIECalibrator(Calibrator):
     """Averages the probabilities of the exits so far, deep ones weighing more: sum w_m p_m / sum w_m.
 
     The weights are the cumulative costs up to each exit. Costs nothing beyond the heads, which all have to run, also
-    those of exits at which nobody can leave. Answers change, mostly for the better.
+    those of exits at which no sample can exit. Predictions change, mostly for the better.
 
     Args:
         num_exits: Number of exits, the last one included.

@@ -71,16 +71,6 @@ class Objective:
         return torch.where(loss <= self.loss_bound + 1e-12, cost + 1e-9 * loss, math.inf)
 
 
-def under_loss(bound: float, target: str = "accuracy_drop") -> Objective:
-    """Returns the objective of the smallest cost with a mean loss of at most ``bound``."""
-    return Objective(target, bound)
-
-
-def under_budget(budget: float, target: str = "mean_macs") -> Objective:
-    """Returns the objective of the smallest loss with a mean cost of at most ``budget``."""
-    return Objective(target, budget)
-
-
 def read_objective(targets: Mapping[str, float | None]) -> Objective:
     """Returns the objective of the one target that is given.
 

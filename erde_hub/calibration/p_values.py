@@ -1,6 +1,6 @@
 """Tests and bounds for the mean of a bounded loss, from a finite sample and without assumptions on its distribution.
 
-Every p-value here is for the hypothesis "the expected loss is above ``bound``"; small ones speak for the bound.
+Every p-value here is for the hypothesis "the expected loss is above ``bound``"; small ones support the bound.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Shares of the largest safe bet over which :func:`betting_p_values` averages.
+#: Fractions of the largest safe bet over which :func:`betting_p_values` averages.
 _BETS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.55, 0.8, 1.0)
 
 
@@ -24,7 +24,7 @@ def hoeffding_bentkus_p_values(means: Tensor, samples: int, bound: float, binary
 
     Args:
         means: Mean losses r, one per candidate.
-        samples: Number n of samples behind each.
+        samples: Number n of samples of each.
         bound: The bound a, in (0, 1).
         binary: Losses are 0 or 1.
 
@@ -46,9 +46,9 @@ def hoeffding_bentkus_p_values(means: Tensor, samples: int, bound: float, binary
 def betting_p_values(losses: Tensor, bound: float, weights: Tensor | None = None) -> Tensor:
     """P-values from single losses in [-1, 1], sharper than those of means where losses hardly vary or cancel out.
 
-    Somebody who bets a share b of the wealth against the hypothesis at every sample has prod(1 + b (bound - loss)) in
-    the end, which is 1 or less on average if the hypothesis is true, for every b in [0, 1 / (1 - bound)]. So is the
-    average over several b, and by Markov's inequality its inverse is a p-value. The order of the samples is immaterial.
+    Betting a fraction b of the wealth against the hypothesis at every sample gives prod(1 + b (bound - loss)) at the
+    end, which is 1 or less on average if the hypothesis is true, for every b in [0, 1 / (1 - bound)]. So is the average
+    over several b, and by Markov's inequality its inverse is a p-value. The order of the samples is immaterial.
 
     Shape:
         losses: (C, N). weights: (N,), how many samples each column stands for. Returns (C,).
@@ -84,10 +84,11 @@ def difference_p_value(lost: int, won: int, samples: int, bound: float, level: f
 
     Outcomes are ordered by how far lost - won is below its expectation n a, in standard deviations: the score
     t = (lost - won - n a) / sqrt(max(lost + won, n a) - n a^2) of the bound a. If a sample loses with probability a + q
-    and wins with probability q, the chance of a score of at most t is summed up exactly. The unknown q is taken as the
-    worst one between confidence limits of the share of wins, and the chance that these fail is added (Berger and Boos).
-    A score hardly depends on q, so that little is lost to the worst one, which is looked for at 16 places. That chance
-    is a fiftieth of the level at which the p-value will be judged, and 0.002 at most.
+    and wins with probability q, the probability of a score of at most t is summed exactly. The unknown q is taken as
+    the worst one between confidence limits of the fraction of wins, and the probability that these fail is added
+    (Berger and Boos).
+    A score hardly depends on q, so that the worst one costs little; it is searched at 16 places. The limits fail
+    with a fiftieth of the level at which the p-value will be tested, and 0.002 at most.
 
     References:
         Berger and Boos, P values maximized over a confidence set for the nuisance parameter, 1994, JASA 89.
@@ -107,8 +108,8 @@ def difference_p_value(lost: int, won: int, samples: int, bound: float, level: f
 class AcceptanceRegion:
     """The outcomes of which :func:`difference_p_value` is at most a level, by the most losses for each number of wins.
 
-    Among outcomes with as many wins a p-value rises with the losses, since the score does and the limits of the share
-    of wins stay. What is asked once for a number of wins then answers for all outcomes that share it.
+    Among outcomes with as many wins a p-value rises with the losses, since the score does and the limits of the
+    fraction of wins stay. One search for a number of wins then decides for all outcomes with that many.
 
     Args:
         samples: Number of samples.
@@ -121,14 +122,14 @@ class AcceptanceRegion:
         self._most: dict[int, int] = {}
 
     def __contains__(self, outcome: tuple[int, int]) -> bool:
-        """Tells whether so many losses and wins are accepted."""
+        """Returns whether so many losses and wins are accepted."""
         lost, won = outcome
         if won not in self._most:
             self._most[won] = self._most_losses(won)
         return lost <= self._most[won]
 
     def _most_losses(self, won: int) -> int:
-        """The most losses that are accepted beside some wins, -1 if none; looked for around a normal test's answer."""
+        """The most losses that are accepted with so many wins, -1 if none; searched around a normal test's result."""
         from scipy.stats import norm  # noqa: PLC0415
 
         def accepted(lost: int) -> bool:
@@ -160,7 +161,7 @@ def acceptance_region(samples: int, bound: float, level: float) -> AcceptanceReg
     return AcceptanceRegion(samples, bound, level)
 
 
-#: Largest chance that the share of wins is outside the limits between which :func:`difference_p_value` looks.
+#: Largest chance that the fraction of wins is outside the limits between which :func:`difference_p_value` looks.
 _NUISANCE_LEVEL = 0.002
 #: Lower scores count as this one, so that their p-values are the larger ones of it.
 _LOWEST = -7.0
@@ -179,18 +180,18 @@ def _deviation(differing: Tensor, samples: int, bound: float) -> Tensor:
 
 
 def _tails(score: float, samples: int, bound: float, wins: Tensor) -> Tensor:
-    """P(score of losses and wins <= score) of a multinomial with shares ``bound + wins`` and ``wins``, for several.
+    """P(score of losses and wins <= score) of a multinomial with fractions ``bound + wins`` and ``wins``, for several.
 
     Losses plus wins are m, binomial; of m, losses are binomial again and at most k, the largest number whose score is
     low enough. From m - 1 to m this k stays or rises by 1 (a fall is evened out, so that losing less or winning more
-    never leaves the region, and the bound itself is the worst of the hypothesis). The distribution function at k
+    stays in the region, and the bound itself is the worst of the hypothesis). The distribution function at k
     follows from that for m - 1 by adding or taking off one mass.
     """
     some = (bound + 2 * wins)[:, None]
     part = (bound + wins)[:, None] / some
-    spread = 10 * (samples * some * (1 - some)).sqrt() + 20
-    low = max(0, int((samples * some - spread).min()))
-    high = min(samples, int((samples * some + spread).max()) + 1)
+    width = 10 * (samples * some * (1 - some)).sqrt() + 20
+    low = max(0, int((samples * some - width).min()))
+    high = min(samples, int((samples * some + width).max()) + 1)
     m = torch.arange(low, high + 1, dtype=torch.float64)
     k = ((m + samples * bound + score * _deviation(m, samples, bound) + 1e-9) / 2).floor().cummax(0).values
     below = torch.arange(max(int(k[0]) + 1, 0), dtype=torch.float64)

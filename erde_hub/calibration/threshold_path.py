@@ -16,7 +16,7 @@ from .outcomes import ExitOutcomes
 SPEEDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 #: Steps of a path, and samples that fit its speeds, at most.
 STEPS, _SAMPLES = 200, 10_000
-#: Losses, as multiples of the bound, at which a path's saving is judged: 16 from a third of it to three times as much.
+#: Losses, as multiples of the bound, at which paths are compared: 16 from a third of it to three times as much.
 _LOSSES = tuple(0.35 * (3 / 0.35) ** (i / 15) for i in range(16))
 #: Ratios of the speeds of neighbouring exits with which the fit begins; the best one counts.
 _RAMPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)

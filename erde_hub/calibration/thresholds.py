@@ -28,7 +28,7 @@ from .outcomes import ExitOutcomes, expected_losses
 from .search import best_on_grids, best_per_exit, shared_curve
 from .threshold_path import STEPS, fit_exit_speeds, threshold_path
 
-#: Share of the samples that the speeds of a path per exit are fitted on, and the seed of that split.
+#: Fraction of the samples that the speeds of a path per exit are fitted on, and the seed of that split.
 _FITTING, _SPLIT_SEED = 0.2, 0
 #: Tested samples times bound from which the exact test of the difference is sharper than that of the losses alone.
 _MANY = 5
@@ -73,7 +73,7 @@ def choose_threshold(
         records: Of held-out data, calibrated if the model has a calibrator.
         policy: A key of the policies table, or a policy.
         max_accuracy_drop: Accuracy that may be lost against the last exit, a fraction such as 0.01.
-        max_disagreement: Share of samples whose answer may differ from the last exit's.
+        max_disagreement: Fraction of samples whose prediction may differ from the last exit's.
         max_brier_increase: How much the Brier score (0 to 2) may exceed the last exit's.
         max_mean_macs: Budget of mean multiply-accumulates per sample.
         max_mean_milliseconds: Budget of mean time per sample; needs ``exit_milliseconds``.
@@ -82,7 +82,7 @@ def choose_threshold(
         per_exit: One threshold per early exit in place of a shared one.
         confidence: In (0, 1). The records must not hold samples that a calibrator or a learned policy were fitted on
             (``calibrate.py`` leaves them out).
-        method: ``ltt`` tests the share of samples that lose and does not count gains; ``exact`` tests losses minus
+        method: ``ltt`` tests the fraction of samples that lose and does not count gains; ``exact`` tests losses minus
             gains; ``ucb`` tests the same by betting, also for losses that are no counts; ``crc`` bounds the mean loss
             over calibration sets and takes no confidence. None with a confidence: ``exact`` where the bound times the
             tested samples is at least 5 and the losses are counts, otherwise ``ltt``; the number of samples decides,
@@ -190,7 +190,7 @@ def _best_candidates(outcomes: ExitOutcomes, objective: Objective, per_exit: boo
         return [grid[shared]] * early
     ranks = outcomes.ranks()
     levels = [torch.tensor([outcomes.level_of(e, ranks[e], t) for t in grid]).double() for e in range(early)]
-    grids = [level.unique().flip(0) for level in levels]  # thresholds that share a level act alike
+    grids = [level.unique().flip(0) for level in levels]  # thresholds with the same level act alike
     start = [float(level[shared]) for level in levels]
     best = best_on_grids(ranks, outcomes.losses, outcomes.costs, grids, objective, start)
     return [grid[int((levels[e] == best.levels[e]).nonzero()[0, 0])] for e in range(early)]

@@ -63,7 +63,7 @@ def capture_features(features: dict[int, Tensor]) -> Iterator[None]:
         _captured.reset(token)
 
 
-def read_evidence(policy: ExitPolicy, exit_index: int) -> Tensor:
+def read_density_terms(policy: ExitPolicy, exit_index: int) -> Tensor:
     """Returns what a policy that reads features makes of those that an exit has just read."""
     features = _captured.get()
     if features is None or exit_index not in features:
@@ -71,7 +71,7 @@ def read_evidence(policy: ExitPolicy, exit_index: int) -> Tensor:
             f"{type(policy).__name__} saw nothing of what exit {exit_index} reads: give it to the model with"
             " model.set_policy(...)"
         )
-    return policy.evidence(exit_index, features.pop(exit_index))
+    return policy.density_terms(exit_index, features.pop(exit_index))
 
 
 def last_linears(model: Any) -> dict[str, nn.Linear]:

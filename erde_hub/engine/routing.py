@@ -16,7 +16,7 @@ from erde_hub.errors import ExitNotReachedError, ShapeError
 from erde_hub.heads import ExitHead
 from erde_hub.policies import ExitPolicy
 
-from .features import CalibratedExits, read_evidence
+from .features import CalibratedExits, read_density_terms
 from .rows import shrink, tensors
 from .runner import ExitRunner
 from .stages import Stage
@@ -137,7 +137,7 @@ def score_exit(
         logits = calibrate(logits)
     log_probs = logits.float().log_softmax(-1)
     if policy.uses_history:
-        history.append(read_evidence(policy, len(history)) if policy.uses_features else log_probs)
+        history.append(read_density_terms(policy, len(history)) if policy.uses_features else log_probs)
         return logits, policy.score(torch.stack(history))
     return logits, policy.score_last(log_probs)
 

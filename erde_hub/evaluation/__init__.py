@@ -1,4 +1,4 @@
-"""Records of all exits, and everything that is computed from them: metrics, sweeps, pictures, reports."""
+"""Records of all exits, and everything that is computed from them: metrics, sweeps, figures, reports."""
 
 from __future__ import annotations
 

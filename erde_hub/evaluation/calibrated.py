@@ -10,7 +10,7 @@ from erde_hub.records import ExitRecords
 
 
 def calibrate_records(records: ExitRecords, calibrator: Calibrator) -> ExitRecords:
-    """Returns records whose logits are calibrated; sweeps, metrics and thresholds then speak of the calibrated model.
+    """Returns records whose logits are calibrated; sweeps, metrics and thresholds then describe the calibrated model.
 
     Args:
         records: Raw; with features where the calibrator reads them.

@@ -48,7 +48,7 @@ def collect_exit_records(
             regression are floats (N, D), or (N,) where D is 1.
         features: Also record the input of each exit's last linear layer.
         progress: Show a progress bar on the main process.
-        accelerator: The ``Accelerator`` of a run with several processes, where each sees its share of the data: every
+        accelerator: The ``Accelerator`` of a run with several processes, where each sees its part of the data: every
             process returns all records, ordered by index, samples that were seen twice kept once.
         autocast_dtype: Run the model under autocast in this dtype; logits are stored in float32 all the same.
         info: Stored with the records.
@@ -150,31 +150,31 @@ class _Parts:
                 "records of several processes need a stable sample number to be put in order: give batches an 'index'"
                 " column, or collect on one process"
             )
-        shares = _some(gather_object([found]) if several else [found])
-        index = torch.cat([share["index"] for share in shares])
+        parts = _some(gather_object([found]) if several else [found])
+        index = torch.cat([part["index"] for part in parts])
         order = index.argsort(stable=True)
         if several:  # samplers repeat samples so that every process gets the same number
             ordered = index[order]
             order = order[torch.cat([torch.tensor([True]), ordered[1:] != ordered[:-1]])]
         return {
-            "logits": torch.cat([share["logits"] for share in shares], 1)[:, order],
-            "labels": torch.cat([share["labels"] for share in shares])[order],
+            "logits": torch.cat([part["logits"] for part in parts], 1)[:, order],
+            "labels": torch.cat([part["labels"] for part in parts])[order],
             "index": index[order],
-            "features": [torch.cat(column)[order] for column in zip(*(s["features"] for s in shares), strict=True)]
+            "features": [torch.cat(column)[order] for column in zip(*(part["features"] for part in parts), strict=True)]
             if with_features
             else None,
         }
 
 
-def _some(shares: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
-    found = [share for share in shares if share is not None]
+def _some(parts: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    found = [part for part in parts if part is not None]
     if not found:
         raise DataError("the dataloader gave no samples: check the split and drop_last")
     return found
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:
-    """Concatenates and lets go of each part on the way, so that the peak stays near one copy."""
+    """Concatenates and frees each part, so that the peak of memory is near one copy."""
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
     joined = parts[0].new_empty(shape)

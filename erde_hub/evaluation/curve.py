@@ -63,7 +63,7 @@ def curve_area(
         low: Lower end of the range as a fraction of the full cost; None is the lowest mean cost that the policy reaches
             on these records.
         high: Upper end.
-        full_macs: What shares refer to; None is the last exit's cost. Give the same to methods that are compared.
+        full_macs: What fractions refer to; None is the last exit's cost. Give the same to methods that are compared.
         resamples: Bootstrap samples, 0 for no interval (it is then the area twice).
         level: Probability of the interval.
         seed: Of the bootstrap.

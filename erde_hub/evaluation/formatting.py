@@ -1,4 +1,4 @@
-"""How numbers of a report are written, in one place for tables, pictures and cards."""
+"""How numbers of a report are written, in one place for tables, figures and cards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def threshold_label(
     """A threshold, or one per early exit, in a few digits: ``"0.2"``, ``"0.2 / 0.4"``, ``"inf"``.
 
     Three digits, and more where those of ``among`` are so near, as with scores close to 1, that three would name
-    another threshold, or one with which other samples leave.
+    another threshold, or one with which other samples exit.
 
     Args:
         threshold: As in a row of ``results.json``.
@@ -45,7 +45,7 @@ def threshold_label(
         if policy not in list_policies():
             return "inf" if value > 0 else "-inf"
         return "never" if get_policy(policy).cls.leaves_above == (value > 0) else "always"
-    # The same number from other arithmetic, 0.1 + 0.2 beside 0.3, is no neighbour.
+    # The same number from other arithmetic, 0.1 + 0.2 next to 0.3, is no neighbour.
     others = [other for other in among if not math.isclose(other, value, rel_tol=1e-12)]
     allowed = _ROUNDED * min((abs(other - value) for other in others), default=math.inf)
     labels = (f"{value:.{digits}g}" for digits in range(3, 18))

@@ -12,16 +12,16 @@ from erde_hub.errors import InputTypeError, ShapeError
 from erde_hub.records import ExitRecords
 
 
-def group_accuracies(right: Tensor, groups: Tensor, num_groups: int | None = None) -> Tensor:
+def group_accuracies(correct: Tensor, groups: Tensor, num_groups: int | None = None) -> Tensor:
     """Returns the accuracy within each group; NaN for a group without samples.
 
     Args:
-        right: Whether each sample was answered rightly.
+        correct: Whether each prediction is correct.
         groups: Group of each sample, from 0.
         num_groups: Number of groups; None takes the largest number plus one.
 
     Shape:
-        right: (..., N). groups: (N,). Returns (..., G), float64.
+        correct: (..., N). groups: (N,). Returns (..., G), float64.
 
     Raises:
         InputTypeError: Groups that are not whole numbers.
@@ -29,14 +29,14 @@ def group_accuracies(right: Tensor, groups: Tensor, num_groups: int | None = Non
     """
     if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
         raise InputTypeError(f"groups must be whole numbers (int64), got {groups.dtype}")
-    if groups.ndim != 1 or right.shape[-1:] != groups.shape or not len(groups):
-        raise ShapeError(f"groups must have one entry per sample, got {tuple(groups.shape)} for {tuple(right.shape)}")
+    if groups.ndim != 1 or correct.shape[-1:] != groups.shape or not len(groups):
+        raise ShapeError(f"groups must have one entry per sample, got {tuple(groups.shape)} for {tuple(correct.shape)}")
     low, high = (int(bound) for bound in torch.aminmax(groups))
     number = high + 1 if num_groups is None else num_groups
     if low < 0 or high >= number:
         raise ShapeError(f"groups run from {low} to {high}, allowed is 0 to {number - 1}")
     member = torch.nn.functional.one_hot(groups.long(), number).double()
-    return (right.double() @ member) / member.sum(0)
+    return (correct.double() @ member) / member.sum(0)
 
 
 def group_metrics(records: ExitRecords, groups: Tensor, group_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -56,15 +56,15 @@ def group_metrics(records: ExitRecords, groups: Tensor, group_names: Sequence[st
         InputTypeError, ShapeError: Groups that do not fit the records.
     """
     records.require_classes("group_metrics")
-    right = records.logits.argmax(-1) == records.labels
-    table = group_accuracies(right, groups, len(group_names))
+    correct = records.logits.argmax(-1) == records.labels
+    table = group_accuracies(correct, groups, len(group_names))
     rows = []
-    for name, accuracies, answers in zip(records.exit_names, table, right, strict=True):
+    for name, accuracies, hits in zip(records.exit_names, table, correct, strict=True):
         seen = {group: value for group, value in zip(group_names, accuracies.tolist(), strict=True) if value == value}
         rows.append(
             {
                 "exit": name,
-                "accuracy": answers.double().mean().item(),
+                "accuracy": hits.double().mean().item(),
                 "groups": seen,
                 "worst_group": min(seen.values()),
                 "mean_of_groups": sum(seen.values()) / len(seen),

@@ -55,7 +55,7 @@ class SampleMetrics:
 
     @classmethod
     def concatenate(cls, parts: Sequence[SampleMetrics]) -> SampleMetrics:
-        """Puts samples one behind the other."""
+        """Puts samples one after the other."""
         return cls._join(parts, torch.cat)
 
     def at(self, exit_index: Tensor) -> SampleMetrics:
@@ -65,7 +65,7 @@ class SampleMetrics:
 
     @classmethod
     def _join(cls, parts: Sequence[SampleMetrics], join: Callable[[list[Tensor]], Tensor]) -> SampleMetrics:
-        """Makes each field of those of the parts; one that a part does not have stays None."""
+        """Joins each field of the parts; one that a part lacks stays None."""
         joined: dict[str, Any] = {}
         for name in (f.name for f in fields(cls)):
             values = [getattr(part, name) for part in parts]

@@ -1,4 +1,4 @@
-"""How well a score orders samples: risk against coverage, and whether it knows when going on is worth it."""
+"""How well a score orders samples: risk against coverage, and whether it predicts when going on helps."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def aurc(confidence: Tensor, correct: Tensor) -> float:
     order = confidence.double().argsort(descending=True)
     values, wrong = confidence.double()[order], 1 - correct[order].double()
     _, group, sizes = values.unique_consecutive(return_inverse=True, return_counts=True)
-    shares = torch.zeros(len(sizes), dtype=torch.float64).scatter_add_(0, group, wrong) / sizes
+    errors = torch.zeros(len(sizes), dtype=torch.float64).scatter_add_(0, group, wrong) / sizes
     coverage = torch.arange(1, len(wrong) + 1, dtype=torch.float64)
-    return float((shares[group].cumsum(0) / coverage).mean())
+    return float((errors[group].cumsum(0) / coverage).mean())
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float | None:
@@ -50,7 +50,7 @@ def auroc(scores: Tensor, positive: Tensor) -> float | None:
 
 
 def _auroc_of_groups(ones: Tensor, zeros: Tensor) -> float | None:
-    """AUROC from how many positive and negative samples share each score, by rising score."""
+    """AUROC from how many positive and negative samples have each score, by rising score."""
     pairs = int(ones.sum()) * int(zeros.sum())
     if not pairs:
         return None
@@ -59,13 +59,12 @@ def _auroc_of_groups(ones: Tensor, zeros: Tensor) -> float | None:
 
 
 def eefp(confidence: Tensor, correct: Tensor) -> list[float | None]:
-    """Early-exit failure prediction: AUROC of each early exit's confidence for "right here, or wrong for ever".
+    """Early-exit failure prediction: AUROC of each early exit's confidence for "correct here, or at no later exit".
 
-    It asks what a policy has to know: whether going on would change anything for the better. Plain calibration error
-    does not.
+    It measures what a policy needs: whether going on would help. Calibration error does not measure that.
 
     Shape:
-        confidence, correct: (E, N). Returns E - 1 values; None where all samples should leave, or none.
+        confidence, correct: (E, N). Returns E - 1 values; None where all samples should exit, or none.
 
     References:
         Rethinking calibration for early exits, 2025, arXiv 2508.21495. Deviations: none known.
@@ -75,13 +74,13 @@ def eefp(confidence: Tensor, correct: Tensor) -> list[float | None]:
 
 
 class Decisions:
-    """Every early exit's confidence for "may leave here", of which a routed run takes those that it reaches.
+    """Every early exit's confidence for "may exit here", of which a routed run takes those that it reaches.
 
     Sorted once, so that many thresholds cost one pass each.
 
     Args:
         confidence: Largest probability of each exit.
-        correct: Whether each exit is right.
+        correct: Whether each exit is correct.
 
     Shape:
         confidence, correct: (E, N).
@@ -95,8 +94,8 @@ class Decisions:
     def eefp(self, exit_index: Tensor) -> float | None:
         """Early-exit failure prediction of a routed run: the AUROC over all decisions that it takes.
 
-        A sample that leaves at exit e took e + 1 of them, one at each exit on the way. Pooled over the exits, because
-        one threshold has to serve them all; None where every decision should be to leave, or none.
+        A sample that exits at exit e took e + 1 of them, one at each exit on the way. Pooled over the exits, because
+        one threshold has to serve them all; None where every decision should be to exit, or none.
 
         Shape:
             exit_index: (N,), the exit that each sample takes.

@@ -1,6 +1,6 @@
 """What a run was and what came out, assembled from records for ``results.json``.
 
-Tables, pictures and model cards are rendered from that file alone.
+Tables, figures and model cards are rendered from that file alone.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_th
 
 #: Error rate of the prediction sets whose coverage and size a report gives.
 SET_ALPHA = 0.1
-#: Shares of the full cost at which methods are compared.
-COST_SHARES = (0.25, 0.5, 0.75)
+#: Fractions of the full cost at which methods are compared.
+COST_FRACTIONS = (0.25, 0.5, 0.75)
 #: How much more accurate than the last exit, as a fraction, an earlier one may be before a report warns.
 OVERTAKEN = 0.01
 
@@ -91,7 +91,7 @@ def build_results(
         ThresholdError: A threshold is out of the policy's range.
         RecordsError: ``held_out`` is of another model, or of the split that is reported.
     """
-    records = _calibrated(records, student)  # what the model answers with, and routes by
+    records = _calibrated(records, student)  # the calibrated model's logits, by which it routes
     sets, set_facts = _prediction_sets(records, None if held_out is None else _calibrated(held_out, student), set_alpha)
     policy = getattr(student, "policy", None)
     described = _describe(student, records)
@@ -140,20 +140,20 @@ def build_results(
 
 
 def _overtaken(records: ExitRecords) -> list[str]:
-    """Says so where the last exit is clearly worse than an earlier one, so that "all layers" is no yardstick.
+    """Warns where the last exit is clearly worse than an earlier one, so that it is no reference.
 
     Clearly: by more than :data:`OVERTAKEN` of accuracy, and by more than three standard deviations of what chance does
-    to the difference on as many samples (as in McNemar's test, which counts those on which one of the two is right).
+    to the difference on as many samples (as in McNemar's test, which counts those on which one of the two is correct).
     """
-    right = records.logits.argmax(-1) == records.labels
-    best = int(right.sum(1).argmax())  # the first of equals
-    gained, lost = int((right[best] & ~right[-1]).sum()), int((right[-1] & ~right[best]).sum())
+    correct = records.logits.argmax(-1) == records.labels
+    best = int(correct.sum(1).argmax())  # the first of equals
+    gained, lost = int((correct[best] & ~correct[-1]).sum()), int((correct[-1] & ~correct[best]).sum())
     ahead = gained - lost
     if ahead <= OVERTAKEN * records.num_samples or ahead <= 3 * math.sqrt(gained + lost):
         return []
-    early, last = (percent(float(exit_right.double().mean())) for exit_right in (right[best], right[-1]))
+    early, last = (percent(float(hits.double().mean())) for hits in (correct[best], correct[-1]))
     text = (
-        f"the last exit is right on {last} % of the samples, {records.exit_names[best]} on {early} %: most often the"
+        f"the last exit is correct on {last} % of the samples, {records.exit_names[best]} on {early} %: most often the"
         " training was too short. What routing saves or costs against all layers says little here."
     )
     return [text]
@@ -257,9 +257,9 @@ def _matched_cost(
     if teacher is not None and isinstance(teacher.get("macs"), int):
         references.append(("teacher", teacher["macs"]))
     return [
-        {"of": of, "share": share, "macs": share * macs, "accuracy": accuracy_at_cost(rows, share * macs)}
+        {"of": of, "share": fraction, "macs": fraction * macs, "accuracy": accuracy_at_cost(rows, fraction * macs)}
         for of, macs in references
-        for share in COST_SHARES
+        for fraction in COST_FRACTIONS
     ]
 
 

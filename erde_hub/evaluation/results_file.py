@@ -17,7 +17,7 @@ from typing import Any
 from erde_hub._files import write_text
 from erde_hub.errors import ResultsError, nearest
 
-# An absolute path of either kind, a home folder or a file URL, at the start or behind a separator; not a web address.
+# An absolute path of either kind, a home folder or a file URL, at the start or after a separator; not a web address.
 _END = r"[^\s\"',;|<>]"
 PLACE = re.compile(
     rf"(?:^|(?<=[\s=:,;\"'(\[{{|<>]))"
@@ -92,7 +92,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return validate_results(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise ResultsError(f"there is no {os.fspath(path)!r}: a finished run leaves it in its output folder") from error
+        raise ResultsError(f"there is no {os.fspath(path)!r}: a finished run writes it to its output folder") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ResultsError(f"{Path(path).name} is not JSON: {error}") from error
 
@@ -107,8 +107,8 @@ def _expect(where: str, value: Any, kind: Any) -> None:
     else:
         good = isinstance(value, kind)
     if not good:
-        wanted = {int: "an integer of at least 0", float: "a number of at least 0", Mapping: "a mapping"}
-        names = kind if isinstance(kind, str) else wanted.get(kind, f"a {getattr(kind, '__name__', kind)}")
+        kinds = {int: "an integer of at least 0", float: "a number of at least 0", Mapping: "a mapping"}
+        names = kind if isinstance(kind, str) else kinds.get(kind, f"a {getattr(kind, '__name__', kind)}")
         raise ResultsError(f"{where} must be {names}, got {value!r:.80}")
 
 
@@ -122,11 +122,11 @@ def _check_row(where: str, row: Any, kinds: Mapping[str, Any]) -> None:
 
 def _check_sweep_row(where: str, row: Any, exits: int) -> None:
     _check_row(where, row, {"threshold": object, "accuracy": _FRACTION, "mean_macs": float, "exit_share": list})
-    shares = row["exit_share"]
-    for share in shares:
-        _expect(f"{where}.exit_share", share, _FRACTION)
-    if len(shares) != exits or abs(sum(shares) - 1) > 1e-6:
-        raise ResultsError(f"{where}.exit_share must be {exits} fractions that sum to 1, got {shares}")
+    fractions = row["exit_share"]
+    for fraction in fractions:
+        _expect(f"{where}.exit_share", fraction, _FRACTION)
+    if len(fractions) != exits or abs(sum(fractions) - 1) > 1e-6:
+        raise ResultsError(f"{where}.exit_share must be {exits} fractions that sum to 1, got {fractions}")
     threshold = row["threshold"]
     for value in threshold if isinstance(threshold, list) else [threshold]:
         if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in ("inf", "-inf")):

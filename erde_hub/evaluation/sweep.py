@@ -120,15 +120,15 @@ def sweep_thresholds(
         thresholds = default_thresholds(records, policy)
     if isinstance(thresholds, (int, float, str)):
         raise InputTypeError(f"thresholds must be a sequence with one entry per row, got {thresholds!r}: write [...]")
-    wanted = [plain_threshold(_read_threshold(threshold)) for threshold in thresholds]
-    if not wanted:
+    requested = [plain_threshold(_read_threshold(threshold)) for threshold in thresholds]
+    if not requested:
         raise ConfigError("there are no thresholds to sweep: give at least one, or None for the default steps")
-    checked = [policy.check_threshold(threshold, early) for threshold in wanted]
+    checked = [policy.check_threshold(threshold, early) for threshold in requested]
     scores = exit_scores(records, policy)
     samples = _samples(records, sets)
     decisions = Decisions(samples.confidence, samples.correct)
     rows = []
-    for threshold, per_exit in zip(wanted, checked, strict=True):
+    for threshold, per_exit in zip(requested, checked, strict=True):
         index = exit_indices(scores, policy, per_exit)
         counts = torch.bincount(index, minlength=records.num_exits)
         cost = sum(count * macs for count, macs in zip(counts.tolist(), records.cumulative_macs, strict=True))
@@ -147,10 +147,10 @@ def sweep_thresholds(
 
 
 def per_exit_metrics(records: ExitRecords, bins: int = ECE_BINS, sets: Tensor | None = None) -> list[dict[str, Any]]:
-    """Evaluates each exit as if every sample left there: rows with exit, accuracy, macs and metrics.
+    """Evaluates each exit as if every sample took it: rows with exit, accuracy, macs and metrics.
 
     These are top5 (above five classes), nll, brier, ece, aurc, with prediction sets coverage and set_size, and, for
-    early exits, eefp, which is None where all samples should leave, or none; see
+    early exits, eefp, which is None where all samples should exit, or none; see
     :func:`~erde_hub.evaluation.ranking.eefp`.
 
     Shape:
@@ -178,14 +178,14 @@ def _samples(records: ExitRecords, sets: Tensor | None) -> SampleMetrics:
 def step_thresholds(policy: str | ExitPolicy, num_early_exits: int, num_classes: int | None = None) -> list[float]:
     """Returns the round thresholds of a default sweep; empty for a learned policy, whose scores have no fixed range.
 
-    Entropy: 0 to 2 in steps of 0.2. Confidence and margin: 0 to 1 in steps of 0.1, and infinity, where nobody leaves.
+    Entropy: 0 to 2 in steps of 0.2. Confidence and margin: 0 to 1 in steps of 0.1, and infinity, where no sample exits.
     Patience: 1 to the number of early exits. Policies without a threshold: 0 once.
 
     Args:
         policy: A key of the policies table, or a policy.
         num_early_exits: Number of exits before the last.
-        num_classes: Leaves out steps at which everybody leaves as at another one: beyond the first above log K for the
-            entropy of K classes, and below 1/K for the confidence. None leaves all in.
+        num_classes: Removes steps that act like another one: beyond the first above log K for the entropy of K classes,
+            and below 1/K for the confidence. None keeps all.
     """
     policy = as_policy(policy)
     if not policy.uses_threshold:
@@ -209,10 +209,10 @@ def default_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy
 
 
 def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", n: int = 100) -> list[float]:
-    """Returns about ``n`` rising thresholds, from never leaving to always leaving or the other way round.
+    """Returns about ``n`` rising thresholds, from never exiting to always exiting or the other way round.
 
-    They are quantiles of all exits' scores, so that neighbours differ for an equal share of samples and a curve through
-    them is smooth, however the scores are spread. Rounded to six digits. Samples that share a score move together.
+    They are quantiles of all exits' scores, so that neighbours differ for an equal fraction of samples and a curve
+    through them is smooth, whatever the distribution. Rounded to six digits. Samples with equal scores exit together.
 
     Raises:
         ConfigError: ``n`` is below 2.
@@ -224,7 +224,7 @@ def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", 
         return step_thresholds(policy, 0) or [policy.default_threshold]
     scores = exit_scores(records, policy).flatten()
     scores = scores[scores.isfinite()].double().sort().values
-    if not len(scores):  # intervals that are all empty: nobody leaves, whatever the threshold
+    if not len(scores):  # intervals that are all empty: no sample exits, whatever the threshold
         return [policy.never_threshold]
     picks = torch.linspace(0, len(scores) - 1, n, dtype=torch.float64).round().long()
     lowest, highest = scores[0].item(), scores[-1].item()
@@ -269,8 +269,8 @@ def accuracy_at_cost(rows: Sequence[Mapping[str, Any]], macs: float) -> float | 
         return None
     for left, right in pairwise(front):
         if macs < right["mean_macs"]:
-            share = (macs - left["mean_macs"]) / (right["mean_macs"] - left["mean_macs"])
-            return left["accuracy"] + share * (right["accuracy"] - left["accuracy"])
+            fraction = (macs - left["mean_macs"]) / (right["mean_macs"] - left["mean_macs"])
+            return left["accuracy"] + fraction * (right["accuracy"] - left["accuracy"])
     return front[-1]["accuracy"]
 
 

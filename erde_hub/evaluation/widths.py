@@ -20,7 +20,7 @@ from .sweep import exit_scores, fine_thresholds
 
 
 def regression_per_exit(records: ExitRecords, intervals: Tensor | None = None) -> list[dict[str, Any]]:
-    """Evaluates each exit as if every sample left there.
+    """Evaluates each exit as if every sample took it.
 
     Args:
         records: Of a regression.
@@ -78,17 +78,17 @@ def sweep_widths(
     records.require_regression("sweep_widths")
     if isinstance(thresholds, (int, float, str)):
         raise InputTypeError(f"thresholds must be a sequence with one entry per row, got {thresholds!r}: write [...]")
-    wanted = [plain_threshold(t) for t in (fine_thresholds(records, policy) if thresholds is None else thresholds)]
-    if not wanted:
+    requested = [plain_threshold(t) for t in (fine_thresholds(records, policy) if thresholds is None else thresholds)]
+    if not requested:
         raise ConfigError("there are no thresholds to sweep: give at least one, or None for quantiles of the widths")
     early, samples = records.num_exits - 1, torch.arange(records.num_samples)
-    checked = [policy.check_threshold(threshold, early) for threshold in wanted]
+    checked = [policy.check_threshold(threshold, early) for threshold in requested]
     scores = exit_scores(records, policy)
     errors = (records.logits - records.labels).double()
     intervals = policy.intervals(records) if isinstance(policy, IntervalWidthPolicy) else None
     macs = torch.tensor(records.cumulative_macs, dtype=torch.float64)
     rows = []
-    for threshold, per_exit in zip(wanted, checked, strict=True):
+    for threshold, per_exit in zip(requested, checked, strict=True):
         index = exit_indices(scores, policy, per_exit)
         counts = torch.bincount(index, minlength=records.num_exits).double()
         row = {

@@ -1,4 +1,4 @@
-"""Exit policies: when is a sample sure enough to leave."""
+"""Exit policies: when is a sample confident enough to exit."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ register_policy("entropy", EntropyPolicy, "softmax entropy below the threshold (
 register_policy("confidence", ConfidencePolicy, "largest probability at or above the threshold", "arXiv 1703.09844")
 register_policy("margin", MarginPolicy, "best minus second probability at or above the threshold")
 register_policy("patience", PatiencePolicy, "k consecutive exits agree with the one before", "arXiv 2006.04152")
-register_policy("eefp", EEFPPolicy, "fitted gate: right here, or wrong for ever", "arXiv 2508.21495")
+register_policy("eefp", EEFPPolicy, "fitted gate: correct here, or at no later exit", "arXiv 2508.21495")
 register_policy("eenet", EENetPolicy, "fitted scores under a budget", "arXiv 2301.07099")
 register_policy(
     "set_size", SetSizePolicy, "fewer classes than the threshold in the conformal sets so far", "arXiv 2006.02544"
 )
 register_policy("never", NeverPolicy, "runs to the last exit")
-register_policy("always", AlwaysPolicy, "leaves at the first exit")
+register_policy("always", AlwaysPolicy, "takes the first exit")
 
 
 _REGRESSION_POLICIES: Registry[ExitPolicy] = Registry("regression policy")
@@ -93,7 +93,7 @@ def as_policy(policy: str | ExitPolicy) -> ExitPolicy:
 
 
 def policy_for(problem_type: str | None, name: str, **kwargs: Any) -> ExitPolicy:
-    """Builds a policy for a model that answers with classes, or with real numbers, by its name in the table for these.
+    """Builds a policy for a model of classes, or of real numbers, by its name in the table for these.
 
     Raises:
         ConfigError: An unknown name or argument, or a policy that reads class probabilities for a regression.
@@ -105,20 +105,20 @@ def policy_for(problem_type: str | None, name: str, **kwargs: Any) -> ExitPolicy
 
 
 def check_answers(problem_type: str | None, policy: ExitPolicy) -> None:
-    """Checks that a policy is in the table for what a model answers with, classes or real numbers.
+    """Checks that a policy is in the table for what a model predicts, classes or real numbers.
 
     Raises:
         UnknownNameError: A class that is in no table, which no checkpoint could name.
-        ConfigError: A policy for the other kind of answers.
+        ConfigError: A policy for the other kind.
     """
     name, regression = policy_name(policy), problem_type == REGRESSION
     if regression:
         _refuse_probabilities(name)
-    wanted = (get_regression_policy if regression else get_policy)(name).cls
-    if wanted is not type(policy):
-        answers = "real numbers" if regression else "classes"
+    expected = (get_regression_policy if regression else get_policy)(name).cls
+    if expected is not type(policy):
+        outputs = "real numbers" if regression else "classes"
         raise ConfigError(
-            f"{type(policy).__name__} is not for models that answer with {answers}: fit {wanted.__name__} instead"
+            f"{type(policy).__name__} is not for models that predict {outputs}: fit {expected.__name__} instead"
         )
 
 

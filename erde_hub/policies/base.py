@@ -16,7 +16,7 @@ GRID = 100
 
 
 class ExitPolicy(nn.Module):
-    """Decides which samples leave at an exit.
+    """Decides which samples exit.
 
     A policy sees log-probabilities only, never the network, so the same object routes a live batch and sweeps
     thresholds over recorded logits. It is a module so that a learned policy keeps its parameters in the checkpoint.
@@ -24,13 +24,14 @@ class ExitPolicy(nn.Module):
     Subclasses implement :meth:`score` and :meth:`compare`.
     """
 
-    #: The score is at or above the threshold for samples that leave (False: strictly below it).
+    #: The score is at or above the threshold for samples that exit (False: strictly below it).
     leaves_above: ClassVar[bool] = True
     #: :meth:`score` reads earlier exits too; if False, callers may pass the current exit alone.
     uses_history: ClassVar[bool] = True
     #: The decision depends on the threshold.
     uses_threshold: ClassVar[bool] = True
-    #: :meth:`score` reads :meth:`evidence`, made of the input of an exit's last linear layer, and no log-probabilities.
+    #: :meth:`score` reads :meth:`density_terms`, from the input of an exit's last linear layer, in place of
+    #: log-probabilities.
     uses_features: ClassVar[bool] = False
     #: The decision can be written into an ONNX graph.
     exportable: ClassVar[bool] = False
@@ -40,7 +41,7 @@ class ExitPolicy(nn.Module):
     whole_thresholds: ClassVar[bool] = False
     #: Used where no threshold is given.
     default_threshold: ClassVar[float] = 0.5
-    #: A finite threshold at which nobody leaves.
+    #: A finite threshold at which no sample exits.
     never_threshold: ClassVar[float] = 1e8
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -61,7 +62,7 @@ class ExitPolicy(nn.Module):
         """Returns the constructor's arguments, for the config of a checkpoint."""
         return {}
 
-    def evidence(self, exit_index: int, feature: Tensor) -> Tensor:
+    def density_terms(self, exit_index: int, feature: Tensor) -> Tensor:
         """Returns what :meth:`score` reads of an exit in place of log-probabilities, where :attr:`uses_features`.
 
         Shape:
@@ -90,28 +91,28 @@ class ExitPolicy(nn.Module):
         return self.score_last(log_probs).item()
 
     def compare(self, score: Any, threshold: float | Tensor) -> Any:
-        """Turns scores (N,) into a boolean mask (N,) of the samples that leave; NaN never leaves.
+        """Turns scores (N,) into a boolean mask (N,) of the samples that exit; NaN never exits.
 
         One score as a float gives one bool: a single sample is decided without an operator more than needed.
         """
         return score >= threshold if self.leaves_above else score < threshold
 
     def forward(self, log_probs: Tensor, threshold: float | Tensor) -> Tensor:
-        """Returns the mask (N,) of samples that leave at the deepest exit of ``log_probs`` (exits so far, N, K)."""
+        """Returns the mask (N,) of samples that exit at the deepest exit of ``log_probs`` (exits so far, N, K)."""
         if log_probs.ndim != 3:
             raise ShapeError(f"log_probs must be (exits so far, N, K), got shape {tuple(log_probs.shape)}")
         return self.compare(self.score(log_probs), threshold)
 
     def grid(self, num_classes: int, num_early_exits: int) -> list[float]:
-        """Returns round thresholds from nobody leaving to everybody, chosen without a look at any data.
+        """Returns round thresholds from no sample exiting to all, chosen without any data.
 
-        Searches with a guarantee walk along it: thresholds read off the samples that test them would void the
-        guarantee. Denser where few samples leave. Here for scores in [0, 1].
+        Searches with a guarantee try them in this order: thresholds read off the samples that test them would void the
+        guarantee. Denser where few samples exit. This grid is for scores in [0, 1].
         """
         return [self.never_threshold, *(round(1 - (i / GRID) ** 2, 6) for i in range(1, GRID + 1))]
 
     def never_leaves(self, threshold: float) -> bool:
-        """Tells whether nobody can leave at this threshold, whatever the scores, so that the head need not run."""
+        """Returns whether no sample can exit at this threshold, whatever the scores, so that the head need not run."""
         return False
 
     def check_threshold(self, threshold: float | Sequence[float], num_early_exits: int) -> list[float]:
@@ -152,7 +153,7 @@ class LearnedPolicy(ExitPolicy):
     uses_budget: ClassVar[bool] = False
 
     def never_leaves(self, threshold: float) -> bool:
-        """Nobody reaches 1e8."""
+        """No score reaches 1e8."""
         return threshold >= self.never_threshold
 
     @classmethod
@@ -174,7 +175,7 @@ class LearnedPolicy(ExitPolicy):
 
 
 def check_no_early_exit(policy: ExitPolicy, thresholds: Sequence[float]) -> None:
-    """Raises :class:`ThresholdError` for a threshold at which a token could leave early."""
+    """Raises :class:`ThresholdError` for a threshold at which a token could exit early."""
     if not all(policy.never_leaves(threshold) for threshold in thresholds):
         raise ThresholdError(
             f"threshold={list(thresholds)}: exits of a language model give logits for every token and are not routed;"

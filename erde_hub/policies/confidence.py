@@ -1,4 +1,4 @@
-"""Leave when the best class stands out."""
+"""Exit when the best class stands out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import ExitPolicy
 
 
 class ConfidencePolicy(ExitPolicy):
-    """Leaves when the largest softmax probability is at or above the threshold; above 1 nobody leaves.
+    """Exits when the largest softmax probability is at or above the threshold; above 1 no sample exits.
 
     References:
         Huang et al., Multi-Scale Dense Networks, 2018, arXiv 1703.09844.
@@ -35,7 +35,7 @@ class ConfidencePolicy(ExitPolicy):
 
 
 class MarginPolicy(ExitPolicy):
-    """Leaves when the probability of the best class exceeds that of the second by the threshold or more."""
+    """Exits when the probability of the best class exceeds that of the second by the threshold or more."""
 
     uses_history: ClassVar[bool] = False
     exportable: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from .base import ExitPolicy
 
 
 class NeverPolicy(ExitPolicy):
-    """Never leaves early: every sample runs to the backbone's own classifier."""
+    """Never exits early: every sample runs to the backbone's own classifier."""
 
     uses_history: ClassVar[bool] = False
     uses_threshold: ClassVar[bool] = False
@@ -20,7 +20,7 @@ class NeverPolicy(ExitPolicy):
         return log_probs.new_zeros(log_probs.shape[1])
 
     def compare(self, score: Any, threshold: float | Tensor) -> Any:
-        """Nobody leaves."""
+        """No sample exits."""
         return score < score
 
     def never_leaves(self, threshold: float) -> bool:
@@ -29,15 +29,15 @@ class NeverPolicy(ExitPolicy):
 
 
 class AlwaysPolicy(ExitPolicy):
-    """Always leaves at the first exit; samples whose answer there is NaN go on, as under every policy."""
+    """Always takes the first exit; samples whose logits there are NaN go on, as under every policy."""
 
     uses_history: ClassVar[bool] = False
     uses_threshold: ClassVar[bool] = False
 
     def score(self, log_probs: Tensor) -> Tensor:
-        """Returns zeros, (N,), and NaN where the answer is NaN."""
+        """Returns zeros, (N,), and NaN where the log-probabilities are NaN."""
         return log_probs[-1].amax(-1).mul(0)  # a largest log-probability is finite, or NaN
 
     def compare(self, score: Any, threshold: float | Tensor) -> Any:
-        """Everybody leaves who has an answer."""
+        """Every sample with a prediction exits."""
         return score == score

@@ -1,4 +1,4 @@
-"""Leave when going on would not help: a small gate per exit, fitted on records."""
+"""Exit when going on would not help: a small gate per exit, fitted on records."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ WEIGHT_DECAYS = (10.0, 1.0, 0.1, 0.01, 0.001, 0.0001)
 _PRIOR = (0.0, 0.0, 0.0, 1.0, -1.0, 0.0)
 _FEATURES = len(_PRIOR)
 #: Least standard deviation that a feature is divided by; one that varies less says next to nothing.
-_SPREAD = 0.01
-#: Weight decay where all targets agree: the gate keeps its prior, and only how sure it is gets fitted.
+_LEAST_DEVIATION = 0.01
+#: Weight decay where all targets agree: the gate keeps its prior, and only its calibration is fitted.
 _UNMOVED = 1e3
-#: Least slope of the map from gates to probabilities, so that a surer gate never counts less.
+#: Least slope of the map from gates to probabilities, so that a larger gate never gives a smaller probability.
 _SLOPE = 0.01
 
 
 class EEFPPolicy(LearnedPolicy):
-    """Leaves when a logistic gate is sure enough that the exit is right, or that no later one will be.
+    """Exits when a logistic gate is confident enough that the exit is correct, or that no later one will be.
 
     The gate of each exit reads the largest probability, the margin, the normalised entropy and the logarithms of the
-    three largest probabilities. Its target is 1 if the exit is right, or wrong like all exits behind it: then going on
-    costs and changes nothing. The score is a probability, calibrated per exit on what gates say of samples that
+    three largest probabilities. Its target is 1 if the exit is correct, or wrong like all later exits: then going
+    on costs and does not help. The score is a probability, calibrated per exit on what gates say of samples that
     they had not seen, so that one threshold means the same at every exit.
 
     Args:
@@ -87,19 +87,19 @@ class EEFPPolicy(LearnedPolicy):
     ) -> EEFPPolicy:
         """Fits the gates on held-out records, by Newton's method, with cross-fitting.
 
-        The samples are dealt into folds, and gates that are fitted without a fold score it. These scores calibrate
+        The samples are divided into folds, and gates that are fitted without a fold score it. These scores calibrate
         each exit, by a slope and a shift (Platt), and then choose the weight decay: the strongest one whose log-loss
         over all exits is within a standard error of the smallest. The gates that are kept are fitted on all samples.
-        :attr:`cross_fitted_scores` show what a threshold would do on these records without the flattery of gates that
-        know them. No guarantee rests on that, since slope, shift and weight decay have seen all samples: a promise
-        needs other records.
+        :attr:`cross_fitted_scores` show what a threshold would do on these records with gates that have not seen them.
+        No guarantee rests on that, since slope, shift and weight decay have seen all samples: a guarantee needs other
+        records.
 
         Args:
-            records: Held-out: on training data later exits are nearly always right, which says nothing.
+            records: Held-out: on training data later exits are nearly always correct, so there is nothing to learn.
             weight_decay: Of standardised features, away from a gate that is the difference of the two largest
                 log-probabilities; None chooses from the powers of ten between 10 and 0.0001.
             folds: Number of folds.
-            seed: Of the dealing.
+            seed: Of the division.
             **checks: Arguments of :func:`~erde_hub.calibration.check_calibration_data`.
 
         Raises:
@@ -127,7 +127,7 @@ class EEFPPolicy(LearnedPolicy):
         ]
         unseen, maps = [], []
         for x, target in zip(features, targets, strict=True):
-            gates = _unseen_gates(x, target, _deal(target, folds, generator), decays)
+            gates = _unseen_gates(x, target, _folds(target, folds, generator), decays)
             maps.append([platt(gate, target) for gate in gates])
             unseen.append(
                 torch.stack([slope * gate + shift for gate, (slope, shift) in zip(gates, maps[-1], strict=True)])
@@ -151,13 +151,13 @@ class EEFPPolicy(LearnedPolicy):
 
 
 def should_exit(correct: Tensor) -> Tensor:
-    """Whether a sample should leave at an exit: it is right there, or wrong there and at all exits behind.
+    """Whether a sample should exit at an exit: it is correct there, or wrong there and at all later exits.
 
     Shape:
         correct: (E, N). Returns (E - 1, N) bool.
     """
     correct = correct.bool()
-    later = correct.flip(0).cummax(0).values.flip(0)[1:]  # right at some exit behind
+    later = correct.flip(0).cummax(0).values.flip(0)[1:]  # correct at some later exit
     return correct[:-1] | ~later
 
 
@@ -171,9 +171,9 @@ def gate_features(log_probs: Tensor) -> Tensor:
     """
     best = log_probs.topk(min(3, log_probs.shape[-1]), dim=-1).values
     best = F.pad(best, (0, 3 - best.shape[-1]), value=-20.0)
-    spread = functional.entropy(log_probs) / math.log(log_probs.shape[-1])
+    uncertainty = functional.entropy(log_probs) / math.log(log_probs.shape[-1])
     first, second = best[..., 0].exp(), best[..., 1].exp()
-    return torch.cat([torch.stack([first, first - second, spread], -1), best.clamp_min(-20.0)], -1)
+    return torch.cat([torch.stack([first, first - second, uncertainty], -1), best.clamp_min(-20.0)], -1)
 
 
 def platt(gate: Tensor, target: Tensor) -> tuple[float, float]:
@@ -194,8 +194,8 @@ def platt(gate: Tensor, target: Tensor) -> tuple[float, float]:
     return slope, shift
 
 
-def _deal(target: Tensor, folds: int, generator: torch.Generator) -> Tensor:
-    """Deals samples into folds at random, those of each target evenly: (N,) to (N,) of numbers below ``folds``."""
+def _folds(target: Tensor, folds: int, generator: torch.Generator) -> Tensor:
+    """Divides samples into folds at random, those of each target evenly: (N,) to (N,) of numbers below ``folds``."""
     order = torch.randperm(len(target), generator=generator)
     order = order[target[order].int().argsort(stable=True)]
     fold = torch.empty_like(order)
@@ -219,14 +219,14 @@ def _unseen_gates(x: Tensor, target: Tensor, fold: Tensor, decays: tuple[float, 
 
 def _gates(x: Tensor, target: Tensor, decays: tuple[float, ...]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields weights and bias of one exit's gate for each weight decay; each fit starts where the last one ended."""
-    mean, spread = x.mean(0), x.std(0).clamp_min(_SPREAD)
-    design = F.pad((x - mean) / spread, (0, 1), value=1.0)
-    prior = F.pad(x.new_tensor(_PRIOR) * spread, (0, 1))
+    mean, deviation = x.mean(0), x.std(0).clamp_min(_LEAST_DEVIATION)
+    design = F.pad((x - mean) / deviation, (0, 1), value=1.0)
+    prior = F.pad(x.new_tensor(_PRIOR) * deviation, (0, 1))
     soft, found = _smoothed(target), None
     for decay in decays:
-        ridge = F.pad(torch.full_like(spread, decay if _both(target) else _UNMOVED), (0, 1), value=1e-9)
+        ridge = F.pad(torch.full_like(deviation, decay if _both(target) else _UNMOVED), (0, 1), value=1e-9)
         found = _newton(design, soft, ridge, prior, start=found)
-        weight = found[:-1] / spread
+        weight = found[:-1] / deviation
         yield weight, found[-1] - weight @ mean
 
 
@@ -236,11 +236,11 @@ def _strongest(unseen: Tensor, targets: Tensor) -> int:
     Shape:
         unseen: (E - 1, decays, N), strong decays first. targets: (E - 1, N).
     """
-    wanted = targets[:, None].double().expand_as(unseen)
-    losses = F.binary_cross_entropy_with_logits(unseen, wanted, reduction="none").mean(0)
-    behind = losses - losses[losses.mean(1).argmin()]
-    error = behind.std(1) / unseen.shape[-1] ** 0.5
-    return int((behind.mean(1) <= error + 1e-9).int().argmax())  # 1e-9 is rounding
+    expected = targets[:, None].double().expand_as(unseen)
+    losses = F.binary_cross_entropy_with_logits(unseen, expected, reduction="none").mean(0)
+    excess = losses - losses[losses.mean(1).argmin()]
+    error = excess.std(1) / unseen.shape[-1] ** 0.5
+    return int((excess.mean(1) <= error + 1e-9).int().argmax())  # 1e-9 is rounding
 
 
 def _both(target: Tensor) -> bool:
@@ -250,8 +250,8 @@ def _both(target: Tensor) -> bool:
 
 def _smoothed(target: Tensor) -> Tensor:
     """Targets short of 0 and 1 by one sample's worth, so that those that are all alike have a finite fit too."""
-    right = int(target.sum())
-    return torch.where(target, (right + 1) / (right + 2), 1 / (len(target) - right + 2)).double()
+    positive = int(target.sum())
+    return torch.where(target, (positive + 1) / (positive + 2), 1 / (len(target) - positive + 2)).double()
 
 
 def _newton(

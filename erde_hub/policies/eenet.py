@@ -1,4 +1,4 @@
-"""Scores and shares of exits learned together under a budget."""
+"""Scores and fractions of exits learned together under a budget."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _EPOCHS, _STEPS = 60, 1000
 
 
 class EENetPolicy(LearnedPolicy):
-    """Leaves by a score that is linear in an exit's probabilities and in the scores of the exits before.
+    """Exits by a score that is linear in an exit's probabilities and in the scores of the exits before.
 
     With x_k = [p_k, max p_k, 1 - H(p_k) / log K, clamped scores before] the score is q_k = u_k p_k + v_k rest. Fitting
-    trains it to say whether the exit is right, weighted by the share of each sample that a second head assigns to the
-    exit, while these shares are held to a budget. The thresholds let each exit keep its mean share.
+    trains it to say whether the exit is correct, weighted by the fraction of each sample that a second head assigns to
+    the exit, while these fractions are held to a budget. The thresholds let each exit take its mean fraction.
 
     Args:
         num_exits: Number of exits, the last one included.
@@ -38,7 +38,7 @@ class EENetPolicy(LearnedPolicy):
     References:
         Ilhan et al., Adaptive deep neural network inference optimization with EENet, 2024, arXiv 2301.07099.
         Deviations: the released code mixes samples in its score layer and cannot train, the formulas are used instead;
-        both heads are trained at once with a higher learning rate and fewer epochs; the last exit answers where no
+        both heads are trained at once with a higher learning rate and fewer epochs; the last exit is taken where no
         threshold is met.
     """
 
@@ -85,19 +85,19 @@ class EENetPolicy(LearnedPolicy):
         seed: int = 0,
         **checks: Any,
     ) -> EENetPolicy:
-        """Trains scores and shares on held-out records.
+        """Trains scores and fractions on held-out records.
 
         Args:
             records: Held-out.
             budget: Mean cost per sample; None is half of the full model's.
-            costs: Of a sample that leaves at each exit, the last one included, in the unit of the budget, such as
+            costs: Of a sample that takes each exit, the last one included, in the unit of the budget, such as
                 milliseconds; None takes multiply-accumulates.
-            beta: Sharpens the scores that shares are drawn towards.
+            beta: Sharpens the scores that the fractions are drawn towards.
             kl_weight: Of that pull.
             cost_weight: Of the distance from the budget; published: 1e-2, with more steps.
-            hidden_ratio: Width of the share head's hidden layer, relative to its input.
-            plain_logits: Shares come from plain numbers; False bounds these by a sigmoid as published, which keeps any
-                two shares within a factor e of each other and so cannot meet small budgets.
+            hidden_ratio: Width of the fraction head's hidden layer, relative to its input.
+            plain_logits: Fractions come from plain numbers; False bounds these by a sigmoid as published, which keeps
+                any two fractions within a factor e of each other and so cannot meet small budgets.
             epochs: Passes over the records; None makes 60, or fewer where that is more than 1,000 steps.
             batch_size: Samples per step.
             lr: Of Adam.
@@ -125,10 +125,10 @@ class EENetPolicy(LearnedPolicy):
         if epochs is not None:
             check_whole("epochs", epochs, 1)
         per_exit = _costs(records, costs)
-        wanted = _budget(per_exit, budget)
+        mean_cost = _budget(per_exit, budget)
         correct = records.logits.argmax(-1) == records.labels
         # Sample by sample in memory, which is how batches are taken.
-        inputs, right = head_inputs(records.logits.softmax(-1)).transpose(0, 1).contiguous(), correct.T.float()
+        inputs, targets = head_inputs(records.logits.softmax(-1)).transpose(0, 1).contiguous(), correct.T.float()
         if epochs is None:
             epochs = max(1, min(_EPOCHS, _STEPS // math.ceil(records.num_samples / batch_size)))
         starts = [torch.Generator().manual_seed(seed + start) for start in range(restarts)]
@@ -137,14 +137,14 @@ class EENetPolicy(LearnedPolicy):
         with torch.enable_grad():
             for _ in range(epochs):
                 for rows in torch.randperm(records.num_samples, generator=starts[0]).split(batch_size):
-                    batch = (inputs.index_select(0, rows).transpose(0, 1), right.index_select(0, rows).T)
-                    terms = scheduler.losses(*batch, per_exit.float(), wanted, beta, kl_weight, cost_weight)
+                    batch = (inputs.index_select(0, rows).transpose(0, 1), targets.index_select(0, rows).T)
+                    terms = scheduler.losses(*batch, per_exit.float(), mean_cost, beta, kl_weight, cost_weight)
                     optimizer.zero_grad()
                     terms["total"].sum().backward()
                     optimizer.step()
         with torch.no_grad():
-            scores, shares = scheduler(inputs.transpose(0, 1))
-        ends = [_end(*own, correct, per_exit, wanted) for own in zip(scores, shares, strict=True)]
+            scores, fractions = scheduler(inputs.transpose(0, 1))
+        ends = [_end(*own, correct, per_exit, mean_cost) for own in zip(scores, fractions, strict=True)]
         start = min(range(restarts), key=lambda i: ends[i][0])
         policy = cls(records.num_exits, records.num_classes)
         policy.fitted_thresholds = ends[start][1]
@@ -171,7 +171,7 @@ class EENetPolicy(LearnedPolicy):
 
 
 class _Scheduler(nn.Module):
-    """Score and share heads of all exits, for fitting; several starts are trained side by side on the same batches.
+    """Score and fraction heads of all exits, for fitting; several starts are trained together on the same batches.
 
     Args:
         num_exits: E.
@@ -212,7 +212,8 @@ class _Scheduler(nn.Module):
         """Scores and assigns samples.
 
         Shape:
-            inputs: (E, N, K + 2), from :func:`head_inputs`. Returns scores (R, E, N), unclamped, and shares (R, N, E).
+            inputs: (E, N, K + 2), from :func:`head_inputs`. Returns scores (R, E, N), unclamped, and fractions
+                (R, N, E).
         """
         scores: list[Tensor] = []
         assigned = []
@@ -230,7 +231,7 @@ class _Scheduler(nn.Module):
     def losses(
         self,
         inputs: Tensor,
-        right: Tensor,
+        correct: Tensor,
         costs: Tensor,
         budget: float,
         beta: float,
@@ -240,17 +241,17 @@ class _Scheduler(nn.Module):
         """Computes ``score``, ``kl``, ``cost`` and their weighted sum ``total``.
 
         Shape:
-            inputs: (E, N, K + 2). right: (E, N), 1 where an exit is. costs: (E,). Returns (R,) each.
+            inputs: (E, N, K + 2). correct: (E, N), 0 or 1. costs: (E,). Returns (R,) each.
         """
-        scores, shares = self(inputs)
+        scores, fractions = self(inputs)
         clamped = scores.transpose(1, 2).clamp(0, 1)
-        weights = (shares / shares.sum(1, keepdim=True)).detach()
-        missed = F.binary_cross_entropy(clamped, right.T.expand_as(clamped), reduction="none")
-        score = (weights * missed).sum((1, 2)) / len(right)
+        weights = (fractions / fractions.sum(1, keepdim=True)).detach()
+        missed = F.binary_cross_entropy(clamped, correct.T.expand_as(clamped), reduction="none")
+        score = (weights * missed).sum((1, 2)) / len(correct)
         pull = clamped.detach().pow(beta)
         pull = pull / pull.sum(-1, keepdim=True).clamp_min(torch.finfo(pull.dtype).tiny)
-        kl = (torch.special.xlogy(pull, pull) - pull * shares.log()).mean((1, 2))
-        cost = ((shares @ costs.to(shares.dtype)).mean(1) - budget).abs() / budget
+        kl = (torch.special.xlogy(pull, pull) - pull * fractions.log()).mean((1, 2))
+        cost = ((fractions @ costs.to(fractions.dtype)).mean(1) - budget).abs() / budget
         return {"score": score, "kl": kl, "cost": cost, "total": score + kl_weight * kl + cost_weight * cost}
 
 
@@ -259,13 +260,13 @@ def head_inputs(probs: Tensor) -> Tensor:
     return torch.cat([probs, torch.stack(_summary(probs), -1)], -1)
 
 
-def share_thresholds(scores: Tensor, shares: Sequence[float], never: float = 1e8) -> list[float]:
-    """Thresholds that let each exit keep a share of the samples: its best ones among those that are left.
+def fraction_thresholds(scores: Tensor, fractions: Sequence[float], never: float = 1e8) -> list[float]:
+    """Thresholds that let each exit take a fraction of the samples: its best ones among those that are left.
 
     Args:
         scores: Of every exit, the last one included.
-        shares: One per exit; an exit gets floor(share x N) samples.
-        never: Threshold of an exit whose share is empty, or for which too few samples are left.
+        fractions: One per exit; an exit gets floor(fraction x N) samples.
+        never: Threshold of an exit whose fraction is empty, or for which too few samples are left.
 
     Shape:
         scores: (N, E). Returns E numbers, the last one 0.
@@ -275,7 +276,7 @@ def share_thresholds(scores: Tensor, shares: Sequence[float], never: float = 1e8
     left = torch.ones(samples, dtype=torch.bool)
     thresholds = []
     for e in range(exits - 1):
-        count = math.floor(shares[e] * samples + 1e-9)
+        count = math.floor(fractions[e] * samples + 1e-9)
         if count == 0 or count > int(left.sum()):
             thresholds.append(never)
             continue
@@ -301,10 +302,10 @@ def _costs(records: ExitRecords, costs: Sequence[float] | None) -> Tensor:
 def _budget(costs: Tensor, budget: float | None) -> float:
     """The budget, or half of the last exit's cost where there is none, at least the cheapest exit's."""
     low, high = float(costs.min()), float(costs.max())
-    wanted = max(float(costs[-1]) / 2, low) if budget is None else check_number("budget", budget, zero=True)
-    if not low <= wanted <= high:
-        raise ConfigError(f"budget {wanted:g} is outside the costs of the exits, {low:g} to {high:g}")
-    return wanted
+    chosen = max(float(costs[-1]) / 2, low) if budget is None else check_number("budget", budget, zero=True)
+    if not low <= chosen <= high:
+        raise ConfigError(f"budget {chosen:g} is outside the costs of the exits, {low:g} to {high:g}")
+    return chosen
 
 
 def _summary(probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,14 +314,14 @@ def _summary(probs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _end(
-    scores: Tensor, shares: Tensor, correct: Tensor, costs: Tensor, budget: float
+    scores: Tensor, fractions: Tensor, correct: Tensor, costs: Tensor, budget: float
 ) -> tuple[tuple[float, float], list[float]]:
-    """What a start has come to: a key, smaller for better ones, and thresholds.
+    """The result of a start: a key, smaller for better ones, and thresholds.
 
     Shape:
-        scores, correct: (E, N). shares: (N, E). costs: (E,).
+        scores, correct: (E, N). fractions: (N, E). costs: (E,).
     """
-    thresholds = share_thresholds(scores.T, shares.mean(0).tolist(), never=1.0)[:-1]
+    thresholds = fraction_thresholds(scores.T, fractions.mean(0).tolist(), never=1.0)[:-1]
     taken = torch.full((scores.shape[1],), len(thresholds))
     for e in reversed(range(len(thresholds))):
         taken[scores[e] >= thresholds[e]] = e

@@ -1,4 +1,4 @@
-"""Leave when the softmax entropy is low."""
+"""Exit when the softmax entropy is low."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .base import GRID, ExitPolicy
 
 
 class EntropyPolicy(ExitPolicy):
-    """Leaves when the softmax entropy in nats is strictly below the threshold.
+    """Exits when the softmax entropy in nats is strictly below the threshold.
 
-    H(p) = -sum_k p_k log p_k lies in [0, log K]; a threshold of 0 never leaves, one above log K always does. The
+    H(p) = -sum_k p_k log p_k lies in [0, log K]; a threshold of 0 never exits, one above log K always does. The
     maximum grows with the number of classes, so a threshold does not carry over between data sets.
 
     References:

@@ -1,4 +1,4 @@
-"""Leave when the interval of real numbers is narrow enough: the policy ``set_size`` of a regression."""
+"""Exit when the interval of real numbers is narrow enough: the policy ``set_size`` of a regression."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 #: Widest features that a posterior over their weights is kept of: its square is stored for every exit.
 MAX_FEATURES = 8192
-#: Rows that are judged at a time where records are.
+#: Rows of records that are computed at a time.
 _ROWS = 4096
 
 
 class IntervalWidthPolicy(LearnedPolicy):
-    """Leaves when the anytime-valid interval of this exit and all before is narrower than the threshold.
+    """Exits when the anytime-valid interval of this exit and all before is narrower than the threshold.
 
     Each exit has a Bayesian linear regression of the targets on what its last linear layer reads. The log-ratio of its
     predictive density to that of weights drawn once from its posterior is a parabola in the target; summed over the
@@ -45,7 +45,7 @@ class IntervalWidthPolicy(LearnedPolicy):
     Later intervals lie inside earlier ones, so the one at the exit that a sample takes may be quoted. The published
     level log(1 / alpha) promises for one draw, and under the regressions' own assumptions, that the target is in all of
     them with probability 1 - alpha. The level that :meth:`fit` takes by default needs neither: it is the quantile, over
-    samples kept aside, of the largest log-ratio that any exit and draw gives the truth, so that each target lies in the
+    held-back samples, of the largest log-ratio that any exit and draw gives the truth, so that each target lies in the
     intervals of all exits at once with probability 1 - alpha for samples drawn like these.
 
     Args:
@@ -62,7 +62,7 @@ class IntervalWidthPolicy(LearnedPolicy):
     References:
         Jazbec et al., Early-exit neural networks with nested prediction sets, 2024, arXiv 2311.05931, and its released
         code, with one draw there for text similarity and ten for synthetic data. Deviations: fitted on held-out
-        records; sums in float64; an empty interval is NaN. The level taken from samples kept aside (split conformal
+        records; sums in float64; an empty interval is NaN. The level taken from held-back samples (split conformal
         prediction of a running maximum) and stopping on the width are ours.
     """
 
@@ -99,7 +99,7 @@ class IntervalWidthPolicy(LearnedPolicy):
         self.register_buffer("noise", torch.ones(self.num_exits, num_targets, dtype=torch.float32))
         self.register_buffer("level", torch.full((num_targets,), -math.log(self.alpha), dtype=torch.float32))
         for e, size in enumerate(sizes):
-            # The posteriors of several targets differ in scale alone, so they share the axes of their covariance.
+            # The posteriors of several targets differ in scale alone, so they have the same axes of their covariance.
             shapes = {
                 "axes": (size + 1,),
                 "variance": (num_targets,),
@@ -135,15 +135,15 @@ class IntervalWidthPolicy(LearnedPolicy):
             records: Of a regression, held-out, with features.
             alpha: Error rate, of each target.
             draws: Draws of the weights.
-            seed: Of the draws, and of which samples are kept aside.
-            level_share: Share of the samples that is kept aside for the level; 0 fits on all of them and takes the
+            seed: Of the draws, and of which samples are held back.
+            level_share: Fraction of the samples that is held back for the level; 0 fits on all of them and takes the
                 published level.
             training_index: Numbers of the samples that were trained on, where known.
 
         Raises:
             DataError: Too few records, or of samples that were trained on.
             RecordsError: Records without features, or with targets that no line can be fitted to.
-            ConfigError: Records of classes, or a share outside [0, 1).
+            ConfigError: Records of classes, or a fraction outside [0, 1).
         """
         check_kind(records)
         features_of(records, cls.__name__)
@@ -151,10 +151,10 @@ class IntervalWidthPolicy(LearnedPolicy):
         if isinstance(level_share, bool) or not isinstance(level_share, (int, float)) or not 0 <= level_share < 1:
             raise ConfigError(f"level_share must be at least 0 and below 1, got {level_share!r}")
         generator = torch.Generator().manual_seed(seed)
-        aside = round(level_share * records.num_samples)
-        if aside:
+        held_back = round(level_share * records.num_samples)
+        if held_back:
             order = torch.randperm(records.num_samples, generator=generator)
-            records, kept = records.select(order[aside:]), records.select(order[:aside])
+            records, kept = records.select(order[held_back:]), records.select(order[:held_back])
         features = features_of(records, cls.__name__)
         sizes = [int(feature.shape[1]) for feature in features]
         policy = cls(records.num_exits, sizes, records.num_outputs, alpha, draws)
@@ -168,7 +168,7 @@ class IntervalWidthPolicy(LearnedPolicy):
             weights = torch.stack([torch.stack(draw_weights(fits, generator)) for _ in range(draws)])
             policy.get_buffer(f"drawn_{e}").copy_(weights)
             policy.noise[e] = torch.tensor([fit.noise for fit in fits])
-        if aside:
+        if held_back:
             policy.level.copy_(policy._level_of(kept))
         return policy
 
@@ -178,15 +178,15 @@ class IntervalWidthPolicy(LearnedPolicy):
         if rank > records.num_samples:
             return torch.full((self.num_targets,), math.inf)
         features = features_of(records, type(self).__name__)
-        evidence = torch.stack([self.evidence(e, feature) for e, feature in enumerate(features)])
-        a, b, c = self._parabolas(evidence).unbind(-1)  # (E, N, draws, D) each
+        terms = torch.stack([self.density_terms(e, feature) for e, feature in enumerate(features)])
+        a, b, c = self._parabolas(terms).unbind(-1)  # (E, N, draws, D) each
         y = records.labels.to(a.dtype)[:, None]
         return (a * y.square() + b * y + c).amax((0, 2)).sort(0).values[rank - 1]
 
-    def _parabolas(self, evidence: Tensor) -> Tensor:
-        return evidence.unflatten(2, (self.draws, self.num_targets, 3)).cumsum(0)
+    def _parabolas(self, terms: Tensor) -> Tensor:
+        return terms.unflatten(2, (self.draws, self.num_targets, 3)).cumsum(0)
 
-    def evidence(self, exit_index: int, feature: Tensor) -> Tensor:
+    def density_terms(self, exit_index: int, feature: Tensor) -> Tensor:
         """Returns what an exit adds to the parabolas of its samples, flattened over draws, targets and coefficients.
 
         Shape:
@@ -203,14 +203,14 @@ class IntervalWidthPolicy(LearnedPolicy):
             self.get_buffer(f"{name}_{exit_index}").to(dtype) for name in ("axes", "variance", "mean", "drawn")
         )
         h = with_constant(feature, dtype)
-        spread = (h @ axes).square() @ variance.T
+        deviation = (h @ axes).square() @ variance.T
         lines = (h @ drawn.flatten(0, 1).T).unflatten(1, drawn.shape[:2])  # (N, draws, D)
-        terms = avcs_terms((h @ mean.T)[:, None], spread[:, None], lines, self.noise[exit_index].to(dtype))
+        terms = avcs_terms((h @ mean.T)[:, None], deviation[:, None], lines, self.noise[exit_index].to(dtype))
         return terms.flatten(1)
 
-    def _intervals(self, evidence: Tensor) -> Tensor:
-        """Nested intervals (exits so far, N, D, 2) from the exits' evidence; NaN where empty."""
-        parabolas = self._parabolas(evidence)
+    def _intervals(self, terms: Tensor) -> Tensor:
+        """Nested intervals (exits so far, N, D, 2) from the exits' density terms; NaN where empty."""
+        parabolas = self._parabolas(terms)
         level = torch.nn.functional.pad(self.level.to(parabolas.dtype)[:, None], (2, 0))  # (D, 3), the last column
         ends = solve_intervals(parabolas - level)  # (E, N, draws, D, 2)
         # NaN wins in both, as it has to: one empty interval empties the intersection.
@@ -221,14 +221,14 @@ class IntervalWidthPolicy(LearnedPolicy):
         """Returns the width of the widest target's interval, NaN where one is empty.
 
         Args:
-            log_probs: Evidence of the exits so far, from :meth:`evidence`; a regression has no log-probabilities.
+            log_probs: What :meth:`density_terms` gave for the exits so far; a regression has no log-probabilities.
 
         Shape:
             log_probs: (exits so far, N, draws x D x 3). Returns (N,) float32.
         """
         if log_probs.shape[-1] != 3 * self.draws * self.num_targets or len(log_probs) > self.num_exits:
             raise ShapeError(
-                f"evidence must be (up to {self.num_exits} exits, N, {3 * self.draws * self.num_targets}), got"
+                f"density terms must be (up to {self.num_exits} exits, N, {3 * self.draws * self.num_targets}), got"
                 f" {tuple(log_probs.shape)}"
             )
         last = self._intervals(log_probs)[-1]
@@ -246,7 +246,7 @@ class IntervalWidthPolicy(LearnedPolicy):
             raise ShapeError(f"this policy was fitted for {self.num_exits} exits, got {len(features)}: fit it anew")
         parts = []
         for start in range(0, records.num_samples, _ROWS):
-            rows = [self.evidence(e, feature[start : start + _ROWS]) for e, feature in enumerate(features)]
+            rows = [self.density_terms(e, feature[start : start + _ROWS]) for e, feature in enumerate(features)]
             parts.append(self._intervals(torch.stack(rows)))
         return torch.cat(parts, 1)
 
@@ -263,7 +263,7 @@ class IntervalWidthPolicy(LearnedPolicy):
         raise ConfigError("widths have no round thresholds: take fine_thresholds(records, policy), or state a width")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the policy with its model and leaves its numbers in float32: half precision has no use for them."""
+        """Moves the policy with its model and keeps its numbers in float32."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():

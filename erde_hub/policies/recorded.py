@@ -1,4 +1,4 @@
-"""Policies applied to recorded logits: every exit's scores at once, then who leaves where at any threshold."""
+"""Policies applied to recorded logits: every exit's scores at once, then which exit samples take at any threshold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def score_exits(logits: Tensor, policy: ExitPolicy) -> Tensor:
 
     Args:
         logits: Of every exit, the last one included (it has no score); log-probabilities give the same scores.
-        policy: Decides later.
+        policy: Gives the scores.
 
     Shape:
         logits: (E, N, K). Returns (E - 1, N).
@@ -64,8 +64,8 @@ def score_features(features: Sequence[Tensor], policy: ExitPolicy) -> Tensor:
     parts = []
     with torch.no_grad():
         for rows in row_chunks(len(features[0]), max(feature.shape[1] for feature in early)):
-            evidence = [policy.evidence(e, feature[rows]) for e, feature in enumerate(early)]
-            parts.append(torch.stack([policy.score(torch.stack(evidence[: e + 1])) for e in range(len(early))]))
+            terms = [policy.density_terms(e, feature[rows]) for e, feature in enumerate(early)]
+            parts.append(torch.stack([policy.score(torch.stack(terms[: e + 1])) for e in range(len(early))]))
     return torch.cat(parts, 1)
 
 
@@ -75,10 +75,10 @@ def exit_indices(scores: Tensor, policy: ExitPolicy, thresholds: Sequence[float]
     Shape:
         scores: (E - 1, N), from :func:`score_exits`. thresholds: E - 1 numbers. Returns (N,) int64.
     """
-    stays = torch.ones(scores.shape[1], dtype=torch.bool)
+    active = torch.ones(scores.shape[1], dtype=torch.bool)
     index = torch.zeros(scores.shape[1], dtype=torch.int64)
     for score, threshold in zip(scores, thresholds, strict=True):
         if not policy.never_leaves(threshold):
-            stays &= policy.compare(score, threshold).logical_not()
-        index += stays
+            active &= policy.compare(score, threshold).logical_not()
+        index += active
     return index

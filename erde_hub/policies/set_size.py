@@ -1,4 +1,4 @@
-"""Leave when few classes are left."""
+"""Exit when few classes remain."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from erde_hub.errors import ConfigError, ShapeError
+from erde_hub.errors import ShapeError
 from erde_hub.prediction_sets import probability_before
+from erde_hub.prediction_sets.base import check_alpha
 from erde_hub.records import ExitRecords, check_fit_data, row_chunks
 
 from .base import GRID, LearnedPolicy
 
 
 class SetSizePolicy(LearnedPolicy):
-    """Leaves when fewer classes than the threshold are in the conformal sets of this exit and all before.
+    """Exits when fewer classes than the threshold are in the conformal sets of this exit and all before.
 
     Each exit's set takes classes in order of probability until their sum reaches a quantile that was fitted so that the
-    truth is in it with probability 1 - alpha. 2 leaves with a single class, 4 with at most three. Where the exits
+    truth is in it with probability 1 - alpha. 2 exits with a single class, 4 with at most three. Where the exits
     contradict each other and no class is left, the sample goes on.
 
     Args:
@@ -59,10 +60,8 @@ class SetSizePolicy(LearnedPolicy):
             DataError: The records are of training data, too few, or lack a class.
         """
         records = check_fit_data(cls.fit, records, checks)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1:
-            raise ConfigError(f"alpha must be between 0 and 1, both excluded, got {alpha!r}")
         policy = cls(records.num_exits)
-        rank = math.ceil((records.num_samples + 1) * (1 - alpha))
+        rank = math.ceil((records.num_samples + 1) * (1 - check_alpha(alpha)))
         for e in range(records.num_exits - 1):
             logits = records.logits[e]
             sums = torch.cat(

@@ -1,6 +1,6 @@
-"""Sets of answers instead of one: nested over the exits, with a stated error rate, for classes and for real numbers.
+"""Sets of predictions with a stated error rate, nested over the exits, for classes and for real numbers.
 
-An anytime-valid confidence sequence (AVCS) may be read at whatever exit a sample leaves: the sets of all exits hold
+An anytime-valid confidence sequence (AVCS) may be read at whichever exit a sample takes: the sets of all exits hold
 the truth at once with probability 1 - alpha, under the model's own uncertainty, and later sets lie inside earlier ones.
 Split conformal sets hold it at one exit that is fixed beforehand, with a guarantee that needs no model.
 """

@@ -1,4 +1,4 @@
-"""What sets of classes and intervals share."""
+"""What sets of classes and intervals have in common."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class SetMetrics:
 
     Attributes:
         size: Mean number of classes, or mean length of intervals.
-        coverage: Share of samples whose truth is in the set.
-        coverage_so_far: Share whose truth is in the sets of this exit and of all before.
-        consistency: Mean share of a set that is left after intersecting it with all before, 1 where sets are nested;
+        coverage: Fraction of samples whose truth is in the set.
+        coverage_so_far: Fraction whose truth is in the sets of this exit and of all before.
+        consistency: Mean fraction of a set that is left after intersecting it with all before, 1 where sets are nested;
             two empty ones count 1.
     """
 

@@ -74,7 +74,7 @@ def running_intersection(sets: Tensor) -> Tensor:
 class AVCSClassifier:
     """Nested prediction sets for a classifier with exits, from its logits alone.
 
-    An empty set is an answer too: the exits contradict each other.
+    A set may be empty: the exits contradict each other.
 
     Args:
         relu_threshold: One per exit, see :func:`concentrations`.

@@ -81,7 +81,7 @@ class BayesianLinearRegression:
                     f"no line can be fitted to {len(y)} targets: it meets every one of them, or they are not finite:"
                     " fit on more samples, whose targets differ"
                 )
-            if gamma < 1e-9 or size == 0:  # the features tell nothing of the targets: all weights are 0
+            if gamma < 1e-9 or size == 0:  # the features say nothing about the targets: all weights are 0
                 break
             new_a, new_b = gamma / size, (len(y) - gamma) / misfit
             close = abs(new_a - a) <= tolerance * abs(a) and abs(new_b - b) <= tolerance * abs(b)
@@ -241,8 +241,8 @@ class ConformalRegressor:
         check_kind(records)
         records.require_regression("ConformalRegressor")
         records = check_held_out(records)
-        share = check_alpha(alpha) / (records.num_exits if all_exits else 1)
-        rank = math.ceil((records.num_samples + 1) * (1 - share))
+        rate = check_alpha(alpha) / (records.num_exits if all_exits else 1)
+        rank = math.ceil((records.num_samples + 1) * (1 - rate))
         errors = (records.logits.double() - records.labels.double()).abs().sort(1).values
         short = rank > records.num_samples  # too few samples: everything is in
         return cls(torch.full_like(errors[:, 0], math.inf) if short else errors[:, rank - 1], alpha)

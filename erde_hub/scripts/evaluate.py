@@ -24,7 +24,7 @@ from erde_hub.evaluation import (
     check_records_of,
     compare_records,
 )
-from erde_hub.evaluation.diagnostics import plot_reliability, plot_scores, plot_shares
+from erde_hub.evaluation.diagnostics import plot_fractions, plot_reliability, plot_scores
 from erde_hub.evaluation.report import SET_ALPHA
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import get_policy
@@ -148,12 +148,12 @@ def main() -> None:
 
 
 def draw_diagnostics(records: ExitRecords, model: EarlyExitWrapper, folder: Path) -> None:
-    """Draws reliability, scores and exit shares next to the report."""
+    """Draws reliability, scores and exit fractions next to the report."""
     shown = records if model.calibrator is None else calibrate_records(records, model.calibrator)
     plot_reliability(shown, folder / "reliability.png")
     if shown.num_exits > 1 and model.policy.uses_threshold:
         plot_scores(shown, model.policy, model.threshold, folder / "scores.png")
-        plot_shares(shown, model.policy, folder / "shares.png")
+        plot_fractions(shown, model.policy, folder / "shares.png")
 
 
 def compare(paths: list[str], model: EarlyExitWrapper) -> Drift:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pages.markdown import load, table
 
-from erde_hub._files import replacing
-from erde_hub.errors import MissingDependencyError, ResultsError
-from erde_hub.evaluation.plots import _STYLE
+from erde_hub.errors import ResultsError
+from erde_hub.evaluation.figures import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Results = Mapping[str, Any]
 FILE = "benchmark_inference"
@@ -238,23 +240,14 @@ def draw_saving(results: Results, path: str) -> None:
     single images that leave at one exit.
 
     Raises:
-        MissingDependencyError: matplotlib is not installed.
+        MissingDependencyError: matplotlib or adjustText is not installed.
         ResultsError: Nothing was measured with one thread beside the stages by hand.
     """
-    try:
-        import matplotlib.style as mpl_style  # noqa: PLC0415 - an extra
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingDependencyError(
-            'drawing needs matplotlib: install it with `pip install "erde-hub[train]"`'
-        ) from error
     points = {name: own for name, own in saving_points(results).items() if own}
     if not points:
         raise ResultsError("nothing to draw: no setting with one thread has the stages called by hand beside it")
-    with mpl_style.context(["default", _STYLE]):
-        figure = Figure(figsize=(6.4, 6.2), dpi=200, layout="constrained")
-        FigureCanvasAgg(figure)
+
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         axes.plot([-10, 100], [-10, 100], color="#777777", linewidth=1.5, zorder=1)
         lowest = 0.0
@@ -289,8 +282,8 @@ def draw_saving(results: Results, path: str) -> None:
         axes.set_ylabel("time saved by routing (%)")
         axes.text(78, 82, "nothing lost", rotation=45, rotation_mode="anchor", color="#555555", fontsize=10.5)
         figure.legend(loc="outside lower center", ncols=3)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
+
+    save_figure(draw, path, (6.4, 6.2))
 
 
 TABLES: dict[str, Callable[[], str]] = {

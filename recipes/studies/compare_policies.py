@@ -33,7 +33,7 @@ from erde_hub.evaluation import (
 from erde_hub.evaluation.drift import check_same_model
 from erde_hub.evaluation.formatting import percent
 from erde_hub.evaluation.ranking import auroc, mean_of_defined
-from erde_hub.evaluation.report import COST_SHARES
+from erde_hub.evaluation.report import COST_FRACTIONS
 from erde_hub.evaluation.sweep import exit_scores
 from erde_hub.policies import EEFPPolicy, EENetPolicy, ExitPolicy, SetSizePolicy, create_policy
 from erde_hub.policies.eefp import should_exit
@@ -163,7 +163,7 @@ def compare(
         "to_margin": margin and margin.area,
         "to_margin_interval": margin and list(margin.interval),
         "eefp": ranking,
-        "accuracy_at": [accuracy_at_cost(rows, share * full) for share in COST_SHARES],
+        "accuracy_at": [accuracy_at_cost(rows, share * full) for share in COST_FRACTIONS],
     }
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from erde_hub import __version__
 from erde_hub.calibration import ThresholdChoice, choose_threshold
-from erde_hub.calibration.objective import under_loss
+from erde_hub.calibration.objective import Objective
 from erde_hub.calibration.outcomes import exit_losses
 from erde_hub.calibration.search import best_per_exit
 from erde_hub.errors import RepeatedSamplesWarning
@@ -227,9 +227,8 @@ def ceiling(population: Population, bound: float, size: int, confidence: float) 
     ranks = population.scores.double()
     normal, room, best = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(confidence)), 0.0, 0.0
     for _ in range(4):  # the deviation is that of the thresholds that it leads to
-        point = best_per_exit(
-            ranks, population.losses, population.costs, under_loss(bound - room), [torch.inf] * len(ranks)
-        )
+        objective = Objective("accuracy_drop", bound - room)
+        point = best_per_exit(ranks, population.losses, population.costs, objective, [torch.inf] * len(ranks))
         index = exit_indices(population.scores, population.policy, point.levels)
         deviation = population.losses.gather(0, index[None])[0].std()
         room, best = float(normal * deviation / size**0.5), 1 - point.cost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -468,9 +469,9 @@ def test_arguments_of_a_fit_that_make_no_sense_are_refused(name, args, error, me
     with pytest.raises(error, match=message):
         get_calibrator(name).cls.fit(records, **args)
     if "training_records" in args:
-        narrow = ExitRecords(**{**vars(records), "features": [f[:, :3] for f in records.features]})
+        narrow = dataclasses.replace(records, features=[f[:, :3] for f in records.features])
         with pytest.raises(RecordsError, match=r"another model: 10 classes and features \[3, 3, 3\]"):
             LaplaceCalibrator.fit(records, narrow)
-        one, other = (ExitRecords(**{**vars(records), "fingerprint": letter * 32}) for letter in "ab")
+        one, other = (dataclasses.replace(records, fingerprint=letter * 32) for letter in "ab")
         with pytest.raises(RecordsError, match=r"of other weights \(b{12}\) than the held-out records \(a{12}\)"):
             LaplaceCalibrator.fit(one, other)

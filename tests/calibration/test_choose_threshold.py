@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import erde_hub.records as records_module
 from erde_hub.calibration import (
     TemperatureCalibrator,
     ThresholdChoice,
@@ -50,7 +51,7 @@ def test_without_enough_samples_nobody_leaves_and_the_report_says_so():
         assert "there are 144" in choice.advice
         index, _ = route_records(make_records(50, seed=3), policy, choice.threshold)
         assert (index == 2).all()
-        assert "(nobody leaves early)" in str(choice)
+        assert "(no sample exits early)" in str(choice)
     zero = choose_threshold(RECORDS, max_accuracy_drop=0, confidence=0.9)
     assert zero.never_exits
     assert "no number of samples can guarantee a bound of 0" in zero.advice
@@ -80,7 +81,7 @@ def test_hopeless_exits_stay_shut():
     records = make_records(600)
     hopeless = records.logits.clone()
     hopeless[:-1] = hopeless[:-1].roll(1, 0).roll(1, 1)  # sure of another sample's answer
-    records = ExitRecords(**{**vars(records), "logits": hopeless})
+    records = dataclasses.replace(records, logits=hopeless)
     choice = choose_threshold(records, max_accuracy_drop=0.01, confidence=0.9)
     assert choice.never_exits or choice.saving < 0.05
     if choice.never_exits:
@@ -108,7 +109,7 @@ def test_candidates_per_exit_are_found_on_samples_that_are_not_tested(monkeypatc
     tested = torch.randperm(600, generator=torch.Generator().manual_seed(thresholds._SPLIT_SEED))[120:]
     labels = records.labels.clone()
     labels[tested] = labels[tested].roll(1)
-    for given in (records, ExitRecords(**{**vars(records), "labels": labels})):
+    for given in (records, dataclasses.replace(records, labels=labels)):
         choice = choose_threshold(given, max_accuracy_drop=0.05, confidence=0.8, per_exit=True)
         assert choice.tested == len(tested)
     assert all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
@@ -139,6 +140,16 @@ def test_equal_logits_under_other_indices_are_a_warning_and_never_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choose_threshold(records, max_accuracy_drop=0.05, confidence=0.9)
+
+
+def test_logits_are_searched_for_copies_once(monkeypatch):
+    records, calls = make_records(300), []
+    chunks = records_module.row_chunks
+    monkeypatch.setattr(records_module, "row_chunks", lambda *shape: calls.append(shape) or chunks(*shape))
+    for _ in range(2):
+        TemperatureCalibrator.fit(records)
+        choose_threshold(records, max_accuracy_drop=0.05)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("fit", [EEFPPolicy.fit, SetSizePolicy.fit, TemperatureCalibrator.fit, ConformalClassifier.fit,
@@ -336,6 +347,6 @@ def test_data_that_cannot_calibrate_are_refused():
             fit(make_records(12))
         with pytest.raises(DataError, match="1 of 400 samples were trained on"):
             fit(RECORDS, training_index=[3])
-    one = ExitRecords(**{**vars(RECORDS), "logits": RECORDS.logits[-1:], "exit_names": ["c"], "cumulative_macs": [1]})
+    one = dataclasses.replace(RECORDS, logits=RECORDS.logits[-1:], exit_names=["c"], cumulative_macs=[1])
     with pytest.raises(RecordsError, match="no early exit"):
         choose_threshold(one, max_accuracy_drop=0.1)

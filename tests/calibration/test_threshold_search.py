@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulate_guarantee import EARLYON_GRID, earlyon_thresholds
 
 from erde_hub.calibration import choose_threshold
-from erde_hub.calibration.objective import under_budget, under_loss
+from erde_hub.calibration.objective import Objective
 from erde_hub.calibration.outcomes import ExitOutcomes, exit_losses
 from erde_hub.calibration.search import best_per_exit, grid_tables, pruned_front, shared_curve
 from erde_hub.calibration.threshold_path import fit_exit_speeds, threshold_path
@@ -70,8 +70,8 @@ def test_tables_of_all_combinations_equal_a_loop(seed, exits, samples):
 def test_per_exit_search_on_few_samples_is_exhaustive(seed):
     ranks, losses, costs = made_up(seed, 3, 12, 40)
     for objective, feasible, key in (
-        (under_loss(0.1), lambda p: p[0] <= 0.1 + 1e-9, lambda p: p[1]),
-        (under_budget(float(costs.mean())), lambda p: p[1] <= float(costs.mean()), lambda p: p[0]),
+        (Objective("accuracy_drop", 0.1), lambda p: p[0] <= 0.1 + 1e-9, lambda p: p[1]),
+        (Objective("mean_macs", float(costs.mean())), lambda p: p[1] <= float(costs.mean()), lambda p: p[0]),
     ):
         every = itertools.product(*([math.inf, *row.tolist()] for row in ranks))
         best = min(key(p) for p in (evaluate(ranks, losses, costs, levels) for levels in every) if feasible(p))
@@ -82,7 +82,7 @@ def test_per_exit_search_on_few_samples_is_exhaustive(seed):
 
 def test_many_exits_are_searched_with_pruning():
     records = make_records(400, exits=9)
-    objective = under_loss(0.02)
+    objective = Objective("accuracy_drop", 0.02)
     ranks = score_exits(records.logits, create_policy("confidence")).double()
     losses = exit_losses(records.logits, records.labels, "accuracy_drop")
     costs = torch.tensor(records.cumulative_macs).double()

@@ -35,7 +35,7 @@ from erde_hub.evaluation import (
     per_exit_metrics,
     sweep_thresholds,
 )
-from erde_hub.evaluation.diagnostics import plot_reliability, plot_scores, plot_shares
+from erde_hub.evaluation.diagnostics import plot_fractions, plot_reliability, plot_scores
 from erde_hub.evaluation.ranking import mean_of_defined
 
 
@@ -290,7 +290,7 @@ def test_titles_of_scores_hold_the_threshold_as_tables_do(tmp_path, monkeypatch)
     titles, draw = [], Axes.set_title
     monkeypatch.setattr(Axes, "set_title", lambda self, text, *a, **k: titles.append(text) or draw(self, text, *a, **k))
     plot_scores(make_records(60), "confidence", [0.9995, 2.0], tmp_path / "scores.png")
-    assert titles == ["layer0\nleave → at θ = 0.9995", "layer1\nnobody leaves"]
+    assert titles == ["layer0\nexit → at θ = 0.9995", "layer1\nno sample exits"]
 
 
 def test_calibrated_records():
@@ -311,8 +311,8 @@ def test_pictures_are_drawn_and_reproducible(policy, tmp_path):
     for again in ("a", "b"):
         plot_reliability(records, tmp_path / f"reliability-{again}.png")
         plot_scores(records, policy, [0.5, 0.7], tmp_path / f"scores-{again}.png")
-        plot_shares(records, policy, tmp_path / f"shares-{again}.png")
-    for name in ("reliability", "scores", "shares"):
+        plot_fractions(records, policy, tmp_path / f"fractions-{again}.png")
+    for name in ("reliability", "scores", "fractions"):
         assert (tmp_path / f"{name}-a.png").read_bytes() == (tmp_path / f"{name}-b.png").read_bytes()
         with Image.open(tmp_path / f"{name}-a.png") as picture:
             assert picture.width >= 1200

@@ -133,7 +133,7 @@ def test_a_last_exit_that_is_clearly_worse_than_an_earlier_one_is_a_warning():
     assert warnings(0) == []
     assert warnings(9) == [], "3 standard deviations are chance"
     (text,) = warnings(10, more=1)
-    assert "the last exit is right on 83.3 % of the samples, layer2 on 100.0 %: most often the training" in text
+    assert "the last exit is correct on 83.3 % of the samples, layer2 on 100.0 %: most often the training" in text
     assert make_results()["warnings"] == []
 
 

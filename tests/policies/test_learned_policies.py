@@ -16,7 +16,7 @@ from erde_hub.evaluation.ranking import auroc, eefp, mean_of_defined
 from erde_hub.policies import EEFPPolicy, EENetPolicy, create_policy
 from erde_hub.policies.eefp import (
     WEIGHT_DECAYS,
-    _deal,
+    _folds,
     _gates,
     _newton,
     _unseen_gates,
@@ -24,7 +24,7 @@ from erde_hub.policies.eefp import (
     platt,
     should_exit,
 )
-from erde_hub.policies.eenet import _end, _Scheduler, head_inputs, share_thresholds
+from erde_hub.policies.eenet import _end, _Scheduler, fraction_thresholds, head_inputs
 from erde_hub.policies.recorded import exit_indices, score_exits
 from tests.fakes.networks import resnet8
 
@@ -113,11 +113,11 @@ def test_platt_turns_gates_into_honest_odds():
 def test_folds_are_even_and_a_gate_has_not_seen_what_it_scores():
     records = records_of(103)
     target = should_exit(records.logits.argmax(-1) == records.labels)[0]
-    fold = _deal(target, 5, torch.Generator().manual_seed(0))
+    fold = _folds(target, 5, torch.Generator().manual_seed(0))
     for part in (fold, fold[target], fold[~target]):
         counts = torch.bincount(part, minlength=5)
         assert counts.max() - counts.min() <= 1
-    assert torch.equal(fold, _deal(target, 5, torch.Generator().manual_seed(0)))
+    assert torch.equal(fold, _folds(target, 5, torch.Generator().manual_seed(0)))
     x = gate_features(records.logits[0].log_softmax(-1)).double()
     unseen = _unseen_gates(x, target, fold, (1.0, 0.001))
     for k in range(5):
@@ -247,14 +247,14 @@ def test_golden_eenet(shared):
         for e in range(exits - 1):
             found = policy.score(probs[: e + 1].log())
             torch.testing.assert_close(found, f64(expected["score"])[:, e], rtol=1e-7, atol=1e-9)
-        thresholds = share_thresholds(scores.T, shares.mean(0).tolist(), 1.0)
+        thresholds = fraction_thresholds(scores.T, shares.mean(0).tolist(), 1.0)
         assert thresholds == pytest.approx(expected["thresholds"])
         last = [index if index >= 0 else exits - 1 for index in expected["exit_index"]]  # the last exit answers anyway
         assert exit_indices(scores[:-1], policy, thresholds[:-1]).tolist() == last
     for name, case in cases.items():
         if name.startswith("thresholds"):
             scores = f64(case["inputs"]["score"])
-            found = share_thresholds(scores, case["inputs"]["exit_fractions"], 1.0)
+            found = fraction_thresholds(scores, case["inputs"]["exit_fractions"], 1.0)
             assert found == pytest.approx(case["expected"]["thresholds"])
             taken = exit_indices(scores.T[:-1], policy, found[:-1])
             assert taken.tolist() == case["expected"]["exit_index"]
@@ -265,7 +265,7 @@ def test_golden_budget_thresholds(shared):
     for case in golden(shared, "exit_policy").values():
         for budget in case["expected"].get("budgets", []):
             scores = f64(case["inputs"]["val_logits"]).softmax(-1).amax(-1).T
-            found = share_thresholds(scores, budget["exit_fractions"])
+            found = fraction_thresholds(scores, budget["exit_fractions"])
             assert found[:-1] == pytest.approx(budget["thresholds"][:-1], rel=1e-9)
             for split in ("val", "test"):
                 logits, labels = (

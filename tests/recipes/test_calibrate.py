@@ -59,7 +59,7 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     call(calibrate, *flags)
     printed = capsys.readouterr().out
     assert f"10 classes (what {run} was trained on)" in printed
-    assert "wanted: loss of accuracy against the full model at most 20 points with 80 % confidence" in printed
+    assert "objective: loss of accuracy against the full model at most 20 points with 80 % confidence" in printed
     profile = config_of(run)["threshold_profile"]
     assert profile["samples"] == 144
     assert profile["split"] == "validation"
