@@ -1,15 +1,16 @@
 # make demo        everything on the bundled digits: teacher, student, report, checkpoint (about three minutes on two cores)
 # make test        the tests (about ten minutes on two cores);  make test-fast   without the slow ones
-# make test-long   every block of the README, wrapping of every family of networks (a quarter of an hour)
+# make test-long   every block of README and docs, wrapping of every family of networks (a quarter of an hour)
 # make test-families   one network of every further family trained, routed, saved and exported (an hour or more)
 # make lint        formatting, lint and layers;  make types   static types
+# make docs        the pages in build/docs; a warning is an error
 # Each installs into .venv when it is missing or pyproject.toml has changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-long test-families lint types clean
+.PHONY: demo test test-fast test-long test-families lint types docs clean
 
 demo: $(VENV)/.train
 	$(BIN)/python recipes/distill.py
@@ -37,6 +38,9 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

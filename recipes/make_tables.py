@@ -1,4 +1,4 @@
-"""Writes what is generated: tables in README.md and methods.md, card and picture of published runs in model_cards/.
+"""Writes what is generated: tables in README.md and docs/, card and picture of published runs in model_cards/.
 
     python recipes/make_tables.py           # rewrites them
     python recipes/make_tables.py --check   # exit code 1 if they are not current
@@ -23,16 +23,17 @@ from pages.markdown import RESULTS, load, registry_table, table
 from PIL import Image, PngImagePlugin
 
 from erde_hub import list_exit_points
+from erde_hub.calibration import list_calibrators
 from erde_hub.evaluation import load_results, plot_frontier
 from erde_hub.evaluation.formatting import mmacs, percent, threshold_label, thresholds_of
 from erde_hub.heads import get_head, list_heads
 from erde_hub.hub import render_model_card
+from erde_hub.losses import list_losses
 from erde_hub.policies import get_policy, list_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGE_NAMES = ("calibration", "methods", "pretrained", "studies/README", "support_matrix")
-PAGES = (README, *(ROOT / "recipes" / f"{name}.md" for name in PAGE_NAMES))
+PAGES = (README, ROOT / "recipes" / "studies" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 INFERENCE = RESULTS / "benchmark_inference.json"
 CONFIGS = ROOT / "recipes" / "configs"
 CARDS = ROOT / "model_cards"
@@ -99,6 +100,32 @@ def networks_table() -> str:
         rows.append((f"`{name}`", *(points.get(f"layer{i}", "-") for i in range(1, 5)), f"{params:.2f} M"))
     header = ("timm name", *(f"up to layer{i}, MMACs" for i in range(1, 5)), "parameters")
     return table(header, rows)
+
+
+def headline() -> str:
+    """One sentence on the CIFAR-10 run."""
+    results = load("cifar10_resnet18_resnet10-small")
+    teacher, full, point = results["teacher"], results["per_exit"][-1], results["operating_point"]
+    return (
+        f"On CIFAR-10 a student with exits has {percent(point['accuracy'])} % accuracy at {mmacs(point['mean_macs'])}"
+        f" million multiply-accumulates (MACs) per image. With all its layers it has {percent(full['accuracy'])} % at"
+        f" {mmacs(full['macs'])} million, and its teacher {percent(teacher['accuracy'])} % at {mmacs(teacher['macs'])}"
+        " million."
+    )
+
+
+def keys() -> str:
+    """One line each: losses, heads, policies, calibrators."""
+    tables = {
+        "Losses": (list_losses(), "loss"),
+        "Heads": (list_heads(), "head"),
+        "Policies": (list_policies(), "policy"),
+        "Calibrators": (list_calibrators(), "calibrator"),
+    }
+    return "\n".join(
+        f"- **{title}**, `{argument}=`: {', '.join(f'`{name}`' for name in names)}"
+        for title, (names, argument) in tables.items()
+    )
 
 
 def results_table() -> str:
@@ -168,6 +195,8 @@ _TABLES: dict[str, Callable[[], str]] = {
     **{name: make for page in _PAGES for name, make in page.TABLES.items()},
     "policies": lambda: registry_table(list_policies(), get_policy),
     "heads": lambda: registry_table(list_heads(), get_head),
+    "headline": headline,
+    "keys": keys,
     "networks": networks_table,
     "configs": configs_table,
     "results": results_table,

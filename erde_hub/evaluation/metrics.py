@@ -151,7 +151,7 @@ def exit_metrics(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> dict[s
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> float:
-    """Expected calibration error: the mean over samples of |accuracy - confidence| of their bin.
+    """Expected calibration error: the mean over samples of ``|accuracy - confidence|`` of their bin.
 
     Bin b of B holds confidences in (b/B, (b+1)/B], so that a saturated confidence of 1 counts in the last bin; 0 counts
     in the first.

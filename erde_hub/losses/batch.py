@@ -121,13 +121,14 @@ def check_per_sample(what: str, values: object, shapes: Sequence[tuple[int, ...]
 class ExitBatch:
     """The logits of one batch, stacked over the student's exits, and what several terms read, computed once.
 
-    Shape:
-        student_logits: (E, N, K), float32 or float64. teacher_logits: the same, exit e holding what student exit e
-            learns from.
-        teacher_final_logits: (N, K), the teacher's last exit, whatever the map. labels: (N,).
+    Attributes:
+        student_logits: (E, N, K), float32 or float64.
+        teacher_logits: The same; exit e holds what student exit e learns from.
+        teacher_final_logits: (N, K), the teacher's last exit, whatever the map.
+        labels: (N,).
         index: (N,), the stable number of each sample, where it was handed in.
-        student_features: Per student exit (N, ..., D), or None at exits that have none. teacher_features: the same,
-            entry e being what student exit e learns from; detached.
+        student_features: Per student exit (N, ..., D), or None at exits that have none.
+        teacher_features: The same, detached; entry e is what student exit e learns from.
     """
 
     def __init__(

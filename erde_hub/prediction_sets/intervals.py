@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class BayesianLinearRegression:
     """Linear regression with a Gaussian prior whose width, and the noise, are found by evidence maximisation.
 
-    The precision of the weights is A = a I + b X^T X and their mean b A^-1 X^T y; a <- g / |m|^2 and 1/b <- |y - X m|^2
-    / (N - g), g the effective number of weights, until both change by less than a tolerance. float64 throughout.
+    The precision of the weights is ``A = a I + b X^T X`` and their mean ``m = b A^-1 X^T y``. The updates
+    ``a <- g / |m|^2`` and ``1/b <- |y - X m|^2 / (N - g)``, with g the effective number of weights, are repeated until
+    both change by less than a tolerance. All of it in float64.
 
     Args:
         mean: Of the weights, the one of the constant last.

@@ -1,4 +1,4 @@
-"""Tables of calibration.md, from the registry and from recipes/results/."""
+"""Tables of docs/thresholds.md and docs/experiments/, from the registry and from recipes/results/."""
 
 from __future__ import annotations
 

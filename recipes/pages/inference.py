@@ -134,7 +134,7 @@ def _verdict(target: Target) -> str:
     return f"{target.value:.3f} (missed{ideal})"
 
 
-# README.md
+# docs/experiments/speed.md
 
 
 def saving_table() -> str:
@@ -154,7 +154,7 @@ def saving_table() -> str:
         f"{results['cpu']}, one thread, torch {results['torch']}; time saved, in brackets by the stages called by hand"
     )
     words = "Time saved by routing against time saved by the same stages called by hand"
-    picture = f"![{words}](recipes/results/benchmark_inference.png)"
+    picture = f"![{words}](../../recipes/results/benchmark_inference.png)"
     return f"{picture}\n\n{table(header, rows)}\n\n{where}."
 
 

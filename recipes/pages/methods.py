@@ -1,4 +1,4 @@
-"""The generated parts of recipes/methods.md: every loss with formula, arguments, source and state; measured figures."""
+"""Generated parts of docs/losses.md and docs/experiments/losses.md: each loss with formula and state, figures."""
 
 from __future__ import annotations
 

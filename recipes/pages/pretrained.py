@@ -1,4 +1,4 @@
-"""The generated parts of recipes/pretrained.md: texts under three losses, exits on ImageNet weights, photographs."""
+"""Generated parts of docs/experiments/published_weights.md: texts under three losses, ImageNet weights, photographs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of calibration.md about regression, from recipes/results/rotation_digits.json."""
+"""Tables of docs/experiments/regression.md, from recipes/results/rotation_digits.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of README.md about the allocator, loading and 8-bit integers, from recipes/results/."""
+"""Tables of docs/experiments/speed.md: the allocator, loading and 8-bit integers, from recipes/results/."""
 
 from __future__ import annotations
 

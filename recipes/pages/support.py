@@ -1,4 +1,4 @@
-"""The tables of recipes/support_matrix.md, from recipes/results/support_matrix.json."""
+"""The tables of docs/support_matrix.md, from recipes/results/support_matrix.json."""
 
 from __future__ import annotations
 
@@ -38,6 +38,28 @@ def support_rows(library: str) -> list[tuple[str, ...]]:
     return rows
 
 
+def rows_with(library: str) -> list[dict[str, Any]]:
+    """What was found for the families of a library."""
+    return [row for row in matrix()["families"].values() if row.get("library") == library]
+
+
+def passed(library: str) -> int:
+    """Counts the families that pass everything but streams and ONNX, which some cannot have."""
+    needed = [check for check in CHECKS if check not in ("stream", "onnx")]
+    return sum(all(row.get(check) == "yes" for check in needed) for row in rows_with(library))
+
+
+def supported() -> str:
+    """The same in one sentence each, for the README."""
+    timm, transformers = (f"{passed(name)} of {len(rows_with(name))}" for name in ("timm", "transformers"))
+    return (
+        f"One network of each family was tried: {timm} families of timm and {transformers} of transformers pass"
+        " attaching, training, routing, saving and copying ([support matrix](docs/support_matrix.md)). Wrapping checks"
+        " each network anew and refuses one that cannot have exits, with the reason. A module of your own needs"
+        " `input_size=` or `example_inputs=`."
+    )
+
+
 def support_summary() -> str:
     """How many families passed, and what the others say."""
     found = matrix()
@@ -47,13 +69,11 @@ def support_summary() -> str:
     tried = f"each family with one state of the code, by its digest {states}"
     lines = [f"Tried with {versions}, {tried}.", ""]
     lines += ["Families that pass attaching, training, routing, saving and copying:", ""]
-    needed = [check for check in CHECKS if check not in ("stream", "onnx")]
     for library in ("timm", "transformers"):
-        rows = {name: row for name, row in found["families"].items() if row.get("library") == library}
-        good = [name for name, row in rows.items() if all(row.get(check) == "yes" for check in needed)]
-        counts = [f"- {library}: {len(good)} of {len(rows)}"]
+        rows = rows_with(library)
+        counts = [f"- {library}: {passed(library)} of {len(rows)}"]
         for check, words in (("stream", "in a stream"), ("onnx", "as ONNX")):
-            outcomes = [row[check] for row in rows.values() if row.get(check) not in (None, "images only")]
+            outcomes = [row[check] for row in rows if row.get(check) not in (None, "images only")]
             if outcomes:
                 counts.append(f"{words} {outcomes.count('yes')} of the {len(outcomes)} that were tried")
         lines.append(f"{'; '.join(counts)}.")
@@ -72,6 +92,7 @@ def rows_of(library: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "supported": supported,
     "support_summary": support_summary,
     "support_timm": lambda: rows_of("timm"),
     "support_transformers": lambda: rows_of("transformers"),

@@ -8,7 +8,7 @@ Each family runs in a process of its own with a limit, and its row is written at
 was tried; several such commands may share the file. What is tried: exits attached, a training step in which every
 head gets gradients, routing against the full forward masked per sample, a stream of small batches against calls of
 their own, a checkpoint that comes back bit for bit, a copy that answers alike, and an ONNX file that does. The result
-is recipes/results/support_matrix.json, from which `make_tables.py` makes recipes/support_matrix.md.
+is recipes/results/support_matrix.json, from which `make_tables.py` makes docs/support_matrix.md.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def test_sums_of_a_walk_are_those_of_its_table(name):
 
 
 def test_the_published_simulation_kept_every_promise():
-    """Every method, 500 draws, made-up and recorded exits: what recipes/calibration.md shows."""
+    """Every method, 500 draws, made-up and recorded exits: what docs/experiments/guarantee.md shows."""
     results = json.loads(
         (Path(simulate_guarantee.__file__).parents[1] / "results/threshold_guarantee.json").read_text()
     )

@@ -66,7 +66,7 @@ def test_what_it_refuses(monkeypatch, flags, message):
 
 
 def test_the_tables_are_those_of_the_results():
-    page = (make_tables.ROOT / "recipes" / "calibration.md").read_text(encoding="utf-8")
+    page = (make_tables.ROOT / "docs" / "experiments" / "regression.md").read_text(encoding="utf-8")
     results = json.loads((make_tables.RESULTS / "rotation_digits.json").read_text(encoding="utf-8"))
     for row in results["intervals"]:
         assert f"| {row['method']} | {' / '.join(f'{value:.1f}' for value in row['width'])} |" in page
