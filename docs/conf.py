@@ -12,5 +12,6 @@ html_title = "erde_hub"
 default_role = "code"  # docstrings write code between single backticks
 myst_heading_anchors = 3
 napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Shape"]
 napoleon_use_ivar = True  # attributes are listed with their class, and not once more by themselves
 autodoc_member_order = "bysource"
