@@ -125,7 +125,7 @@ def comparison_table(name: str) -> str:
         rows.append(
             (
                 row["policy"],
-                f"{100 * row['area']:.2f}",
+                "-" if row["area"] is None else f"{100 * row['area']:.2f}",
                 _gain(row["difference"], row["difference_interval"]),
                 _gain(row["to_margin"], row["to_margin_interval"]),
                 "-" if row["eefp"] is None else f"{row['eefp']:.3f}",
@@ -135,9 +135,10 @@ def comparison_table(name: str) -> str:
     return table(header, rows)
 
 
-def _gain(value: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{100 * value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})" if low != high else "-"
+def _gain(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None or interval is None or interval[0] == interval[1]:  # no area to compare, or a policy with itself
+        return "-"
+    return f"{100 * value:+.2f} ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})"
 
 
 def sets_table(name: str) -> str:

@@ -10,6 +10,7 @@ import compare_policies
 import pytest
 import simulate_guarantee
 import torch
+from pages import calibration
 from safetensors.torch import load_file
 
 from erde_hub import EarlyExitWrapper
@@ -247,3 +248,10 @@ def test_the_simulation_writes_its_table(call, tmp_path):
     assert {"greedy (earlyon)", "guarantee, shared", "guarantee, per exit"} < methods
     assert {row["bound"] for row in rows} == {0.01, 0.05}
     assert all(0 <= row["broken"] <= 1 for row in rows)
+
+
+def test_the_page_shows_a_policy_that_reaches_no_cost_of_the_range(monkeypatch):
+    nothing = dict.fromkeys(("area", "difference", "difference_interval", "to_margin", "to_margin_interval", "eefp"))
+    row = {"policy": "patience", **nothing, "accuracy_at": [None, None, 0.9]}
+    monkeypatch.setattr(calibration, "load", lambda name: {"policies": [row]})
+    assert calibration.comparison_table("digits").splitlines()[-1] == "| patience | - | - | - | - | - | 90.0 |"
