@@ -1,11 +1,6 @@
 """Measures what the early exits of a checkpoint save on this machine: see erde_hub/scripts/benchmark.py, or --help."""
 
-import os
+from erde_hub_command import run
 
 if __name__ == "__main__":
-    # Threads that wait for others sleep; otherwise they slow a busy machine down. Read once, when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from erde_hub.scripts import benchmark
-    from erde_hub.scripts.common.command_line import run_script
-
-    run_script(benchmark.main)
+    run("benchmark")

@@ -1,11 +1,6 @@
 """Trains a teacher with exits: see erde_hub/scripts/train_teacher.py, or --help."""
 
-import os
+from erde_hub_command import run
 
 if __name__ == "__main__":
-    # Threads that wait for others sleep; otherwise they slow a busy machine down. Read once, when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from erde_hub.scripts import train_teacher
-    from erde_hub.scripts.common.command_line import run_script
-
-    run_script(train_teacher.main, resumable=True)
+    run("train-teacher")

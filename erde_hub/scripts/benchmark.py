@@ -10,10 +10,11 @@ turns, round by round; times are medians over rounds. Run it on a machine that d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from erde_hub.backbones.base import format_table
 from erde_hub.errors import ConfigError
@@ -27,14 +28,14 @@ from erde_hub.scripts.common.turns import summary, take_turns
 class LatencyArguments:
     """What is measured, how long, and where the numbers go."""
 
-    model: str = field(metadata={"help": "folder or Hub repository of a checkpoint, or a timm name for random weights"})
-    exits: int = field(default=3, metadata={"help": "early exits of a timm model, evenly spaced in MACs"})
-    batch_size: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "images per call"})
-    cpu_threads: int = field(default=1, metadata={"help": "CPU threads, 0: one per core"})
-    rounds: int = field(default=150, metadata={"help": "rounds at most; in each, all functions take turns"})
-    min_rounds: int = field(default=4, metadata={"help": "rounds at least"})
-    seconds: float = field(default=12.0, metadata={"help": "seconds per batch size, after which rounds end"})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; replaced if it exists"})
+    model: str = HfArg(help="folder or Hub repository of a checkpoint, or a timm name for random weights")
+    exits: int = HfArg(default=3, help="early exits of a timm model, evenly spaced in MACs")
+    batch_size: list[int] = HfArg(default_factory=lambda: [1, 32], help="images per call")
+    cpu_threads: int = HfArg(default=1, help="CPU threads, 0: one per core")
+    rounds: int = HfArg(default=150, help="rounds at most; in each, all functions take turns")
+    min_rounds: int = HfArg(default=4, help="rounds at least")
+    seconds: float = HfArg(default=12.0, help="seconds per batch size, after which rounds end")
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; replaced if it exists")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

@@ -12,11 +12,12 @@ test.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from erde_hub.calibration import (
     ThresholdChoice,
@@ -51,68 +52,58 @@ from erde_hub.training import DistillationArguments, create_accelerator, run_on_
 class CalibrationArguments:
     """The target of the threshold, and how it is chosen."""
 
-    model: str = field(metadata={"help": "folder of a checkpoint; its config.json is rewritten"})
-    max_accuracy_drop: float | None = field(
-        default=None, metadata={"help": "accuracy that may be lost against the full model, a fraction: 0.01 is a point"}
+    model: str = HfArg(help="folder of a checkpoint; its config.json is rewritten")
+    max_accuracy_drop: float | None = HfArg(
+        default=None, help="accuracy that may be lost against the full model, a fraction: 0.01 is a point"
     )
-    max_disagreement: float | None = field(
-        default=None, metadata={"help": "share of images whose answer may differ from the full model's"}
+    max_disagreement: float | None = HfArg(
+        default=None, help="share of images whose answer may differ from the full model's"
     )
-    max_brier_increase: float | None = field(
-        default=None, metadata={"help": "how much the Brier score (0 to 2) may exceed the full model's"}
+    max_brier_increase: float | None = HfArg(
+        default=None, help="how much the Brier score (0 to 2) may exceed the full model's"
     )
-    max_mean_macs: float | None = field(
-        default=None, metadata={"help": "budget: mean multiply-accumulates per image, e.g. 2e6"}
+    max_mean_macs: float | None = HfArg(default=None, help="budget: mean multiply-accumulates per image, e.g. 2e6")
+    max_mean_milliseconds: float | None = HfArg(
+        default=None, help="budget: mean time per image in ms; needs --exit_milliseconds"
     )
-    max_mean_milliseconds: float | None = field(
-        default=None, metadata={"help": "budget: mean time per image in ms; needs --exit_milliseconds"}
-    )
-    exit_milliseconds: list[float] | None = field(
+    exit_milliseconds: list[float] | None = HfArg(
         default=None,
-        metadata={"help": "measured time in ms of an image that exits at each exit, the last one included"},
+        help="measured time in ms of an image that exits at each exit, the last one included",
     )
-    confidence: float | None = field(
+    confidence: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "probability with which a bound holds on other images; budgets and the methods crc and search have"
-            f" none; default: {CONFIDENCE}"
-        },
+        help="probability with which a bound holds on other images; budgets and the methods crc and search have"
+        f" none; default: {CONFIDENCE}",
     )
-    method: Literal["auto", "ltt", "exact", "ucb", "crc", "search"] = field(
+    method: Literal["auto", "ltt", "exact", "ucb", "crc", "search"] = HfArg(
         default="auto",
-        metadata={
-            "help": "auto: ltt or, with many images, exact; crc: on average over calibration sets; search: the best on"
-            " these images, without a guarantee"
-        },
+        help="auto: ltt or, with many images, exact; crc: on average over calibration sets; search: the best on"
+        " these images, without a guarantee",
     )
-    per_exit: bool = field(default=False, metadata={"help": "one threshold per exit in place of a shared one"})
-    calibrator: str = field(
+    per_exit: bool = HfArg(default=False, help="one threshold per exit in place of a shared one")
+    calibrator: str = HfArg(
         default="keep",
-        metadata={"help": f"fit one first: {', '.join(list_calibrators())}; keep: the stored one; none: take it off"},
+        help=f"fit one first: {', '.join(list_calibrators())}; keep: the stored one; none: take it off",
     )
-    policy: str = field(
+    policy: str = HfArg(
         default="keep",
-        metadata={
-            "help": f"policy to store, fitted first if it is learned: {', '.join(list_policies())}; eenet is trained"
-            " for the budget, or for half of the full cost where a bound is requested"
-        },
+        help=f"policy to store, fitted first if it is learned: {', '.join(list_policies())}; eenet is trained"
+        " for the budget, or for half of the full cost where a bound is requested",
     )
-    fit_share: float = field(
+    fit_share: float = HfArg(
         default=0.4,
-        metadata={
-            "help": "share of the images that calibrator and learned policy are fitted on; the threshold gets the rest"
-        },
+        help="share of the images that calibrator and learned policy are fitted on; the threshold gets the rest",
     )
-    split: Literal["validation", "test"] = field(
-        default="validation", metadata={"help": "images to choose on; numbers of the same images prove nothing"}
+    split: Literal["validation", "test"] = HfArg(
+        default="validation", help="images to choose on; numbers of the same images prove nothing"
     )
-    allow_missing_classes: bool = field(
-        default=False, metadata={"help": "go on where a class has no image among those that are fitted on"}
+    allow_missing_classes: bool = HfArg(
+        default=False, help="go on where a class has no image among those that are fitted on"
     )
-    dry_run: bool = field(default=False, metadata={"help": "print the report and write nothing"})
-    batch_size: int = field(default=256, metadata={"help": "images per forward pass and process"})
-    num_workers: int = field(default=0, metadata={"help": "processes that load large images"})
-    cpu_threads: int = field(default=0, metadata={"help": "CPU threads per process, 0: cores / processes"})
+    dry_run: bool = HfArg(default=False, help="print the report and write nothing")
+    batch_size: int = HfArg(default=256, help="images per forward pass and process")
+    num_workers: int = HfArg(default=0, help="processes that load large images")
+    cpu_threads: int = HfArg(default=0, help="CPU threads per process, 0: cores / processes")
 
 
 def main() -> None:

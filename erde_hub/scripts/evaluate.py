@@ -11,9 +11,11 @@ trained on the same data, the images that its run held out are used; without --d
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from transformers.hf_argparser import HfArg
 
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import (
@@ -38,47 +40,40 @@ from erde_hub.training import DistillationArguments, create_accelerator, open_ru
 class EvaluationArguments:
     """What is measured and where the files go."""
 
-    model: str = field(metadata={"help": "folder or Hub repository of a checkpoint"})
-    split: Literal["test", "validation"] = field(default="test", metadata={"help": "images to report on"})
-    policy: str | None = field(default=None, metadata={"help": "sweep another policy than the stored one"})
-    thresholds: list[float] | None = field(
-        default=None, metadata={"help": "thresholds of the sweep; default: the policy's steps (entropy: 0 to 2 nats)"}
+    model: str = HfArg(help="folder or Hub repository of a checkpoint")
+    split: Literal["test", "validation"] = HfArg(default="test", help="images to report on")
+    policy: str | None = HfArg(default=None, help="sweep another policy than the stored one")
+    thresholds: list[float] | None = HfArg(
+        default=None, help="thresholds of the sweep; default: the policy's steps (entropy: 0 to 2 nats)"
     )
-    batch_size: int = field(default=256, metadata={"help": "images per forward pass and process"})
-    num_workers: int = field(default=0, metadata={"help": "processes that load large images"})
-    cpu_threads: int = field(default=0, metadata={"help": "CPU threads per process, 0: cores / processes"})
-    save_records: bool = field(
-        default=False, metadata={"help": "also write records.safetensors: the logits of every exit for every image"}
+    batch_size: int = HfArg(default=256, help="images per forward pass and process")
+    num_workers: int = HfArg(default=0, help="processes that load large images")
+    cpu_threads: int = HfArg(default=0, help="CPU threads per process, 0: cores / processes")
+    save_records: bool = HfArg(
+        default=False, help="also write records.safetensors: the logits of every exit for every image"
     )
-    set_alpha: float = field(
+    set_alpha: float = HfArg(
         default=SET_ALPHA,
-        metadata={
-            "help": "error rate of the prediction sets whose coverage and size are reported; they are fitted on"
-            " validation images, so there are none with --split validation; 0: none"
-        },
+        help="error rate of the prediction sets whose coverage and size are reported; they are fitted on"
+        " validation images, so there are none with --split validation; 0: none",
     )
-    compare: list[str] | None = field(
+    compare: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "two files of records, before and now: tell whether the stored threshold still holds; no images are"
-            " read"
-        },
+        help="two files of records, before and now: tell whether the stored threshold still holds; no images are read",
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "folder of the report; default: runs/evaluate-<model>-<n>, the next free n"}
+    output_dir: str | None = HfArg(
+        default=None, help="folder of the report; default: runs/evaluate-<model>-<n>, the next free n"
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace the report that output_dir already holds"}
-    )
+    overwrite_output_dir: bool = HfArg(default=False, help="replace the report that output_dir already holds")
 
 
 @dataclass
 class EvaluationDataArguments(TrainedDataArguments):
     """Which data, and which part of them; images are read as they come, since no training can be lost."""
 
-    check_images: Literal["all", "headers", "none"] = field(
+    check_images: Literal["all", "headers", "none"] = HfArg(
         default="headers",
-        metadata={"help": "what is looked at before the model runs: every image, the headers of some, or nothing"},
+        help="what is looked at before the model runs: every image, the headers of some, or nothing",
     )
 
 

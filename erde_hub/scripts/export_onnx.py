@@ -10,11 +10,12 @@ from training images.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
@@ -32,35 +33,33 @@ from erde_hub.scripts.common.patterns import coarse_patterns
 class ExportArguments:
     """What is exported, where to and how it is checked."""
 
-    model: str = field(metadata={"help": "folder or Hub repository of a checkpoint"})
-    output: str = field(
+    model: str = HfArg(help="folder or Hub repository of a checkpoint")
+    output: str = HfArg(
         default="model.onnx",
-        metadata={"help": "the file, replaced if it exists; above 2 GB the weights lie next to it"},
+        help="the file, replaced if it exists; above 2 GB the weights lie next to it",
     )
-    opset: int = field(default=20, metadata={"help": "version of the ONNX operator set"})
-    int8: bool = field(default=False, metadata={"help": "quantise to int8; needs --dataset"})
-    calibration_samples: int = field(
-        default=256, metadata={"help": "training images that the ranges of int8 activations are taken from"}
+    opset: int = HfArg(default=20, help="version of the ONNX operator set")
+    int8: bool = HfArg(default=False, help="quantise to int8; needs --dataset")
+    calibration_samples: int = HfArg(
+        default=256, help="training images that the ranges of int8 activations are taken from"
     )
-    calibration_method: Literal["minmax", "entropy", "percentile"] = field(
-        default="minmax", metadata={"help": "how int8 takes them; the others cut rare large values off"}
+    calibration_method: Literal["minmax", "entropy", "percentile"] = HfArg(
+        default="minmax", help="how int8 takes them; the others cut rare large values off"
     )
-    verify: int = field(default=0, metadata={"help": "compare with the model on so many images; 0: not at all"})
-    thresholds: list[float] | None = field(
-        default=None, metadata={"help": "thresholds to compare at; default: the stored one"}
-    )
-    cpu_threads: int = field(default=0, metadata={"help": "CPU threads, 0: one per core"})
+    verify: int = HfArg(default=0, help="compare with the model on so many images; 0: not at all")
+    thresholds: list[float] | None = HfArg(default=None, help="thresholds to compare at; default: the stored one")
+    cpu_threads: int = HfArg(default=0, help="CPU threads, 0: one per core")
 
 
 @dataclass
 class OptionalData(DataArguments):
     """The images for int8 and for the comparison."""
 
-    dataset: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "as for evaluate.py; default: none, and random patterns for --verify"}
+    dataset: str | None = HfArg(  # type: ignore[assignment]
+        default=None, help="as for evaluate.py; default: none, and random patterns for --verify"
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "not here: --calibration_samples says it"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "not here: --verify says it"})
+    max_train_samples: int | None = HfArg(default=None, help="not here: --calibration_samples says it")
+    max_eval_samples: int | None = HfArg(default=None, help="not here: --verify says it")
 
 
 def main() -> None:

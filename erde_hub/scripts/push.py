@@ -9,10 +9,11 @@ the run's results.json, so that it names the repository.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx
+from transformers.hf_argparser import HfArg
 
 from erde_hub.errors import ConfigError
 from erde_hub.hub import publish_checkpoint
@@ -23,12 +24,12 @@ from erde_hub.scripts.common.command_line import parse_arguments, run_script
 class PushArguments:
     """What is published, and where."""
 
-    model: str = field(metadata={"help": "folder of the checkpoint"})
-    repo_id: str = field(metadata={"help": "org/name; made if it is not there"})
-    private: bool = field(default=False, metadata={"help": "make it private; an existing one keeps its state"})
-    revision: str | None = field(default=None, metadata={"help": "branch; made if it is not there. Default: main"})
-    license: str = field(default="apache-2.0", metadata={"help": "licence of the weights, as the Hub spells it"})
-    commit_message: str = field(default="Upload early-exit model", metadata={"help": "first line of the commit"})
+    model: str = HfArg(help="folder of the checkpoint")
+    repo_id: str = HfArg(help="org/name; made if it is not there")
+    private: bool = HfArg(default=False, help="make it private; an existing one keeps its state")
+    revision: str | None = HfArg(default=None, help="branch; made if it is not there. Default: main")
+    license: str = HfArg(default="apache-2.0", help="licence of the weights, as the Hub spells it")
+    commit_message: str = HfArg(default="Upload early-exit model", help="first line of the commit")
 
 
 def main() -> None:

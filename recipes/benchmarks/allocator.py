@@ -13,11 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
+from transformers.hf_argparser import HfArg
 
 from erde_hub import __version__, keep_freed_memory
 from erde_hub.errors import ConfigError
@@ -33,16 +34,16 @@ AS_IT_IS = {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}
 class AllocatorBenchmark:
     """What is measured, and where the numbers go."""
 
-    model: list[str] = field(
+    model: list[str] = HfArg(
         default_factory=lambda: ["resnet18", "mobilenetv4_conv_small", "efficientnet_lite0"],
-        metadata={"help": "timm names"},
+        help="timm names",
     )
-    batch_size: int = field(default=32, metadata={"help": "images per call"})
-    rounds: int = field(default=3, metadata={"help": "processes of each kind, which take turns"})
-    calls: int = field(default=5, metadata={"help": "calls in each process, of which the median counts"})
-    cpu_threads: int = field(default=1, metadata={"help": "threads"})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; replaced if it exists"})
-    only: Literal["", "default", "kept"] = field(default="", metadata={"help": "print one side's seconds, no more"})
+    batch_size: int = HfArg(default=32, help="images per call")
+    rounds: int = HfArg(default=3, help="processes of each kind, which take turns")
+    calls: int = HfArg(default=5, help="calls in each process, of which the median counts")
+    cpu_threads: int = HfArg(default=1, help="threads")
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; replaced if it exists")
+    only: Literal["", "default", "kept"] = HfArg(default="", help="print one side's seconds, no more")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

@@ -7,12 +7,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.calibration import LaplaceCalibrator, MIECalibrator, TemperatureCalibrator, choose_threshold
@@ -39,19 +40,19 @@ PARTS = ("functions", "laplace")
 class CalibrationBenchmark:
     """How much is measured, and where the numbers go."""
 
-    samples: int = field(default=50_000, metadata={"help": "samples of the made-up records"})
-    exits: int = field(default=4, metadata={"help": "exits of the made-up records, the last one included"})
-    classes: int = field(default=100, metadata={"help": "classes of the made-up records"})
-    width: int = field(default=128, metadata={"help": "width of the features of each exit"})
-    batch_size: int = field(default=256, metadata={"help": "images per forward pass, for the Laplace approximation"})
-    draws: int = field(default=50, metadata={"help": "draws of the Laplace approximation"})
-    rounds: int = field(default=9, metadata={"help": "rounds; in each, network and calibrator take turns"})
-    cpu_threads: int = field(default=1, metadata={"help": "CPU threads"})
-    parts: list[str] = field(
+    samples: int = HfArg(default=50_000, help="samples of the made-up records")
+    exits: int = HfArg(default=4, help="exits of the made-up records, the last one included")
+    classes: int = HfArg(default=100, help="classes of the made-up records")
+    width: int = HfArg(default=128, help="width of the features of each exit")
+    batch_size: int = HfArg(default=256, help="images per forward pass, for the Laplace approximation")
+    draws: int = HfArg(default=50, help="draws of the Laplace approximation")
+    rounds: int = HfArg(default=9, help="rounds; in each, network and calibrator take turns")
+    cpu_threads: int = HfArg(default=1, help="CPU threads")
+    parts: list[str] = HfArg(
         default_factory=lambda: list(PARTS),
-        metadata={"help": f"what is measured: {', '.join(PARTS)}; the rest of the output file stays as it is"},
+        help=f"what is measured: {', '.join(PARTS)}; the rest of the output file stays as it is",
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers"})
+    output: str | None = HfArg(default=None, help="JSON file for the numbers")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from inference_earlyon import earlyon_contestants, load_earlyon
 from inference_extras import compiled_stages, memory_of, onnx_times, peak_memory, stream_of
+from transformers.hf_argparser import HfArg
 
 from erde_hub import keep_freed_memory
 from erde_hub.errors import ConfigError
@@ -45,37 +46,33 @@ NETWORKS = (
 class InferenceBenchmark:
     """What is measured, how long, and where the numbers go."""
 
-    model: list[str] = field(
+    model: list[str] = HfArg(
         default_factory=lambda: list(NETWORKS),
-        metadata={"help": "checkpoints (folder or Hub repository), or timm names for random weights"},
+        help="checkpoints (folder or Hub repository), or timm names for random weights",
     )
-    exits: int = field(default=3, metadata={"help": "early exits of a timm model, evenly spaced in MACs"})
-    batch_size: list[int] = field(default_factory=lambda: [1, 8, 32, 128], metadata={"help": "images per call"})
-    cpu_threads: list[int] = field(
+    exits: int = HfArg(default=3, help="early exits of a timm model, evenly spaced in MACs")
+    batch_size: list[int] = HfArg(default_factory=lambda: [1, 8, 32, 128], help="images per call")
+    cpu_threads: list[int] = HfArg(
         default_factory=lambda: [1, 0],
-        metadata={"help": "CPU threads, 0: one per core; everything is run with the first"},
+        help="CPU threads, 0: one per core; everything is run with the first",
     )
-    channels_last: bool = field(default=True, metadata={"help": "the first number of threads in channels_last as well"})
-    rounds: int = field(default=150, metadata={"help": "rounds at most; in each, all contestants take turns"})
-    seconds: float = field(default=12.0, metadata={"help": "seconds per network and setting, after which rounds end"})
-    min_rounds: int = field(default=4, metadata={"help": "rounds at least"})
-    peer: bool = field(default=True, metadata={"help": "earlyon beside it, where it is installed and runs"})
-    onnx: bool = field(
-        default=True, metadata={"help": "onnxruntime: nested, flat and prefix, float and int8, batches up to 32"}
-    )
-    stream: bool = field(default=True, metadata={"help": "route_batches beside plain batching"})
-    memory: bool = field(default=True, metadata={"help": "peak memory, in a process of its own (Linux)"})
-    compiled: list[str] = field(
+    channels_last: bool = HfArg(default=True, help="the first number of threads in channels_last as well")
+    rounds: int = HfArg(default=150, help="rounds at most; in each, all contestants take turns")
+    seconds: float = HfArg(default=12.0, help="seconds per network and setting, after which rounds end")
+    min_rounds: int = HfArg(default=4, help="rounds at least")
+    peer: bool = HfArg(default=True, help="earlyon beside it, where it is installed and runs")
+    onnx: bool = HfArg(default=True, help="onnxruntime: nested, flat and prefix, float and int8, batches up to 32")
+    stream: bool = HfArg(default=True, help="route_batches beside plain batching")
+    memory: bool = HfArg(default=True, help="peak memory, in a process of its own (Linux)")
+    compiled: list[str] = HfArg(
         default_factory=lambda: ["resnet18", "mobilenetv4_conv_small"],
-        metadata={
-            "help": "networks to run after compile_stages() as well, or none (minutes each; needs a C++ compiler)"
-        },
+        help="networks to run after compile_stages() as well, or none (minutes each; needs a C++ compiler)",
     )
-    output: str | None = field(
+    output: str | None = HfArg(
         default=None,
-        metadata={"help": "JSON file for the numbers; networks that it holds from such a machine are kept"},
+        help="JSON file for the numbers; networks that it holds from such a machine are kept",
     )
-    only_memory: bool = field(default=False, metadata={"help": "print the peak memory of the first model, no more"})
+    only_memory: bool = HfArg(default=False, help="print the peak memory of the first model, no more")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

@@ -11,11 +11,12 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.data.images import BatchLoader
@@ -34,19 +35,17 @@ KINDS = ("float", "int8")
 class Int8Benchmark:
     """What is measured, and where the numbers go."""
 
-    model: str = field(metadata={"help": "folder or Hub repository of a checkpoint"})
-    thresholds: list[float] | None = field(
-        default=None, metadata={"help": "thresholds to route at; default: one that nobody passes, and the stored one"}
+    model: str = HfArg(help="folder or Hub repository of a checkpoint")
+    thresholds: list[float] | None = HfArg(
+        default=None, help="thresholds to route at; default: one that nobody passes, and the stored one"
     )
-    calibration_samples: int = field(
-        default=256, metadata={"help": "training images that the ranges of int8 activations are taken from"}
+    calibration_samples: int = HfArg(
+        default=256, help="training images that the ranges of int8 activations are taken from"
     )
-    timed_images: int = field(default=64, metadata={"help": "test images that are run one by one in every round"})
-    rounds: int = field(default=15, metadata={"help": "rounds; in each, both files take turns"})
-    cpu_threads: int = field(default=1, metadata={"help": "threads of onnxruntime"})
-    output: str | None = field(
-        default=None, metadata={"help": "JSON file for the numbers; other models that it holds are kept"}
-    )
+    timed_images: int = HfArg(default=64, help="test images that are run one by one in every round")
+    rounds: int = HfArg(default=15, help="rounds; in each, both files take turns")
+    cpu_threads: int = HfArg(default=1, help="threads of onnxruntime")
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; other models that it holds are kept")
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -59,7 +58,7 @@ class Int8Benchmark:
 class Int8Data(DataArguments):
     """The images: of training for the ranges, of test for the answers."""
 
-    dataset: str = field(default="digits", metadata={"help": "as for evaluate.py"})
+    dataset: str = HfArg(default="digits", help="as for evaluate.py")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from process_memory import process_memory
 from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.errors import ConfigError
@@ -49,7 +50,7 @@ _MIB = 2**20
 class LoadingBenchmark:
     """What is measured, and where the numbers go."""
 
-    model: list[str] = field(
+    model: list[str] = HfArg(
         default_factory=lambda: [
             "resnet18",
             "resnet50",
@@ -57,13 +58,13 @@ class LoadingBenchmark:
             "efficientnet_lite0",
             *TEXTS,
         ],
-        metadata={"help": f"timm names, or text classifiers: {', '.join(TEXTS)}"},
+        help=f"timm names, or text classifiers: {', '.join(TEXTS)}",
     )
-    rounds: int = field(default=9, metadata={"help": "times that each side loads, in turns, after one to warm up"})
-    cpu_threads: int = field(default=1, metadata={"help": "threads"})
-    output: str | None = field(
+    rounds: int = HfArg(default=9, help="times that each side loads, in turns, after one to warm up")
+    cpu_threads: int = HfArg(default=1, help="threads")
+    output: str | None = HfArg(
         default=None,
-        metadata={"help": "JSON file for the numbers; other networks stay in it if versions and settings are the same"},
+        help="JSON file for the numbers; other networks stay in it if versions and settings are the same",
     )
 
     def __post_init__(self) -> None:

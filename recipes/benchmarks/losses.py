@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
@@ -29,17 +30,15 @@ LIMIT = 0.03
 class LossBenchmark:
     """What is measured, and where the numbers go."""
 
-    architecture: str = field(default="resnet10_cifar", metadata={"help": "timm name of the student"})
-    widths: list[int] = field(
-        default_factory=lambda: [64, 16], metadata={"help": "width of the student; one measurement each"}
-    )
-    batch_size: int = field(default=128, metadata={"help": "samples per step"})
-    num_classes: int = field(default=10, metadata={"help": "classes of all exits"})
-    losses: list[str] = field(default_factory=list_losses, metadata={"help": "keys of the losses"})
-    rounds: int = field(default=9, metadata={"help": "rounds; in each, the step and all losses take turns"})
-    repeats: int = field(default=5, metadata={"help": "calls of a loss per round, of which the median counts"})
-    cpu_threads: int = field(default=1, metadata={"help": "threads of the step and of the losses"})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; replaced if it exists"})
+    architecture: str = HfArg(default="resnet10_cifar", help="timm name of the student")
+    widths: list[int] = HfArg(default_factory=lambda: [64, 16], help="width of the student; one measurement each")
+    batch_size: int = HfArg(default=128, help="samples per step")
+    num_classes: int = HfArg(default=10, help="classes of all exits")
+    losses: list[str] = HfArg(default_factory=list_losses, help="keys of the losses")
+    rounds: int = HfArg(default=9, help="rounds; in each, the step and all losses take turns")
+    repeats: int = HfArg(default=5, help="calls of a loss per round, of which the median counts")
+    cpu_threads: int = HfArg(default=1, help="threads of the step and of the losses")
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; replaced if it exists")
 
     def __post_init__(self) -> None:
         """Checks names and numbers."""

@@ -16,12 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
 from process_memory import forget_peak, process_memory
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.data.images import BatchLoader, ImageData
@@ -50,13 +51,13 @@ Side = Literal["distiller", "by_hand"]
 class TrainingBenchmark:
     """How much is measured, and where the numbers go."""
 
-    rounds: int = field(default=12, metadata={"help": "rounds; in each, both loops take turns"})
-    steps_per_round: int = field(default=4, metadata={"help": "optimizer steps of each loop and round"})
-    memory_steps: int = field(default=6, metadata={"help": "optimizer steps for the memory, in a process each"})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; replaced if it exists"})
-    only: str | None = field(
+    rounds: int = HfArg(default=12, help="rounds; in each, both loops take turns")
+    steps_per_round: int = HfArg(default=4, help="optimizer steps of each loop and round")
+    memory_steps: int = HfArg(default=6, help="optimizer steps for the memory, in a process each")
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; replaced if it exists")
+    only: str | None = HfArg(
         default=None,
-        metadata={"help": "distiller or by_hand: run that loop alone and print how much memory it needs (MiB)"},
+        help="distiller or by_hand: run that loop alone and print how much memory it needs (MiB)",
     )
 
     def __post_init__(self) -> None:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from _coloured import DATASET as COLOURED
 from _coloured import GroupedImages, coloured_digits
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.base import format_table
@@ -55,23 +56,21 @@ from erde_hub.training import DistillationArguments, Distiller, create_accelerat
 class Comparison:
     """What is compared, and where the numbers go."""
 
-    methods: list[str] = field(
+    methods: list[str] = HfArg(
         default_factory=lambda: ["ce", "kd", "erde"],
-        metadata={"help": "LOSS[+ADDITION...][:ARGUMENT=VALUE,...], one student each per seed"},
+        help="LOSS[+ADDITION...][:ARGUMENT=VALUE,...], one student each per seed",
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "each trains a teacher and all students"}
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="each trains a teacher and all students")
+    correlation: float = HfArg(
+        default=0.95, help="coloured_digits: share of training images whose colour is that of their class"
     )
-    correlation: float = field(
-        default=0.95, metadata={"help": "coloured_digits: share of training images whose colour is that of their class"}
+    teacher_correlation: float = HfArg(
+        default=0.5, help="coloured_digits: the same share for the images that the teacher learns from"
     )
-    teacher_correlation: float = field(
-        default=0.5, metadata={"help": "coloured_digits: the same share for the images that the teacher learns from"}
+    split: Literal["validation", "test"] = HfArg(
+        default="test", help="what is measured on: choose settings on validation, report on test"
     )
-    split: Literal["validation", "test"] = field(
-        default="test", metadata={"help": "what is measured on: choose settings on validation, report on test"}
-    )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; added to if it exists"})
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; added to if it exists")
 
 
 def build_method(text: str) -> ExitLoss:

@@ -12,10 +12,11 @@ interval, and accuracy at shares of the full cost. Writes JSON and prints a tabl
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
 from erde_hub import __version__
 from erde_hub.calibration import MIECalibrator, TemperatureCalibrator
@@ -46,14 +47,14 @@ from erde_hub.scripts.common.results_files import write_results
 class ComparisonArguments:
     """Which records are compared."""
 
-    validation: str = field(metadata={"help": "records that policies and thresholds are fitted on"})
-    test: str = field(metadata={"help": "records that are reported"})
-    output: str = field(metadata={"help": "JSON file of the results"})
-    low: float = field(default=0.4, metadata={"help": "lower end of the cost range, as a share of the full cost"})
-    high: float = field(default=0.9, metadata={"help": "upper end of the cost range, as a share of the full cost"})
-    alpha: float = field(default=0.1, metadata={"help": "error rate of prediction sets"})
-    resamples: int = field(default=500, metadata={"help": "bootstrap samples"})
-    seed: int = field(default=0, metadata={"help": "of bootstrap and fits"})
+    validation: str = HfArg(help="records that policies and thresholds are fitted on")
+    test: str = HfArg(help="records that are reported")
+    output: str = HfArg(help="JSON file of the results")
+    low: float = HfArg(default=0.4, help="lower end of the cost range, as a share of the full cost")
+    high: float = HfArg(default=0.9, help="upper end of the cost range, as a share of the full cost")
+    alpha: float = HfArg(default=0.1, help="error rate of prediction sets")
+    resamples: int = HfArg(default=500, help="bootstrap samples")
+    seed: int = HfArg(default=0, help="of bootstrap and fits")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.hf_argparser import HfArg
 
 from erde_hub._progress import passing_bar
 from erde_hub.backbones.base import format_table
@@ -51,23 +52,23 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 class EGADRecipe:
     """Data, networks, training."""
 
-    data: str | None = field(default=None, metadata={"help": "folder with train.txt, validation.txt and test.txt"})
-    variants: list[str] = field(
-        default_factory=lambda: list(VARIANTS), metadata={"help": f"students to train: {', '.join(VARIANTS)}"}
+    data: str | None = HfArg(default=None, help="folder with train.txt, validation.txt and test.txt")
+    variants: list[str] = HfArg(
+        default_factory=lambda: list(VARIANTS), help=f"students to train: {', '.join(VARIANTS)}"
     )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "each trains a teacher and all students"})
-    context: int = field(default=64, metadata={"help": "characters per example"})
-    batch_size: int = field(default=16, metadata={"help": "examples per step"})
-    teacher_layers: int = field(default=4, metadata={"help": "layers of the teacher"})
-    teacher_width: int = field(default=96, metadata={"help": "width of the teacher; a multiple of 24"})
-    teacher_steps: int = field(default=2000, metadata={"help": "optimizer steps of the teacher"})
-    student_layers: int = field(default=2, metadata={"help": "layers of the student"})
-    student_width: int = field(default=48, metadata={"help": "width of the student; a multiple of 24"})
-    student_steps: int = field(default=1000, metadata={"help": "optimizer steps of each student"})
-    lr: float = field(default=3e-3, metadata={"help": "highest learning rate (AdamW, warm-up over 5 %, cosine)"})
-    cpu_threads: int = field(default=1, metadata={"help": "threads"})
-    progress_bar: bool = field(default=True, metadata={"help": "show progress"})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; added to if it exists"})
+    seeds: list[int] = HfArg(default_factory=lambda: [0], help="each trains a teacher and all students")
+    context: int = HfArg(default=64, help="characters per example")
+    batch_size: int = HfArg(default=16, help="examples per step")
+    teacher_layers: int = HfArg(default=4, help="layers of the teacher")
+    teacher_width: int = HfArg(default=96, help="width of the teacher; a multiple of 24")
+    teacher_steps: int = HfArg(default=2000, help="optimizer steps of the teacher")
+    student_layers: int = HfArg(default=2, help="layers of the student")
+    student_width: int = HfArg(default=48, help="width of the student; a multiple of 24")
+    student_steps: int = HfArg(default=1000, help="optimizer steps of each student")
+    lr: float = HfArg(default=3e-3, help="highest learning rate (AdamW, warm-up over 5 %, cosine)")
+    cpu_threads: int = HfArg(default=1, help="threads")
+    progress_bar: bool = HfArg(default=True, help="show progress")
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; added to if it exists")
 
     def __post_init__(self) -> None:
         """Checks names and numbers."""

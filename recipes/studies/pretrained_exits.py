@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from efficientnet_lite import load_efficientnet_lite, packaged_weights
 from photographs import agreement_on_crops, describe_photographs, open_photographs, packaged_photographs
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper
 from erde_hub._published_weights import check_backbone_weights
@@ -26,35 +27,33 @@ from erde_hub.evaluation import save_results
 from erde_hub.losses import create_loss
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments, ExitArguments
-from erde_hub.scripts.common.command_line import CONFIGS, parse_arguments, run_script
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder, run_on_main
 
 ARCHITECTURE = "tf_efficientnet_lite0"
-CONFIG = CONFIGS / "pretrained" / "efficientnet_lite0.yaml"
+CONFIG = Path(__file__).with_name("efficientnet_lite0.yaml")
 
 
 @dataclass
 class PretrainedArguments:
     """Where the weights are, and what the result is shown on."""
 
-    weights: str | None = field(
+    weights: str | None = HfArg(
         default=None,
-        metadata={"help": "file with ImageNet weights of EfficientNet-Lite0; default: that of the installed package"},
+        help="file with ImageNet weights of EfficientNet-Lite0; default: that of the installed package",
     )
-    photographs: list[str] | None = field(
-        default=None, metadata={"help": "files; default: those inside scikit-learn, scikit-image and matplotlib"}
+    photographs: list[str] | None = HfArg(
+        default=None, help="files; default: those inside scikit-learn, scikit-image and matplotlib"
     )
-    crops: int = field(default=40, metadata={"help": "crops of each photograph that are measured"})
-    self_weight: float = field(default=1.0, metadata={"help": "factor of the divergence from the last exit"})
-    self_temperature: float = field(default=1.0, metadata={"help": "softens both sides of that divergence"})
-    backbone_weights: dict[str, Any] = field(
+    crops: int = HfArg(default=40, help="crops of each photograph that are measured")
+    self_weight: float = HfArg(default=1.0, help="factor of the divergence from the last exit")
+    self_temperature: float = HfArg(default=1.0, help="softens both sides of that divergence")
+    backbone_weights: dict[str, Any] = HfArg(
         default_factory=dict,
-        metadata={
-            "help": "where the Hub has these very weights, timm_tag=tf_efficientnet_lite0.in1k or repo_id=org/name:"
-            " also saves the heads alone, into OUTPUT_DIR/heads, after comparing every tensor"
-        },
+        help="where the Hub has these very weights, timm_tag=tf_efficientnet_lite0.in1k or repo_id=org/name:"
+        " also saves the heads alone, into OUTPUT_DIR/heads, after comparing every tensor",
     )
-    output: str | None = field(default=None, metadata={"help": "also write results.json there"})
+    output: str | None = HfArg(default=None, help="also write results.json there")
 
 
 def main() -> None:

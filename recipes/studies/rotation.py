@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from _rotated import TARGET, rotated_images
 from torch import Tensor
+from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
 from erde_hub.backbones.base import format_table
@@ -43,30 +44,24 @@ QUANTILES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 class RotationArguments:
     """What is turned, what learns it, and where the numbers go."""
 
-    degrees: float = field(default=45.0, metadata={"help": "largest angle, either way (degrees, at most 180)"})
-    copies: int = field(
-        default=4, metadata={"help": "how often each training image occurs, at another angle each time"}
+    degrees: float = HfArg(default=45.0, help="largest angle, either way (degrees, at most 180)")
+    copies: int = HfArg(default=4, help="how often each training image occurs, at another angle each time")
+    architecture: str = HfArg(default="resnet10_cifar", help="timm name of the network")
+    architecture_kwargs: dict[str, Any] = HfArg(
+        default_factory=lambda: {"width": 8}, help="creation arguments of the network, e.g. width=16"
     )
-    architecture: str = field(default="resnet10_cifar", metadata={"help": "timm name of the network"})
-    architecture_kwargs: dict[str, Any] = field(
-        default_factory=lambda: {"width": 8}, metadata={"help": "creation arguments of the network, e.g. width=16"}
+    exits: list[str] | None = HfArg(
+        default=None, help="stage names from shallow to deep, or a number of exits; default: auto"
     )
-    exits: list[str] | None = field(
-        default=None, metadata={"help": "stage names from shallow to deep, or a number of exits; default: auto"}
-    )
-    head: str = field(default="fc", metadata={"help": "head of every early exit"})
-    head_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "arguments of the head; default: dropout=0 for fc"}
-    )
-    alpha: float = field(default=0.1, metadata={"help": "error rate of intervals, 0 to 1"})
-    draws: int = field(
-        default=10, metadata={"help": "draws of the confidence sequences; as published, 1 is reported too"}
-    )
-    widths: list[float] | None = field(
+    head: str = HfArg(default="fc", help="head of every early exit")
+    head_kwargs: dict[str, Any] = HfArg(default_factory=dict, help="arguments of the head; default: dropout=0 for fc")
+    alpha: float = HfArg(default=0.1, help="error rate of intervals, 0 to 1")
+    draws: int = HfArg(default=10, help="draws of the confidence sequences; as published, 1 is reported too")
+    widths: list[float] | None = HfArg(
         default=None,
-        metadata={"help": "widths (degrees) below which samples leave; default: quantiles on validation images"},
+        help="widths (degrees) below which samples leave; default: quantiles on validation images",
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the numbers; replaced if it exists"})
+    output: str | None = HfArg(default=None, help="JSON file for the numbers; replaced if it exists")
 
     def __post_init__(self) -> None:
         """Checks what can be checked before data are loaded."""
@@ -84,11 +79,11 @@ class RotationArguments:
 class RotationTraining(DistillationArguments):
     """Training, with defaults that suit squared errors of radians."""
 
-    epochs: int = field(default=15, metadata={"help": "passes over the training split"})
-    batch_size: int = field(default=64, metadata={"help": "images per forward pass and process"})
-    lr: float = field(default=0.01, metadata={"help": "highest learning rate of the schedule"})
-    optimizer: str = field(default="adamw", metadata={"help": "a name of timm's create_optimizer_v2"})
-    weight_decay: float = field(default=0.01, metadata={"help": "weight decay; biases and norm layers get none"})
+    epochs: int = HfArg(default=15, help="passes over the training split")
+    batch_size: int = HfArg(default=64, help="images per forward pass and process")
+    lr: float = HfArg(default=0.01, help="highest learning rate of the schedule")
+    optimizer: str = HfArg(default="adamw", help="a name of timm's create_optimizer_v2")
+    weight_decay: float = HfArg(default=0.01, help="weight decay; biases and norm layers get none")
 
 
 def main() -> None:

@@ -15,13 +15,14 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from erde_hub import __version__
 from erde_hub.calibration import ThresholdChoice, choose_threshold
@@ -46,28 +47,26 @@ MADE_UP, GREEDY = "made-up exits", "greedy (earlyon)"
 class SimulationArguments:
     """What is simulated."""
 
-    output: str = field(metadata={"help": "JSON file of the results"})
-    records: list[str] = field(
+    output: str = HfArg(help="JSON file of the results")
+    records: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "files of evaluate.py --save_records to draw from as well; best of the test split"},
+        help="files of evaluate.py --save_records to draw from as well; best of the test split",
     )
-    sizes: list[int] = field(
-        default_factory=lambda: [500, 1000, 2500, 10000], metadata={"help": "numbers of calibration samples"}
-    )
-    draws: int = field(default=500, metadata={"help": "calibration sets of each size"})
-    bound: float = field(default=0.01, metadata={"help": "loss of accuracy that is allowed, for every method"})
-    other_bounds: list[float] = field(
+    sizes: list[int] = HfArg(default_factory=lambda: [500, 1000, 2500, 10000], help="numbers of calibration samples")
+    draws: int = HfArg(default=500, help="calibration sets of each size")
+    bound: float = HfArg(default=0.01, help="loss of accuracy that is allowed, for every method")
+    other_bounds: list[float] = HfArg(
         default_factory=lambda: [0.07, 0.02, 0.15],
-        metadata={"help": "further ones, at which greedy search and what --confidence takes, per exit, are compared"},
+        help="further ones, at which greedy search and what --confidence takes, per exit, are compared",
     )
-    near_bounds: list[float] = field(
+    near_bounds: list[float] = HfArg(
         default_factory=lambda: [0.06, 0.0625, 0.065, 0.0675, 0.07, 0.0725, 0.075],
-        metadata={"help": "bounds at which greedy search is tried alone: how much its promise hangs on them"},
+        help="bounds at which greedy search is tried alone: how much its promise hangs on them",
     )
-    near_samples: int = field(default=2500, metadata={"help": "number of calibration samples for --near_bounds"})
-    confidence: float = field(default=0.9, metadata={"help": "confidence of the methods that promise one"})
-    population: int = field(default=60000, metadata={"help": "made-up samples that calibration sets are drawn from"})
-    spread: float = field(default=1.0, metadata={"help": "factor of made-up logits: 1.5 is calibrated, 1 too unsure"})
+    near_samples: int = HfArg(default=2500, help="number of calibration samples for --near_bounds")
+    confidence: float = HfArg(default=0.9, help="confidence of the methods that promise one")
+    population: int = HfArg(default=60000, help="made-up samples that calibration sets are drawn from")
+    spread: float = HfArg(default=1.0, help="factor of made-up logits: 1.5 is calibrated, 1 too unsure")
 
 
 def earlyon_thresholds(

@@ -22,7 +22,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,15 @@ from support_models import (
     transformers_model,
 )
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
 import erde_hub
 from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.errors import ErdeError, MissingDependencyError, unknown_name
-from erde_hub.scripts.common.command_line import CONFIGS, parse_arguments, run_script
+from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.scripts.common.results_files import write_results
 
-OUTPUT = CONFIGS.parent / "results" / "support_matrix.json"
+OUTPUT = Path(__file__).parents[1] / "results" / "support_matrix.json"
 CHECKS = ("attach", "train", "routing", "stream", "save", "copy", "onnx")
 BATCH = 6
 #: How a stream cuts these samples into batches.
@@ -58,15 +59,11 @@ CLEARANCE = 1e-4
 class MatrixArguments:
     """What is tried, and where the result goes."""
 
-    only: list[str] | None = field(default=None, metadata={"help": "families; default: all of timm and transformers"})
-    skip: list[str] | None = field(default=None, metadata={"help": f"checks to leave out, of {', '.join(CHECKS)}"})
-    resume: bool = field(
-        default=False, metadata={"help": "leave out families of which the file has a whole row of this very code"}
-    )
-    timeout: int = field(default=600, metadata={"help": "seconds that one family may take"})
-    output: str = field(
-        default=str(OUTPUT), metadata={"help": "the file; rows of families that are not tried are kept"}
-    )
+    only: list[str] | None = HfArg(default=None, help="families; default: all of timm and transformers")
+    skip: list[str] | None = HfArg(default=None, help=f"checks to leave out, of {', '.join(CHECKS)}")
+    resume: bool = HfArg(default=False, help="leave out families of which the file has a whole row of this very code")
+    timeout: int = HfArg(default=600, help="seconds that one family may take")
+    output: str = HfArg(default=str(OUTPUT), help="the file; rows of families that are not tried are kept")
 
 
 def main() -> None:

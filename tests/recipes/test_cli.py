@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -90,6 +91,7 @@ def test_precedence_and_number_spellings(write, in_file, as_flag, rate, style):
         ("max_steps: null", "max_steps", None),
         ("channels_last: off", "channels_last", False),
         ("precision: bf16", "precision", "bf16"),
+        ("precision: no", "precision", "no"),
         ("threshold: 0.5", "threshold", [0.5]),
         ("threshold: [1e-1, 2]", "threshold", [0.1, 2.0]),
         (
@@ -146,19 +148,17 @@ def test_booleans_as_flags():
     ("text", "parts"),
     [
         ("learning_rat: 1", ["'learning_rat'", "did you mean 'learning_rate'?", "file.yaml"]),
-        ("epochs: many", ["'epochs'", "a whole number", "'many'", "file.yaml"]),
-        ("epochs: 1.5", ["'epochs'", "a whole number", "1.5"]),
-        ("epochs: true", ["'epochs'", "a whole number", "quotes"]),
-        ("learning_rate: fast", ["'learning_rate'", "a number", "'fast'"]),
-        ("channels_last: 1", ["'channels_last'", "true or false"]),
-        ("precision: bf17", ["'bf17'", "did you mean 'bf16'?", "no, bf16"]),
-        ("precision: no", ["'precision'", "False", "quotes"]),
-        ("dataset: [a, b]", ["'dataset'", "text", "['a', 'b']"]),
-        ("epochs: null", ["'epochs'", "a whole number", "None"]),
-        ("student_kwargs: [1]", ["'student_kwargs'", "mapping", "[1]"]),
+        ("epochs: many", ["'epochs' in", "invalid int value: 'many'", "file.yaml"]),
+        ("epochs: 1.5", ["'epochs'", "invalid int value", "1.5"]),
+        ("epochs: true", ["'epochs'", "invalid int value", "true"]),
+        ("learning_rate: fast", ["'learning_rate'", "invalid float value", "'fast'"]),
+        ("channels_last: 2", ["'channels_last'", "2", "true/false"]),
+        ("precision: bf17", ["'bf17'", "'precision'", "bf16"]),
+        ("dataset: [a, b]", ["'dataset'", "one value", "['a', 'b']"]),
+        ("epochs: {a: 1}", ["'epochs'", "no mapping"]),
+        ("epochs: null", ["'epochs'", "invalid int value", "null"]),
+        ("student_kwargs: [1]", ["'student_kwargs'", "mapping", "['1']"]),
         ("epochs: 1\nepochs: 2", ["'epochs' occurs twice", "file.yaml"]),
-        ("student_kwargs: &a {width: 8}\nexits: *a", ["aliases", "file.yaml"]),
-        ("# " + "x" * 100_000, ["more than 100,000 characters", "file.yaml"]),
         ("- epochs", ["file.yaml", "list"]),
         ("epochs: [", ["file.yaml", "not a YAML file"]),
     ],
@@ -171,7 +171,7 @@ def test_bad_files_name_key_value_and_file(write, text, parts):
 
 
 def test_missing_file_names_the_nearest_config():
-    with pytest.raises(ConfigError, match=r"digit\.yaml: cannot be read .*did you mean 'digits\.yaml'"):
+    with pytest.raises(ConfigError, match=r"digit\.yaml: cannot be read .*did you mean 'digits'"):
         parse("--config", "recipes/configs/digit.yaml")
 
 
@@ -273,7 +273,7 @@ def test_a_misspelt_flag_is_refused_before_anything_is_loaded(capsys, monkeypatc
 
 
 def test_a_recipe_runs_from_another_folder(tmp_path):
-    recipes = command_line.CONFIGS.parent
+    recipes = Path(__file__).parents[2] / "recipes"
     done = subprocess.run(
         [sys.executable, str(recipes / "distill.py"), "--config", "nowhere.yaml"],
         cwd=tmp_path,
@@ -287,15 +287,41 @@ def test_a_recipe_runs_from_another_folder(tmp_path):
 
 
 def test_which_file_the_settings_come_from(monkeypatch):
-    monkeypatch.chdir(command_line.CONFIGS.parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert command_line.base_config(["--epochs", "3"]).name == "digits.yaml"
     assert command_line.base_config(["--dataset", "digits"]).name == "digits.yaml"
     base = command_line.base_config(["--dataset=path/to/folder", "--epochs", "3"])
     assert base.name == "own_images.yaml"
-    assert (
-        command_line.describe_settings(base, []) == "settings: recipes/configs/own_images.yaml, as there is no --config"
-    )
+    assert command_line.describe_settings(base, []) == "settings: own_images.yaml of erde_hub, as there is no --config"
     assert command_line.describe_settings(base, ["--config", "a.yaml"]) == "settings: a.yaml"
+    assert command_line.describe_settings(base, ["--config", "svhn_resnet18_resnet10"]).endswith("resnet10.yaml")
+
+
+def test_a_packaged_configuration_is_found_by_its_name_and_an_own_file_wins(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits.yaml"):
+        assert command_line.find_config(name) == command_line.CONFIGS / "digits.yaml"
+    checkout = Path(__file__).parents[2] / "recipes" / "configs"
+    assert checkout.resolve() == command_line.CONFIGS
+    assert command_line.find_config("recipes/configs/digits.yaml") == Path("recipes/configs/digits.yaml")
+    Path("digits.yaml").write_text("epochs: 1")
+    assert command_line.find_config("digits.yaml") == Path("digits.yaml")
+
+
+def test_modules_of_ones_own_are_imported_first(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", sys.path[:])
+    (tmp_path / "my_plugins.py").write_text("print('registered')")
+    monkeypatch.setattr("sys.argv", ["distill.py", "--import", "my_plugins", "--epochs", "2"])
+    seen = []
+    command_line.run_script(lambda: seen.append(command_line.parse_arguments({"t": Training}, "")[0].epochs))
+    assert seen == [2]
+    assert "registered" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["distill.py", "--import", "no_such_module"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.run_script(lambda: None)
+    assert ended.value.code == 2
+    assert "--import no_such_module: No module named" in capsys.readouterr().err
 
 
 def test_ctrl_c_between_two_trainings_has_its_exit_code(capsys):

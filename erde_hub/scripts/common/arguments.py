@@ -9,8 +9,10 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from transformers.hf_argparser import HfArg
 
 from erde_hub.errors import ConfigError, unknown_argument, unknown_name
 from erde_hub.heads import list_heads
@@ -33,52 +35,38 @@ from erde_hub.training.arguments import DistillationArguments, nearest_argument
 class DataArguments:
     """Which data, and which part of them."""
 
-    dataset: str = field(
+    dataset: str = HfArg(
         default="digits",
-        metadata={
-            "help": "'digits' (comes with scikit-learn), a Hub name such as uoft-cs/cifar10, or a local folder that"
-            " datasets.load_dataset reads (parquet, or one folder of images per class)"
-        },
+        help="'digits' (comes with scikit-learn), a Hub name such as uoft-cs/cifar10, or a local folder that"
+        " datasets.load_dataset reads (parquet, or one folder of images per class)",
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration of a Hub data set that has several"}
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "column with the images; default: found by its feature type"}
-    )
-    text_column: str | None = field(
-        default=None, metadata={"help": "column with the texts; default: found by its feature type"}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "column with the classes; default: found by its feature type"}
-    )
-    image_size: int | None = field(
+    dataset_config: str | None = HfArg(default=None, help="configuration of a Hub data set that has several")
+    image_column: str | None = HfArg(default=None, help="column with the images; default: found by its feature type")
+    text_column: str | None = HfArg(default=None, help="column with the texts; default: found by its feature type")
+    label_column: str | None = HfArg(default=None, help="column with the classes; default: found by its feature type")
+    image_size: int | None = HfArg(
         default=None,
-        metadata={"help": "height and width of the network's input (pixels); default: the teacher's, or the data's"},
+        help="height and width of the network's input (pixels); default: the teacher's, or the data's",
     )
-    max_length: int | None = field(
+    max_length: int | None = HfArg(
         default=None,
-        metadata={"help": "longest text (tokens), longer ones are cut; default: the teacher's, or 128"},
+        help="longest text (tokens), longer ones are cut; default: the teacher's, or 128",
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "read rows one after another, for sets larger than the disk"}
-    )
-    check_images: Literal["all", "headers", "none"] = field(
+    streaming: bool = HfArg(default=False, help="read rows one after another, for sets larger than the disk")
+    check_images: Literal["all", "headers", "none"] = HfArg(
         default="all",
-        metadata={
-            "help": "large images that cannot be read are found before training: all decodes each one once and"
-            " remembers that in cache_dir, headers opens up to 20,000 of a split, none looks at nothing; streamed ones"
-            " are found when they come"
-        },
+        help="large images that cannot be read are found before training: all decodes each one once and"
+        " remembers that in cache_dir, headers opens up to 20,000 of a split, none looks at nothing; streamed ones"
+        " are found when they come",
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "folder for downloads and decoded images; default: that of datasets"}
+    cache_dir: str | None = HfArg(
+        default=None, help="folder for downloads and decoded images; default: that of datasets"
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "train on a stratified part of so many samples; default: all"}
+    max_train_samples: int | None = HfArg(
+        default=None, help="train on a stratified part of so many samples; default: all"
     )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "validate and test on stratified parts of so many samples; default: all"}
+    max_eval_samples: int | None = HfArg(
+        default=None, help="validate and test on stratified parts of so many samples; default: all"
     )
 
 
@@ -86,13 +74,11 @@ class DataArguments:
 class TrainedDataArguments(DataArguments):
     """Which data, and which part of them, for a checkpoint whose run says what it was trained on."""
 
-    dataset: str | None = field(  # type: ignore[assignment]
+    dataset: str | None = HfArg(  # type: ignore[assignment]
         default=None,
-        metadata={
-            "help": "'digits' (comes with scikit-learn), a Hub name such as uoft-cs/cifar10, or a local folder that"
-            " datasets.load_dataset reads (parquet, or one folder of images per class); default: what the checkpoint"
-            " was trained on, where its results.json names something that can be found again"
-        },
+        help="'digits' (comes with scikit-learn), a Hub name such as uoft-cs/cifar10, or a local folder that"
+        " datasets.load_dataset reads (parquet, or one folder of images per class); default: what the checkpoint"
+        " was trained on, where its results.json names something that can be found again",
     )
 
 
@@ -100,26 +86,20 @@ class TrainedDataArguments(DataArguments):
 class ExitArguments:
     """Positions and heads of the exits, and the policy."""
 
-    exits: list[str] | None = field(
+    exits: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "stage names from shallow to deep, a number of exits evenly spaced in MACs, or auto; default: auto"
-        },
+        help="stage names from shallow to deep, a number of exits evenly spaced in MACs, or auto; default: auto",
     )
-    head: str = field(default="fc", metadata={"help": f"head of every early exit: {', '.join(list_heads())}"})
-    head_kwargs: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "arguments of the head, e.g. pool=kernel dropout=0.2"}
+    head: str = HfArg(default="fc", help=f"head of every early exit: {', '.join(list_heads())}")
+    head_kwargs: dict[str, Any] = HfArg(
+        default_factory=dict, help="arguments of the head, e.g. pool=kernel dropout=0.2"
     )
-    policy: str = field(
-        default="entropy", metadata={"help": f"decides where a sample exits: {', '.join(list_policies())}"}
-    )
-    policy_kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "arguments of the policy"})
-    threshold: list[float] | None = field(
+    policy: str = HfArg(default="entropy", help=f"decides where a sample exits: {', '.join(list_policies())}")
+    policy_kwargs: dict[str, Any] = HfArg(default_factory=dict, help="arguments of the policy")
+    threshold: list[float] | None = HfArg(
         default=None,
-        metadata={
-            "help": "threshold stored in the checkpoint, one number or one per early exit (entropy: nats); default:"
-            " chosen on the validation split so that one point of accuracy is lost at most, see recipes/calibrate.py"
-        },
+        help="threshold stored in the checkpoint, one number or one per early exit (entropy: nats); default:"
+        " chosen on the validation split so that one point of accuracy is lost at most, see recipes/calibrate.py",
     )
 
     def stored_threshold(self) -> float | list[float] | None:
@@ -142,35 +122,29 @@ def exit_places(names: list[str] | None) -> list[str] | int | str:
 class TeacherArguments:
     """The network of the teacher; also what ``train_teacher.py`` trains."""
 
-    teacher_architecture: str = field(
+    teacher_architecture: str = HfArg(
         default="resnet18_cifar",
-        metadata={
-            "help": "timm name of the teacher that is trained; for texts a folder or Hub repository with a transformers"
-            " encoder, whose tokenizer is used"
-        },
+        help="timm name of the teacher that is trained; for texts a folder or Hub repository with a transformers"
+        " encoder, whose tokenizer is used",
     )
-    teacher_kwargs: dict[str, Any] = field(
+    teacher_kwargs: dict[str, Any] = HfArg(
         default_factory=dict,
-        metadata={
-            "help": "creation arguments of that network, e.g. width=32, or num_hidden_layers=4 of an encoder; none"
-            " clears those of the file"
-        },
+        help="creation arguments of that network, e.g. width=32, or num_hidden_layers=4 of an encoder; none"
+        " clears those of the file",
     )
-    teacher_pretrained: bool = field(
-        default=False, metadata={"help": "start from the weights that timm, the folder or the repository has for it"}
+    teacher_pretrained: bool = HfArg(
+        default=False, help="start from the weights that timm, the folder or the repository has for it"
     )
-    teacher_exit_points: list[str] | None = field(
-        default=None, metadata={"help": "exits of the teacher that is trained; default: as --exits"}
+    teacher_exit_points: list[str] | None = HfArg(
+        default=None, help="exits of the teacher that is trained; default: as --exits"
     )
-    teacher_exit_weights: list[str] | None = field(
+    teacher_exit_weights: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "weight of each exit's cross-entropy in the teacher's training, or a preset; default: uniform"
-        },
+        help="weight of each exit's cross-entropy in the teacher's training, or a preset; default: uniform",
     )
-    teacher_training: dict[str, Any] = field(
+    teacher_training: dict[str, Any] = HfArg(
         default_factory=dict,
-        metadata={"help": "training arguments that are different for the teacher, e.g. epochs=20 lr=0.1"},
+        help="training arguments that are different for the teacher, e.g. epochs=20 lr=0.1",
     )
 
 
@@ -183,18 +157,16 @@ def weights_of_samples(*, readout: bool) -> list[str]:
 class StudentNetworkArguments:
     """The network of the student."""
 
-    student_architecture: str = field(
-        default="resnet10_cifar", metadata={"help": "timm name of the student; for texts as --teacher_architecture"}
+    student_architecture: str = HfArg(
+        default="resnet10_cifar", help="timm name of the student; for texts as --teacher_architecture"
     )
-    student_kwargs: dict[str, Any] = field(
+    student_kwargs: dict[str, Any] = HfArg(
         default_factory=dict,
-        metadata={
-            "help": "creation arguments of that network, e.g. width=16, or num_hidden_layers=3 of an encoder; none"
-            " clears those of the file"
-        },
+        help="creation arguments of that network, e.g. width=16, or num_hidden_layers=3 of an encoder; none"
+        " clears those of the file",
     )
-    student_pretrained: bool = field(
-        default=False, metadata={"help": "start from the weights that timm, the folder or the repository has for it"}
+    student_pretrained: bool = HfArg(
+        default=False, help="start from the weights that timm, the folder or the repository has for it"
     )
 
 
@@ -202,33 +174,27 @@ class StudentNetworkArguments:
 class StudentArguments(StudentNetworkArguments):
     """The network of the student, what it learns from and how."""
 
-    teacher: str | None = field(
+    teacher: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "folder or Hub repository of a trained teacher; default: one is trained into OUTPUT_DIR/teacher"
-        },
+        help="folder or Hub repository of a trained teacher; default: one is trained into OUTPUT_DIR/teacher",
     )
-    loss: str = field(default="erde", metadata={"help": f"what the student learns from: {', '.join(list_losses())}"})
-    sample_weight: str | None = field(
+    loss: str = HfArg(default="erde", help=f"what the student learns from: {', '.join(list_losses())}")
+    sample_weight: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "weighs the samples of the loss's distillation term by the logits of teacher and student:"
-            f" {', '.join(weights_of_samples(readout=False))}; default: no weights"
-        },
+        help="weighs the samples of the loss's distillation term by the logits of teacher and student:"
+        f" {', '.join(weights_of_samples(readout=False))}; default: no weights",
     )
-    readout: str | None = field(
+    readout: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "weighs them by what an early read-out of the student gets wrong:"
-            f" {', '.join(weights_of_samples(readout=True)) or 'none yet'}; default: no weights"
-        },
+        help="weighs them by what an early read-out of the student gets wrong:"
+        f" {', '.join(weights_of_samples(readout=True)) or 'none yet'}; default: no weights",
     )
-    extra_terms: list[str] | None = field(
-        default=None, metadata={"help": f"further terms of the loss: {', '.join(list_additions(ExtraTerm))}"}
+    extra_terms: list[str] | None = HfArg(
+        default=None, help=f"further terms of the loss: {', '.join(list_additions(ExtraTerm))}"
     )
-    train_static: bool = field(
+    train_static: bool = HfArg(
         default=False,
-        metadata={"help": "also train the student's network without exits, with cross-entropy alone, for comparison"},
+        help="also train the student's network without exits, with cross-entropy alone, for comparison",
     )
 
     def additions(self) -> list[str]:
@@ -275,7 +241,7 @@ def loss_arguments_class(*names: str) -> type:
             defaults.append(name if default in (None, inspect.Parameter.empty) else f"{name}: {plain_text(default)}")
             fields[key] = (kind, defaults, text)
     specs = [
-        (key, kind, field(default=None, metadata={"help": f"{text} [{', '.join(defaults)}]".replace("%", "%%")}))
+        (key, kind, HfArg(default=None, help=f"{text} [{', '.join(defaults)}]".replace("%", "%%")))
         for key, (kind, defaults, text) in fields.items()
     ]
     return dataclasses.make_dataclass("LossArguments", specs, namespace={"__doc__": "Arguments of the loss."})

@@ -1,0 +1,49 @@
+"""The command ``erde-hub``: imports the one script that is asked for, and for its own help nothing at all.
+
+It lies next to the package, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+#: Command to the script in erde_hub/scripts/ and what it does.
+COMMANDS = {
+    "distill": ("distill", "train a teacher, and a student with exits from it"),
+    "train-teacher": ("train_teacher", "train a teacher with exits"),
+    "evaluate": ("evaluate", "measure a checkpoint: every exit, and a sweep of thresholds"),
+    "calibrate": ("calibrate", "choose the threshold of a checkpoint"),
+    "benchmark": ("benchmark", "measure the routed model next to its bare backbone"),
+    "export": ("export_onnx", "write a checkpoint into one ONNX file"),
+    "push": ("push", "publish a checkpoint on the Hugging Face Hub"),
+}
+#: Commands with --resume.
+RESUMABLE = ("distill", "train-teacher")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs ``erde-hub COMMAND --FLAG VALUE ...``."""
+    command, *flags = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in COMMANDS:
+        sys.argv = [f"erde-hub {command}", *flags]
+        run(command)
+    elif command == "--version":
+        print(metadata.version("erde-hub"))
+    elif command in ("--help", "-h"):
+        lines = (f"  {name:15}{summary}" for name, (_, summary) in COMMANDS.items())
+        print("usage: erde-hub COMMAND [--FLAG VALUE ...]\n\n" + "\n".join(lines))
+        print("\nerde-hub COMMAND --help lists the flags of one.")
+    else:
+        raise SystemExit(f"erde-hub: error: no command {command!r} (there are: {', '.join(COMMANDS)})")
+
+
+def run(command: str) -> None:
+    """Runs a command with the flags of this process, ``sys.argv[1:]``."""
+    # Threads that wait for others sleep; otherwise they slow a busy machine down. Read once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    script = importlib.import_module(f"erde_hub.scripts.{COMMANDS[command][0]}")
+    importlib.import_module("erde_hub.scripts.common.command_line").run_script(script.main, command in RESUMABLE)
