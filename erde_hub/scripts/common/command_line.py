@@ -75,6 +75,8 @@ class _KeyValues(argparse.Action):
 class ScriptParser(HfArgumentParser):
     """``HfArgumentParser`` with mappings (``KEY=VALUE``), no abbreviations, and misses that name the nearest flag."""
 
+    shares_fields = False
+
     def __init__(self, dataclass_types: Mapping[str, type], description: str) -> None:
         usage = "%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]"
         super().__init__(description=description, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False)
@@ -89,7 +91,7 @@ class ScriptParser(HfArgumentParser):
         for title, cls in dataclass_types.items():
             group, hints = self.add_argument_group(title), get_type_hints(cls)
             for field in dataclasses.fields(cls):
-                if field.init:
+                if field.init and not (self.shares_fields and f"--{field.name}" in self._option_string_actions):
                     self._add_field(group, copy.copy(field), hints[field.name])
 
     def _add_field(self, group: Any, field: dataclasses.Field[Any], kind: Any) -> None:
@@ -115,6 +117,7 @@ class _FileReader(ScriptParser):
     """Reads the keys of a file as if they were flags; errors name key and file."""
 
     where = ""
+    shares_fields = True  # what other scripts read may hold parts of what this one reads
 
     def read(self, values: Mapping[Any, Any], where: str) -> dict[str, Any]:
         """Returns the values by key, with the types of the fields.
