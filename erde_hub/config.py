@@ -51,6 +51,7 @@ _TRANSFORMERS_KEYS = frozenset(
         "per_layer_config",
         "auto_map",
         "quantization_config",
+        "use_cache",  # of training arguments, written by the Trainer
     }
 )
 
@@ -114,6 +115,8 @@ class EarlyExitConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "early_exit"
+    #: What transformers' Trainer leaves out of its predictions, which are then the logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_index", "exit_logits"]
 
     format_version: int = FORMAT_VERSION
     library: str = "timm"

@@ -29,7 +29,7 @@ def known_preprocessing(config: PreTrainedConfig) -> dict[str, Any] | None:
     size = getattr(config, "image_size", None)
     if not source and size is not None:
         size = [size, size] if isinstance(size, int) else list(size)
-    return _as_preprocessing(processor, None if source else size)
+    return as_preprocessing(processor, None if source else size)
 
 
 def _stored_processor(source: str) -> Any | None:
@@ -51,8 +51,13 @@ def _default_processor(model_type: str) -> Any | None:
         return None
 
 
-def _as_preprocessing(processor: Any, size: list[int] | None) -> dict[str, Any] | None:
-    """The processor in the words of a config; ``size`` replaces that of its output."""
+def as_preprocessing(processor: Any, size: list[int] | None = None) -> dict[str, Any] | None:
+    """Returns what an image processor does in the words of a config, None where they have none for it.
+
+    Args:
+        processor: Of transformers.
+        size: Replaces that of its output.
+    """
     p = processor.to_dict()
     if p.get("do_flip_channel_order") or not p.get("do_resize", True) or not p.get("do_rescale", True):
         return None

@@ -8,6 +8,7 @@ from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says
 from erde_hub._registry import Registry
 
 from .base import ExitHead, FeatureSpec
+from .container import ExitHeads
 from .fc import FCHead
 from .linear import LinearHead
 from .lm import LMHead
@@ -15,6 +16,7 @@ from .mlp import MLPHead
 
 __all__ = [
     "ExitHead",
+    "ExitHeads",
     "FCHead",
     "FeatureSpec",
     "LMHead",

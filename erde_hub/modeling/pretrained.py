@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -324,6 +325,31 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 ", ".join(sorted(repeated)),
             )
         return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As for any module; tensors may have the older names of a transformers backbone, as in checkpoints.
+
+        transformers saves under the names that its first release gave to weights. Its Trainer, when it resumes, hands
+        over what it reads and takes no notice of what found no place.
+
+        Raises:
+            CheckpointError: A tensor in the file is made of several of the backbone's.
+        """
+        own = self.state_dict(keep_vars=True)
+        if not state_dict.keys() <= own.keys() and isinstance(self.backbone, PreTrainedModel):
+            names = {id(tensor): name for name, tensor in own.items()}
+            written = revert_weight_conversion(self, dict(own))
+            for name in state_dict.keys() - own.keys() & written.keys():
+                if id(written[name]) not in names:
+                    raise CheckpointError(
+                        f"{name!r} of the checkpoint is made of several weights of {type(self.backbone).__name__}: load"
+                        " the checkpoint with from_pretrained(), and train that model on"
+                    )
+            state_dict = {
+                name if name in own or name not in written else names[id(written[name])]: tensor
+                for name, tensor in state_dict.items()
+            }
+        return super().load_state_dict(state_dict, strict, assign)
 
     # What every forward pass begins and ends with
 

@@ -24,7 +24,7 @@ from erde_hub.engine.recomputation import is_recomputing, recomputing
 from erde_hub.engine.routing import PlanCache, RoutingPlan
 from erde_hub.engine.runner import ExitRunner, calls_are_replaced
 from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
-from erde_hub.heads import ExitHead, FeatureSpec
+from erde_hub.heads import ExitHead, ExitHeads, FeatureSpec
 from erde_hub.losses.exit_weights import weights_per_exit
 from erde_hub.outputs import EarlyExitOutput
 from erde_hub.policies import (
@@ -39,6 +39,7 @@ from erde_hub.policies import (
 from erde_hub.tasks import REGRESSION, refuse_regression
 
 from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone
+from .learning_check import LearningCheck
 from .pretrained import EarlyExitPreTrainedModel
 from .truncated import TruncatedModel, truncate
 
@@ -94,6 +95,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
     #: Why the exits sit where they do, in words; None where they were named, and for a loaded checkpoint.
     exits_reason: str | None = None
+    heads: ExitHeads
     _plans: PlanCache
 
     def __init__(
@@ -193,10 +195,11 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._adapter = adapter
         self._runner = runner
         self._plans = PlanCache()
+        self._learning_check = LearningCheck()
         self.backbone = backbone
         if config.task == "causal_lm":
             exit_layers(backbone, names)
-        self.heads = nn.ModuleList(
+        self.heads = ExitHeads(
             create_heads(config.head, specs, config.num_outputs, backbone, **(config.head_kwargs or {}))
         )
         self.policy = policy_for(config.problem_type, str(config.policy), **(config.policy_kwargs or {}))
@@ -284,7 +287,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             threshold,
             runner.compiler,
             *modules.values(),
-            *modules["heads"]._modules.values(),
+            *modules["heads"].active._modules.values(),
         ]
         kept = self._plans.latest
         if kept is not None and kept[0] == made_from:
@@ -298,10 +301,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     def _plan(self, runner: ExitRunner, threshold: Any) -> RoutingPlan:
         if self._regression:  # model.policy may have been set by hand
             check_answers(REGRESSION, self.policy)
-        thresholds = self.policy.check_threshold(threshold, len(self.heads))
+        thresholds = self.policy.check_threshold(threshold, self.num_exits - 1)
         if self.config.task == "causal_lm":
             check_no_early_exit(self.policy, thresholds)
-        return RoutingPlan(runner, runner.heads([*self.heads]), self.policy, self.calibrator, thresholds)
+        return RoutingPlan(runner, runner.heads([*self.heads.active]), self.policy, self.calibrator, thresholds)
 
     def set_calibrator(self, calibrator: Calibrator | None) -> None:
         """Stores a fitted calibrator with the model, or takes it off; routed logits are calibrated from then on.
@@ -348,7 +351,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._check_policy(policy)
         name = policy_name(policy)
         value = policy.default_threshold if threshold is None else threshold
-        policy.check_threshold(value, len(self.heads))
+        policy.check_threshold(value, self.num_exits - 1)
         self.policy = policy.to(self.device)
         self.policy.train(self.training)
         self.config.policy, self.config.policy_kwargs = name, policy.settings()
@@ -476,7 +479,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                         " output_all_exits, to route"
                     )
                 calibrator = None if self.training else self.calibrator
-                output = run_all(self.runner, [*self.heads], inputs, training=self.training, calibrator=calibrator)
+                heads = self.heads.active
+                output = run_all(self.runner, [*heads], inputs, training=self.training, calibrator=calibrator)
+                if self.training and output.exit_logits is not None:
+                    self._learning_check.watch(self.backbone, heads, output.exit_logits)
             else:
                 output = route(self.routing_plan(threshold), inputs)
         except (ErdeError, torch.OutOfMemoryError):
@@ -503,8 +509,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
     def exits_and_heads(self) -> list[tuple[str, ExitHead | None]]:
         """Returns name and head of every exit, shallow to deep; the backbone's own classifier has no head."""
-        heads: Any = self.heads
-        return list(zip(self.exit_names, [*heads, None], strict=True))
+        return list(zip(self.exit_names, [*self.heads.active, None], strict=True))
 
     def _check_config_builds_it(self) -> None:
         check_config_builds(self, self._adapter)

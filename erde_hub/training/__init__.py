@@ -10,14 +10,17 @@ from .arguments import DistillationArguments
 from .distiller import Distiller, DistillerCallback, TrainResult
 from .features import ExitFeatures
 from .run_folder import open_run_folder
+from .trainer import EarlyExitTrainer, all_exits_loss
 
 __all__ = [
     "DistillationArguments",
     "Distiller",
     "DistillerCallback",
+    "EarlyExitTrainer",
     "ExitFeatures",
     "TrainResult",
     "adopt_data",
+    "all_exits_loss",
     "create_accelerator",
     "open_run_folder",
     "run_on_main",

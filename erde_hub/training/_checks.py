@@ -97,7 +97,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None, data: LabelledDa
                 f"the {name} was built for inputs {tuple(size)}, {data.name!r} gives {tuple(data.input_size)}: build it"
                 f" with input_size={tuple(data.input_size)}, or load the data with that size"
             )
-        names = _class_names(config)
+        names = class_names(config)
         if names is not None and data.class_names and names != list(data.class_names):
             first = next((i for i, (a, b) in enumerate(zip(names, data.class_names, strict=False)) if a != b), 0)
             raise ConfigError(
@@ -133,7 +133,7 @@ def num_classes(model: nn.Module) -> int | None:
     return value if value is not None else getattr(model, "num_classes", None)
 
 
-def _class_names(config: Any) -> list[str] | None:
+def class_names(config: Any) -> list[str] | None:
     """Returns a model's class names, None where they are transformers' placeholders."""
     names = getattr(config, "id2label", None)
     if not names or all(str(name) == f"LABEL_{index}" for index, name in names.items()):
@@ -145,7 +145,7 @@ def check_loss(
     loss: ExitLoss,
     student: nn.Module,
     teacher: nn.Module | None,
-    args: DistillationArguments,
+    label_smoothing: float = 0.0,
     regression: bool = False,
 ) -> list[int] | None:
     """Checks that loss, teacher and exits go together, hands label smoothing to the loss, returns the map of exits.
@@ -154,7 +154,7 @@ def check_loss(
         loss: What trains.
         student: The student.
         teacher: The teacher, if there is one.
-        args: For label smoothing.
+        label_smoothing: For the cross-entropy of the loss.
         regression: The labels are real numbers.
 
     Raises:
@@ -169,10 +169,10 @@ def check_loss(
         raise ConfigError(f"{name} learns from a teacher and there is none: pass teacher=, or train with loss 'ce'")
     if not loss.reads_teacher and teacher is not None:
         raise ConfigError(f"{name} does not use a teacher: leave teacher out, or choose a loss such as 'erde' or 'kd'")
-    if args.label_smoothing:
+    if label_smoothing:
         if not hasattr(loss, "label_smoothing"):
-            raise ConfigError(f"label_smoothing is {args.label_smoothing}, but {name} has none: set it to 0")
-        loss.label_smoothing = args.label_smoothing  # type: ignore[assignment]
+            raise ConfigError(f"label_smoothing is {label_smoothing}, but {name} has none: set it to 0")
+        loss.label_smoothing = label_smoothing  # type: ignore[assignment]
     students = len(exit_names(student))
     loss.weights_for(students)
     for addition in loss.additions():

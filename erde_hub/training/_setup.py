@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from erde_hub.data.loader import BatchLoader
 from erde_hub.errors import ConfigError
 from erde_hub.modeling.pretrained import EarlyExitPreTrainedModel
 
+from ._checks import class_names
 from .arguments import DistillationArguments
 
 logger = logging.getLogger(__name__)
@@ -46,25 +47,45 @@ def adopt_data(model: nn.Module, data: LabelledData) -> None:
             )
         model.set_preprocessing(**data.preprocessing)
     if data.class_names and model.config.task == "classification":
-        model.config.id2label = dict(enumerate(data.class_names))
-        model.config.label2id = {name: index for index, name in enumerate(data.class_names)}
+        adopt_class_names(model.config, data.class_names)
 
 
-def teacher_normalization(teacher: nn.Module | None, data: LabelledData) -> Callable[[Tensor], Tensor] | None:
-    """Returns what turns the images of the data into those of a teacher that was trained with another mean and std.
+def adopt_class_names(config: Any, names: Sequence[str]) -> None:
+    """Stores the names of the classes in a model's config, in the place of transformers' placeholders.
+
+    Raises:
+        ConfigError: The model has other classes.
+    """
+    known = class_names(config)
+    if config.num_labels != len(names) or known not in (None, list(names)):
+        raise ConfigError(
+            f"the model has {config.num_labels} classes {(known or [])[:3]}, the training data have {len(names)}"
+            f" classes {list(names)[:3]}: build it for these classes, with id2label= their names"
+        )
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def teacher_normalization(
+    teacher: nn.Module | None, preprocessing: dict[str, Any] | None
+) -> Callable[[Tensor], Tensor] | None:
+    """Returns what turns the student's images into those of a teacher that was trained with another mean and std.
 
     None where there is nothing to change.
+
+    Args:
+        teacher: The teacher.
+        preprocessing: Of the student's images; None where it is not known.
     """
-    if not isinstance(teacher, EarlyExitPreTrainedModel) or data.kind != "image":
+    if not isinstance(teacher, EarlyExitPreTrainedModel):
         return None
-    own, given = _normalization(teacher.config.preprocessing), _normalization(data.preprocessing)
+    own, given = _normalization(teacher.config.preprocessing), _normalization(preprocessing)
     if own is None or given is None or own == given:
         return None
     logger.warning(
-        "the teacher was trained on images of mean %s and std %s and is given such images, while the student is given"
-        " those of %r with mean %s and std %s; if that is not so, correct it by"
-        " teacher.set_preprocessing(**data.preprocessing)",
-        *(*own, data.name, *given),
+        "the teacher was trained on images of mean %s and std %s and is given such images, while the student's have"
+        " mean %s and std %s; if that is not so, correct it by teacher.set_preprocessing(**data.preprocessing)",
+        *(*own, *given),
     )
     (own_mean, own_std), (mean, std) = (torch.tensor(pair).view(2, 1, -1, 1, 1).unbind(0) for pair in (own, given))
     scale, offset = std / own_std, (mean - own_mean) / own_std
@@ -72,7 +93,8 @@ def teacher_normalization(teacher: nn.Module | None, data: LabelledData) -> Call
 
 
 def _normalization(preprocessing: dict[str, Any] | None) -> tuple[list[float], list[float]] | None:
-    return (preprocessing["mean"], preprocessing["std"]) if preprocessing else None
+    images = preprocessing and "mean" in preprocessing  # and no tokenizer
+    return (preprocessing["mean"], preprocessing["std"]) if images else None  # type: ignore[index]
 
 
 def place_models(

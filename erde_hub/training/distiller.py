@@ -147,11 +147,11 @@ class Distiller:
             )
         check_models(student, teacher, data)
         check_data(data)
-        self.teacher_exits = check_loss(self.loss, student, teacher, args, has_targets(data))
+        self.teacher_exits = check_loss(self.loss, student, teacher, args.label_smoothing, has_targets(data))
         self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data, args, accelerator)
         place_models(student, teacher, self.loss, args, accelerator.device)
         adopt_data(student, data)
-        self.teacher_normalization = teacher_normalization(teacher, data)
+        self.teacher_normalization = teacher_normalization(teacher, data.preprocessing)
         self.train_loader = create_loader(data.train, args, accelerator, train=True, augment=self.augment)
         self.steps_per_epoch, self.total_steps, self.epochs = count_steps(
             self.train_loader.num_batches, data.name, args

@@ -99,8 +99,8 @@ def exit_heads(model: nn.Module) -> list[ExitHead]:
     Raises:
         ConfigError: It has none of ours.
     """
-    heads = getattr(model, "heads", None)
-    found = [head for head in heads if isinstance(head, ExitHead)] if isinstance(heads, nn.ModuleList) else []
+    heads = getattr(getattr(model, "heads", None), "active", ())
+    found = [head for head in heads if isinstance(head, ExitHead)]
     if not found:
         raise ConfigError(
             f"{type(model).__name__} has no early exits whose features could be read: wrap it by EarlyExitWrapper"
