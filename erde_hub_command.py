@@ -15,6 +15,7 @@ from importlib import metadata
 COMMANDS = {
     "distill": ("distill", "train a teacher, and a student with exits from it"),
     "train-teacher": ("train_teacher", "train a teacher with exits"),
+    "attach": ("attach", "give a network that you have already exits for your data"),
     "evaluate": ("evaluate", "measure a checkpoint: every exit, and a sweep of thresholds"),
     "calibrate": ("calibrate", "choose the threshold of a checkpoint"),
     "benchmark": ("benchmark", "measure the routed model next to its bare backbone"),
@@ -22,7 +23,7 @@ COMMANDS = {
     "push": ("push", "publish a checkpoint on the Hugging Face Hub"),
 }
 #: Commands with --resume.
-RESUMABLE = ("distill", "train-teacher")
+RESUMABLE = ("distill", "train-teacher", "attach")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -42,10 +42,10 @@ from erde_hub.scripts.common.arguments import (
     StudentNetworkArguments,
     TeacherArguments,
     build_loss,
+    changed_arguments,
     loss_arguments_class,
     plain_text,
     plain_weights,
-    teacher_training_arguments,
 )
 from erde_hub.scripts.common.command_line import base_config, parse_arguments, parse_scalar, run_script
 from erde_hub.scripts.common.results_files import means_and_deviations, open_results, write_results
@@ -162,7 +162,7 @@ def main() -> None:
             teacher_args.teacher_architecture, data, exits, places=teacher_args.teacher_exit_points,
             kwargs=teacher_args.teacher_kwargs, pretrained=teacher_args.teacher_pretrained, seed=seed,
         )  # fmt: skip
-        teacher_args_of_seed = teacher_training_arguments(own, teacher_args.teacher_training)
+        teacher_args_of_seed = changed_arguments("teacher_training", own, teacher_args.teacher_training)
         with torch.random.fork_rng(devices=[]):  # what does not go together is found before the teacher takes its time
             student = recipe.build_student(student_args, exits, data, own)
             for loss in map(build_method, missing):

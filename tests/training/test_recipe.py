@@ -19,9 +19,9 @@ from erde_hub.scripts.common.arguments import (
     StudentArguments,
     TeacherArguments,
     build_loss,
+    changed_arguments,
     exit_places,
     loss_arguments_class,
-    teacher_training_arguments,
 )
 from erde_hub.scripts.common.resuming import check_finished
 from erde_hub.training import DistillationArguments
@@ -130,11 +130,11 @@ def test_exit_places(given, places):
 
 def test_teacher_training_takes_training_arguments_only():
     args = DistillationArguments(epochs=3, lr=0.1)
-    assert teacher_training_arguments(args, {"epochs": 7}) == DistillationArguments(epochs=7, lr=0.1)
+    assert changed_arguments("teacher_training", args, {"epochs": 7}) == DistillationArguments(epochs=7, lr=0.1)
     with pytest.raises(ConfigError, match=r"no argument 'epoch'; did you mean 'epochs'"):
-        teacher_training_arguments(args, {"epoch": 7})
+        changed_arguments("teacher_training", args, {"epoch": 7})
     with pytest.raises(ConfigError, match=r"no argument 'output_dir'"):
-        teacher_training_arguments(args, {"output_dir": "x"})
+        changed_arguments("teacher_training", args, {"output_dir": "x"})
 
 
 @pytest.mark.parametrize(

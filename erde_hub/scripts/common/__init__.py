@@ -27,6 +27,7 @@ from .networks import (
     preprocessing_of,
     pretrained_preprocessing,
 )
+from .own_network import fit_classifier, inputs_of, open_network
 from .phases import (
     Interrupted,
     Run,
@@ -64,11 +65,14 @@ __all__ = [
     "extend_fitted_on",
     "finished",
     "finished_before",
+    "fit_classifier",
     "format_results",
     "how_to_load",
+    "inputs_of",
     "load_data",
     "load_data_of",
     "load_model",
+    "open_network",
     "preprocessing_of",
     "pretrained_preprocessing",
     "report",

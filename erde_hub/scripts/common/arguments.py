@@ -267,8 +267,13 @@ def build_loss(name: str, arguments: Any, additions: Sequence[str] = ()) -> Exit
     return create_loss(name, **kwargs).add(*joining)
 
 
-def teacher_training_arguments(args: DistillationArguments, overrides: dict[str, Any]) -> DistillationArguments:
-    """Returns the training arguments of a teacher that is trained on the way to a student.
+def changed_arguments(name: str, args: DistillationArguments, overrides: dict[str, Any]) -> DistillationArguments:
+    """Returns the training arguments of one of several trainings of a run.
+
+    Args:
+        name: Of the flag, for errors.
+        args: Of the run.
+        overrides: What is different.
 
     Raises:
         ConfigError: An override that is no training argument, or one that belongs to the whole run.
@@ -276,7 +281,7 @@ def teacher_training_arguments(args: DistillationArguments, overrides: dict[str,
     allowed = [f.name for f in dataclasses.fields(args) if f.name not in _RUN_WIDE]
     for key in overrides:
         if key not in allowed:
-            raise unknown_argument("teacher_training", key, allowed, nearest_argument(key, allowed))
+            raise unknown_argument(name, key, allowed, nearest_argument(key, allowed))
     return dataclasses.replace(args, **overrides)
 
 

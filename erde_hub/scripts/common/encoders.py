@@ -64,7 +64,7 @@ def create_encoder(source: str, data: TextData, kwargs: Mapping[str, Any], pretr
                     ignore_mismatched_sizes=True,  # they are found below
                     dtype=torch.float32,
                 )
-                _check_loaded(source, model, info)
+                check_loaded(source, model, info)
         except ConfigError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
@@ -87,13 +87,14 @@ def published_base(model: EarlyExitWrapper) -> str | None:
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
-def _check_loaded(source: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+def check_loaded(source: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """The layers after the encoder are new; missing weights inside it would make it another network."""
     new = tuple(
         f"{name}." for name in (*find_adapter(model).classifier_names(model), f"{model.base_model_prefix}.pooler")
     )
     missing = sorted(str(name) for name in info["missing_keys"] if not str(name).startswith(new))
-    wrong = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info["mismatched_keys"])
+    mismatched = (str(name[0] if isinstance(name, tuple) else name) for name in info["mismatched_keys"])
+    wrong = sorted(name for name in mismatched if not name.startswith(new))
     if missing or wrong:
         names = [*missing, *wrong]
         raise ConfigError(

@@ -168,27 +168,36 @@ def _create_encoder(architecture: str, data: Any, kwargs: dict[str, Any], pretra
 def create_backbone(
     architecture: str, data: LabelledData, kwargs: Mapping[str, Any], pretrained: bool = False
 ) -> nn.Module:
-    """Creates a network of timm for the data's classes, without exits.
+    """Creates a network of timm for the data's classes, without exits; see :func:`create_network`."""
+    reserved = {"num_classes", "pretrained", "checkpoint_path"} & kwargs.keys()
+    if reserved:
+        raise ConfigError(f"{min(reserved)!r} cannot be a creation argument of {architecture!r}: the script sets it")
+    return create_network(architecture, {**kwargs, "num_classes": data.num_classes}, pretrained)
+
+
+def create_network(architecture: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """Creates a network of timm.
 
     Args:
-        architecture: timm name.
-        data: For the number of classes.
-        kwargs: Further creation arguments.
+        architecture: timm name, or ``local-dir:`` or ``hf-hub:`` and a place.
+        kwargs: Creation arguments.
         pretrained: Start from published weights.
 
     Raises:
         ConfigError: No such network, an argument that it does not take, or weights that cannot be had.
     """
-    check_architecture(architecture)
-    reserved = {"num_classes", "pretrained", "checkpoint_path"} & kwargs.keys()
-    if reserved:
-        raise ConfigError(f"{min(reserved)!r} cannot be a creation argument of {architecture!r}: the recipe sets it")
+    if ":" not in architecture:
+        check_architecture(architecture)
     try:
-        return timm.create_model(architecture, pretrained=pretrained, num_classes=data.num_classes, **kwargs)
+        return timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except TypeError as error:
         hint = nearest_argument(error, architecture)
-        raise ConfigError(f"{architecture!r} cannot be created with {dict(kwargs)}: {error}{hint}") from error
-    except (OSError, RuntimeError) as error:
+        shown = {key: value for key, value in kwargs.items() if key != "num_classes"}
+        raise ConfigError(
+            f"{architecture!r} cannot be created with {shown}: {error}{hint}; they are what its --..._kwargs and the"
+            " configuration say, and `none` in the flag clears them"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
         if not pretrained:
             raise
         reason = " ".join(str(error).split())[:300]

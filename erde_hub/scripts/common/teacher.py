@@ -22,7 +22,7 @@ from erde_hub.training._launch import run_on_main
 from erde_hub.training.arguments import DistillationArguments
 from erde_hub.training.run_folder import STATIC_STUDENT
 
-from .arguments import ExitArguments, TeacherArguments, plain_weights, teacher_training_arguments
+from .arguments import ExitArguments, TeacherArguments, changed_arguments, plain_weights
 from .networks import build_model, load_model
 from .phases import Run, collect, finished_before, train_network
 from .reporting import report
@@ -47,7 +47,7 @@ class TeacherPlan:
         Raises:
             ConfigError, ExitPointError, ThresholdError: Whatever does not go together.
         """
-        own = teacher_training_arguments(args, teacher_args.teacher_training)
+        own = changed_arguments("teacher_training", args, teacher_args.teacher_training)
         model = build_model(
             teacher_args.teacher_architecture,
             data,

@@ -1,0 +1,162 @@
+"""Exits on a frozen backbone: what the heads read is computed once, and they learn from it in minutes on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erde_hub._progress import passing_bar
+from erde_hub.engine.features import last_linears
+from erde_hub.engine.modes import evaluating
+from erde_hub.errors import ConfigError
+from erde_hub.heads import ExitHead
+from erde_hub.heads.base import GlobalPool, TokenPool
+from erde_hub.losses import ExitLoss
+
+from ._setup import create_optimizer
+from .arguments import DistillationArguments
+from .distiller import TrainResult
+from .features import exit_heads
+from .schedules import create_schedule
+
+
+def pooling_of(head: ExitHead) -> nn.Module | None:
+    """Returns the layer without weights with which a head begins and which makes one vector of a sample.
+
+    Returns:
+        None where the head reads vectors.
+
+    Raises:
+        ConfigError: The head has layers with weights before it pools, as ``fc`` on maps: whole maps would have to be
+            kept.
+    """
+    if head.spec.format == "NC":
+        return None
+    first = next((module for module in head.modules() if not list(module.children())), head)
+    if not isinstance(first, (GlobalPool, TokenPool)):
+        raise ConfigError(
+            f"{type(head).__name__} does not begin with a pooling, so that its inputs are too large to be kept: choose"
+            " the head linear or mlp"
+        )
+    return first
+
+
+@torch.no_grad()
+def collect_head_inputs(
+    model: Any, batches: Iterable[Mapping[str, Tensor]], flip: bool = False, progress: bool = True
+) -> dict[str, Tensor]:
+    """Runs a network once over all samples and keeps what its exits read, pooled.
+
+    Args:
+        model: An :class:`~erde_hub.EarlyExitWrapper`.
+        batches: Mappings of inputs and ``labels``, from a :class:`~erde_hub.data.images.BatchLoader`.
+        flip: Also run every image mirrored; the samples are then twice as many.
+        progress: Show a progress bar.
+
+    Returns:
+        ``labels`` (N,), for each early exit by its name the vectors (N, D) that its head reads after pooling, and for
+        the last exit the vectors that its last linear layer reads where that layer is trained, otherwise its logits.
+
+    Raises:
+        ConfigError: See :func:`pooling_of`; or the classifier that is trained does more than its last linear layer.
+    """
+    heads = exit_heads(model)
+    kept: dict[str, list[Tensor]] = {name: [] for name in (*model.exit_names, "labels")}
+    classifier = list(last_linears(model).values())[-1]
+    trained = classifier.weight.requires_grad
+    *early, last = model.exit_names
+
+    def keep(name: str, tensor: Tensor) -> None:
+        kept[name].append(tensor.float().cpu())
+
+    with ExitStack() as stack, evaluating(model):
+        for name, head in zip(early, heads, strict=True):
+            pool = pooling_of(head)
+            if pool is None:
+                handle = head.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+            else:
+                handle = pool.register_forward_hook(lambda _, args, output, name=name: keep(name, output))
+            stack.callback(handle.remove)
+        if trained:
+            handle = classifier.register_forward_pre_hook(lambda _, args: keep(last, args[0]))
+            stack.callback(handle.remove)
+        for batch in passing_bar(batches, "features of the frozen backbone", shown=progress):
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key not in ("labels", "index")}
+            for mirrored in (False, True) if flip else (False,):
+                if mirrored:
+                    inputs["pixel_values"] = inputs["pixel_values"].flip(-1)
+                logits = model(**inputs, output_all_exits=True).exit_logits[-1]
+                kept["labels"].append(batch["labels"])
+                if not trained:
+                    keep(last, logits)
+        if trained and not torch.allclose(classifier(kept[last][-1].to(model.device)), logits, rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                "the classifier of this network is more than one linear layer: it cannot be trained alone"
+            )
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def train_heads(
+    model: Any, inputs: Mapping[str, Tensor], args: DistillationArguments, loss: ExitLoss, progress: bool = True
+) -> TrainResult:
+    """Trains the exits of a frozen network on what :func:`collect_head_inputs` kept.
+
+    Args:
+        model: Changed in place: its heads, and its last linear layer if that requires gradients.
+        inputs: Of its exits.
+        args: Epochs, batch size, steps, optimizer, schedule and seed.
+        loss: Without a teacher.
+        progress: Show a progress bar.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(args.seed)
+    classifier, device = list(last_linears(model).values())[-1], model.device
+    trained, labels = classifier.weight.requires_grad, inputs["labels"]
+    batch_size = min(args.batch_size, len(labels))
+    per_epoch = len(labels) // batch_size
+    steps = min(args.epochs * per_epoch, args.max_steps or args.epochs * per_epoch)
+    optimizer = create_optimizer(model, [], args)
+    schedule = create_schedule(args, optimizer, steps, per_epoch)
+    history: list[dict[str, Any]] = []
+    total = 0.0
+    model.heads.train()
+    with _reading_vectors(exit_heads(model)):
+        for step in passing_bar(range(steps), "training the exits", shown=progress):
+            epoch, batch = divmod(step, per_epoch)
+            if batch == 0:
+                generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
+                order = torch.randperm(len(labels), generator=generator)
+            rows = order[batch * batch_size : (batch + 1) * batch_size]
+            *early, last = (inputs[name][rows].to(device) for name in model.exit_names)
+            logits = [head(vectors) for head, vectors in zip(model.heads, early, strict=True)]
+            logits.append(classifier(last) if trained else last)
+            value = loss(logits, None, labels[rows].to(device)).loss
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step_update(step + 1)
+            total += value.item()
+            if batch + 1 == per_epoch or step + 1 == steps:
+                history.append({"epoch": epoch + 1, "loss": total / (batch + 1)})
+                total = 0.0
+    model.eval()
+    seconds = time.perf_counter() - started
+    return TrainResult("completed", steps, steps, list(model.exit_names), history, seconds=seconds)
+
+
+@contextmanager
+def _reading_vectors(heads: Sequence[ExitHead]) -> Iterator[None]:
+    """Heads take what their pooling would have returned."""
+    pools = [pool for pool in map(pooling_of, heads) if pool is not None]
+    for pool in pools:
+        pool.forward = lambda x, mask=None: x
+    try:
+        yield
+    finally:
+        for pool in pools:
+            del pool.forward
