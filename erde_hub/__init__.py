@@ -13,11 +13,17 @@ _NEEDED = ("torch", "torchvision", "timm", "transformers", "safetensors", "huggi
 _missing: str | None = None
 
 try:
-    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+    )
 
     from .backbones import cifar_resnet as networks
     from .config import EarlyExitConfig
     from .engine.streaming import route_batches
+    from .generation import EarlyExitForCausalLM
     from .modeling.attach import list_exit_points
     from .modeling.truncated import TruncatedConfig, TruncatedModel
     from .modeling.wrapper import EarlyExitWrapper
@@ -30,12 +36,14 @@ else:
     AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
     AutoModelForImageClassification.register(EarlyExitConfig, EarlyExitWrapper, exist_ok=True)
     AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitWrapper, exist_ok=True)
+    AutoModelForCausalLM.register(EarlyExitConfig, EarlyExitForCausalLM, exist_ok=True)
     AutoConfig.register(TruncatedConfig.model_type, TruncatedConfig, exist_ok=True)
     AutoModelForImageClassification.register(TruncatedConfig, TruncatedModel, exist_ok=True)
     AutoModelForSequenceClassification.register(TruncatedConfig, TruncatedModel, exist_ok=True)
 
 __all__ = [
     "EarlyExitConfig",
+    "EarlyExitForCausalLM",
     "EarlyExitOutput",
     "EarlyExitWrapper",
     "TruncatedConfig",

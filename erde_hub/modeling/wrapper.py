@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from erde_hub._version import __version__
-from erde_hub.backbones import BackboneAdapter, get_adapter
+from erde_hub.backbones import BackboneAdapter, find_adapter, get_adapter
 from erde_hub.backbones.decoders import check_readout, create_heads, exit_layers
 from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
 from erde_hub.backbones.shrink_check import check_samples_are_apart, check_shrinks
@@ -97,6 +97,23 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     exits_reason: str | None = None
     heads: ExitHeads
     _plans: PlanCache
+    #: Subclasses with methods that only models of one task have, by task.
+    _by_task: ClassVar[dict[str, type[Any]]] = {}
+
+    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            cls._by_task[task] = cls
+
+    def __new__(cls, model: nn.Module | EarlyExitConfig | None = None, *args: Any, **kwargs: Any) -> EarlyExitWrapper:
+        """Makes a model of the class for its task."""
+        if cls is EarlyExitWrapper and model is not None:
+            known = isinstance(model, (EarlyExitConfig, nn.Module))
+            task = (
+                model.task if isinstance(model, EarlyExitConfig) else find_adapter(model).task(model) if known else ""
+            )
+            cls = cls._by_task.get(task, cls)
+        return super().__new__(cls)
 
     def __init__(
         self,
