@@ -26,7 +26,7 @@ PACKAGE, DOCS, README = ROOT / "erde_hub", ROOT / "docs", ROOT / "README.md"
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in [README, ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]}
 
 #: Pages whose code trains nothing that takes long and needs no checkpoint: `make test` runs them.
-QUICK = ["docs/extending.md", "docs/losses.md", "docs/routing.md", "docs/text.md"]
+QUICK = ["docs/extending.md", "docs/language_models.md", "docs/losses.md", "docs/routing.md", "docs/text.md"]
 #: Lines of pages that the fixture has run already.
 DONE = re.compile(r"^(make demo|python recipes/distill.py) *(#.*)?$", re.MULTILINE)
 

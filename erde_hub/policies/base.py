@@ -178,6 +178,6 @@ def check_no_early_exit(policy: ExitPolicy, thresholds: Sequence[float]) -> None
     """Raises :class:`ThresholdError` for a threshold at which a token could exit early."""
     if not all(policy.never_leaves(threshold) for threshold in thresholds):
         raise ThresholdError(
-            f"threshold={list(thresholds)}: exits of a language model give logits for every token and are not routed;"
-            " use threshold=0 with policy='entropy', and output_all_exits=True for the logits of every exit"
+            f"threshold={list(thresholds)}: a forward pass of a language model gives logits for every token and is"
+            " not routed: give the threshold to model.generate(threshold=...), or set it on model.generation_config"
         )

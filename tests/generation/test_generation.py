@@ -9,7 +9,8 @@ import pickle
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from erde_hub import EarlyExitForCausalLM, EarlyExitWrapper
@@ -63,20 +64,28 @@ def slow_exits(
 
 
 @torch.no_grad()
+def check_drafts(model, row: torch.Tensor, expected: torch.Tensor) -> int:
+    """Compares the text of two ways to draft with greedy text; returns how many drafts were accepted."""
+    accepted = 0
+    for options in (
+        {"assistant_early_exit": 0, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0},
+        {"assistant_early_exit": model.exit_names[2], "num_assistant_tokens": 3},
+    ):
+        got = model.generate(row, **GREEDY, **options, return_dict_in_generate=True)
+        assert torch.equal(got.sequences, expected), options
+        accepted += int((got.exit_index < 3).sum())
+    return accepted
+
+
+@torch.no_grad()
 def check_text(name: str, count: int) -> None:
     model = wrapped(name)
     drafts = skipped = 0
     for row in prompts(count).split(1):
         expected = model.backbone.generate(row, **GREEDY)
-        for options in (
-            {"threshold": 0},
-            {"threshold": 1e-9},
-            {"assistant_early_exit": 0, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0},
-            {"assistant_early_exit": model.exit_names[2], "num_assistant_tokens": 3},
-        ):
-            got = model.generate(row, **GREEDY, **options, return_dict_in_generate=True)
-            assert torch.equal(got.sequences, expected), options
-            drafts += int((got.exit_index < 3).sum()) if "threshold" not in options else 0
+        for threshold in (0, 1e-9):
+            assert torch.equal(model.generate(row, **GREEDY, threshold=threshold), expected)
+        drafts += check_drafts(model, row, expected)
         tokens, exits = slow_exits(model, row, THRESHOLD, 18)
         early = model.generate(row, **GREEDY, threshold=THRESHOLD, return_dict_in_generate=True)
         assert early.sequences[0, 9:].tolist() == tokens
@@ -98,9 +107,13 @@ def test_text_of_every_family(name):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_two_hundred_texts_of_every_family(name):
-    check_text(name, 200)
+    model, ids = wrapped(name), prompts(200)
+    expected = model.backbone.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY, threshold=1e-9), expected)
+    assert sum(check_drafts(model, row, text) for row, text in zip(ids.split(1), expected.split(1), strict=True)) > 0
 
 
 @pytest.mark.parametrize(("policy", "threshold"), [("patience", 1), ("confidence", 0.5), ("margin", [0.2, 1.1, 0.3])])
@@ -292,6 +305,22 @@ def test_settings_are_saved_and_the_auto_class_loads_them(llama, tmp_path):
         assert torch.equal(out.exit_index, expected.exit_index)
     plain = again.generate(prompts(1), threshold=0)
     assert torch.equal(plain, model.backbone.generate(prompts(1), **GREEDY))
+
+
+def test_pipeline(llama, tmp_path):
+    model = copy.deepcopy(llama).float()
+    model.save_pretrained(tmp_path)
+    names = {f"w{i}": i for i in range(50)}
+    words = Tokenizer(models.WordLevel(names, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(tmp_path)
+    generator = pipeline("text-generation", model=str(tmp_path))
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    plain = generator("w4 w5 w6", **settings)[0]["generated_text"]
+    assert generator("w4 w5 w6", **settings, assistant_early_exit=1)[0]["generated_text"] == plain
+    early = generator("w4 w5 w6", **settings, threshold=THRESHOLD)[0]["generated_text"]
+    expected = model.generate(torch.tensor([[4, 5, 6]]), max_new_tokens=8, do_sample=False, threshold=THRESHOLD)[0, 3:]
+    assert early.split() == [f"w{token}" for token in expected]
 
 
 def test_other_heads_draft_as_well(llama):
