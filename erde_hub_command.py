@@ -18,6 +18,7 @@ COMMANDS = {
     "attach": ("attach", "give a network that you have already exits for your data"),
     "evaluate": ("evaluate", "measure a checkpoint: every exit, and a sweep of thresholds"),
     "calibrate": ("calibrate", "choose the threshold of a checkpoint"),
+    "latency": ("latency", "measure accuracy, share saved and milliseconds per threshold on this machine"),
     "benchmark": ("benchmark", "measure the routed model next to its bare backbone"),
     "export": ("export_onnx", "write a checkpoint into one ONNX file"),
     "push": ("push", "publish a checkpoint on the Hugging Face Hub"),

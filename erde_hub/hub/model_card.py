@@ -132,6 +132,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
         "example_threshold": _literal(cheap["threshold"] if cheap else 0.5, thresholds_of(results)),
         "matched": [(of, list(values.values())) for of, values in matched.items()],
         "matched_shares": list(next(iter(matched.values()))) if matched else [],
+        "latency": _latency(results),
         "loss": loss,
         "training": results.get("training"),
         "trained_with": _trained_with(loss, teacher),
@@ -285,6 +286,21 @@ def _citation(results: Mapping[str, Any]) -> str:
     if results["student"].get("policy") == "entropy" and len(results["per_exit"]) > 1:
         entries.append(_BRANCHYNET)
     return "\n\n".join(entries)
+
+
+def _latency(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Milliseconds of one sample per call: at each exit, and on average at the stored threshold."""
+    latency, point = results.get("latency"), results.get("operating_point")
+    if not latency:
+        return None
+    settings = latency["settings"]
+    columns = [row["exit_milliseconds"] for row in settings]
+    rows = [(name, [times[e] for times in columns]) for e, name in enumerate(latency["exits"])]
+    if point is not None:
+        means = [sum(s * t for s, t in zip(point["exit_share"], times, strict=True)) for times in columns]
+        rows.append(("mean at the stored threshold", means))
+    names = [f"{row['runtime']}, {row['threads']} thread(s)" for row in settings]
+    return {"cpu": latency["cpu"], "names": names, "rows": rows}
 
 
 def _plain(value: Any) -> str:

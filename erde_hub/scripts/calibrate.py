@@ -45,6 +45,7 @@ from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import TrainedDataArguments
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.scripts.common.default_threshold import CONFIDENCE
+from erde_hub.scripts.common.exit_times import known_exit_times, measure_exits
 from erde_hub.training import DistillationArguments, create_accelerator, run_on_main
 
 
@@ -64,11 +65,12 @@ class CalibrationArguments:
     )
     max_mean_macs: float | None = HfArg(default=None, help="budget: mean multiply-accumulates per image, e.g. 2e6")
     max_mean_milliseconds: float | None = HfArg(
-        default=None, help="budget: mean time per image in ms; needs --exit_milliseconds"
+        default=None, help="budget: mean time per image in ms, as latency.py measured it, or else is measured now"
     )
     exit_milliseconds: list[float] | None = HfArg(
         default=None,
-        help="measured time in ms of an image that exits at each exit, the last one included",
+        help="time in ms of an image that exits at each exit, the last one included; default: what latency.py measured"
+        " on this machine with torch and one thread",
     )
     confidence: float | None = HfArg(
         default=None,
@@ -110,6 +112,9 @@ def main() -> None:
     """Loads, measures, chooses, writes."""
     sections = {"what is requested": CalibrationArguments, "data": TrainedDataArguments}
     requested, data_args, _ = parse_arguments(sections, __doc__)
+    folder = Path(requested.model).expanduser()
+    if requested.max_mean_milliseconds is not None and requested.exit_milliseconds is None and folder.is_dir():
+        requested.exit_milliseconds = exit_milliseconds(folder)
     options = target_options(requested)
     objective = check_requested(requested, options)
     args = DistillationArguments(
@@ -117,7 +122,7 @@ def main() -> None:
     )
     accelerator = create_accelerator(args)
     recipe.configure_logging(accelerator.is_main_process)
-    if not requested.dry_run and not Path(requested.model).expanduser().is_dir():
+    if not requested.dry_run and not folder.is_dir():
         raise ConfigError(
             f"--model {requested.model!r} is no folder: only a checkpoint on this machine can be rewritten;"
             " download it, or add --dry_run"
@@ -153,13 +158,23 @@ def main() -> None:
     if requested.dry_run:
         return
     choice.store(model)
-    folder = Path(requested.model).expanduser()
     split = getattr(data, requested.split)
     run_on_main(accelerator, lambda: save(folder, model, keep, split, fitted_on))
     if (folder / "results.json").is_file():
         test = recipe.collect(run, model, "test", args.batch_size)
         run_on_main(accelerator, lambda: update_report(folder, model, choice, test, records))
     accelerator.print(f"written into {folder}")
+
+
+def exit_milliseconds(folder: Path) -> list[float]:
+    """Returns the time of each exit: what the report has of this machine, or else as measured now."""
+    report = folder / "results.json"
+    known = known_exit_times(load_results(report) if report.is_file() else None)
+    if known is None:
+        print("measuring the time of each exit, with torch and one thread")
+        known = measure_exits(recipe.load_model(str(folder)), ["torch"], [1])["settings"][0]["exit_milliseconds"]
+    print(f"time of each exit: {', '.join(f'{time:.2f}' for time in known)} ms")
+    return known
 
 
 def check_requested(requested: CalibrationArguments, options: dict[str, Any]) -> Objective:

@@ -14,38 +14,9 @@ from pages import calibration
 from safetensors.torch import load_file
 
 from erde_hub import EarlyExitWrapper
-from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
-from erde_hub.evaluation import build_results, collect_exit_records
 from erde_hub.policies import EENetPolicy
 from erde_hub.scripts import calibrate, evaluate
-from erde_hub.scripts import common as recipe
-from tests.fakes.networks import resnet8
-
-
-@pytest.fixture
-def run(tmp_path):
-    """What a run leaves: a small network on digits whose heads were fitted by least squares, and its report."""
-    data = load_image_data("digits", progress=False)
-    model = resnet8(10, head="linear", id2label=data.class_names).eval()
-    model.set_preprocessing(
-        mean=data.mean, std=data.std, size=data.input_size[1:], interpolation=data.interpolation, crop_pct=data.crop_pct
-    )
-    records = collect_exit_records(model, BatchLoader(data.validation, 256), features=True, progress=False)
-    targets = 8 * torch.nn.functional.one_hot(records.labels, 10).float()
-    layers = [model.heads[0], model.heads[1], model.backbone]
-    for feature, module in zip(records.features, layers, strict=True):
-        layer = [m for m in module.modules() if isinstance(m, torch.nn.Linear)][-1]
-        x = torch.nn.functional.pad(feature, (0, 1), value=1.0)
-        solution = torch.linalg.lstsq(x.T @ x + 1e-3 * torch.eye(x.shape[1]), x.T @ targets).solution
-        with torch.no_grad():
-            layer.weight.copy_(solution[:-1].T)
-            layer.bias.copy_(solution[-1])
-    folder = tmp_path / "run"
-    model.save_pretrained(folder)
-    test = collect_exit_records(model, BatchLoader(data.test, 256), progress=False)
-    recipe.write_report(build_results(test, model, data, {"seed": 0}), folder)
-    return folder
 
 
 def config_of(folder):
