@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +16,7 @@ from erde_hub.engine.stages import Stage
 from erde_hub.errors import CheckpointError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
 
+from .layouts import FeatureFormats
 from .tracing import StageCall, Trace
 
 if TYPE_CHECKING:
@@ -115,8 +117,10 @@ class BackboneAdapter:
         """Names of the modules worth offering as exits."""
         raise NotImplementedError
 
-    def feature_spec(self, module: nn.Module, name: str, call: StageCall, traced: Trace) -> FeatureSpec:
-        """Width and layout of a stage's output, as seen in a trace."""
+    def feature_spec(
+        self, module: nn.Module, name: str, call: StageCall, traced: Trace, formats: FeatureFormats
+    ) -> FeatureSpec:
+        """Width and layout of a stage's output, as seen in a trace; ``formats`` is what the user says about layouts."""
         raise NotImplementedError
 
     def declared_spec(self, module: nn.Module, name: str) -> FeatureSpec:
@@ -210,9 +214,14 @@ class BackboneAdapter:
         return False
 
 
-def find_exit_points(adapter: BackboneAdapter, module: nn.Module, traced: Trace) -> ExitPoints:
-    """Returns the places that the adapter offers, shallow to deep, that lie before the classifier."""
-    found: list[tuple[int, ExitPoint]] = []
+def find_exit_points(adapter: BackboneAdapter, module: nn.Module, traced: Trace, formats: FeatureFormats) -> ExitPoints:
+    """Returns the places that the adapter offers, shallow to deep, that lie before the classifier.
+
+    Raises:
+        ExitPointError: There are such places, but no head can read what any of them gives; the message says why.
+    """
+    found: list[tuple[StageCall, ExitPoint]] = []
+    reason: ExitPointError | None = None
     limit = classifier_order(adapter, module, traced)
     for name in adapter.candidates(module, traced):
         path, number = parse_exit(name)
@@ -221,13 +230,26 @@ def find_exit_points(adapter: BackboneAdapter, module: nn.Module, traced: Trace)
             continue
         call = calls[number or 0]
         if call.order < limit and not call.overwritten:
-            found.append((call.order, exit_point(adapter, module, name, call, traced)))
-    return ExitPoints(point for _, point in sorted(found, key=lambda entry: entry[0]))
+            try:
+                found.append((call, exit_point(adapter, module, name, call, traced, formats)))
+            except ExitPointError as error:
+                reason = error
+    if reason is not None and not found:
+        raise reason
+    found.sort(key=lambda entry: entry[0].order)
+    # The last layer of a sequence gives what the sequence gives: the enclosing one is offered.
+    inner = [
+        after.output is call.output and point.name.startswith(f"{outer.name}.")
+        for (call, point), (after, outer) in itertools.pairwise(found)
+    ]
+    return ExitPoints(point for (_, point), same in zip(found, [*inner, False], strict=False) if not same)
 
 
-def exit_point(adapter: BackboneAdapter, module: nn.Module, name: str, call: StageCall, traced: Trace) -> ExitPoint:
+def exit_point(
+    adapter: BackboneAdapter, module: nn.Module, name: str, call: StageCall, traced: Trace, formats: FeatureFormats
+) -> ExitPoint:
     """Describes one call of one module."""
-    spec = adapter.feature_spec(module, name, call, traced)
+    spec = adapter.feature_spec(module, name, call, traced, formats)
     return ExitPoint(name, spec.width, spec.format, call.macs, call.macs / max(traced.total_macs, 1), spec)
 
 
@@ -238,7 +260,11 @@ def classifier_order(adapter: BackboneAdapter, module: nn.Module, traced: Trace)
 
 
 def resolve_exits(
-    adapter: BackboneAdapter, module: nn.Module, exits: Sequence[str] | int | str, traced: Trace
+    adapter: BackboneAdapter,
+    module: nn.Module,
+    exits: Sequence[str] | int | str,
+    traced: Trace,
+    formats: FeatureFormats,
 ) -> tuple[list[ExitPoint], str]:
     """Turns names, a number or "auto" into exit points; returns them and, for the log, how they were chosen.
 
@@ -252,10 +278,10 @@ def resolve_exits(
         hint = nearest(exits, ["auto"]) or f"; for one exit: [{exits!r}]"
         raise ExitPointError(f"exits must be a list of names, a number or 'auto', got {exits!r}{hint}")
     if isinstance(exits, (int, str)):
-        return spread_exits(find_exit_points(adapter, module, traced), exits)
+        return spread_exits(find_exit_points(adapter, module, traced, formats), exits)
     if not exits:
         raise ExitPointError("exits is empty: name at least one place (erde_hub.list_exit_points(model) lists them)")
-    points = [_named_exit(adapter, module, name, traced) for name in exits]
+    points = [_named_exit(adapter, module, name, traced, formats) for name in exits]
     orders = [order for _, order in points]
     for i, name in enumerate(exits):
         if name in exits[:i] or orders[i] in orders[:i]:
@@ -266,14 +292,16 @@ def resolve_exits(
     return [point for point, _ in points], "as named"
 
 
-def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: Trace) -> tuple[ExitPoint, int]:
+def _named_exit(
+    adapter: BackboneAdapter, module: nn.Module, name: str, traced: Trace, formats: FeatureFormats
+) -> tuple[ExitPoint, int]:
     if not isinstance(name, str):
         raise ExitPointError(f"exits must hold module names, got {name!r}")
     path, call = parse_exit(name)
     names = dict(module.named_modules())
     if path not in names or not path:
         _check_is_no_other_name(module, path, traced)
-        offered = [p.name for p in find_exit_points(adapter, module, traced)]
+        offered = [p.name for p in find_exit_points(adapter, module, traced, formats)]
         hint = nearest(path, offered) or nearest(path, names)
         raise ExitPointError(f"{type(module).__name__} has no stage {name!r}{hint} (exit points: {', '.join(offered)})")
     calls = traced.calls.get(path, [])
@@ -295,7 +323,7 @@ def _named_exit(adapter: BackboneAdapter, module: nn.Module, name: str, traced: 
             f"the output of {name!r} is overwritten in place by the layer behind it, so a head there could not be"
             " trained: name that layer instead"
         )
-    return exit_point(adapter, module, name, seen, traced), seen.order
+    return exit_point(adapter, module, name, seen, traced, formats), seen.order
 
 
 def _check_is_no_other_name(module: nn.Module, path: str, traced: Trace) -> None:
@@ -317,12 +345,13 @@ def _check_is_no_other_name(module: nn.Module, path: str, traced: Trace) -> None
 
 def spread_exits(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]:
     """Chooses places evenly spaced in MACs."""
-    # Too early and the head sees edges only; too late and leaving saves nothing.
-    useful = [p for p in points if 0.08 <= p.share <= 0.92] or list(points)
+    # Too early and the head sees edges only; too late and an exit saves nothing.
+    useful = [p for p in points if 0.08 <= p.share <= 0.92] or [p for p in points if p.share <= 0.99]
     if not isinstance(exits, str) and len(useful) < exits:
         useful = list(points)
     if not useful:
-        raise ExitPointError("no place for an exit was found; name modules yourself: exits=['module.name', ...]")
+        found = f" that saves computation (the best, {points[0].name!r}, is at {points[0].share:.0%})" if points else ""
+        raise ExitPointError(f"no place for an exit{found} was found; name modules yourself: exits=['module.name']")
     number = min(3, len(useful)) if isinstance(exits, str) else exits
     if not 1 <= number <= len(points):
         raise ExitPointError(f"exits={exits!r}: this backbone has {len(points)} places, ask for 1 to {len(points)}")
@@ -361,6 +390,13 @@ def find_feature(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor
     raise ExitPointError(
         f"the stage returned {type(output).__name__} without a batch-first tensor: no head can read it"
     )
+
+
+def spec_of(feature: Tensor, layout: str, **more: Any) -> FeatureSpec:
+    """Returns the description of a feature in a known layout."""
+    axis = layout.index("C")
+    size = tuple(int(side) for i, side in enumerate(feature.shape) if i not in (0, axis))
+    return FeatureSpec(int(feature.shape[axis]), layout, size, **more)
 
 
 def example_inputs(input_size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from erde_hub.engine.hooks import parse_exit
 from erde_hub.engine.stages import Stage
-from erde_hub.errors import CheckpointError, ExitPointError
+from erde_hub.errors import CheckpointError
 from erde_hub.heads import FeatureSpec
 
-from .base import BackboneAdapter, find_feature
+from .base import BackboneAdapter, find_feature, spec_of
+from .layouts import FeatureFormats, find_format
 from .timm import staged_stages
 from .tracing import StageCall, Trace
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PlainAdapter(BackboneAdapter):
-    """Follows torch's own convention for layouts: 4-D is NCHW, 3-D is tokens (N, L, C), 2-D is a vector."""
+    """Knows what every module has: children that are called, and features whose layout shows when it is run."""
 
     library: ClassVar[str] = "torch"
 
@@ -44,38 +46,36 @@ class PlainAdapter(BackboneAdapter):
         )
 
     def candidates(self, module: nn.Module, traced: Trace) -> list[str]:
-        """Children of the module, and of its Sequentials, lists and dicts, that are called once."""
+        """Children of the module, of its Sequentials, lists and dicts, and of what holds most of the computation."""
         names: list[str] = []
 
         def walk(prefix: str, parent: nn.Module) -> None:
             for name, child in parent.named_children():
                 path = f"{prefix}{name}"
-                if path in traced.calls:
-                    names.append(path)
-                if (
-                    isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-                    and type(parent) is not nn.Sequential
-                ):
+                calls = traced.calls.get(path, [])
+                names.extend([path] if calls else [])
+                holder = isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+                large = len(calls) == 1 and calls[0].macs - calls[0].macs_before > traced.total_macs / 2
+                if (holder and type(parent) is not nn.Sequential) or large:
                     walk(path + ".", child)
 
         walk("", module)
         return names
 
-    def feature_spec(self, module: nn.Module, name: str, call: StageCall, traced: Trace) -> FeatureSpec:
-        """Layout by the number of axes.
+    def feature_spec(
+        self, module: nn.Module, name: str, call: StageCall, traced: Trace, formats: FeatureFormats
+    ) -> FeatureSpec:
+        """Layout as the user says it, else as it can be found out.
 
         Raises:
-            ExitPointError: The output has none of the known numbers of axes.
+            ExitPointError: See :func:`~erde_hub.backbones.layouts.find_format`.
         """
-        feature, leaf, batched = find_feature(call.output, traced.batch)
-        shape = tuple(int(s) for s in feature.shape)
-        if feature.ndim == 4:
-            return FeatureSpec(shape[1], "NCHW", shape[2:], output_index=leaf, batch_outputs=batched)
-        if feature.ndim == 3:
-            return FeatureSpec(shape[2], "NLC", shape[1:2], output_index=leaf, batch_outputs=batched)
-        if feature.ndim == 2:
-            return FeatureSpec(shape[1], "NC", output_index=leaf, batch_outputs=batched)
-        raise ExitPointError(f"exit {name!r}: an output of shape {shape} is neither a map, tokens nor a vector")
+        feature, index, batched = find_feature(call.output, traced.batch)
+        path, number = parse_exit(name)
+        layout = formats.of(name, feature.ndim)
+        if layout is None:
+            layout = find_format(module, path, feature, (number or 0, index or 0), traced)
+        return spec_of(feature, layout, output_index=index, batch_outputs=batched)
 
     def stages(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[Stage] | None:
         """A Sequential is its own staged forward, modules that stand in it twice included."""

@@ -18,11 +18,14 @@ from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
 
 from erde_hub.engine.batch_sync import BatchSyncHook
+from erde_hub.engine.hooks import parse_exit
+from erde_hub.engine.rows import tensors
 from erde_hub.engine.stages import Stage
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
 
-from .base import BackboneAdapter, find_feature
+from .base import BackboneAdapter, find_feature, spec_of
+from .layouts import FeatureFormats, find_format
 from .rebuild import check_same_network
 from .timm_staged import carried_stages, carries, stage_names
 from .tracing import StageCall, Trace
@@ -153,7 +156,9 @@ class TimmAdapter(BackboneAdapter):
             names = set(_trunk_blocks(module, traced))
         return [n for n in traced.calls if n in names]
 
-    def feature_spec(self, module: nn.Module, name: str, call: StageCall, traced: Trace) -> FeatureSpec:
+    def feature_spec(
+        self, module: nn.Module, name: str, call: StageCall, traced: Trace, formats: FeatureFormats
+    ) -> FeatureSpec:
         """Layout from the model's ``output_fmt`` and ``feature_info``; a contradiction is an error, not a guess.
 
         Raises:
@@ -163,17 +168,15 @@ class TimmAdapter(BackboneAdapter):
         if carries(module) and leaf is None:
             leaf, batched = 0, (0,)  # the first of what goes from stage to stage
         declared = _feature_info(module).get(name)
-        layout = _layout(module, feature, declared, traced)
-        axis = {"NCHW": 1, "NHWC": 3, "NLC": 2, "NC": 1}[layout]
-        width = int(feature.shape[axis])
-        if (leaf is None or carries(module)) and declared not in (None, width):
+        layout = formats.of(name, feature.ndim) or _layout(module, name, feature, leaf, traced)
+        pool, prefix = _token_pool(module, feature, traced) if layout == "NLC" else ("avg", 0)
+        spec = spec_of(feature, layout, pool=pool, prefix_tokens=prefix, output_index=leaf, batch_outputs=batched)
+        if (leaf is None or carries(module)) and declared not in (None, spec.width):
             raise ExitPointError(
                 f"exit {name!r}: feature_info declares {declared} channels, but the output has shape"
                 f" {tuple(feature.shape)} in layout {layout}"
             )
-        size = tuple(int(s) for i, s in enumerate(feature.shape) if i not in (0, axis))
-        pool, prefix = _token_pool(module, feature, traced) if layout == "NLC" else ("avg", 0)
-        return FeatureSpec(width, layout, size, pool, prefix, leaf, batched)
+        return spec
 
     def declared_spec(self, module: nn.Module, name: str) -> FeatureSpec:
         """``feature_info`` for the families whose layout is known by their class."""
@@ -335,21 +338,22 @@ def _trunk_blocks(module: nn.Module, traced: Trace) -> Iterator[str]:
             yield from (f"{name}.{i}" for i in range(len(child)) if f"{name}.{i}" in traced.calls)
 
 
-def _layout(module: nn.Module, feature: Tensor, declared: int | None, traced: Trace) -> str:
+def _layout(module: nn.Module, name: str, feature: Tensor, output_index: int | None, traced: Trace) -> str:
     if feature.ndim in (2, 3):
         return {2: "NC", 3: "NLC"}[feature.ndim]
-    if feature.ndim != 4:
-        raise ExitPointError(f"a stage output of shape {tuple(feature.shape)} is neither a map, tokens nor a vector")
-    if getattr(module, "output_fmt", None) in ("NHWC", "NCHW"):
+    if feature.ndim == 4 and getattr(module, "output_fmt", None) in ("NHWC", "NCHW"):
         return str(module.output_fmt)
     votes = {"NCHW": 0, "NHWC": 0}
-    for name, width in _feature_info(module).items():
-        for call in traced.calls.get(name, [])[:1]:
-            if isinstance(call.output, Tensor) and call.output.ndim == 4:
-                shape = call.output.shape
-                votes["NCHW"] += shape[1] == width
-                votes["NHWC"] += shape[3] == width
-    return "NHWC" if votes["NHWC"] > votes["NCHW"] else "NCHW"
+    for stage, width in _feature_info(module).items():
+        for call in traced.calls.get(stage, [])[:1]:
+            for made in tensors(call.output)[:1]:
+                if made.ndim == feature.ndim == 4:
+                    votes["NCHW"] += made.shape[1] == width
+                    votes["NHWC"] += made.shape[3] == width
+    if votes["NCHW"] == votes["NHWC"]:
+        path, number = parse_exit(name)
+        return find_format(module, path, feature, (number or 0, output_index or 0), traced)
+    return max(votes, key=votes.__getitem__)
 
 
 def _token_pool(module: nn.Module, feature: Tensor | None = None, traced: Trace | None = None) -> tuple[str, int]:

@@ -43,12 +43,14 @@ class StageCall:
         macs: What had been computed by then, for one sample.
         output: What came out.
         versions: Of the tensors that came out; they rise where a later layer writes in place.
+        macs_before: What had been computed when it began.
     """
 
     order: int
     macs: int
     output: Any
     versions: tuple[int, ...] = ()
+    macs_before: int = 0
 
     @property
     def overwritten(self) -> bool:
@@ -71,6 +73,8 @@ class Trace:
         output: The backbone's output, without values.
         last_parametrised: Order at which the last module with weights of its own ended: the classifier.
         batch: Number of samples of the traced pass.
+        inputs: Example inputs, batch first.
+        layout_runs: Passes that :mod:`~erde_hub.backbones.layouts` compares, once it has made them.
     """
 
     calls: dict[str, list[StageCall]] = field(default_factory=dict)
@@ -78,6 +82,8 @@ class Trace:
     output: Any = None
     last_parametrised: int = 0
     batch: int = 1
+    inputs: Sequence[Tensor] = ()
+    layout_runs: list[Any] | None = None
 
 
 def tensor_attributes(module: nn.Module) -> Iterable[Tensor]:
@@ -155,7 +161,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Tr
         ExitPointError: The backbone does not run on inputs of that shape.
     """
     clone, device = weightless_copy(module)
-    result = Trace(batch=batch)
+    result = Trace(batch=batch, inputs=inputs)
     counter = flop_counter()
     ended = 0
     shared = False  # whether something was computed once for the whole batch
@@ -166,18 +172,20 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Tr
         shared = shared or rest > 0
         return macs
 
-    def record(name: str, child: nn.Module) -> Any:
+    def record(name: str, child: nn.Module) -> None:
         weighted = any(True for _ in child.parameters(recurse=False))
+        before: list[int] = []
+        child.register_forward_pre_hook(lambda _module, _args: before.append(count()))
 
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             nonlocal ended
-            call = StageCall(ended, count(), output, versions(output))
+            call = StageCall(ended, count(), output, versions(output), before.pop())
             result.calls.setdefault(name, []).append(call)
             if weighted:
                 result.last_parametrised = ended
             ended += 1
 
-        return child.register_forward_hook(hook)
+        child.register_forward_hook(hook)
 
     for name, child in clone.named_modules():
         if name:
@@ -197,5 +205,5 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, batch: int = 11) -> Tr
         result.total_macs = alone.total_macs
         for name, calls in result.calls.items():
             for call, own in zip(calls, alone.calls[name], strict=True):
-                call.macs = own.macs
+                call.macs, call.macs_before = own.macs, own.macs_before
     return result

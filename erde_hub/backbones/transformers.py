@@ -23,6 +23,7 @@ from erde_hub.heads import FeatureSpec
 from erde_hub.tasks import REGRESSION
 
 from .base import BackboneAdapter, find_feature
+from .layouts import FeatureFormats
 from .rebuild import check_same_network
 from .sequences import SequenceRunner, add_sync_hooks
 from .timm import TimmAdapter, check_backbone_kwargs, check_storable
@@ -204,15 +205,18 @@ class TransformersAdapter(BackboneAdapter):
                 names += [name] if len(calls) == 1 else [f"{name}@{i}" for i in range(len(calls))]
         return names[:-1] if self.task(module) == "causal_lm" else names  # after the last layer the model answers
 
-    def feature_spec(self, module: nn.Module, name: str, call: StageCall, traced: Trace) -> FeatureSpec:
+    def feature_spec(
+        self, module: nn.Module, name: str, call: StageCall, traced: Trace, formats: FeatureFormats
+    ) -> FeatureSpec:
         """Layout of the family; an output that does not have it is an error, not a guess.
 
         Raises:
             ExitPointError: An output of other axes, or of another width than the config says.
+            ConfigError: The user says another layout.
         """
         if isinstance(module, TimmWrapperForImageClassification):
             inner = name.removeprefix(_INSIDE)
-            return self._timm.feature_spec(module.timm_model, inner, call, _inside(traced))
+            return self._timm.feature_spec(module.timm_model, inner, call, _inside(traced), formats)
         family, path = self._family(module), parse_exit(name)[0]
         feature, leaf, batched = find_feature(call.output, traced.batch)
         shape = tuple(int(s) for s in feature.shape)
@@ -222,6 +226,8 @@ class TransformersAdapter(BackboneAdapter):
                 f"exit {name!r}: it is not known how the axes of an output of shape {shape} lie; exit points are"
                 f" {', '.join(self.candidates(module, traced))}"
             )
+        if formats.of(name, feature.ndim) not in (None, layout):
+            raise ConfigError(f"feature_format of exit {name!r}: features of {type(module).__name__} are {layout}")
         width = shape[1] if layout in ("NCHW", "NC") else shape[2]
         declared = self._declared_width(module, path)
         if declared not in (None, width) and layout == family.format:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError
 
-FORMATS = ("NCHW", "NHWC", "NLC", "NC")
+FORMATS = ("NCHW", "NHWC", "NLC", "NCL", "NC")
 POOLS = ("token", "last", "avg", "max", "avgmax", "none")
 
 #: Fields whose keys in a stored config have other names.
@@ -25,7 +25,7 @@ class FeatureSpec:
 
     Attributes:
         width: Number of channels.
-        format: Order of the axes: ``NCHW``, ``NHWC``, ``NLC`` (tokens) or ``NC`` (already pooled).
+        format: Order of the axes: ``NCHW``, ``NHWC``, ``NLC`` (tokens), ``NCL`` or ``NC`` (already pooled).
         size: Spatial size: (H, W), (L,) or ().
         pool: Pooling of tokens that the backbone itself uses: ``token`` (the first), ``last``, ``avg``, ``max`` or
             ``avgmax``; ``none`` for logits of every token.
@@ -150,7 +150,7 @@ class GlobalPool(nn.Module):
         self.axes = tuple(axes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) or (N, H, W, C) to (N, C)."""
+        """(N, C, H, W), (N, H, W, C) or (N, C, L) to (N, C)."""
         return x.mean(self.axes)
 
 
@@ -167,4 +167,4 @@ def vector_pool(spec: FeatureSpec) -> nn.Module:
         return TokenPool(spec.pool, spec.prefix_tokens)
     if spec.format == "NC":
         return nn.Identity()
-    return GlobalPool((2, 3) if spec.format == "NCHW" else (1, 2))
+    return GlobalPool({"NCHW": (2, 3), "NHWC": (1, 2), "NCL": (2,)}[spec.format])

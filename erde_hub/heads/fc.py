@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from erde_hub.errors import ConfigError, ShapeError
 
-from .base import ExitHead, FeatureSpec, TokenPool, ToNCHW, check_dropout, run_layers, vector_pool
+from .base import ExitHead, FeatureSpec, ToNCHW, check_dropout, run_layers, vector_pool
 
 
 class FCHead(ExitHead):
@@ -41,7 +42,7 @@ class FCHead(ExitHead):
         if pool not in self.POOLS:
             raise ConfigError(f"pool must be one of {', '.join(self.POOLS)}, got {pool!r}")
         self.pool = pool
-        if pool == "mean" and (spec.format != "NLC" or spec.pool == "none"):
+        if pool == "mean" and (spec.format not in ("NLC", "NCL") or spec.pool == "none"):
             raise ConfigError(
                 f"pool='mean' averages the tokens of a sample, and this exit ({spec.format}, pool"
                 f" {spec.pool!r}) has none to average: leave it out"
@@ -63,8 +64,8 @@ class FCHead(ExitHead):
                 layers.insert(0, ToNCHW())
         else:
             inputs = spec.width
-            norm = nn.LayerNorm(inputs) if spec.format == "NLC" else nn.BatchNorm1d(inputs)
-            layers = [TokenPool("avg", spec.prefix_tokens) if pool == "mean" else vector_pool(spec), norm, nn.ReLU()]
+            norm = nn.BatchNorm1d(inputs) if spec.format == "NC" else nn.LayerNorm(inputs)
+            layers = [vector_pool(replace(spec, pool="avg") if pool == "mean" else spec), norm, nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Dropout(check_dropout(dropout)))
         self.fc = nn.Linear(inputs, num_labels)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from erde_hub.backbones import BackboneAdapter, ExitPoint, ExitPoints, find_adapter
 from erde_hub.backbones.base import example_inputs, find_exit_points, resolve_exits, spread_exits
+from erde_hub.backbones.layouts import FeatureFormats
 from erde_hub.backbones.shrink_check import check_shrinks, feasible_points
 from erde_hub.backbones.tracing import Trace, trace
 from erde_hub.config import check_input_size
@@ -21,6 +22,7 @@ def list_exit_points(
     model: nn.Module,
     input_size: Sequence[int] | None = None,
     example_inputs: Sequence[Tensor] | Tensor | None = None,
+    feature_format: str | Mapping[str, str] | None = None,
 ) -> ExitPoints:
     """Lists the places where a model can get exits: name, width, layout, cumulative MACs.
 
@@ -30,12 +32,15 @@ def list_exit_points(
         input_size: Shape of one input without the batch, the number of tokens for texts; timm models and those of
             transformers know theirs.
         example_inputs: Batch-first tensors instead, for modules that take several inputs.
+        feature_format: ``NCHW``, ``NHWC``, ``NLC`` or ``NCL``, for all places or by their names; places whose layout
+            cannot be told are left out.
 
     Raises:
         ExitPointError: The model does not run on inputs of that shape, or the shape is missing.
     """
     adapter, _, inputs = inspect_backbone(model, input_size, example_inputs)
-    return feasible_points(adapter, model, find_exit_points(adapter, model, trace(model, inputs)), inputs)
+    formats = FeatureFormats(feature_format, "auto")
+    return feasible_points(adapter, model, find_exit_points(adapter, model, trace(model, inputs), formats), inputs)
 
 
 def choose_exits(
@@ -44,6 +49,7 @@ def choose_exits(
     exits: Sequence[str] | int | str,
     traced: Trace,
     inputs: Sequence[Tensor],
+    formats: FeatureFormats,
 ) -> tuple[list[ExitPoint], str]:
     """Turns names, a number or "auto" into exit points after which the batch can shrink; also says how.
 
@@ -51,14 +57,14 @@ def choose_exits(
         ExitPointError: See :func:`~erde_hub.backbones.base.resolve_exits` and
             :func:`~erde_hub.backbones.shrink_check.check_shrinks`.
     """
-    points, reason = resolve_exits(adapter, model, exits, traced)
+    points, reason = resolve_exits(adapter, model, exits, traced, formats)
     names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]
     try:
         check_shrinks(adapter, model, names, [p.spec for p in points], inputs)
     except ExitPointError:
         if not isinstance(exits, (int, str)):
             raise
-        offered = feasible_points(adapter, model, find_exit_points(adapter, model, traced), inputs)
+        offered = feasible_points(adapter, model, find_exit_points(adapter, model, traced, formats), inputs)
         points, reason = spread_exits(offered, exits)
         check_shrinks(adapter, model, [p.name for p in points], [p.spec for p in points], inputs)
     return points, reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from transformers.utils import logging
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, find_adapter, get_adapter
 from erde_hub.backbones.decoders import check_readout, create_heads, exit_layers
+from erde_hub.backbones.layouts import FeatureFormats
 from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
 from erde_hub.backbones.shrink_check import check_samples_are_apart, check_shrinks
 from erde_hub.backbones.tracing import trace
@@ -77,6 +78,9 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         problem_type: ``"regression"`` for a backbone that answers with D real numbers, (N, D): ``loss`` is the mean
             squared error, and the policies are ``never`` and ``set_size``. None is a classifier, or what the config of
             a transformers model says.
+        feature_format: How the axes of what exits read lie, ``NCHW``, ``NHWC``, ``NLC`` or ``NCL``: one for all exits,
+            one per exit, or by their names. Needed only where it cannot be told; kept in the config's
+            ``exit_features``.
         backbone: With a config: the living backbone, for configs that cannot rebuild it.
 
     Raises:
@@ -131,6 +135,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         exit_weights: str | Sequence[float] | None = None,
         id2label: Sequence[str] | dict[int, str] | None = None,
         problem_type: str | None = None,
+        feature_format: str | Sequence[str] | Mapping[str, str] | None = None,
         backbone: nn.Module | None = None,
         **unknown: Any,
     ) -> None:
@@ -149,7 +154,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         traced = trace(model, inputs)
         problem_type = check_problem_type(problem_type, facts.get("problem_type"))
         num_labels = count_classes(model, adapter, traced, problem_type)
-        points, reason = choose_exits(adapter, model, exits, traced, inputs)
+        points, reason = choose_exits(adapter, model, exits, traced, inputs, FeatureFormats(feature_format, exits))
         if isinstance(exits, (int, str)):
             logger.info(f"exits={exits!r}: {reason}")
         names = list(exits) if not isinstance(exits, (int, str)) else [p.name for p in points]

@@ -109,4 +109,4 @@ def exit_heads(model: nn.Module) -> list[ExitHead]:
 
 
 def _channels_last(feature: Tensor | None, spec: FeatureSpec) -> Tensor | None:
-    return feature.permute(0, 2, 3, 1) if feature is not None and spec.format == "NCHW" else feature
+    return feature.movedim(1, -1) if feature is not None and spec.format in ("NCHW", "NCL") else feature

@@ -7,6 +7,7 @@ import functools
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from erde_hub import EarlyExitWrapper, list_exit_points
@@ -297,6 +298,39 @@ def test_auto_avoids_places_that_are_useless(name):
 def test_no_place_at_all():
     with pytest.raises(ExitPointError, match="no place for an exit"):
         EarlyExitWrapper(nn.Sequential(nn.Linear(4, 3)), exits="auto", input_size=(4,))
+    small_classifier = nn.Sequential(nn.Linear(400, 9), nn.Linear(9, 3))
+    with pytest.raises(ExitPointError, match=r"saves computation \(the best, '0', is at 99%.*exits=\['module"):
+        EarlyExitWrapper(small_classifier, exits="auto", input_size=(400,))
+    assert EarlyExitWrapper(small_classifier, exits=["0"], input_size=(400,)).exit_names == ["0", "classifier"]
+
+
+class Inside(nn.Module):
+    """A network without its classifier, in a module of one's own."""
+
+    def __init__(self, trunk: nn.Module, width: int) -> None:
+        super().__init__()
+        self.trunk, self.fc = trunk, nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.fc(self.trunk(x))
+
+
+def test_stages_are_found_inside_a_network_that_is_part_of_another():
+    trunk = timm.create_model("resnet18", num_classes=0)
+    with torch.device("meta"):
+        vit = torchvision.models.vit_b_16(weights=None, num_classes=5)
+    for net, prefix in ((Inside(trunk, 512), "trunk.layer"), (Inside(Inside(trunk, 512), 4), "trunk.trunk.layer")):
+        names = EarlyExitWrapper(net, input_size=(3, 64, 64)).exit_names[:-1]
+        assert len(names) == 3
+        assert all(name.startswith(prefix) for name in names)
+    wrapped = EarlyExitWrapper(vit, input_size=(3, 224, 224))
+    assert wrapped.exit_names[:-1] == [f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8)]
+
+
+def test_a_sequence_is_offered_and_not_its_last_layer_too():
+    with torch.device("meta"):
+        points = list_exit_points(torchvision.models.resnet18(weights=None), input_size=(3, 64, 64))
+    assert [p.name for p in points if "layer1" in p.name] == ["layer1.0", "layer1"]
 
 
 def test_sequentials_run_staged_and_subclasses_by_hooks():

@@ -1,0 +1,193 @@
+"""Which axis of a feature holds the channels, found from what can be known of a network; never guessed from lengths.
+
+A weightless copy is run on inputs of two sizes: the axes that follow the size are no channels. Where a network takes
+one size only, the layers that make or read a feature tell, a convolution or a linear layer for instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erde_hub.engine.rows import tensors
+from erde_hub.errors import ConfigError, ExitPointError, nearest
+from erde_hub.heads.base import FORMATS
+
+from .tracing import Trace, example_batch, weightless_copy
+
+#: Formats by the number of axes: channels in front of all other axes, and behind them.
+_FORMATS = {4: ("NCHW", "NHWC"), 3: ("NCL", "NLC")}
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
+
+
+class FeatureFormats:
+    """What the user says about the layout of features: one format for all exits, or one per exit.
+
+    Args:
+        given: A format, a sequence with one per exit, or a mapping from exit names; None says nothing.
+        exits: As given to the model.
+
+    Raises:
+        ConfigError: Unknown formats, or exits that are not named.
+    """
+
+    def __init__(self, given: str | Sequence[str] | Mapping[str, str] | None, exits: Sequence[str] | int | str) -> None:
+        self.everywhere = given if isinstance(given, str) else None
+        self.by_name: dict[str, str] = {}
+        names = list(exits) if isinstance(exits, Sequence) and not isinstance(exits, str) else []
+        if isinstance(given, Mapping):
+            self.by_name = dict(given)
+            unknown = [name for name in given if names and name not in names]
+            if unknown:
+                raise ConfigError(f"feature_format names {unknown[0]!r}, which is no exit{nearest(unknown[0], names)}")
+        elif given is not None and not isinstance(given, str):
+            if len(given) != len(names):
+                raise ConfigError(f"feature_format has {len(given)} entries for {len(names)} named exits")
+            self.by_name = dict(zip(names, given, strict=True))
+        for value in (*self.by_name.values(), *([given] if isinstance(given, str) else [])):
+            if value not in FORMATS:
+                raise ConfigError(f"feature_format must be one of {', '.join(FORMATS)}, got {value!r}")
+
+    def of(self, name: str, axes: int) -> str | None:
+        """Returns what was said about an exit whose feature has that many axes, None where nothing was.
+
+        Raises:
+            ConfigError: A format with another number of axes was given for this exit.
+        """
+        own = self.by_name.get(name)
+        if own is not None and len(own) != axes:
+            raise ConfigError(f"feature_format[{name!r}]={own!r}, but the output of this stage has {axes} axes")
+        everywhere = self.everywhere
+        return own or (everywhere if everywhere is not None and len(everywhere) == axes else None)
+
+
+def find_format(module: nn.Module, name: str, feature: Tensor, position: tuple[int, int], traced: Trace) -> str:
+    """Returns the format of a feature.
+
+    Args:
+        module: The backbone; a weightless copy of it is run.
+        name: Of the stage.
+        feature: As traced.
+        position: Number of the stage's call, and of the tensor in its output.
+        traced: Of the backbone.
+
+    Raises:
+        ExitPointError: Features of other numbers of axes, without a batch axis in front, or whose layout stays open.
+    """
+    shape = tuple(feature.shape)
+    if shape[0] != traced.batch or feature.ndim not in (2, *_FORMATS):
+        raise ExitPointError(
+            f"exit {name!r}: an output of shape {shape} for {traced.batch} samples is no map, tokens or vector with the"
+            " samples along its first axis"
+        )
+    if feature.ndim == 2:
+        return "NC"
+    if traced.layout_runs is None:
+        traced.layout_runs = [_Run(module, traced.inputs, traced.batch), *_resized(module, traced)]
+    own, *others = traced.layout_runs
+    first, last = _FORMATS[feature.ndim]
+    for run in others:
+        other = run.shape(name, position)
+        if other is None or len(other) != len(shape):
+            continue
+        moved = [a != b for a, b in zip(shape, other, strict=True)]
+        if moved[1] != moved[-1]:
+            return last if moved[1] else first
+    axes = own.axes(name, position)
+    for axis, others_are_one in ((1, max(shape[2:]) == 1), (-1, max(shape[1:-1]) == 1)):
+        if axes == {axis} or (not axes and others_are_one):
+            return first if axis == 1 else last
+    sizes = ", ".join(["N", *map(str, shape[1:])])
+    raise ExitPointError(
+        f"exit {name!r}: it cannot be told which axis of its output, ({sizes}), holds the channels: write"
+        f" feature_format={{{name!r}: {first!r}}} where it is the second, {{{name!r}: {last!r}}} where it is the last"
+    )
+
+
+def _resized(module: nn.Module, traced: Trace) -> list[_Run]:
+    """Runs on inputs that are twice as large along all axes but the channels, which come first or last."""
+    runs = []
+    for kept in (1, -1):
+        inputs = []
+        for x in traced.inputs:
+            size = [2 * side for side in x.shape]
+            if x.ndim > 2:
+                size[kept] = x.shape[kept]
+            inputs.append(torch.empty(size, dtype=x.dtype, device="meta"))
+        runs.append(_Run(module, inputs, traced.batch + 2))
+    return runs
+
+
+class _Run:
+    """One pass of a weightless copy, as far as it gets: what came out of each module, and what read or made it.
+
+    Args:
+        module: The backbone.
+        inputs: Example inputs, batch first.
+        batch: Number of samples.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module: nn.Module, inputs: Sequence[Tensor], batch: int) -> None:
+        clone, device = weightless_copy(module)
+        self._calls: dict[str, list[list[Tensor]]] = {}
+        self._axes: dict[int, set[int]] = {}  # by the id of a tensor, all of which are kept
+        self._same: dict[int, int] = {}  # tensors that an activation or dropout made of others
+        self._kept: list[Any] = []
+        for name, child in clone.named_modules():
+            child.register_forward_hook(lambda m, args, output, name=name: self._note(name, m, args, output))
+        try:
+            with device:
+                clone(*example_batch(inputs, batch, device))
+        except Exception:  # noqa: BLE001 - a size that the network does not take; what ran before counts
+            return
+
+    def _note(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        made = tensors(output)
+        self._calls.setdefault(name, []).append(made)
+        read = [x for x in args[:1] if isinstance(x, Tensor)]
+        self._kept.append((read, made))
+        elementwise = type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+        axis = _channel_axis(module)
+        if axis is not None:
+            for tensor in (*read, *made[:1]):
+                self._axes.setdefault(self._root(tensor), set()).add(axis)
+        elif elementwise and read and made and self._root(read[0]) != self._root(made[0]):
+            self._same[self._root(made[0])] = self._root(read[0])
+
+    def _root(self, tensor: Tensor) -> int:
+        key = id(tensor)
+        while key in self._same:
+            key = self._same[key]
+        return key
+
+    def _tensor(self, name: str, position: tuple[int, int]) -> Tensor | None:
+        call, number = position
+        calls = self._calls.get(name, [])
+        return calls[call][number] if call < len(calls) and number < len(calls[call]) else None
+
+    def shape(self, name: str, position: tuple[int, int]) -> tuple[int, ...] | None:
+        """Shape of a feature, None where the pass did not get there."""
+        tensor = self._tensor(name, position)
+        return None if tensor is None else tuple(tensor.shape)
+
+    def axes(self, name: str, position: tuple[int, int]) -> set[int]:
+        """Where the layers that made or read a feature have its channels: 1, -1, or both."""
+        tensor = self._tensor(name, position)
+        return set() if tensor is None else self._axes.get(self._root(tensor), set())
+
+
+def _channel_axis(module: nn.Module) -> int | None:
+    """The axis of channels of what a layer reads and makes, None where it does not tell."""
+    if isinstance(module, _CHANNELS_FIRST) or type(module).__module__ == "torch.nn.modules.pooling":
+        return 1
+    if isinstance(module, _CHANNELS_LAST):
+        return -1 if getattr(module, "batch_first", True) else None
+    if type(module) in (nn.LayerNorm, nn.RMSNorm):  # subclasses normalise maps
+        return -1 if len(module.normalized_shape) == 1 else None  # type: ignore[arg-type]
+    return None
