@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from ._tables import html_table
+
 
 @dataclass(init=False)
 class EarlyExitOutput(ModelOutput):
@@ -20,12 +22,37 @@ class EarlyExitOutput(ModelOutput):
         logits: (N, K). Routed: of the exit that each sample took. All exits run: of the last exit.
         exit_index: (N,) int64, routed only: 0 is the first exit, ``num_exits - 1`` the backbone's own classifier.
         exit_logits: ``num_exits`` tensors (N, K), shallow to deep, where all exits were run.
+        num_exits: Number of exits of the model; None where it is not known. Not a key.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     exit_index: torch.Tensor | None = None
     exit_logits: tuple[torch.Tensor, ...] | None = None
+
+    def exit_counts(self) -> list[int]:
+        """Returns how many samples took each exit, shallow to deep; empty where the output was not routed.
+
+        Without ``num_exits`` the list ends at the deepest exit that was taken.
+        """
+        if self.exit_index is None:
+            return []
+        return torch.bincount(self.exit_index.long(), minlength=self.num_exits or 0).tolist()
+
+    def __repr__(self) -> str:
+        counts = self.exit_counts()
+        parts = [f"{len(self.logits)} samples"] if self.logits is not None else []
+        parts += [f"exits {'/'.join(map(str, counts))}"] if counts else []
+        parts += [f"logits {tuple(self.logits.shape)}"] if self.logits is not None else []
+        parts += [f"all {len(self.exit_logits)} exits run"] if self.exit_logits is not None else []
+        parts += [f"loss {float(self.loss):.4g}"] if self.loss is not None and self.loss.numel() == 1 else []
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        counts = self.exit_counts()
+        total = max(sum(counts), 1)
+        rows = [(str(e), str(count), f"{count / total:.1%}") for e, count in enumerate(counts)]
+        return html_table(("exit", "samples", ""), rows, repr(self))
 
     # A routed image can take less than a millisecond, of which the general versions of these two are a visible part.
 
@@ -35,9 +62,12 @@ class EarlyExitOutput(ModelOutput):
         logits: torch.Tensor | None = None,
         exit_index: torch.Tensor | None = None,
         exit_logits: tuple[torch.Tensor, ...] | None = None,
+        *,
+        num_exits: int | None = None,
     ) -> None:
+        self.num_exits: int | None
         values = {"loss": loss, "logits": logits, "exit_index": exit_index, "exit_logits": exit_logits}
-        self.__dict__.update(values)
+        self.__dict__.update(values, num_exits=num_exits)
         for name, value in values.items():
             if value is not None:
                 OrderedDict.__setitem__(self, name, value)

@@ -53,3 +53,18 @@ def test_nothing_can_be_taken_out():
     out = EarlyExitOutput(logits=LOGITS)
     with pytest.raises(Exception, match="pop"):
         out.pop("logits")
+
+
+def test_it_says_how_many_samples_took_each_exit():
+    index = torch.tensor([1] * 34 + [2] * 30)
+    out = EarlyExitOutput(logits=torch.ones(64, 10), exit_index=index, num_exits=4)
+    assert str(out) == "EarlyExitOutput(64 samples, exits 0/34/30/0, logits (64, 10))"
+    assert out.exit_counts() == [0, 34, 30, 0]
+    assert "<tr><td>1</td><td>34</td><td>53.1%</td></tr>" in out._repr_html_()
+    for copied in (copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
+        assert str(copied) == str(out)
+    assert EarlyExitOutput(logits=torch.ones(64, 10), exit_index=index).exit_counts() == [0, 34, 30]
+    everything = EarlyExitOutput(loss=LOSS, logits=LOGITS, exit_logits=(LOGITS, LOGITS))
+    assert str(everything) == "EarlyExitOutput(2 samples, logits (2, 3), all 2 exits run, loss 1.5)"
+    assert everything.exit_counts() == []
+    assert str(EarlyExitOutput()) == "EarlyExitOutput()"

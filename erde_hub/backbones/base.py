@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from erde_hub._tables import PrintsAsTable, Rows
 from erde_hub.engine.hooks import ExitHook, HookRunner, parse_exit
 from erde_hub.engine.rows import tensors
 from erde_hub.engine.stages import Stage
@@ -44,10 +45,10 @@ class ExitPoint:
     spec: FeatureSpec
 
 
-class ExitPoints(list[ExitPoint]):
+class ExitPoints(PrintsAsTable, list[ExitPoint]):
     """Exit points, shallow to deep; prints as a table."""
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[Sequence[str], Rows]:
         rows = [
             (
                 p.name,
@@ -59,22 +60,7 @@ class ExitPoints(list[ExitPoint]):
             )
             for p in self
         ]
-        return format_table(("name", "width", "format", "size", "MMACs", "share"), rows)
-
-    __repr__ = __str__
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligns a small table for the terminal: first column left, the others right."""
-    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
+        return ("name", "width", "format", "size", "MMACs", "share"), rows
 
 
 class BackboneAdapter:

@@ -66,13 +66,13 @@ def route(plan: RoutingPlan, inputs: ModelInputs) -> EarlyExitOutput:
     batch, device = main.shape[0], main.device
     if batch == 0:
         dtype = next((p.dtype for p in runner.backbone.parameters() if p.is_floating_point()), None)
-        return _answer(torch.zeros((0, plan.heads[0].num_labels), dtype=dtype, device=device), 0, 0, device)
+        return _routed_together(plan, torch.zeros((0, plan.heads[0].num_labels), dtype=dtype, device=device), 0)
     if plan.never_exits:
         logits = runner.adapter.logits(runner.backbone(*inputs.args, **inputs.kwargs))
-        return _answer(logits, len(plan.heads), batch, device)
+        return _routed_together(plan, logits, len(plan.heads))
     if main.is_meta:  # shapes without values, as when a wrapped model inside another is traced: no sample exits
         everything: Any = run_all(runner, plan.heads, inputs)
-        return _answer(everything.logits, len(plan.heads), batch, device)
+        return _routed_together(plan, everything.logits, len(plan.heads))
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         raise ExportError(
             "a pass in which samples exit early depends on their values and is no graph that torch.export, torch.jit or"
@@ -84,7 +84,7 @@ def route(plan: RoutingPlan, inputs: ModelInputs) -> EarlyExitOutput:
     if batch == 1 and plan.looks_at_one and mask is None and stages is not None:
         logits, taken = route_one(plan, stages, main)
         index = torch.full((1,), taken, dtype=torch.int64, device=device)
-        return EarlyExitOutput(logits=logits, exit_index=index)
+        return _routed(plan, logits, index)
     if stages is None and batch > 1:
         runner.check_shrinks()
     visitor = Router(plan, batch, device, mask)
@@ -96,11 +96,13 @@ def route(plan: RoutingPlan, inputs: ModelInputs) -> EarlyExitOutput:
         elif plan.policy.uses_features:
             stack.enter_context(capture_features({}))
         final = runner.run(visitor, inputs.args, inputs.kwargs)
-    logits, index = visitor.finish(None if final is None else runner.adapter.logits(final), runner.exits)
-    return EarlyExitOutput(logits=logits, exit_index=index)
+    return _routed(plan, *visitor.finish(None if final is None else runner.adapter.logits(final), runner.exits))
 
 
-def _answer(logits: Tensor, exit_index: int, batch: int, device: torch.device) -> EarlyExitOutput:
-    """The answer to a batch whose samples all take the same exit."""
-    index = torch.full((batch,), exit_index, dtype=torch.int64, device=device)
-    return EarlyExitOutput(logits=logits, exit_index=index)
+def _routed_together(plan: RoutingPlan, logits: Tensor, exit_index: int) -> EarlyExitOutput:
+    """The output of a batch whose samples all take the same exit."""
+    return _routed(plan, logits, torch.full((len(logits),), exit_index, dtype=torch.int64, device=logits.device))
+
+
+def _routed(plan: RoutingPlan, logits: Tensor, exit_index: Tensor) -> EarlyExitOutput:
+    return EarlyExitOutput(logits=logits, exit_index=exit_index, num_exits=len(plan.heads) + 1)

@@ -75,9 +75,9 @@ def curve_area(
     check_kind(records)
     _check_resampling(resamples, level, seed)
     records = distinct_samples(records)
-    hits, costs, reference = _curves(records, policy, full_macs)
-    low, high = _range([costs], low, high, reference)
-    return _summary(_areas(hits, costs / reference, low, high, resamples, seed), low, high, level)
+    hits, costs, _ = _curves(records, policy, full_macs)
+    low, high = _range([costs], low, high)
+    return _summary(_areas(hits, costs, low, high, resamples, seed), low, high, level)
 
 
 def area_difference(
@@ -110,9 +110,9 @@ def area_difference(
     records, other_records = distinct_samples(records), distinct_samples(other_records)
     hits, costs, reference = _curves(records, policy, None)
     others, other_costs, _ = _curves(other_records, other_policy, reference)
-    low, high = _range([costs, other_costs], low, high, reference)
-    areas = _areas(hits, costs / reference, low, high, resamples, seed)
-    areas = areas - _areas(others, other_costs / reference, low, high, resamples, seed)
+    low, high = _range([costs, other_costs], low, high)
+    areas = _areas(hits, costs, low, high, resamples, seed)
+    areas = areas - _areas(others, other_costs, low, high, resamples, seed)
     return _summary(areas, low, high, level)
 
 
@@ -124,13 +124,12 @@ def lowest_cost(records: ExitRecords, policy: str | ExitPolicy = "entropy", full
         policy: A key of the policies table, or a policy.
         full_macs: What the fraction refers to; None is the last exit's cost.
     """
-    _, costs, reference = _curves(records, policy, full_macs)
-    return _cheapest(costs) / reference
+    return _cheapest(_curves(records, policy, full_macs)[1])
 
 
 def _cheapest(costs: Tensor) -> float:
     """The lowest mean cost of a curve of costs (T, N)."""
-    return float(costs.double().mean(1).min())
+    return float(costs.mean(1, dtype=torch.float64).min())
 
 
 def _summary(areas: Tensor, low: float, high: float, level: float) -> CurveArea:
@@ -148,25 +147,24 @@ def _check_resampling(resamples: int, level: float, seed: int) -> None:
 
 
 def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | None) -> tuple[Tensor, Tensor, float]:
-    """Correct predictions (T, N) and costs (T, N) at every threshold, and the cost that fractions refer to."""
+    """Correct predictions (T, N) and fractions of cost (T, N) at every threshold, and the cost that these refer to."""
     records.require_classes("the area under a curve of accuracy")
     policy = as_policy(policy)
     scores, early = exit_scores(records, policy), records.num_exits - 1
     correct = (records.logits.argmax(-1) == records.labels).float()
     macs = torch.tensor(records.cumulative_macs, dtype=torch.float32)
-    rows = [
-        exit_indices(scores, policy, policy.check_threshold(threshold, early))
-        for threshold in [*fine_thresholds(records, policy), policy.never_threshold]
-    ]
-    index = torch.stack(rows)
-    hits = torch.stack([correct.gather(0, row[None])[0] for row in index])
     full = records.cumulative_macs[-1] if full_macs is None else check_number("full_macs", full_macs, zero=False)
-    return hits, macs[index], float(full)
+    thresholds = [*fine_thresholds(records, policy), policy.never_threshold]
+    hits, costs = torch.empty(2, len(thresholds), len(records))
+    for row, threshold in enumerate(thresholds):
+        index = exit_indices(scores, policy, policy.check_threshold(threshold, early))
+        hits[row], costs[row] = correct.gather(0, index[None])[0], macs[index] / full
+    return hits, costs, float(full)
 
 
-def _range(curves: list[Tensor], low: float | None, high: float, reference: float) -> tuple[float, float]:
+def _range(curves: list[Tensor], low: float | None, high: float) -> tuple[float, float]:
     """Returns the range of costs, as fractions, that all curves of costs (T, N) reach."""
-    cheapest = max(map(_cheapest, curves)) / reference
+    cheapest = max(map(_cheapest, curves))
     low = cheapest if low is None else check_number("low", low, zero=True)
     high = check_number("high", high, zero=False)
     if not cheapest - 1e-9 <= low < high:

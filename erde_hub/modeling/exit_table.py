@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import PrintsAsTable, Rows
 from erde_hub.backbones.tracing import flop_counter, weightless_copy
 from erde_hub.engine.routing import AllExits
 from erde_hub.engine.runner import ExitRunner
@@ -43,7 +43,7 @@ class ExitRow:
     cumulative_params: int
 
 
-class ExitTable(list[ExitRow]):
+class ExitTable(PrintsAsTable, list[ExitRow]):
     """One row per exit, shallow to deep; prints as a table."""
 
     @property
@@ -51,7 +51,7 @@ class ExitTable(list[ExitRow]):
         """MACs per sample up to each exit."""
         return [row.cumulative_macs for row in self]
 
-    def __str__(self) -> str:
+    def _table(self) -> tuple[Sequence[str], Rows]:
         total = max(self[-1].cumulative_macs, 1)
         rows = [
             (
@@ -67,9 +67,7 @@ class ExitTable(list[ExitRow]):
             for row in self
         ]
         header = ("exit", "width", "head", "own MMACs", "MMACs", "share", "own params M", "params M")
-        return format_table(header, rows)
-
-    __repr__ = __str__
+        return header, rows
 
 
 class _Counter(AllExits):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Passes over the records where none are asked for, and steps above which there are fewer.
 _EPOCHS, _STEPS = 60, 1000
+#: Widest hidden layer of a fraction head, so that a fit is linear in the number of classes.
+_WIDEST = 512
 
 
 class EENetPolicy(LearnedPolicy):
@@ -95,7 +97,7 @@ class EENetPolicy(LearnedPolicy):
             beta: Sharpens the scores that the fractions are drawn towards.
             kl_weight: Of that pull.
             cost_weight: Of the distance from the budget; published: 1e-2, with more steps.
-            hidden_ratio: Width of the fraction head's hidden layer, relative to its input.
+            hidden_ratio: Width of the fraction head's hidden layer, relative to its input; at most 512 units.
             plain_logits: Fractions come from plain numbers; False bounds these by a sigmoid as published, which keeps
                 any two fractions within a factor e of each other and so cannot meet small budgets.
             epochs: Passes over the records; None makes 60, or fewer where that is more than 1,000 steps.
@@ -192,7 +194,7 @@ class _Scheduler(nn.Module):
         super().__init__()
         self.plain_logits = plain_logits
         widths = [num_classes + 2 + e for e in range(num_exits)]
-        hidden = [max(1, int(hidden_ratio * width)) for width in widths]
+        hidden = [max(1, min(_WIDEST, int(hidden_ratio * width))) for width in widths]
 
         def normal(shapes: Iterable[tuple[int, ...]]) -> nn.ParameterList:
             """One parameter per exit, (R, ...) for R starts."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.hf_argparser import HfArg
 
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import format_table
 from erde_hub.errors import ConfigError
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.scripts.common.contestants import Subject, contestants, load_subject, shares_of, thread_count

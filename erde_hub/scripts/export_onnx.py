@@ -18,7 +18,7 @@ import torch
 from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import format_table
 from erde_hub.data.base import LabelledData
 from erde_hub.data.images import BatchLoader
 from erde_hub.errors import ConfigError

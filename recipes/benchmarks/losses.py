@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import format_table
 from erde_hub.errors import ConfigError, unknown_name
 from erde_hub.losses import EGADLoss, ExitLoss, FeatureTerm, ReadoutWeight, create_loss, list_losses
 from erde_hub.scripts.common.command_line import parse_arguments, run_script

@@ -22,7 +22,7 @@ from _coloured import GroupedImages, coloured_digits
 from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import format_table
 from erde_hub.data.base import LabelledData
 from erde_hub.errors import ConfigError, ResultsError, nearest
 from erde_hub.evaluation import (

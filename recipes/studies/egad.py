@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.hf_argparser import HfArg
 
 from erde_hub._progress import passing_bar
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import format_table
 from erde_hub.errors import ConfigError, DataError, unknown_name
 from erde_hub.losses import EGADLoss
 from erde_hub.scripts.common.arguments import loss_arguments_class, plain_weights

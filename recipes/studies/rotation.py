@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import format_table
 from erde_hub.data.images import ImageData
 from erde_hub.errors import ConfigError
 from erde_hub.evaluation import ExitRecords, exit_scores, regression_per_exit, sweep_widths

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers.utils import logging as hf_logging
 
+from erde_hub._tables import format_table
 from erde_hub.backbones import get_adapter
-from erde_hub.backbones.base import format_table
 from erde_hub.calibration.choice import describe_bound
 from erde_hub.data.base import LabelledData
 from erde_hub.data.preprocessing import SMALL_IMAGE_PIXELS
