@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from erde_hub.backbones.base import format_table
+from erde_hub._tables import format_table
 from erde_hub.errors import ConfigError, unknown_name
 from erde_hub.evaluation import load_results
 from erde_hub.evaluation.formatting import percent, threshold_label, thresholds_of, with_point
