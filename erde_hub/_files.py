@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,12 @@ from safetensors import SafetensorError
 
 from erde_hub.errors import CheckpointWriteError, ErdeError
 
-#: Temporary folders begin like this.
+#: Temporary files and folders begin like this.
 _PREFIX = ".saving-"
-#: Age in seconds at which a temporary folder must be that of a process that was killed.
+#: Age in seconds at which a temporary file must be that of a process that was killed.
 _ABANDONED = 86400.0
+#: Folders in which this process has looked for temporary files of killed processes.
+_cleaned: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -33,7 +34,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = None
     try:
         with disk_errors(target):
-            remove_abandoned(target.parent)
+            if target.parent not in _cleaned:  # once: a folder may hold many files
+                _cleaned.add(target.parent)
+                remove_abandoned(target.parent)
             temporary, mode = _new_file(target.parent)
             yield temporary
             temporary.chmod(mode)  # what filled it may have put a private file in its place, see set_default_mode
@@ -50,7 +53,8 @@ def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
 
     A full disk, or an exception in the block, leaves every earlier file as it was. Errors of the block keep their type:
     wrap what writes in :func:`disk_errors`. Files are replaced one by one, so a process that is killed meanwhile leaves
-    old and new ones: give files that belong together names of their own, or a mark by which a reader sees it.
+    old and new ones: give files that belong together names of their own, or a mark by which a reader sees it. What it
+    leaves unfinished is removed by the next call.
 
     Args:
         folder: Made if it is missing, and removed again if nothing was written. Other files in it stay.
@@ -61,12 +65,11 @@ def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     """
     target = Path(folder)
     made: list[Path] = []
-    staging = None
+    staging, lock = None, -1
     try:
         with disk_errors(target):
             made = _make_folder(target)
-            remove_abandoned(target)
-            staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+            staging, lock = _new_folder(target)
         yield staging
         with disk_errors(target):
             files = sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name))
@@ -78,6 +81,7 @@ def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
         for parent in made:
             with contextlib.suppress(OSError):  # it is not empty: something was written
                 parent.rmdir()
@@ -90,36 +94,78 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointWriteError: The folder above cannot be written, or the disk is full; an earlier folder survives.
     """
-    staging = None
+    staging, lock = None, -1
+    replaced = path.with_name(f"{_PREFIX}{path.name}-replaced")
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            staging = path.with_name(f"{_PREFIX}{path.name}-{secrets.token_hex(4)}")
-            staging.mkdir()
+            staging, lock = _new_folder(path.parent)
             yield staging
             for part in sorted(staging.rglob("*"), reverse=True):  # files before the folders that hold them
                 _sync(part)
             _sync(staging)
             if path.exists():
-                path.rename(path.with_name(f"{_PREFIX}{path.name}-replaced"))
+                path.rename(replaced)
             staging.rename(path)
             _sync(path.parent)
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(path.with_name(f"{_PREFIX}{path.name}-replaced"), ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.close(lock)
 
 
 def remove_abandoned(folder: Path, age: float = _ABANDONED) -> None:
-    """Removes temporary files and folders of killed processes: those last changed more than ``age`` seconds ago."""
+    """Removes what killed processes left: folders that no process holds any more, and what is older than ``age``.
+
+    Args:
+        folder: Where to look.
+        age: In seconds since the last change.
+    """
     for path in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # another process was faster
-            if path.is_symlink() or time.time() - path.stat().st_mtime < age:
+            if path.is_symlink():
                 continue
-            if path.is_dir():
+            old = time.time() - path.stat().st_mtime >= age
+            if path.is_dir() and (old or _is_free(path)):
                 shutil.rmtree(path, ignore_errors=True)
-            else:
+            elif old:
                 path.unlink()
+
+
+def _new_folder(parent: Path) -> tuple[Path, int]:
+    """Makes a temporary folder, which is held until the handle is closed: at the end of the process at the latest."""
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        _lock(handle)  # so that no other process finds the new folder before it is held
+        remove_abandoned(parent)
+        folder = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+        folder.mkdir()
+        held = os.open(folder, os.O_RDONLY)
+        _lock(held)
+    finally:
+        os.close(handle)
+    return folder, held
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether the process that made a temporary folder has ended."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        return _lock(handle, wait=False)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, wait: bool = True) -> bool:
+    """Locks a folder; False where another process holds it, or where folders cannot be locked."""
+    try:
+        import fcntl  # noqa: PLC0415 - not on Windows
+
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -81,14 +81,25 @@ def test_a_folder_appears_whole_and_replaces_another(tmp_path):
         assert (target / "inside" / "file").read_text() == text
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path, folder):
-    left = tmp_path / ".saving-abcd"
-    left.mkdir() if folder else left.write_text("half")
-    write_text(tmp_path / "a.txt", "words")
-    assert left.exists(), "it may be in use"
-    os.utime(left, (1, 1))
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path):
+    half = tmp_path / ".saving-abcd"
+    half.write_text("half")
+    (tmp_path / ".saving-folder").mkdir()
     with replacing_all(tmp_path, last="b") as staging:
-        assert not left.exists()
-        assert staging.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+        assert half.exists(), "another process may be writing it"
+        assert not (tmp_path / ".saving-folder").exists(), "no process holds it"
+        os.utime(half, (1, 1))
+        with replacing_folder(tmp_path / "c") as other, replacing_folder(tmp_path / "d"):
+            assert not half.exists(), "it is older than a day"
+            assert staging.exists(), "this process holds it"
+            assert other.exists(), "this process holds it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+
+
+def test_one_look_for_leftovers_per_folder(tmp_path):
+    for name in "ab":
+        left = tmp_path / f".saving-{name}"
+        left.write_text("half")
+        os.utime(left, (1, 1))
+        write_text(tmp_path / "words.txt", "words")
+        assert left.exists() == (name == "b")

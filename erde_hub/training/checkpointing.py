@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from accelerate.utils import load
 from torch import nn
 
-from erde_hub._files import remove_abandoned, replacing_folder
+from erde_hub._files import replacing_folder
 from erde_hub.errors import CheckpointError
 
 from ._launch import gather, is_sharded, run_on_main
@@ -153,7 +153,6 @@ def write_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep:
             nothing half written is left.
     """
     final = root / f"step-{step:06d}"
-    remove_abandoned(root, age=0.0)
     with replacing_folder(final) as staging:
         write(staging)
         files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
