@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -10,15 +11,18 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from erde_hub.errors import CheckpointWriteError, ErdeError
+from erde_hub.errors import CheckpointError, CheckpointWriteError, ErdeError
 
 #: Temporary files and folders begin like this.
 _PREFIX = ".saving-"
 #: Age in seconds at which a temporary file must be that of a process that was killed.
 _ABANDONED = 86400.0
+#: Of config, index and the like: names of a million classes take less.
+_LARGEST_JSON = 2**26
 #: Folders in which this process has looked for temporary files of killed processes.
 _cleaned: set[Path] = set()
 
@@ -190,6 +194,33 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text with newlines as given; see :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what may come from a stranger: a JSON object in a file of at most 64 MiB; see :func:`parse_json`."""
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise CheckpointError(f"{path.name} has {size:,} bytes, more than the {_LARGEST_JSON:,} that are read")
+    return parse_json(path.read_bytes(), f"{path.name} of {str(path.parent)!r}")
+
+
+def parse_json(text: str | bytes, name: str) -> dict[str, Any]:
+    """Returns a JSON object as a dict.
+
+    Args:
+        text: As stored.
+        name: What it is, for the message.
+
+    Raises:
+        CheckpointError: It is damaged, nested too deeply, or no object.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, not text, numbers of thousands of digits
+        raise CheckpointError(f"{name} is damaged: {error}; save the checkpoint again, or fetch it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{name} is damaged: it must be a JSON object, got {type(values).__name__}")
+    return values
 
 
 def set_default_mode(path: str | os.PathLike[str]) -> None:

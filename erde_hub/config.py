@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ._files import write_text
+from ._files import parse_json, read_json, write_text
 from ._published_weights import check_backbone_weights
 from .calibration import get_calibrator
 from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
@@ -106,6 +108,7 @@ class EarlyExitConfig(PreTrainedConfig):
             :func:`~erde_hub._published_weights.check_backbone_weights`.
         rotary_dtype: Type of a transformers backbone's rotary frequencies, which ``.to(torch.bfloat16)`` rounds and
             loading computes in float32; None where they are in float32.
+        save_id: Hash of the tensors that the config was saved with; the weights' files hold it too.
         erde_hub_version: Version that wrote the file.
 
     Raises:
@@ -139,6 +142,7 @@ class EarlyExitConfig(PreTrainedConfig):
     preprocessing: dict[str, Any] | None = None
     backbone_weights: dict[str, Any] | None = None
     rotary_dtype: str | None = None
+    save_id: str | None = None
     erde_hub_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -254,6 +258,20 @@ class EarlyExitConfig(PreTrainedConfig):
         """
         write_text(json_file_path, self.to_json_string(use_diff=use_diff))
 
+    @classmethod
+    def parse(cls, text: str | bytes, name: str) -> dict[str, Any]:
+        """Reads a stored config without checking its values; see :func:`erde_hub._files.parse_json`."""
+        values: dict[str, Any] = cls._decode_special_floats(parse_json(text, name))
+        return values
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Reads a file as :meth:`parse` reads a text."""
+        values: dict[str, Any] = cls._decode_special_floats(read_json(Path(path)))
+        return values
+
+    _dict_from_json_file = read  # what transformers reads files with
+
     @property
     def num_outputs(self) -> int:
         """Number of logits of an exit: classes, targets of a regression, or tokens of a language model."""
@@ -268,6 +286,12 @@ class EarlyExitConfig(PreTrainedConfig):
     def num_exits(self) -> int:
         """Number of exits, the backbone's own classifier included."""
         return len(self.exits or []) + 1
+
+    @classmethod
+    def overridable(cls) -> set[str]:
+        """Names of the fields that ``from_pretrained`` takes as arguments."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return (fields | {"num_labels", "output_attentions"}) - {"dtype", "transformers_version"}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,18 +24,22 @@ def model_fingerprint(model: nn.Module, accelerator: Any | None = None) -> str:
     """
     several = accelerator is not None and accelerator.num_processes > 1
     state = accelerator.get_state_dict(model) if several and accelerator is not None else model.state_dict()
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name]
-        if name.split(".", 1)[0] in _READERS or not isinstance(value, Tensor):
-            continue
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(data.numpy().data)
-    found = [digest.hexdigest()[:32]]
+    found = [hash_tensors({name: value for name, value in state.items() if name.split(".", 1)[0] not in _READERS})]
     if several:
         broadcast_object_list(found)  # a sharded model gives its weights to the main process only
     return found[0]
+
+
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
+    """Hashes names, types, shapes and values; what is no tensor is left out."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        if isinstance(value, Tensor):
+            digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def check_fingerprint(known: str, model: nn.Module, what: str) -> None:

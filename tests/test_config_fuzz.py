@@ -105,7 +105,8 @@ def test_one_field_says_something_else(checkpoint, data):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"backbone_kwargs": {"width": 20_000}}, "describes a network of"),
+        ({"backbone_kwargs": {"width": 20_000}}, "the stage has 20000"),
+        ({"backbone_kwargs": {"width": 4000}, "exit_features": None}, "describes a network of"),
         ({"backbone_kwargs": {"width": 10**9}}, "is absurd"),
         ({"architecture": "hf-hub:org/name"}, "registered timm name"),
         ({"architecture": "/etc/passwd"}, "registered timm name"),

@@ -16,10 +16,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from erde_hub.errors import CheckpointError
+from erde_hub._published_weights import check_backbone_weights, fetch, published_weights
+from erde_hub.backbones import get_adapter
+from erde_hub.config import EarlyExitConfig
+from erde_hub.errors import CheckpointError, ConfigError
 
 from ._quiet import quiet_loading
+from .checkpoint import check_size
 
 
 def read_backbone(backbone_cls: type[nn.Module] | None, config: Any, path: Path) -> dict[str, Tensor]:
@@ -50,6 +55,56 @@ def read_backbone(backbone_cls: type[nn.Module] | None, config: Any, path: Path)
         return {name: tensor for name, tensor in loaded.state_dict().items() if name not in drawn}
     except SafetensorError as error:
         raise CheckpointError(f"{path.name} is no safetensors file, or was cut short: {error}") from error
+
+
+def published_tensors(config: EarlyExitConfig, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Fetches the backbone's weights of a heads-only checkpoint, by the names that the model with exits gives them.
+
+    Args:
+        config: Names the file and its hash.
+        hub: ``token``, ``cache_dir`` and the like where given.
+
+    Raises:
+        CheckpointError: No such file, another hash, no safetensors, or one for a much smaller network.
+        ConfigError: The config names no file, or no hash.
+    """
+    weights = check_backbone_weights(config.backbone_weights)
+    if "sha256" not in weights:
+        raise ConfigError("backbone_weights of a stored config must hold the sha256 of the file")
+    path, _ = fetch(weights, hub)
+    backbone_cls = own_config = None
+    if config.library == "transformers":
+        with torch.device("meta"):
+            backbone = get_adapter(config.library).build(config)
+        check_size(sum(t.nbytes for t in (*backbone.parameters(), *backbone.buffers())), path.stat().st_size)
+        backbone_cls, own_config = type(backbone), backbone.config
+    return {f"backbone.{name}": tensor for name, tensor in read_backbone(backbone_cls, own_config, path).items()}
+
+
+def without_published(
+    state: Mapping[str, Tensor],
+    backbone: nn.Module,
+    classifier: tuple[str, ...],
+    weights: dict[str, str] | None,
+    token: str | bool | None,
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Returns where the backbone's weights are published, and the tensors that a heads-only checkpoint has to hold.
+
+    Args:
+        state: All tensors of the model.
+        backbone: Says where it comes from if ``weights`` does not.
+        classifier: How the names of the backbone's classifier begin.
+        weights: From the user; see :func:`~erde_hub._published_weights.check_backbone_weights`.
+        token: Of the Hub.
+
+    Raises:
+        CheckpointError: See :func:`own_tensors`; or the file cannot be fetched.
+    """
+    weights = published_weights(backbone) if weights is None else check_backbone_weights(weights)
+    path, digest = fetch(weights, {} if token is None else {"token": token})
+    known = isinstance(backbone, PreTrainedModel)
+    published = read_backbone(type(backbone) if known else None, getattr(backbone, "config", None), path)
+    return {**weights, "sha256": digest}, own_tensors(state, published, classifier)
 
 
 def own_tensors(

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import contextvars
+import copy
 import inspect
-import json
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import CONFIG_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import resolve_revision
 
 from erde_hub._files import disk_errors, replacing_all
-from erde_hub._published_weights import FILENAME, check_backbone_weights, fetch, published_weights
 from erde_hub._version import __version__
-from erde_hub.backbones import BackboneAdapter, get_adapter
+from erde_hub.backbones import BackboneAdapter
 from erde_hub.backbones.shared_weights import (
     all_tensors,
     load_into,
@@ -39,6 +35,7 @@ from erde_hub.config import EarlyExitConfig, check_input_size, read_field
 from erde_hub.engine.inputs import TEXT_INPUTS, ModelInputs, check_pixel_values, check_text_inputs
 from erde_hub.engine.runner import ExitRunner
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError, InputTypeError, RebuildError, nearest
+from erde_hub.fingerprint import hash_tensors
 from erde_hub.heads import ExitHead
 from erde_hub.preprocessing import build_image_processor, check_preprocessing
 from erde_hub.tasks import (
@@ -50,8 +47,9 @@ from erde_hub.tasks import (
     token_cross_entropy,
 )
 
+from .checkpoint import REACHING, check_size, read_checkpoint, read_weights, remove_other_weights, write_weights
 from .exit_table import ExitTable, count_exits
-from .heads_only import own_tensors, read_backbone
+from .heads_only import published_tensors, without_published
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +65,10 @@ _HUB_ARGUMENTS = (
     "tags",
 )
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-
+#: Arguments that say which state of a repository is meant.
+_RESOLVING = ("token", "cache_dir", "local_files_only", "revision")
+#: Types of stored tensors that tell the type of a model.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 _NO_TEXTS: dict[str, Any] = dict.fromkeys(TEXT_INPUTS)
 
@@ -185,6 +185,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         *,
         heads_only: bool = False,
         backbone_weights: dict[str, str] | None = None,
+        distributed_checkpoint: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Saves config, weights (safetensors) and, where the preprocessing is known, ``preprocessor_config.json``.
@@ -200,6 +201,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 checks their hash. A classifier of its own is saved with the heads.
             backbone_weights: Where they are published; taken from the backbone where it says it. See
                 :func:`~erde_hub._published_weights.check_backbone_weights`.
+            distributed_checkpoint: Is refused.
             push_to_hub: Upload it as well; the arguments of ``push_to_hub`` (``repo_id``, ``private``, ...) may follow.
             **kwargs: See :meth:`transformers.PreTrainedModel.save_pretrained`.
 
@@ -209,51 +211,78 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             RebuildError: The model was changed after wrapping, so that its config would build another one.
             ConfigError: A field of its config was changed to what is not allowed.
         """
-        if state_dict is None:
-            self._check_config_builds_it()
-        self.config.erde_hub_version = __version__
-        if (pushed := _pushed.get()) is not None:  # transformers saves what it pushes without saying how
-            heads_only, backbone_weights = pushed["heads_only"], pushed["backbone_weights"]
+        if distributed_checkpoint:
+            raise ConfigError("distributed_checkpoint is not supported: the main process writes the weights whole")
         if backbone_weights is not None and not heads_only:
             raise ConfigError("backbone_weights says where a left-out backbone is published: pass heads_only=True")
-        self.config.backbone_weights = None
+        if state_dict is None:
+            self._check_config_builds_it()
+        config = self.config
+        config.erde_hub_version = __version__
+        config.backbone_weights = config.save_id = None
         rounded = {buffer.dtype for buffer in _rotary_frequencies(self.backbone)} - {torch.float32}
-        self.config.rotary_dtype = str(rounded.pop()).removeprefix("torch.") if rounded else None
+        config.rotary_dtype = str(rounded.pop()).removeprefix("torch.") if rounded else None
         if heads_only:
-            state_dict = self._heads_only_state(backbone_weights, kwargs.get("token"))
-        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-        if not is_main_process or kwargs.get("distributed_checkpoint"):  # all processes write one folder together
+            classifier = tuple(self._adapter.classifier_names(self.backbone))
+            config.backbone_weights, state_dict = without_published(
+                self.state_dict(), self.backbone, classifier, backbone_weights, kwargs.get("token")
+            )
+        if not is_main_process:
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             return
+        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
         if state_dict is None:
             # torch.compile puts its own module around the backbone, which a checkpoint must not show.
             state_dict = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
         state_dict = self._saved_once(state_dict)
-        empty = not state_dict
-        with replacing_all(save_directory, last="config.json") as staging, disk_errors(Path(save_directory)):
-            super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
-            if empty:  # heads that share all they use with a published backbone
-                save_file({}, staging / FILENAME, metadata={"format": "pt"})
-            if self.config.preprocessing:
+        with replacing_all(save_directory, last=CONFIG_NAME) as staging, disk_errors(Path(save_directory)):
+            self._write(staging, state_dict, **kwargs)
+            if config.preprocessing:
                 self.image_processor().save_pretrained(staging)
             else:
                 self._warn_of_no_preprocessing()
             written = {path.name for path in staging.iterdir()}
         if kwargs.get("variant") is None:
-            _remove_other_weights(Path(save_directory), written)
+            remove_other_weights(Path(save_directory), written)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, heads_only=heads_only, backbone_weights=backbone_weights, **hub)
 
+    def _write(
+        self,
+        folder: Path,
+        tensors: dict[str, Tensor],
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes config and weights; tensors that are offloaded or sharded, and PEFT's, as transformers does."""
+        plain = all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors.values())
+        if kwargs or not plain or self._hf_peft_config_loaded or getattr(self, "hf_quantizer", None) is not None:
+            super().save_pretrained(folder, True, tensors, max_shard_size=max_shard_size, variant=variant, **kwargs)
+            return
+        tensors = revert_weight_conversion(self, tensors)
+        self.config.save_id = hash_tensors(tensors)
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(folder)
+        write_weights(folder, tensors, self.config, max_shard_size, variant)
+
     def push_to_hub(
-        self, *args: Any, heads_only: bool = False, backbone_weights: dict[str, str] | None = None, **kwargs: Any
+        self,
+        repo_id: str,
+        *,
+        heads_only: bool = False,
+        backbone_weights: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As for any transformers model; ``heads_only`` and ``backbone_weights`` as for :meth:`save_pretrained`."""
-        token = _pushed.set({"heads_only": heads_only, "backbone_weights": backbone_weights})
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        finally:
-            _pushed.reset(token)
+        # What transformers pushes it saves without arguments of ours.
+        pushed = copy.copy(self)
+        pushed.__dict__["save_pretrained"] = partial(
+            self.save_pretrained, heads_only=heads_only, backbone_weights=backbone_weights
+        )
+        return super(EarlyExitPreTrainedModel, pushed).push_to_hub(repo_id, **kwargs)
 
     def _warn_of_no_preprocessing(self) -> None:
         """Once per model: other transformers image models bring theirs, so that nobody looks for it in this one."""
@@ -266,29 +295,16 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 self.config.architecture,
             )
 
-    def _heads_only_state(self, given: dict[str, str] | None, token: Any) -> dict[str, Tensor]:
-        """Sets ``config.backbone_weights`` and returns the tensors to save."""
-        weights = published_weights(self.backbone) if given is None else check_backbone_weights(given)
-        path, digest = fetch(weights, {} if token is None else {"token": token})
-        known = isinstance(self.backbone, PreTrainedModel)
-        published = read_backbone(type(self.backbone) if known else None, getattr(self.backbone, "config", None), path)
-        own = own_tensors(self.state_dict(), published, tuple(self._adapter.classifier_names(self.backbone)))
-        self.config.backbone_weights = {**weights, "sha256": digest}
-        return own
-
-    def _check_is_as_large_as_its_file(self) -> None:
-        """While a checkpoint is loaded: a config that describes far more than the file holds would fill the memory.
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: set[str], *args: Any) -> None:
+        """Makes room for what a checkpoint does not hold, unless it is far more than what it holds.
 
         Raises:
-            CheckpointError: The network has more than eight times the parameters that the file can hold.
+            CheckpointError: The config describes such a network.
         """
-        held = _bytes_of_weights.get()
-        described = sum(p.numel() for p in self.parameters())
-        if held is not None and described > 8 * held + 1_000_000:
-            raise CheckpointError(
-                f"the config describes a network of {described:,} parameters, but the weights are {held:,} bytes: it"
-                " was edited, or belongs to other weights"
-            )
+        missing = [self.get_parameter_or_buffer(key) for key in missing_keys - self.all_tied_weights_keys.keys()]
+        room = sum(t.nbytes for t in (*missing, *(buffer for _, buffer in self.named_non_persistent_buffers())))
+        check_size(room, sum(t.nbytes for t in (*self.parameters(), *self.buffers())) - room)
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args)
 
     def _find_shared_weights(self, given: bool) -> None:
         """Notes what the backbone shares between its modules, and its tensors where it was given to be loaded."""
@@ -422,61 +438,76 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             CheckpointError: No such folder, or one without a checkpoint; weights that are missing, left over or of
                 other shapes than the config says; a plain backbone without ``backbone=``.
         """
-        _check_is_there(pretrained_model_name_or_path, kwargs)
+        source = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
-        must_be_empty = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
-        if kwargs.pop("ignore_mismatched_sizes", False):
-            must_be_empty.remove("mismatched_keys")
-        # Other shapes are let through and found below, since transformers names them in its log alone.
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            source, model_args, kwargs = _with_published(cls, pretrained_model_name_or_path, model_args, kwargs)
-            token = _bytes_of_weights.set(_weights_size(source, kwargs))
-            try:
-                model, info = super().from_pretrained(source, *model_args, **kwargs)
-            finally:
-                _bytes_of_weights.reset(token)
+            if source is not None and kwargs.get("state_dict") is None:
+                kwargs = cls._read(source, kwargs)
+            # Other shapes are let through and found below, since transformers names them in its log alone.
+            model, info = super().from_pretrained(
+                None, *model_args, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except (ErdeError, torch.OutOfMemoryError):
             raise
-        except (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, StrictDataclassError) as error:
             raise CheckpointError(
-                f"{pretrained_model_name_or_path} could not be loaded: config or files are damaged, or an argument"
+                f"{source} could not be loaded: config or files are damaged, or an argument"
                 f" of from_pretrained is none ({type(error).__name__}: {error})"
             ) from error
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"the weights of {pretrained_model_name_or_path} are damaged ({error}): the file was cut short or is no"
-                " safetensors file; save it, or download it, again"
-            ) from error
-        wrong = {k: sorted(map(str, v)) for k, v in info.items() if k in must_be_empty and v}
-        if wrong:
-            what = "; ".join(f"{k.replace('_', ' ')}: {len(v)}, first {v[0]!r}" for k, v in wrong.items())
-            raise CheckpointError(
-                f"the weights of {pretrained_model_name_or_path} do not match its config ({what}): the file belongs to"
-                " another model, or the config was edited"
-            )
-        with torch.no_grad():
-            given = vars(model).pop("_given", {})
-            own = {id(tensor) for tensor in load_into(model.backbone, given)}
-            types = {p.dtype for p in model.backbone.parameters() if p.is_floating_point()}
-            if given and types and model.config.dtype not in (None, *types):  # transformers leaves it as it was given
-                model.backbone.to(model.config.dtype)
-            if model.config.rotary_dtype == str(model.dtype).removeprefix("torch."):
-                for buffer in _rotary_frequencies(model.backbone):
-                    buffer.data = buffer.data.to(model.dtype)
-            for tensor in (*model.parameters(), *model.buffers()):
-                # Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last
-                # bits from those of the model that was saved, and rewriting the file would change this one.
-                if tensor.device.type == "cpu" and id(tensor) not in own:
-                    tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+        _check_all_fits(source, info, may_differ)
+        model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
+        model._own_what_was_loaded()
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _read(cls, source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Reads config and weights, and puts them in the place of the arguments that say where they are."""
+        _check_is_there(source, kwargs)
+        reaching = {key: kwargs.pop(key) for key in REACHING if key in kwargs}
+        variant = kwargs.pop("variant", None)
+        if isinstance(source, str):
+            reaching["revision"] = resolve_revision(
+                source, **{key: value for key, value in reaching.items() if key in _RESOLVING}
+            )
+        overrides = {key: kwargs.pop(key) for key in [*kwargs] if key in cls.config_class.overridable()}
+        config = kwargs.pop("config", None)
+        if config is None:
+            build = partial(cls.config_class.from_dict, **overrides)
+            config, tensors = read_checkpoint(source, reaching, variant, build)
+        else:
+            if not isinstance(config, EarlyExitConfig):
+                config = cls.config_class.from_pretrained(config)
+            config = copy.deepcopy(config)
+            for key, value in overrides.items():
+                setattr(config, key, value)
+            read_here = config.name_or_path == str(source)  # as the auto classes do
+            tensors = read_weights(source, reaching, variant, config.save_id if read_here else None)
+        if config.backbone_weights is not None:
+            hub = {key: value for key, value in reaching.items() if key not in ("subfolder", "revision")}
+            tensors = published_tensors(config, hub) | tensors
+        if config.dtype is None and kwargs.get("dtype", "auto") == "auto":
+            kwargs["dtype"] = next((t[:].dtype for t in tensors.values() if t.get_dtype() in _FLOATS), None)
+        return {**kwargs, "config": config, "state_dict": tensors}
 
-#: How what is being pushed is saved; None while nothing is.
-_pushed: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("erde_hub_pushed", default=None)
+    @torch.no_grad()
+    def _own_what_was_loaded(self) -> None:
+        """Lets go of the files, and gives a backbone that was handed in its own tensors back.
 
-#: Size of the weights that are being loaded; None where they are not known, and while nothing is.
-_bytes_of_weights: contextvars.ContextVar[int | None] = contextvars.ContextVar("erde_hub_bytes", default=None)
+        Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last bits from
+        those of the model that was saved, and rewriting the file would change this one.
+        """
+        given = self.__dict__.pop("_given", {})
+        own = {id(tensor) for tensor in load_into(self.backbone, given)}
+        types = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
+        if given and types and self.config.dtype not in (None, *types):  # transformers leaves it as it was given
+            self.backbone.to(self.config.dtype)
+        if self.config.rotary_dtype == str(self.dtype).removeprefix("torch."):
+            for buffer in _rotary_frequencies(self.backbone):
+                buffer.data = buffer.data.to(self.dtype)
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.device.type == "cpu" and id(tensor) not in own:
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
 
 
 def _rotary_frequencies(backbone: nn.Module) -> list[Tensor]:
@@ -486,61 +517,16 @@ def _rotary_frequencies(backbone: nn.Module) -> list[Tensor]:
     return [buffer for name, buffer in backbone.named_buffers() if name.endswith("inv_freq")]
 
 
-def _weights_size(source: Any, kwargs: dict[str, Any]) -> int | None:
-    if kwargs.get("state_dict") is not None:
-        return sum(tensor.nbytes for tensor in kwargs["state_dict"].values())
-    if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
-        folder = Path(source) / kwargs.get("subfolder", "")
-        return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
-    if source is None:
-        return None
-    reaching: dict[str, Any] = {key: kwargs[key] for key in _REACHING if key in kwargs}
-    found = cached_file(source, FILENAME, _raise_exceptions_for_missing_entries=False, **reaching)
-    if found is not None:
-        return Path(found).stat().st_size
-    index = cached_file(source, f"{FILENAME}.index.json", _raise_exceptions_for_missing_entries=False, **reaching)
-    if index is None:
-        return None
-    shards = get_checkpoint_shard_files(source, index, **reaching)[0]
-    return sum(Path(shard).stat().st_size for shard in shards)
-
-
-#: Arguments of ``from_pretrained`` that say how to reach the Hub.
-_REACHING = ("token", "cache_dir", "local_files_only", "force_download", "subfolder", "revision")
-
-
-def _with_published(
-    cls: type[EarlyExitPreTrainedModel], source: Any, model_args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """For checkpoints of heads alone: puts the published weights beside them, once their hash is checked."""
-    if model_args or kwargs.get("state_dict") is not None or source is None:
-        return source, model_args, kwargs
-    reaching: dict[str, Any] = {key: kwargs[key] for key in _REACHING if key in kwargs}
-    config = kwargs.get("config")
-    if config is None:
-        found = cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **reaching)
-        try:
-            stored = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
-        except ValueError as error:  # not JSON, or not text
-            raise CheckpointError(
-                f"{CONFIG_NAME} of {str(source)!r} is damaged: {error}; save the checkpoint again, or fetch it again"
-            ) from error
-        if not isinstance(stored, dict) or stored.get("backbone_weights") is None:
-            return source, model_args, kwargs
-        fields = {key: kwargs.pop(key) for key in list(kwargs) if key in EarlyExitConfig.__annotations__}
-        config = cls.config_class.from_pretrained(source, **reaching, **fields)
-    if not isinstance(config, EarlyExitConfig) or config.backbone_weights is None:
-        return source, model_args, kwargs
-    weights = check_backbone_weights(config.backbone_weights)
-    if "sha256" not in weights:
-        raise ConfigError("backbone_weights of a stored config must hold the sha256 of the file")
-    heads = cached_file(source, FILENAME, **reaching)
-    path, _ = fetch(weights, {key: value for key, value in reaching.items() if key not in ("subfolder", "revision")})
-    backbone = get_adapter(config.library).build(config) if config.library == "transformers" else None
-    read = read_backbone(None if backbone is None else type(backbone), getattr(backbone, "config", None), path)
-    state = {f"backbone.{name}": tensor for name, tensor in read.items()} | load_file(heads)
-    left = {key: value for key, value in kwargs.items() if key not in _REACHING}
-    return None, (), {**left, "config": config, "state_dict": state}
+def _check_all_fits(source: Any, info: dict[str, Any], may_differ: bool) -> None:
+    """Raises :class:`CheckpointError` for weights that are missing, left over or, unless allowed, of other shapes."""
+    kinds = ["missing_keys", "unexpected_keys", "error_msgs", *([] if may_differ else ["mismatched_keys"])]
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
+    if wrong:
+        what = "; ".join(f"{k.replace('_', ' ')}: {len(v)}, first {v[0]!r}" for k, v in wrong.items())
+        raise CheckpointError(
+            f"the weights of {source} do not match its config ({what}): the file belongs to another model, or the"
+            " config was edited"
+        )
 
 
 def _check_is_there(name: Any, kwargs: dict[str, Any]) -> None:
@@ -557,10 +543,3 @@ def _check_is_there(name: Any, kwargs: dict[str, Any]) -> None:
     elif isinstance(name, os.PathLike) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         home = "" if not str(name).startswith("~") else f" (from here, ~ is not expanded: {path.expanduser()})"
         raise CheckpointError(f"there is no folder {str(name)!r}{home}; a repository of the Hub is named 'org/name'")
-
-
-def _remove_other_weights(folder: Path, written: set[str]) -> None:
-    """Deletes one file of weights beside newer shards, or shards beside a newer file: loading would find both."""
-    for path in folder.iterdir():
-        if _WEIGHTS.fullmatch(path.name) and path.name not in written:
-            path.unlink()

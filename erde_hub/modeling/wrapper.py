@@ -234,8 +234,6 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self._costs = {}
         self.main_input_name = "input_ids" if adapter.is_text(backbone) else "pixel_values"
         on_meta = torch.get_default_device().type == "meta"  # while a checkpoint is loaded
-        if on_meta and not adopted:
-            self._check_is_as_large_as_its_file()
         if not adopted:
             for name, spec in zip(names, specs, strict=True):
                 adapter.check_spec(backbone, name, spec)

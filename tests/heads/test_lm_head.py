@@ -14,7 +14,7 @@ from torch import nn
 from erde_hub import EarlyExitWrapper, TruncatedModel
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError
 from erde_hub.heads import FeatureSpec, create_head
-from erde_hub.modeling import pretrained
+from erde_hub.modeling import heads_only
 from tests.fakes.transformers_models import CAUSAL, causal
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -73,7 +73,7 @@ def test_checkpoints_hold_the_read_out_once(kwargs, names, tied, tmp_path, monke
     assert all(z.eq(0).all() for z in every_exit(again))
 
     model.backbone.save_pretrained(tmp_path / "published")
-    monkeypatch.setattr(pretrained, "fetch", lambda *_: (tmp_path / "published" / "model.safetensors", "0" * 64))
+    monkeypatch.setattr(heads_only, "fetch", lambda *_: (tmp_path / "published" / "model.safetensors", "0" * 64))
     model.save_pretrained(tmp_path / "heads", heads_only=True, backbone_weights={"repo_id": "org/name"})
     assert set(load_file(tmp_path / "heads" / "model.safetensors")) == own
     assert all(map(torch.equal, every_exit(EarlyExitWrapper.from_pretrained(tmp_path / "heads")), expected))

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import CheckpointError, RebuildError
 from erde_hub.heads import LinearHead
-from erde_hub.modeling import pretrained
+from erde_hub.modeling import heads_only
 from erde_hub.modeling.truncated import TruncatedModel
 from tests.fakes.networks import Plain
 
@@ -253,7 +253,7 @@ def test_heads_alone(way, tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = way()
     save_model(net, str(tmp_path / "published.safetensors"))
-    monkeypatch.setattr(pretrained, "fetch", lambda *_: (tmp_path / "published.safetensors", "0" * 64))
+    monkeypatch.setattr(heads_only, "fetch", lambda *_: (tmp_path / "published.safetensors", "0" * 64))
     model = EarlyExitWrapper(net, exits=["a"], input_size=(6,)).eval()
     model.save_pretrained(tmp_path / "heads", heads_only=True, backbone_weights={"repo_id": "org/name"})
     again = EarlyExitWrapper.from_pretrained(tmp_path / "heads", backbone=way())

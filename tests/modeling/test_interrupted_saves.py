@@ -1,0 +1,204 @@
+"""A checkpoint that is saved over another one: a kill at any point, and every reader meanwhile, gets one of the two."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+from erde_hub import EarlyExitWrapper
+from erde_hub.errors import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
+THRESHOLDS = {"old": 0.25, "new": 0.75}
+
+
+def make(name: str, width: int = 4) -> EarlyExitWrapper:
+    torch.manual_seed(len(name) + width)
+    backbone = timm.create_model("resnet8_cifar", num_classes=4, width=width)
+    model = EarlyExitWrapper(backbone, exits=["layer1"], backbone_kwargs={"width": width}, threshold=THRESHOLDS[name])
+    model.backbone.conv1.weight.data[0] = THRESHOLDS[name]
+    model.set_preprocessing(mean=[0.5] * 3, std=[0.5] * 3, size=[32, 32])
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def old() -> EarlyExitWrapper:
+    return make("old")
+
+
+@pytest.fixture(scope="module")
+def new() -> EarlyExitWrapper:
+    return make("new")
+
+
+def which(folder: Path, load: Callable = EarlyExitWrapper.from_pretrained) -> str:
+    """Loads a checkpoint and returns which one it is; its parts must agree."""
+    model = load(folder)
+    weights, threshold = model.backbone.conv1.weight[0, 0, 0, 0].item(), model.threshold
+    assert weights == threshold, f"weights of {weights}, threshold of {threshold}"
+    return "old" if threshold == THRESHOLDS["old"] else "new"
+
+
+def run_killed(function: Callable[[], None], before: int) -> bool:
+    """Runs a function in a process that is killed before the given file operation; whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counted(real: Callable) -> Callable:
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            return call
+
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("before", [{}, {"max_shard_size": "10KB"}], ids=["file", "shards"])
+@pytest.mark.parametrize(
+    ("width", "after"), [(4, {}), (8, {}), (4, {"max_shard_size": "10KB"})], ids=["file", "wider", "shards"]
+)
+def test_a_kill_at_any_point_leaves_one_of_the_two(old, before, width, after, tmp_path):
+    model, folder, found, point = make("new", width), tmp_path / "a", set(), 0
+    done = False
+    while not done:
+        point += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        old.save_pretrained(folder, **before)
+        done = run_killed(lambda: model.save_pretrained(folder, **after), point)
+        found.add(which(folder))
+        if not done and point % 5 == 0:
+            old.save_pretrained(folder, **before)
+            assert not list(folder.glob(".saving-*")), "the next save removes what is left"
+            assert which(folder) == "old"
+    assert found == {"old", "new"}
+    assert point > 8
+
+
+def read_while_saving(models: list[EarlyExitWrapper], folder: Path, reads: int) -> set[str]:
+    models[0].save_pretrained(folder)
+    done, failed = threading.Event(), []
+
+    def save() -> None:
+        turn = 0
+        try:
+            while not done.is_set():
+                turn += 1
+                models[turn % 2].save_pretrained(folder, **({"max_shard_size": "10KB"} if turn % 3 == 0 else {}))
+        except Exception as error:  # noqa: BLE001 - shown below
+            failed.append(error)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        found = {which(folder) for _ in range(reads)}
+    finally:
+        done.set()
+        thread.join()
+    assert not failed
+    return found
+
+
+def test_readers_never_mix_two_saves(old, new, tmp_path):
+    assert read_while_saving([old, new], tmp_path, 12) <= {"old", "new"}
+
+
+@pytest.mark.long
+def test_readers_never_mix_two_saves_for_long(old, new, tmp_path):
+    assert read_while_saving([old, new], tmp_path, 400) == {"old", "new"}
+
+
+# What belongs together
+
+
+@pytest.fixture
+def torn(old, new, tmp_path) -> Path:
+    """The old config with the new weights."""
+    old.save_pretrained(tmp_path / "torn")
+    new.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path / "torn")
+    return tmp_path / "torn"
+
+
+def test_weights_of_another_save_come_with_their_own_config(torn, caplog):
+    with caplog.at_level(logging.WARNING, "erde_hub"):
+        assert which(torn) == "new"
+    assert "belongs to other weights" in caplog.text
+    assert EarlyExitWrapper.from_pretrained(torn, threshold=0.5).threshold == 0.5
+    with pytest.raises(CheckpointError, match="does not belong to the weights"):
+        AutoModelForImageClassification.from_pretrained(torn)
+    EarlyExitWrapper.from_pretrained(torn).save_pretrained(torn)
+    assert which(torn, AutoModelForImageClassification.from_pretrained) == "new"
+
+
+def test_a_config_that_is_edited_counts(old, tmp_path):
+    old.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata()["save_id"] == config["save_id"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "threshold": 0.5}))
+    for load in (EarlyExitWrapper.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        assert load(tmp_path).threshold == 0.5
+
+
+def test_equal_weights_are_one_save(old, tmp_path):
+    for name in "ab":
+        old.save_pretrained(tmp_path / name)
+    one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert one == two
+    old.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert json.loads((tmp_path / "shards" / "config.json").read_text())["save_id"] == one["save_id"]
+
+
+@pytest.mark.parametrize("mark", [None, {"format": "pt"}])
+def test_weights_of_other_programs_go_with_the_config(old, mark, tmp_path):
+    old.save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors.new", mark)
+    (tmp_path / "model.safetensors.new").rename(tmp_path / "model.safetensors")
+    assert which(tmp_path) == "old"
+
+
+def test_shards_of_two_saves(old, new, tmp_path):
+    for name, model in (("old", old), ("new", new)):
+        model.save_pretrained(tmp_path / name, max_shard_size="10KB")
+    ours, theirs = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("old", "new"))
+    assert not {path.name for path in ours} & {path.name for path in theirs}
+    shutil.copy(theirs[0], ours[0])
+    with pytest.raises(CheckpointError, match="several saves"):
+        EarlyExitWrapper.from_pretrained(tmp_path / "old")
+    ours[0].unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        EarlyExitWrapper.from_pretrained(tmp_path / "old")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "", "model.bin", 3])
+def test_an_index_leads_nowhere_else(old, name, tmp_path):
+    old.save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"heads.0.fc.weight": name}}))
+    with pytest.raises(CheckpointError, match="must name files of weights next to it"):
+        EarlyExitWrapper.from_pretrained(tmp_path)
