@@ -153,7 +153,7 @@ def test_features_without_the_samples_in_front():
         EarlyExitWrapper(net, exits=["stage"], input_size=(7, 6))
 
 
-@pytest.mark.parametrize("head", list_heads())
+@pytest.mark.parametrize("head", [name for name in list_heads() if name != "lm"])
 def test_heads_read_signals_along_the_right_axis(head):
     make, size, *_ = NETS["signals"]
     model = EarlyExitWrapper(make(), exits=["stage"], head=head, input_size=size).eval()
