@@ -1,204 +1,20 @@
-"""Opening a data set with ``datasets`` and finding its columns, with errors that say what to do."""
+"""Columns of images, texts and labels: found by their type, read, and named where something is wrong."""
 
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.packaged_modules.csv.csv import CsvConfig
-from huggingface_hub.constants import HF_HUB_CACHE
 from numpy.typing import NDArray
 
 from erde_hub.errors import DataError, LabelError, nearest
 
-from .decoding import EncodedImages
-from .folders import SPLIT_ALIASES, read_class_folders
-
 _logger = logging.getLogger(__name__)
 
 _CLASS_DTYPES = ("int", "uint", "bool", "string", "large_string")
-
-
-@dataclass
-class Source:
-    """A data set as it is stored: labels read, images still encoded.
-
-    Args:
-        name: Hub name, or the last component of the folder.
-        class_names: Names of the classes, in the order of their labels.
-        labels: Labels from 0 per source split; unlabelled test splits are left out.
-        images: Encoded images per source split.
-        files: For folders of images, how many files were seen, used and left out.
-    """
-
-    name: str
-    class_names: list[str]
-    labels: dict[str, NDArray[np.int64]]
-    images: dict[str, EncodedImages]
-    files: dict[str, Any] | None = None
-
-
-@dataclass
-class Tables:
-    """What was opened under a name.
-
-    Attributes:
-        name: Hub name, or the last component of the folder.
-        splits: Tables or streams by the usual names of splits.
-        roots: Where files that an image column names may lie; None for files that were listed here.
-        files: For folders of images, how many files were seen, used and left out.
-    """
-
-    name: str
-    splits: dict[str, Any]
-    roots: list[str] | None
-    files: dict[str, Any] | None = None
-
-
-def open_source(
-    dataset: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    config_name: str | None = None,
-    cache_dir: str | None = None,
-) -> Source:
-    """Opens a Hub data set or a local folder, finds its columns and reads its labels.
-
-    Raises:
-        DataError: Nothing of that name, a folder without data, no train split, a column missing or in doubt, an empty
-            split, rows without label, a single class.
-        LabelError: A label outside the classes.
-    """
-    opened = open_tables(dataset, config_name, cache_dir)
-    name, tables = opened.name, opened.splits
-    image, label = find_columns(tables["train"].features, name, image_column, label_column)
-    class_names, labels = read_labels(tables, name, label)
-    images = {
-        split: EncodedImages(as_images(tables[split], image), image, name, split, opened.roots) for split in labels
-    }
-    return Source(name, class_names, labels, images, opened.files)
-
-
-def open_tables(dataset: str, config_name: str | None, cache_dir: str | None) -> Tables:
-    """As :func:`open_dataset`, loaded, with rows in every split.
-
-    Raises:
-        DataError: See :func:`open_dataset`; also an empty split.
-    """
-    opened = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir)
-    for split, table in opened.splits.items():
-        if len(table) == 0:
-            raise DataError(f"split {split!r} of {opened.name!r} is empty: give one with rows, or leave it out")
-    return opened
-
-
-def open_dataset(dataset: str, config_name: str | None, streaming: bool, cache_dir: str | None) -> Tables:
-    """Opens a folder or a data set of the Hub. A folder of class folders is never streamed: its files lie here.
-
-    Raises:
-        DataError: Nothing of that name, a folder without data or without train split, or a cache that cannot be
-            written.
-        LabelError: A class folder without training images.
-    """
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        name = path.resolve().name
-        found = read_class_folders(path)
-        if found is not None:
-            return Tables(name, dict(found[0]), None, found[1])
-        loaded, roots = _load(str(path), config_name, streaming, cache_dir), [str(path)]
-    else:
-        name = dataset
-        _check_hub_name(dataset, path)
-        loaded = _load(dataset, config_name, streaming, cache_dir)
-        roots = [str(Path(HF_HUB_CACHE, "datasets--" + dataset.replace("/", "--"))), f"hf://datasets/{dataset}@"]
-    roots.append(str(datasets.config.EXTRACTED_DATASETS_PATH))
-    tables: dict[str, Any] = {}
-    for split, table in loaded.items():
-        usual = SPLIT_ALIASES.get(str(split).lower())
-        if usual is None:
-            _logger.info("split %r of %s is not used (train, validation and test are)", split, name)
-        elif usual in tables:
-            raise DataError(f"{name!r} has two splits that mean {usual!r}: {', '.join(map(repr, loaded))}; keep one")
-        else:
-            tables[usual] = table
-    if "train" not in tables:
-        raise DataError(
-            f"{name!r} has no split 'train'{nearest('train', map(str, loaded))} (found: {', '.join(map(repr, loaded))})"
-        )
-    return Tables(name, tables, roots)
-
-
-def _load(source: str, config_name: str | None, streaming: bool, cache_dir: str | None) -> Any:
-    """Calls ``datasets.load_dataset``; in CSV files only an empty cell is missing, so that a class may be called NA."""
-    local = Path(source).is_dir()
-    name = Path(source).resolve().name if local else source
-    try:
-        builder = datasets.load_dataset_builder(source, config_name, cache_dir=cache_dir)
-        csv = isinstance(builder.config, CsvConfig)
-        options = {"keep_default_na": False, "na_values": [""]} if csv else {}
-        return datasets.load_dataset(source, config_name, streaming=streaming, cache_dir=cache_dir, **options)
-    except Exception as error:  # of many unrelated types, from files, formats, the Hub and the network
-        reason = _first_line(error)
-        _check_cache(cache_dir or str(datasets.config.HF_DATASETS_CACHE), error)
-        if "corresponds to no data" in str(error):  # what datasets says of a split without rows
-            raise DataError(f"a split of {name!r} is empty ({error}): give one with rows, or leave it out") from error
-        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
-            raise DataError(f"{name!r} has several configurations: {reason}; name one with --dataset_config") from error
-        if local:
-            raise DataError(
-                f"folder {source!r} cannot be read by datasets.load_dataset: {reason}; give one with parquet files or"
-                " with a folder of images per class (below train/ and test/)"
-            ) from error
-        raise DataError(
-            f"data set {source!r} is neither 'digits' nor a folder here, and the Hub did not give it: {reason}; check"
-            f" the name and the network{_near_folder(Path(source))}"
-        ) from error
-
-
-def _check_cache(folder: str, error: Exception) -> None:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as refused:
-        raise DataError(
-            f"the cache of data sets, {folder!r}, cannot be written ({refused.strerror}): choose another folder with"
-            " cache_dir= (recipes: --cache_dir) or the variable HF_DATASETS_CACHE"
-        ) from error
-
-
-def _check_hub_name(dataset: str, path: Path) -> None:
-    if path.is_file():
-        raise DataError(f"{dataset!r} is a file: give the folder it is in")
-    for prefix in ("https://huggingface.co/datasets/", "hf://datasets/"):
-        if dataset.startswith(prefix):
-            raise DataError(f"{dataset!r} is an address: give the data set's name, {dataset.removeprefix(prefix)!r}")
-    looks_local = dataset.startswith((".", "~", os.sep)) or os.sep * 2 in dataset or dataset.count("/") > 1
-    if looks_local or not dataset:
-        raise DataError(f"there is no folder {dataset!r}{_near_folder(path)}")
-
-
-def _near_folder(path: Path) -> str:
-    parent = path.parent
-    if not path.name or not parent.is_dir():
-        return ""
-    folders = [entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    return nearest(path.name, ["digits", *folders])
-
-
-def _first_line(error: Exception) -> str:
-    # datasets wraps the reason of a failed build; the message is long and may span lines
-    reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-    text = str(reason or error).strip() or type(error).__name__
-    return " ".join(text.split())[:400]
 
 
 def find_columns(
@@ -372,7 +188,8 @@ def _classes_of_values(
 ) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
     known = np.unique(values["train"])
     missing = [value for value in known.tolist() if value in _MISSING]
-    if missing and all(_is_number(value) for value in known.tolist() if value not in _MISSING):
+    numbers = [_is_number(value) for value in known.tolist() if value not in _MISSING]
+    if missing and numbers and all(numbers):
         row = int(np.argmax(np.isin(values["train"], missing)))
         raise DataError(
             f"labels in {column!r} of {dataset!r} are numbers and {missing[0]!r} (first in row {row} of train), which"

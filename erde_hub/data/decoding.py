@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import logging
@@ -183,11 +182,12 @@ def is_image(path: str | Path) -> bool:
 def decode(content: bytes, where: object) -> Image.Image:
     """Decodes an image of any mode to 8-bit RGB, upright.
 
-    Grey of 16 bits is scaled to 8. Grey of 32 bits has no stated range: values from 0 to 255 are taken as they are.
+    Grey of 16 or 32 bits is taken as it is up to 255. What lies above would be white in transformers' pipelines, and no
+    number in :class:`~erde_hub.export.EarlyExitSession`, so it is refused here too.
 
     Raises:
-        DataError: The bytes are no image, a damaged one, or grey values beyond 255 in 32 bits or in floating point; the
-            message names ``where``.
+        DataError: The bytes are no image, a damaged one, or hold grey values beyond 8 bits; the message names
+            ``where``.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=raster_formats())
@@ -207,19 +207,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def is_16_bit(image: Image.Image) -> bool:
-    """Tells whether an opened image is grey of 16 bits."""
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-
-
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no stated range; store 8-bit images")
     values = np.asarray(image).astype(np.int64)
-    if is_16_bit(image):
-        values >>= 8
-    elif values.min() < 0 or values.max() > 255:
-        raise ValueError(f"32-bit pixels up to {values.max()} have no stated range; store 8-bit images")
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(
+            f"grey of mode {image.mode} with values from {values.min()} to {values.max()}, which pipelines of"
+            " transformers would clip at 255: scale the images and store them with 8 bits"
+        )
     return Image.fromarray(values.astype(np.uint8))
 
 
@@ -230,20 +226,6 @@ def common_size(images: Mapping[str, EncodedImages]) -> tuple[int, int] | None:
         for row in evenly_spaced(len(encoded), 32):
             sizes.add(header_size(encoded.read(row), encoded.where(row)))
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def warn_of_16_bits(images: Mapping[str, EncodedImages]) -> None:
-    """Warns where a few rows of every split show grey of 16 bits, which other programs clip instead of scaling."""
-    for encoded in images.values():
-        for row in evenly_spaced(len(encoded), 32):
-            with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded.read(row))) as image:
-                if is_16_bit(image):
-                    _logger.warning(
-                        "%s is grey of 16 bits: it is scaled to 8 bits here, while transformers' pipeline clips it at"
-                        " 255, which is white. Store 8-bit images, so that training and use see the same",
-                        encoded.where(row),
-                    )
-                    return
 
 
 def header_size(content: bytes, where: object) -> tuple[int, int]:
@@ -452,9 +434,9 @@ def content_keys(
         progress: Show a progress bar.
     """
     if not isinstance(images, EncodedImages):
-        return _keys(np.ascontiguousarray(images))
+        return row_hashes(np.ascontiguousarray(images))
     if _mean_bytes(images) * len(images) <= _FULL_HASH_BYTES:
-        return _keys(content for _, content in images.iterate())
+        return row_hashes(content for _, content in images.iterate())
     if not whole:
         return None
     if kept is not None and kept.is_file():
@@ -462,7 +444,7 @@ def content_keys(
         if len(keys) == len(images):
             return keys
     bar = passing_bar(images.iterate(), "looking for copies", len(images), shown=progress)
-    keys = _keys(content for _, content in bar)
+    keys = row_hashes(content for _, content in bar)
     if kept is not None:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -473,7 +455,8 @@ def content_keys(
     return keys
 
 
-def _keys(contents: Iterable[Any]) -> NDArray[np.uint64]:
+def row_hashes(contents: Iterable[Any]) -> NDArray[np.uint64]:
+    """Returns 64 bits of the bytes of every row, (N,)."""
     digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
     return np.frombuffer(b"".join(digests), "<u8")
 

@@ -6,8 +6,11 @@ is read, except ``train``, ``validation`` and ``test`` as folders of class folde
 
 from __future__ import annotations
 
+import json
 import logging
+import mimetypes
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd  # type: ignore[import-untyped]
 from PIL import Image
 
 from erde_hub.errors import DataError, LabelError, nearest
@@ -32,8 +36,28 @@ SPLIT_ALIASES = {
 _TABLES = (".parquet", ".arrow")
 # Files that may describe or hold images which lie in no class folders.
 _DESCRIBED = (".csv", ".tsv", ".json", ".jsonl", ".zip", ".tar", ".gz")
+# Files that say which image has which label; see :func:`_read_metadata`.
+_METADATA = ("metadata.csv", "metadata.jsonl")
+_UNREADABLE = "in an image format that Pillow does not read"
 
 Parts = tuple[str, ...]
+
+
+@dataclass
+class Tables:
+    """What was opened under a name.
+
+    Attributes:
+        name: Hub name, or the last component of the folder.
+        splits: Tables or streams by the usual names of splits.
+        roots: Where files that an image column names may lie; None for files that were listed here.
+        files: For folders of images, how many files were seen, used and left out, by reason.
+    """
+
+    name: str
+    splits: dict[str, Any]
+    roots: list[str] | None
+    files: dict[str, Any] | None = None
 
 
 @dataclass
@@ -42,13 +66,15 @@ class FolderContent:
 
     Attributes:
         images: Path of every image below the folder, in parts, in the order of the joined paths.
-        tables: Whether parquet or Arrow files lie there.
+        tables: Parquet and Arrow files.
+        metadata: Files that may say which image has which label.
         seen: Number of files.
         left_out: Files that are not used, by reason.
     """
 
     images: list[Parts] = field(default_factory=list)
-    tables: bool = False
+    tables: list[Path] = field(default_factory=list)
+    metadata: list[Parts] = field(default_factory=list)
     seen: int = 0
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -69,14 +95,17 @@ def list_files(root: Path) -> FolderContent:
         content.seen += 1
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             content.left_out["hidden"].append(name)
-        elif not path.is_file():
+        elif not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises where a folder may not be searched)
             content.left_out["no file (a broken link or a device)"].append(name)
         elif ending in _TABLES:
-            content.tables = True
+            content.tables.append(path)
+        elif path.name in _METADATA:
+            content.metadata.append(parts)
         elif ending in endings or is_image(path):
             found.append((name, parts))
         else:
-            content.left_out["no image"].append(name)
+            kind = mimetypes.guess_type(name)[0] or ""
+            content.left_out[_UNREADABLE if kind.startswith("image/") else "no image"].append(name)
     content.images = [parts for _, parts in sorted(found)]
     return content
 
@@ -90,45 +119,61 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     except OSError as error:
         raise DataError(f"the folder {folder.name!r} cannot be listed: {error.strerror}") from error
     for entry in entries:
-        if entry.is_dir():
+        try:
+            folds = entry.is_dir()
+        except OSError:  # it lies where nothing may be looked at
+            folds = False
+        if folds:
             yield from _walk(Path(entry.path), (*above, real))
         else:
             yield Path(entry.path)
 
 
-def read_class_folders(root: Path) -> tuple[dict[str, datasets.Dataset], dict[str, Any]] | None:
+def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
     """Reads a folder per class, at the top or below ``train``, ``validation`` and ``test``; None where there are none.
 
     Every image below a class folder belongs to the class, however deep it lies. Splits may also lie below every class
-    (``cat/train/1.png``), and all of it in one more folder. A folder that holds parquet files is a table, whatever
-    images lie next to them.
+    (``cat/train/1.png``), and all of it in one more folder. Images that lie in no class folders may be described by
+    ``metadata.csv`` or ``metadata.jsonl``. A folder that holds parquet files is a table, whatever images lie next to
+    them.
 
     Args:
         root: The folder.
+        content: What :func:`list_files` found in it.
 
     Returns:
-        Per split a data set with the columns ``image`` and ``label``, in the order of the paths; and how many files
-        were seen, used and left out, by reason.
+        Per split a data set with the columns ``image`` and ``label``, in the order of the paths.
 
     Raises:
-        DataError: Folders that can be read in two ways, two splits of one meaning, or no class folders.
+        DataError: Folders that can be read in two ways, two splits of one meaning, no class folders or a single one.
         LabelError: A class without a training image.
     """
-    content = list_files(root)
-    others = content.left_out.get("no image", [])
-    if content.tables or (not content.images and others):
+    unreadable = content.left_out.get(_UNREADABLE, [])
+    if content.tables or not (content.images or unreadable):
         return None
-    if content.seen == 0:
-        raise DataError(f"folder {str(root)!r} holds no files: give one with parquet files or with a folder per class")
+    if not content.images:
+        raise DataError(
+            f"{root.name!r} holds {len(unreadable)} files {_UNREADABLE} ({unreadable[0]}) and none that it reads:"
+            " convert them to PNG or JPEG, or import a plugin that reads them before"
+        )
     deep = any(len(parts) > 1 for parts in content.images)
     assigned = _assign(content, root.name) if deep else []
+    names = sorted({label for _, label, _ in assigned})
+    single = len(names) == 1
+    if content.metadata and (single or all(_split_of(name) for name in names)):  # train_images, test_images are none
+        return _read_metadata(root, content)
+    others = content.left_out.get("no image", [])
     if not assigned and any(name.endswith(_DESCRIBED) for name in others):
         return None
-    if not assigned:
+    if single or not assigned:
+        folders = f"a single class folder, {names[0]!r}" if single else "no class folders"
         raise DataError(
-            f"{root.name!r} holds {len(content.images)} images and no class folders: put the images of each class into"
-            " a folder of the class's name (below train/, validation/ and test/ if they are split)"
+            f"{root.name!r} holds {len(content.images)} images and {folders}: put the images of each class into"
+            " a folder of the class's name (below train/, validation/ and test/ if they are split), or name each image"
+            " and its label in metadata.csv, in columns file_name and label"
         )
+    if content.metadata:
+        content.left_out["metadata, while the folders tell the classes"] += ["/".join(own) for own in content.metadata]
     rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for split, label, parts in assigned:
         rows[split].append((str(root.joinpath(*parts)), label))
@@ -136,23 +181,65 @@ def read_class_folders(root: Path) -> tuple[dict[str, datasets.Dataset], dict[st
     for split, own in rows.items():
         _check_classes(root.name, split, {label for _, label in own}, names)
     places = {parts[: parts.index(label)] for _, label, parts in assigned}
-    folders = {entry.name for place in places for entry in root.joinpath(*place).iterdir() if entry.is_dir()}
-    empty = sorted(name for name in folders - {label for _, label, _ in assigned} if not name.startswith((".", "__")))
+    folders_seen = {entry.name for place in places for entry in root.joinpath(*place).iterdir() if entry.is_dir()}
+    empty = sorted(folders_seen - {label for _, label, _ in assigned})
+    empty = [name for name in empty if not name.startswith((".", "__"))]
     if empty:
         _logger.warning("%s: folders without an image are no classes: %s", root.name, ", ".join(empty[:10]))
-    files = {
-        "seen": content.seen,
-        "used": sum(map(len, rows.values())),
-        "left_out": {reason: len(paths) for reason, paths in content.left_out.items()},
-    }
-    _report(root.name, files, content.left_out, len(names))
+    files = _report(root.name, content, sum(map(len, rows.values())))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    return {
+    splits = {
         split: datasets.Dataset.from_dict(
             {"image": [path for path, _ in own], "label": [label for _, label in own]}, features=features
         )
         for split, own in rows.items()
-    }, files
+    }
+    return Tables(root.name, splits, None, files)
+
+
+def _read_metadata(root: Path, content: FolderContent) -> Tables:
+    """Reads files with a row per image, which name it in the column ``file_name``, relative to their own folder.
+
+    Folders whose names hold the word train, validation or test tell the splits.
+
+    Raises:
+        DataError: A file that cannot be read, or without that column.
+    """
+    splits = defaultdict(list)
+    for parts in sorted(content.metadata):
+        name = "/".join(parts)
+        try:
+            if name.endswith(".csv"):  # a class may be called NA
+                table = pd.read_csv(root / name, keep_default_na=False, na_values=[""])
+            else:
+                lines = (root / name).read_text(encoding="utf-8").splitlines()
+                table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
+            files = [Path(*parts[:-1], file).as_posix() for file in table.pop("file_name")]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{name!r} of {root.name!r} cannot be read ({type(error).__name__}: {error}): give a row per image,"
+                " with its path in the column file_name and its class in the column label"
+            ) from error
+        table.insert(0, "image", files)
+        for split, own in table.groupby([_split_of(str(Path(file).parent)) or "train" for file in files]):
+            splits[split].append(own)
+    joined = {split: pd.concat(own) for split, own in splits.items()}
+    named = {os.path.normpath(file) for table in joined.values() for file in table["image"]}
+    others = ["/".join(parts) for parts in content.images if str(Path(*parts)) not in named]
+    if others:
+        content.left_out["not in the metadata"] += others
+    report = _report(root.name, content, len(content.images) - len(others) + len(content.metadata))
+    tables = {
+        split: datasets.Dataset.from_pandas(table, preserve_index=False).cast_column("image", datasets.Image())
+        for split, table in joined.items()
+    }
+    return Tables(root.name, tables, [str(root)], report)
+
+
+def _split_of(folder: str) -> str | None:
+    """Returns the split that a word in the name of a folder stands for, or of one above it."""
+    words = re.split("[^a-z]+", folder.lower())
+    return next((SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES), None)
 
 
 def _depth(images: Iterable[Parts]) -> int:
@@ -240,15 +327,17 @@ def _check_classes(name: str, split: str, classes: set[str], known: list[str]) -
         )
 
 
-def _report(name: str, files: dict[str, Any], left_out: dict[str, list[str]], classes: int) -> None:
-    reasons = "; ".join(f"{len(paths)} {reason} ({paths[0]})" for reason, paths in left_out.items())
-    quiet = set(left_out) <= {"hidden", "no image"}
+def _report(name: str, content: FolderContent, used: int) -> dict[str, Any]:
+    """Logs and returns how many files were seen, used and left out, by reason."""
+    reasons = "; ".join(f"{len(paths)} {reason} ({paths[0]})" for reason, paths in content.left_out.items())
+    quiet = set(content.left_out) <= {"hidden", "no image"}
     _logger.log(
         logging.INFO if quiet else logging.WARNING,
-        "%s: %d of %d files are used, in %d classes%s",
+        "%s: %d of %d files are used%s",
         name,
-        files["used"],
-        files["seen"],
-        classes,
+        used,
+        content.seen,
         f"; not used: {reasons}" if reasons else "",
     )
+    left_out = {reason: len(paths) for reason, paths in content.left_out.items()}
+    return {"seen": content.seen, "used": used, "left_out": left_out}

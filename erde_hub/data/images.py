@@ -20,7 +20,6 @@ from PIL import Image
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError
 
 from .base import LabelledData, check_limits
-from .columns import Source, open_source
 from .decoding import (
     HASHED_ROWS,
     EncodedImages,
@@ -28,10 +27,11 @@ from .decoding import (
     content_hash,
     content_keys,
     decode_splits,
-    warn_of_16_bits,
+    row_hashes,
 )
 from .integrity import check_how, find_unreadable
 from .loader import BatchLoader, DecodedSplit, EncodedSplit, Split
+from .opening import Source, open_source
 from .preprocessing import (
     LARGE_IMAGE_DEFAULTS,
     SMALL_IMAGE_PIXELS,
@@ -184,7 +184,6 @@ def load_image_data(
         kept = folder / "erde_hub_checked" / f"{fingerprint}-{split}.keys"
         keys[split] = content_keys(images, kept, check_images == "all", progress)
     known = {split: own.tolist() for split, own in keys.items() if own is not None}
-    warn_of_16_bits(source.images)
     plan = (
         plan_splits(source.labels, seed, known)
         if split_file is None
@@ -211,7 +210,8 @@ def image_data_from_arrays(
 
     Args:
         name: What reports call it.
-        arrays: Images and labels per source split; "train" at least. Missing splits are cut as for any data set.
+        arrays: Images and labels per source split; "train" at least. Missing splits are cut as for any data set, and
+            copies are treated as there.
         class_names: In the order of the labels.
         seed: Of the held-out rows.
 
@@ -241,7 +241,9 @@ def image_data_from_arrays(
     if "train" in images and any(pixels.shape[1:] != images["train"].shape[1:] for pixels in images.values()):
         raise InputTypeError(f"images of {name!r} differ in size between splits")
     source = Source(name, list(class_names), labels, {})
-    plan, fingerprint = plan_splits(labels, seed), content_hash(class_names, labels, images)
+    fingerprint = content_hash(class_names, labels, images)
+    keys = {split: row_hashes(pixels).tolist() for split, pixels in images.items()}
+    plan = leave_out_copies(plan_splits(labels, seed, keys), keys)
     return _build(source, images, plan, plan, fingerprint, {}, None, "none", progress=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from .augment import (
     get_augmentation,
     isolated_rng,
 )
-from .decoding import EncodedImages, decode
+from .decoding import EncodedImages, decode, row_hashes
 from .preprocessing import Preprocessing
 from .streaming import StreamSplit
 
@@ -101,8 +100,7 @@ class Split(ABC):
 
     def content_hashes(self) -> NDArray[np.int64]:
         """Returns 64 bits of each row's content, (N,), by which it is known under any number and in any folder."""
-        digests = (hashlib.blake2b(content, digest_size=8).digest() for content in self.contents())
-        return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
+        return row_hashes(self.contents()).astype(np.int64)
 
 
 class ImageSplit(Split):

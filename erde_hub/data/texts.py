@@ -21,9 +21,10 @@ from erde_hub._progress import passing_bar
 from erde_hub.errors import ConfigError, DataError, InputTypeError
 
 from .base import LabelledData, check_limits
-from .columns import find_text_columns, open_tables, read_labels
+from .columns import find_text_columns, read_labels
 from .decoding import content_digest
 from .loader import Batch, BatchSettings, Split
+from .opening import open_tables
 from .splits import SplitPlan, leave_out_copies, limit_plan, load_plan, plan_splits
 
 __all__ = ["TextData", "load_text_data", "load_tokenizer"]

@@ -18,10 +18,9 @@ from tests.fakes.images import joined, rows, same, write_parquet
 @pytest.fixture(scope="module")
 def toys():
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (103, 8, 8, 3), dtype=np.uint8)
-    return image_data_from_arrays(
-        "toys", {"train": (images, np.arange(103) % 3), "test": (images, np.arange(103) % 3)}, "abc"
-    )
+    train, test = rng.integers(0, 256, (2, 103, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(103) % 3
+    return image_data_from_arrays("toys", {"train": (train, labels), "test": (test, labels)}, "abc")
 
 
 @pytest.fixture(scope="module")

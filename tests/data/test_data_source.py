@@ -210,3 +210,22 @@ def test_nothing_of_that_name(tmp_path, load, monkeypatch):
         load("pictures")
     with pytest.raises(DataError, match="is a file: give the folder"):
         load(tmp_path / "pictures" / "readme.xyz")
+
+
+@pytest.mark.parametrize("name", ["set[1]", "a*b", "q?", "{x}"])
+def test_a_path_is_no_pattern(tmp_path, load, name):
+    """A folder a*b was read together with its neighbour aXb."""
+    folder = write_parquet(tmp_path / name, {"train": rows(30), "test": rows(9, first_seed=300)})
+    for other in ("set1", "aXb", "qX", "x"):
+        write_parquet(tmp_path / other, {"train": rows(40, first_seed=900), "test": rows(9, first_seed=600)})
+    data = load(folder)
+    assert (len(data.train) + len(data.validation), len(data.test)) == (30, 9)
+    assert data.name == name
+
+
+def test_tables_that_are_not_used_are_told(tmp_path, load, caplog):
+    folder = write_parquet(tmp_path / "set", {"train": rows(30)})
+    for name in ("extra.parquet", "more.PARQUET"):
+        (tmp_path / "set" / "data" / name).write_bytes(b"")
+    assert len(load(folder).train) == 22
+    assert "2 of 3 tables in set are not used (extra.parquet, more.PARQUET)" in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import struct
 
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image, PngImagePlugin
+from transformers.image_utils import load_image
 
 from erde_hub.data import load_image_data
 from erde_hub.data.decoding import decode
@@ -62,10 +62,9 @@ def test_a_profile_that_is_no_hexadecimal_says_nothing():
 def test_every_orientation_is_pillows(orientation, grey):
     data = Image.Exif()
     data[0x0112] = orientation
-    image = Image.fromarray((PIXELS[..., 0].astype(np.uint16) * 257) if grey else PIXELS)
+    expected = PIXELS[..., 0] if grey else PIXELS
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", exif=data)
-    expected = np.asarray(Image.fromarray(PIXELS[..., 0] if grey else PIXELS))
+    Image.fromarray(expected.astype(np.uint16) if grey else expected).save(buffer, "PNG", exif=data)
     turned = {
         1: expected, 2: expected[:, ::-1], 3: expected[::-1, ::-1], 4: expected[::-1],
         5: expected.swapaxes(0, 1), 6: np.rot90(expected, -1), 7: np.rot90(expected, 2).swapaxes(0, 1),
@@ -75,35 +74,25 @@ def test_every_orientation_is_pillows(orientation, grey):
     assert np.array_equal(shown[..., 0] if grey else shown, turned)
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", ">u2"), ("PPM", np.uint16)]
-)
-def test_grey_of_16_bits_is_scaled_and_told(tmp_path, caplog, kind, dtype):
-    values = (np.arange(256).reshape(16, 16) * 257).astype(np.uint16)
-    if dtype == ">u2":
-        image = Image.frombytes("I;16B", (16, 16), values.astype(">u2").tobytes())
-    else:
-        image = Image.fromarray(values)
-    assert np.array_equal(np.asarray(decode(encode(image, kind), "row 0"))[..., 0], np.arange(256).reshape(16, 16))
-    for label in ("cat", "dog"):
-        (tmp_path / "set" / label).mkdir(parents=True)
-        for i in range(12):
-            (tmp_path / "set" / label / f"{i}.{kind}").write_bytes(
-                encode(Image.fromarray(np.roll(values, i + 20 * (label == "dog"), 0)), kind)
-            )
-    with caplog.at_level(logging.WARNING):
-        load_image_data(tmp_path / "set", progress=False, cache_dir=tmp_path / "cache")
-    assert "is grey of 16 bits" in caplog.text
+GREY = [("PNG", "u2"), ("TIFF", "u2"), ("TIFF", ">u2"), ("PPM", "u2"), ("TIFF", "i4")]
 
 
-def test_grey_of_32_bits_is_taken_as_it_is_or_refused():
-    def stored(value):
-        return encode(Image.fromarray(np.full((16, 16), value, np.int32)), "TIFF")
+@pytest.mark.parametrize(("kind", "dtype"), GREY)
+def test_grey_of_many_bits_means_the_same_in_training_and_in_a_pipeline_or_is_refused(tmp_path, kind, dtype):
+    def stored(values):
+        if dtype == ">u2":
+            return encode(Image.frombytes("I;16B", (16, 16), values.astype(dtype).tobytes()), kind)
+        return encode(Image.fromarray(values.astype(dtype)), kind)
 
-    assert (np.asarray(decode(stored(200), "row 0")) == 200).all()
-    for value in (256, 70_000, -1):
-        with pytest.raises(DataError, match=r"32-bit pixels up to .* have no stated range"):
-            decode(stored(value), "row 0")
+    levels = np.arange(256).reshape(16, 16)
+    path = tmp_path / f"image.{kind}"
+    path.write_bytes(stored(levels))
+    shown = np.asarray(decode(path.read_bytes(), "row 0"))
+    assert np.array_equal(shown, np.repeat(levels[..., None], 3, -1))
+    assert np.array_equal(shown, np.asarray(load_image(str(path))))
+    for values in (levels * 257, levels + 1, *([levels - 1] if dtype == "i4" else [])):
+        with pytest.raises(DataError, match=r"row 0 cannot be read .*grey of mode I.* would clip at 255.*8 bits"):
+            decode(stored(values), "row 0")
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF"])
@@ -141,6 +130,18 @@ def test_a_row_names_no_file_outside_its_folder(tmp_path, path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("entry", ["data_files: {}", "data_files: ../set/data/*.parquet", "data_dir: {}"])
+def test_a_card_names_no_file_outside_its_folder(tmp_path, entry, streaming):
+    private = write_parquet(tmp_path / "set", {"train": rows(30)})
+    write_parquet(tmp_path / "card", {"train": rows(30)})
+    file = f"{private}/data/train-00000-of-00001.parquet" if "files" in entry else private
+    text = f"---\nconfigs:\n- config_name: default\n  {entry.format(file)}\n---\n"
+    (tmp_path / "card" / "README.md").write_text(text)
+    with pytest.raises(DataError, match=r"the card of 'card' names the file '.*parquet', which is not in the data set"):
+        load_image_data(tmp_path / "card", progress=False, cache_dir=tmp_path / "cache", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_row_may_name_a_file_of_its_folder(tmp_path, streaming):
     folder = write_cells(tmp_path / "set", "more/3.jpg")
     (folder / "more").mkdir()
@@ -157,8 +158,10 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "address", ["https://huggingface.co/datasets/uoft-cs/cifar10", "hf://datasets/uoft-cs/cifar10"]
-)
+    "address",
+    ["https://huggingface.co/datasets/{}", "https://hf.co/datasets/{}/tree/main", "hf.co/datasets/{}", "datasets/{}/",
+     "hf://datasets/{}", "hf://{}", "{}/"],
+)  # fmt: skip
 def test_an_address_of_the_hub_is_no_name(address):
     with pytest.raises(DataError, match="is an address: give the data set's name, 'uoft-cs/cifar10'"):
-        load_image_data(address)
+        load_image_data(address.format("uoft-cs/cifar10"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from erde_hub.data import load_image_data
+from erde_hub.data import image_data_from_arrays, load_image_data
 from erde_hub.errors import DataError, LabelError
 from tests.fakes.images import rows, write_parquet
 
@@ -112,11 +113,15 @@ def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path, load):
     with pytest.raises(DataError, match=r"no split 'train' \(found: 'test'\)"):
         load(tmp_path / "d")
     save(tmp_path / "e" / "1.png", 1)
-    with pytest.raises(DataError, match="holds 1 images and no class folders"):
+    with pytest.raises(DataError, match=r"holds 1 images and no class folders: .* metadata\.csv"):
         load(tmp_path / "e")
     fill(tmp_path / "f", ["train", "test"])
     with pytest.raises(DataError, match="holds 24 images and no class folders"):
         load(tmp_path / "f")
+    fill(tmp_path / "g", ["images"])
+    (tmp_path / "g" / "labels.csv").write_text("file,label\n0.png,cat\n")
+    with pytest.raises(DataError, match=r"holds 12 images and a single class folder, 'images'"):
+        load(tmp_path / "g")
 
 
 def test_links_are_followed_and_circles_end(tmp_path, load, caplog):
@@ -153,6 +158,9 @@ def test_every_raster_format_is_read_whatever_its_ending(tmp_path, load):
     assert used(data) == 4 * len(FORMATS)
 
 
+METADATA = "metadata, while the folders tell the classes"
+
+
 def test_what_is_no_image_is_counted(tmp_path, load, caplog):
     root = fill(tmp_path / "set", ["cat", "dog"])
     save(root / "cover.png", 999)
@@ -168,11 +176,81 @@ def test_what_is_no_image_is_counted(tmp_path, load, caplog):
     data = load(root)
     assert data.class_names == ["cat", "dog"]
     assert used(data) == 24
-    assert data.files == {"seen": 77, "used": 24, "left_out": {"no image": 50, "hidden": 2, "in no class folder": 1}}
-    assert "24 of 77 files are used, in 2 classes" in caplog.text
+    assert data.files == {
+        "seen": 77,
+        "used": 24,
+        "left_out": {"no image": 49, "hidden": 2, "in no class folder": 1, METADATA: 1},
+    }
+    assert "24 of 77 files are used" in caplog.text
     assert "1 in no class folder (cover.png)" in caplog.text
     assert "folders without an image are no classes: fox" in caplog.text
     assert data.summary()["files"] == data.files
+
+
+def test_images_that_pillow_does_not_read_are_told(tmp_path, load, caplog):
+    root = fill(tmp_path / "set", ["cat", "dog"])
+    (root / "cat" / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (root / "dog" / "B.SVG").write_text("<svg/>")
+    data = load(root)
+    assert data.files == {"seen": 26, "used": 24, "left_out": {"in an image format that Pillow does not read": 2}}
+    assert [r.levelname for r in caplog.records if "24 of 26 files are used" in r.message] == ["WARNING"]
+    for label in ("cat", "dog"):
+        for i in range(12):
+            (root / label / f"{i}.png").unlink()
+    with pytest.raises(DataError, match=r"'set' holds 2 files in an image format that Pillow does not read .*plugin"):
+        load(root)
+
+
+def describe(folder, labels, prefix="", count=24, first=0, kind="csv"):
+    """Images whose classes a file next to them tells."""
+    lines = []
+    for i in range(count):
+        save(folder / prefix / f"{i}.png", first + i)
+        row = {"file_name": f"{prefix}{i}.png", "label": labels[i % len(labels)]}
+        lines.append(json.dumps(row) if kind == "jsonl" else ",".join(map(str, row.values())))
+    text = "\n".join(lines if kind == "jsonl" else ["file_name,label", *lines])
+    (folder / f"metadata.{kind}").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("prefix", ["", "images/", "a[1]*/b/"])
+@pytest.mark.parametrize("labels", [["cat", "dog", "fox"], ["NA", "None", "nan"], [7, 10, 9]])
+def test_metadata_tell_the_classes_where_folders_do_not(tmp_path, load, kind, prefix, labels):
+    root = describe(tmp_path / "set [2]", labels, prefix, kind=kind)
+    save(root / prefix / "stray.png", 900)
+    data = load(root)
+    assert data.class_names == list(map(str, sorted(labels)))
+    assert data.files == {"seen": 26, "used": 25, "left_out": {"not in the metadata": 1}}
+    for split in (data.train, data.validation, data.test):
+        for label, row in zip(split.labels.tolist(), split.indices.tolist(), strict=True):
+            assert data.class_names[label] == str(labels[row % len(labels)])
+    assert load(root).fingerprint == data.fingerprint
+
+
+def test_metadata_of_several_splits(tmp_path, load):
+    for number, split in enumerate(("train", "my_val", "test-images")):
+        describe(tmp_path / "set" / split, ["cat", "dog"], count=20 - 2 * number, first=100 * number)
+    data = load(tmp_path / "set")
+    assert (len(data.train), len(data.validation), len(data.test)) == (20, 18, 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name,label\n0.png,cat\n", r"'metadata\.csv' of 'set' cannot be read \(KeyError.* column file_name"),
+        ("", r"'metadata\.csv' of 'set' cannot be read \(EmptyDataError"),
+        ("file_name,label\n,cat\n", "cannot be read .*column file_name"),
+        ("file_name,label\n0.png,cat\n../9.png,dog\n", r"names '\.\./9\.png', which is not in the data set's folder"),
+        ("file_name,label\n0.png,cat\n7.png,dog\n", r"'7\.png' of row 1 .*cannot be read: there is no such file"),
+    ],
+)
+def test_metadata_that_name_no_images(tmp_path, load, content, message):
+    save(tmp_path / "set" / "0.png", 1)
+    save(tmp_path / "9.png", 1)
+    (tmp_path / "set" / "metadata.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "set")
 
 
 def test_images_of_any_depth_belong_to_the_top_folder(tmp_path, load, caplog):
@@ -230,6 +308,16 @@ def test_copies_stay_on_one_side_where_we_cut(tmp_path, load):
     data.save_split(tmp_path / "split.json")
     again = load(root, split_file=tmp_path / "split.json")
     assert torch.equal(again.train.indices, data.train.indices)
+
+
+def test_copies_in_arrays_are_treated_alike(caplog):
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
+    twice, labels = np.concatenate([images[:50], images[:50]]), np.tile(np.arange(50) % 2, 2)
+    data = image_data_from_arrays("a", {"train": (twice, labels), "test": (images[40:], np.arange(20) % 2)}, "ab")
+    parts = [set(getattr(data, split).content_hashes().tolist()) for split in ("train", "validation", "test")]
+    assert not parts[0] & (parts[1] | parts[2])
+    assert data.split_info["train"]["copies_left_out"] > 0
+    assert "rows of train are copies of held-out rows" in caplog.text
 
 
 @pytest.mark.parametrize("size", [(8, 8), (120, 100)])

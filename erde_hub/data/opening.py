@@ -1,0 +1,233 @@
+"""From a name to tables with ``datasets``: folders, names on the Hub, and errors that say what to do."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.packaged_modules.csv.csv import CsvConfig
+from huggingface_hub.constants import HF_HUB_CACHE
+from numpy.typing import NDArray
+
+from erde_hub.errors import DataError, nearest
+
+from .columns import as_images, find_columns, read_labels
+from .decoding import EncodedImages
+from .folders import SPLIT_ALIASES, FolderContent, Tables, list_files, read_image_folder
+
+_logger = logging.getLogger(__name__)
+
+# Builders of ``datasets`` by the ending of files.
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+_HUB_ADDRESS = re.compile(r"^(https?://)?(huggingface\.co|hf\.co)/datasets/|^hf://(datasets/)?|^datasets/")
+
+
+@dataclass
+class Source:
+    """A data set as it is stored: labels read, images still encoded.
+
+    Args:
+        name: Hub name, or the last component of the folder.
+        class_names: Names of the classes, in the order of their labels.
+        labels: Labels from 0 per source split; unlabelled test splits are left out.
+        images: Encoded images per source split.
+        files: For folders of images, how many files were seen, used and left out.
+    """
+
+    name: str
+    class_names: list[str]
+    labels: dict[str, NDArray[np.int64]]
+    images: dict[str, EncodedImages]
+    files: dict[str, Any] | None = None
+
+
+def open_source(
+    dataset: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+) -> Source:
+    """Opens a Hub data set or a local folder, finds its columns and reads its labels.
+
+    Raises:
+        DataError: Nothing of that name, a folder without data, no train split, a column missing or in doubt, an empty
+            split, rows without label, a single class.
+        LabelError: A label outside the classes.
+    """
+    opened = open_tables(dataset, config_name, cache_dir)
+    name, tables = opened.name, opened.splits
+    image, label = find_columns(tables["train"].features, name, image_column, label_column)
+    class_names, labels = read_labels(tables, name, label)
+    images = {
+        split: EncodedImages(as_images(tables[split], image), image, name, split, opened.roots) for split in labels
+    }
+    return Source(name, class_names, labels, images, opened.files)
+
+
+def open_tables(dataset: str, config_name: str | None, cache_dir: str | None) -> Tables:
+    """As :func:`open_dataset`, loaded, with rows in every split.
+
+    Raises:
+        DataError: See :func:`open_dataset`; also an empty split.
+    """
+    opened = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir)
+    for split, table in opened.splits.items():
+        if len(table) == 0:
+            raise DataError(f"split {split!r} of {opened.name!r} is empty: give one with rows, or leave it out")
+    return opened
+
+
+def open_dataset(dataset: str, config_name: str | None, streaming: bool, cache_dir: str | None) -> Tables:
+    """Opens a folder or a data set of the Hub. A folder of images is never streamed: its files lie here.
+
+    Raises:
+        DataError: Nothing of that name, a folder without data or without train split, files outside the folder, or a
+            cache that cannot be written.
+        LabelError: A class folder without training images.
+    """
+    path = Path(dataset).expanduser()
+    if dataset and path.is_dir():
+        path = path.resolve()
+        content = list_files(path)
+        if content.seen == 0:
+            raise DataError(
+                f"folder {dataset!r} holds no files: give one with parquet files or with a folder per class"
+            )
+        opened = read_image_folder(path, content)
+        if opened is None:
+            loaded = _load(str(path), content, config_name, streaming, cache_dir)
+            opened = Tables(path.name, loaded, [str(path), str(datasets.config.EXTRACTED_DATASETS_PATH)])
+    else:
+        _check_hub_name(dataset, path)
+        cached = Path(HF_HUB_CACHE, "datasets--" + dataset.replace("/", "--"))
+        roots = [str(cached), f"hf://datasets/{dataset}@", str(datasets.config.EXTRACTED_DATASETS_PATH)]
+        opened = Tables(dataset, _load(dataset, None, config_name, streaming, cache_dir), roots)
+    tables: dict[str, Any] = {}
+    found = ", ".join(map(repr, opened.splits))
+    for split, table in opened.splits.items():
+        usual = SPLIT_ALIASES.get(str(split).lower())
+        if usual is None:
+            _logger.info("split %r of %s is not used (train, validation and test are)", split, opened.name)
+        elif usual in tables:
+            raise DataError(f"{opened.name!r} has two splits that mean {usual!r}: {found}; keep one")
+        else:
+            tables[usual] = table
+    if "train" not in tables:
+        hint = nearest("train", map(str, opened.splits))
+        raise DataError(f"{opened.name!r} has no split 'train'{hint} (found: {found})")
+    opened.splits = tables
+    return opened
+
+
+def _load(
+    source: str, content: FolderContent | None, config_name: str | None, streaming: bool, cache_dir: str | None
+) -> Any:
+    """Calls ``datasets.load_dataset``; in CSV files only an empty cell is missing, so that a class may be called NA.
+
+    Args:
+        source: A folder or a name on the Hub.
+        content: Of the folder; None for the Hub.
+    """
+    name = source if content is None else Path(source).name
+    where = source
+    options: dict[str, Any] = {}
+    if content is not None and glob.has_magic(source):  # datasets takes these characters for a pattern
+        endings = [path.suffix for path in (*content.tables, *map(Path, content.left_out["no image"]))]
+        where = next((_BUILDERS[ending] for ending in endings if ending in _BUILDERS), source)
+        options = {"data_dir": glob.escape(source)} if where != source else {}
+    try:
+        builder = datasets.load_dataset_builder(where, config_name, cache_dir=cache_dir, **options)
+        _check_files(builder, source, content, config_name)
+        if isinstance(builder.config, CsvConfig):
+            options |= {"keep_default_na": False, "na_values": [""]}
+        return datasets.load_dataset(where, config_name, streaming=streaming, cache_dir=cache_dir, **options)
+    except DataError:
+        raise
+    except Exception as error:  # of many unrelated types, from files, formats, the Hub and the network
+        reason = _first_line(error)
+        _check_cache(cache_dir or str(datasets.config.HF_DATASETS_CACHE), error)
+        if "corresponds to no data" in str(error):  # what datasets says of a split without rows
+            raise DataError(f"a split of {name!r} is empty ({error}): give one with rows, or leave it out") from error
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+            raise DataError(f"{name!r} has several configurations: {reason}; name one with --dataset_config") from error
+        if content is not None:
+            raise DataError(
+                f"folder {source!r} cannot be read by datasets.load_dataset: {reason}; give one with parquet files or"
+                " with a folder of images per class (below train/ and test/)"
+            ) from error
+        raise DataError(
+            f"data set {source!r} is neither 'digits' nor a folder here, and the Hub did not give it: {reason}; check"
+            f" the name and the network{_near_folder(Path(source))}"
+        ) from error
+
+
+def _check_files(builder: Any, source: str, content: FolderContent | None, config_name: str | None) -> None:
+    """Refuses files that a data set's card names elsewhere; tells which tables of a folder ``datasets`` leaves out."""
+    used = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    for file in used:
+        remote = content is None and file.startswith(("hf://", "https://"))
+        if not remote and (content is None or not Path(os.path.normpath(file)).is_relative_to(source)):
+            raise DataError(
+                f"the card of {Path(source).name!r} names the file {file!r}, which is not in the data set's folder: put"
+                " it there"
+            )
+    if content is None or config_name is not None:
+        return
+    real = {os.path.realpath(file) for file in used}
+    unused = sorted(path.name for path in content.tables if os.path.realpath(path) not in real)
+    if unused:
+        _logger.warning(
+            "%d of %d tables in %s are not used (%s): where the names of some files tell a split (train-1.parquet),"
+            " datasets reads those alone, and endings in small letters",
+            len(unused),
+            len(content.tables),
+            Path(source).name,
+            ", ".join(unused[:5]),
+        )
+
+
+def _check_cache(folder: str, error: Exception) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as refused:
+        raise DataError(
+            f"the cache of data sets, {folder!r}, cannot be written ({refused.strerror}): choose another folder with"
+            " cache_dir= (recipes: --cache_dir) or the variable HF_DATASETS_CACHE"
+        ) from error
+
+
+def _check_hub_name(dataset: str, path: Path) -> None:
+    if path.is_file():
+        raise DataError(f"{dataset!r} is a file: give the folder it is in")
+    name = "/".join(_HUB_ADDRESS.sub("", dataset).strip("/").split("/")[:2])
+    if name != dataset and "/" in name and (_HUB_ADDRESS.match(dataset) or name + "/" == dataset):
+        raise DataError(f"{dataset!r} is an address: give the data set's name, {name!r}")
+    looks_local = dataset.startswith((".", "~", os.sep)) or os.sep * 2 in dataset or dataset.count("/") > 1
+    if looks_local or "\\" in dataset or not dataset:
+        raise DataError(f"there is no folder {dataset!r}{_near_folder(path)}")
+
+
+def _near_folder(path: Path) -> str:
+    parent = path.parent
+    if not path.name or not parent.is_dir():
+        return ""
+    folders = [entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return nearest(path.name, ["digits", *folders])
+
+
+def _first_line(error: Exception) -> str:
+    # datasets wraps the reason of a failed build; the message is long and may span lines
+    reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+    text = str(reason or error).strip() or type(error).__name__
+    return " ".join(text.split())[:400]
