@@ -229,7 +229,7 @@ def describe(results: dict[str, Any]) -> str:
         for row in results["routing"]
     ]
     tables = (
-        format_table(("always leave at", "MMACs", "mean error, degrees", "root mean square"), exits),
+        format_table(("all samples at", "MMACs", "mean error, degrees", "root mean square"), exits),
         format_table(("intervals", "width per exit, degrees", "coverage %", "in all so far %"), intervals),
         format_table(("leave below, degrees", "mean error", "mean MMACs", "leave at (%)", "coverage %"), routing),
     )

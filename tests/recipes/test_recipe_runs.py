@@ -317,7 +317,7 @@ def test_what_is_finished_is_not_handed_out_under_other_settings(call, tmp_path,
     results["args"]["train_static"] = True
     results_file.write_text(json.dumps(results))
     call(distill, *flags, "--train_static", "--resume", "--num_workers", "1")
-    assert "always leave at" in capsys.readouterr().out
+    assert "all samples at" in capsys.readouterr().out
     for changed, message in (
         (["--epochs", "2"], r"--resume with epochs=2.*epochs=1: continue with --epochs 1"),
         (["--loss", "kd"], r"--resume with loss='kd'.*loss='erde'"),
@@ -412,4 +412,4 @@ def test_killed_in_any_phase_and_resumed_gives_the_same_weights(call, tmp_path, 
     capsys.readouterr()
     call(distill, *flags, "--resume")
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    assert "always leave at" in capsys.readouterr().out
+    assert "all samples at" in capsys.readouterr().out

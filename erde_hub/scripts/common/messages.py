@@ -15,6 +15,8 @@ from erde_hub._tables import format_table
 from erde_hub.backbones import get_adapter
 from erde_hub.calibration.choice import describe_bound
 from erde_hub.data.base import LabelledData
+from erde_hub.data.decoding import evenly_spaced
+from erde_hub.data.loader import EncodedSplit
 from erde_hub.data.preprocessing import SMALL_IMAGE_PIXELS
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
 from erde_hub.losses import ExitLoss
@@ -48,14 +50,14 @@ def format_results(results: Mapping[str, Any]) -> str:
         for name, part in [*((row["exit"], row) for row in per_exit), *networks]
         if part is not None
     ]
-    tables = [format_table(("always leave at", "accuracy %", "MMACs", "cost"), rows)]
+    tables = [format_table(("all samples at", "accuracy %", "MMACs", "cost"), rows)]
     point = results.get("operating_point")
     if len(per_exit) > 1:
         points = with_point(results["sweep"], point)
         policy, among = results["student"].get("policy"), thresholds_of(results)
         tables.append(
             format_table(
-                ("threshold", "accuracy %", "mean MMACs", "cost", f"leave at {' / '.join(names)} (%)"),
+                ("threshold", "accuracy %", "mean MMACs", "cost", f"exits {' / '.join(names)} (%)"),
                 [
                     (
                         threshold_label(row["threshold"], policy, among) + " *" * stored,
@@ -95,7 +97,7 @@ def _guarantee(how: Mapping[str, Any]) -> str:
 
 
 def how_to_load(folder: Path) -> str:
-    """Says where the files are and gives the lines of Python that load the checkpoint."""
+    """Says where the files are, how they are loaded in Python, and three commands that can follow."""
     lines = [
         "from erde_hub import EarlyExitWrapper",
         f'model = EarlyExitWrapper.from_pretrained("{folder}")',
@@ -106,7 +108,13 @@ def how_to_load(folder: Path) -> str:
         lines.insert(2, f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
         lines[3] = 'out = model(**tokenizer(texts, padding=True, return_tensors="pt"))'
     code = "\n".join(f"    {line}" for line in lines)
-    return f"checkpoint, model card and picture: {folder}\n\n{code}  # out.logits, out.exit_index"
+    last = "push --model {} --repo_id org/name" if len(lines) > 3 else "export --model {} --output model.onnx"
+    commands = ("latency --model {}", "calibrate --model {} --max_accuracy_drop 0.02", last)
+    following = "\n".join(f"    erde-hub {command.format(folder)}" for command in commands)
+    return (
+        f"checkpoint, model card and picture: {folder}\n\n{code}  # out.logits, out.exit_index\n\n"
+        f"next, for example:\n{following}"
+    )
 
 
 def describe_network(
@@ -151,7 +159,23 @@ def describe_data(data: LabelledData, trained: str | None = None) -> str:
     known = None not in counts.values()
     sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items()) if known else "streamed"
     origin = "" if trained is None else f" (what {trained} was trained on)"
-    return f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes{origin}"
+    files = f"; {data.files['used']:,} of {data.files['seen']:,} files are used" if data.files else ""
+    return (
+        f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes{origin}{files}"
+        f"{_enlargement(data)}"
+    )
+
+
+def _enlargement(data: LabelledData) -> str:
+    """Says that the images are smaller than the network's input, which costs time and adds nothing to them."""
+    if not isinstance(data.train, EncodedSplit):
+        return ""
+    height, width = data.input_size[1:]
+    sizes = [image.size for image in data.train.images(evenly_spaced(len(data.train), 8))]
+    if any(w >= width or h >= height for w, h in sizes):
+        return ""
+    w, h = sizes[0]
+    return f"\ndata: the images are smaller ({h}x{w}) and are enlarged; --image_size {max(w, h)} would compute less"
 
 
 def configure_logging(main_process: bool) -> None:

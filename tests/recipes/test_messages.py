@@ -1,0 +1,25 @@
+"""What the scripts print: what the data are, and what can follow."""
+
+import pytest
+
+from erde_hub.data import load_image_data
+from erde_hub.scripts.common import describe_data, how_to_load
+from tests.fakes.images import rows, write_parquet
+
+
+@pytest.mark.parametrize(("side", "image_size", "said"), [(128, None, True), (128, 112, False), (300, None, False)])
+def test_images_are_not_enlarged_without_a_word(tmp_path, side, image_size, said):
+    write_parquet(tmp_path / "images", {"train": rows(30, size=(side, side)), "test": rows(6, size=(side, side))})
+    data = load_image_data(tmp_path / "images", input_size=image_size, cache_dir=tmp_path / "cache", progress=False)
+    text = describe_data(data)
+    assert ("the images are smaller (128x128) and are enlarged; --image_size 128" in text) is said
+    assert text.startswith("data: images, ")
+
+
+def test_three_commands_that_can_follow(tmp_path):
+    *_, first, second, third = how_to_load(tmp_path).splitlines()
+    assert first.split() == ["erde-hub", "latency", "--model", str(tmp_path)]
+    assert second.split()[:4] == ["erde-hub", "calibrate", "--model", str(tmp_path)]
+    assert third.split()[:4] == ["erde-hub", "export", "--model", str(tmp_path)]
+    (tmp_path / "tokenizer_config.json").touch()
+    assert how_to_load(tmp_path).splitlines()[-1].split()[:2] == ["erde-hub", "push"]
