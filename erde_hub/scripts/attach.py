@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,12 @@ def main() -> None:
             tuning.output_dir, tuning.channels_last = args.output_dir, args.channels_last
             result = recipe.train_network(run, folder, model, loss, args=tuning, role="network")
 
-        results = recipe.report(run, folder, model, exits, ("self", loss), result)
+        # Records of every exit, the threshold from those of validation, and the checkpoint with its report on test
+        records = {split: recipe.collect(run, model, split) for split in ("validation", "test")}
+        choice: Mapping[str, Any] = recipe.GIVEN_THRESHOLD
+        if exits.threshold is None:
+            choice = recipe.store_default_threshold(model, records["validation"])
+        results = recipe.report(run, folder, model, ("self", loss), result, records, choice)
     print(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
 
 

@@ -10,6 +10,8 @@ downloaded), and with --dataset those of recipes/configs/own_images.yaml.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import (
@@ -42,20 +44,19 @@ def main() -> None:
     accelerator = create_accelerator(args)
     recipe.configure_logging(accelerator.is_main_process)
     say = accelerator.print
+    say(describe_settings(base))
 
-    # Whatever can be wrong is found here, before the run has a folder and time is spent.
+    # Teacher, data, student. Whatever can be wrong is found here, before the run has a folder and time is spent.
     teacher = recipe.load_model(student_args.teacher) if student_args.teacher else None
     preprocessing = recipe.existing_preprocessing(teacher, teacher_args, student_args)
-    bars = accelerator.is_main_process
     if student_args.teacher:  # what a teacher was trained on is not reported on
-        data = recipe.load_data_of(student_args.teacher, data_args, preprocessing, progress=bars)
+        data = recipe.load_data_of(student_args.teacher, data_args, preprocessing, progress=accelerator.is_main_process)
     else:
-        data = recipe.load_data(data_args, preprocessing, progress=bars)
+        data = recipe.load_data(data_args, preprocessing, progress=accelerator.is_main_process)
     student = recipe.build_student(student_args, exits, data, args)
-    plan = None
+    plan = None  # of a teacher that is trained first
     if teacher is None and loss.reads_teacher:
         plan = recipe.TeacherPlan.build(teacher_args, exits, data, args)
-    if plan is not None:
         recipe.check_trainable(accelerator, plan.model, None, data, plan.loss, plan.args)
     recipe.check_trainable(accelerator, student, plan.model if plan else teacher, data, loss, args)
 
@@ -67,10 +68,11 @@ def main() -> None:
     args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, student_args, exits, teacher_args, loss_args, args)
     run = recipe.Run(accelerator, data, args, settings, started)
-    say(f"{describe_settings(base)}\n{recipe.describe_data(data)}\nrun: {folder}")
+    say(f"{recipe.describe_data(data)}\nrun: {folder}")
 
     results = recipe.finished_before(run, folder)
     if results is None:
+        # Training: the Distiller's loop, from its newest checkpoint with --resume
         if plan is not None:
             say(f"\n{recipe.describe_network('teacher', plan.model)}")
             teacher, _ = plan.train(run, folder / "teacher")
@@ -80,8 +82,14 @@ def main() -> None:
             static = recipe.train_static_student(run, recipe.build_student(student_args, exits, data, args))
         say(f"\n{recipe.describe_network('student', student, loss, teacher)}")
         result = recipe.train_network(run, folder, student, loss, teacher)
+
+        # Records of every exit, the threshold from those of validation, and the checkpoint with its report on test
+        records = {split: recipe.collect(run, student, split) for split in ("validation", "test")}
+        choice: Mapping[str, Any] = recipe.GIVEN_THRESHOLD
+        if exits.threshold is None:
+            choice = recipe.store_default_threshold(student, records["validation"])
         results = recipe.report(
-            run, folder, student, exits, (student_args.loss, loss), result, teacher=teacher, static=static
+            run, folder, student, (student_args.loss, loss), result, records, choice, teacher=teacher, static=static
         )
     say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
 

@@ -43,6 +43,7 @@ def main() -> None:
     accelerator = create_accelerator(args)
     recipe.configure_logging(accelerator.is_main_process)
     say = accelerator.print
+    say(describe_settings(base))
 
     # Whatever can be wrong is found here, before the run has a folder and time is spent.
     preprocessing = recipe.existing_preprocessing(None, teacher_args)
@@ -58,7 +59,7 @@ def main() -> None:
     args.output_dir = plan.args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, teacher_args, exits, args)
     run = recipe.Run(accelerator, data, args, settings, started)
-    say(f"{describe_settings(base)}\n{recipe.describe_data(data)}\nrun: {folder}")
+    say(f"{recipe.describe_data(data)}\nrun: {folder}")
     say(f"\n{recipe.describe_network('teacher', plan.model)}")
     _, results = plan.train(run, folder)
     say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")

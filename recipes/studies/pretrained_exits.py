@@ -94,7 +94,9 @@ def main() -> None:
     say(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_network('network', model)}")
     before = frozen_tensors(model)
     result = recipe.train_network(run, folder, model, loss, role="network")
-    results = recipe.report(run, folder, model, exits, ("self", loss), result)
+    records = {split: recipe.collect(run, model, split) for split in ("validation", "test")}
+    choice = recipe.store_default_threshold(model, records["validation"])
+    results = recipe.report(run, folder, model, ("self", loss), result, records, choice)
     if not all(torch.equal(before[key], tensor) for key, tensor in frozen_tensors(model).items()):
         raise AssertionError("a frozen backbone changed")
 

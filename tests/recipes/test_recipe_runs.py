@@ -210,12 +210,12 @@ def test_other_data_without_a_file_get_the_general_settings(call, tmp_path, caps
     flags = ["--loss", "ce", "--max_steps", "1", "--batch_size", "16", "--student_kwargs", "width=4",
              "--output_dir", "out"]  # fmt: skip
     call(distill, "--dataset", images, "--cache_dir", tmp_path / "cache", *flags)
-    assert "own_images.yaml, as there is no --config" in capsys.readouterr().out
+    assert "own_images.yaml of erde_hub, as there is no --config" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["args"]
     assert settings["epochs"] == yaml.safe_load((RECIPES / "configs" / "own_images.yaml").read_text())["epochs"]
     assert settings["teacher_kwargs"] == {"width": 32}
     call(distill, *flags, "--overwrite_output_dir")
-    assert "digits.yaml, as there is no --config" in capsys.readouterr().out
+    assert "digits.yaml of erde_hub, as there is no --config" in capsys.readouterr().out
 
 
 def test_a_stop_says_who_was_stopped_and_has_the_exit_code_of_its_signal(call, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ unfinished training is resumed, a report that is missing or half written is made
 
 from __future__ import annotations
 
-from .default_threshold import THRESHOLD_RULE, choose_default_threshold, store_default_threshold
+from .default_threshold import GIVEN_THRESHOLD, THRESHOLD_RULE, choose_default_threshold, store_default_threshold
 from .messages import (
     configure_logging,
     describe_data,
@@ -45,6 +45,7 @@ from .run_data import extend_fitted_on, rows_fitted_on, rows_trained_on, save_fi
 from .teacher import TeacherPlan, train_static_student
 
 __all__ = [
+    "GIVEN_THRESHOLD",
     "THRESHOLD_RULE",
     "Interrupted",
     "Run",

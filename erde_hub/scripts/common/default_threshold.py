@@ -18,6 +18,8 @@ THRESHOLD_RULE = (
     f"at most {100 * MAX_ACCURACY_DROP:g} point of accuracy lost against the full model, with {100 * CONFIDENCE:g} %"
     " confidence or, on a split too small for that, with the highest that its size allows"
 )
+#: What a report says of a threshold that was not chosen.
+GIVEN_THRESHOLD = {"rule": "given by the user"}
 
 
 def choose_default_threshold(

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from erde_hub._files import write_text
 from erde_hub.data.texts import TextData
 from erde_hub.evaluation import (
+    ExitRecords,
     build_results,
     plot_frontier,
     save_results,
@@ -24,8 +25,6 @@ from erde_hub.training._launch import run_on_main
 from erde_hub.training.arguments import DistillationArguments
 from erde_hub.training.distiller import TrainResult
 
-from .arguments import ExitArguments
-from .default_threshold import store_default_threshold
 from .encoders import published_base
 from .phases import Run, collect
 from .run_data import SPLIT_FILE, save_trained_on
@@ -35,26 +34,28 @@ def report(
     run: Run,
     folder: Path,
     model: EarlyExitWrapper,
-    exits: ExitArguments,
     loss: tuple[str, ExitLoss],
     result: TrainResult,
+    records: Mapping[str, ExitRecords],
+    choice: Mapping[str, Any],
     *,
     teacher: EarlyExitWrapper | None = None,
     static: Mapping[str, Any] | None = None,
     args: DistillationArguments | None = None,
 ) -> dict[str, Any]:
-    """Measures a trained model, stores its threshold, and writes the checkpoint and everything that describes it.
+    """Writes the checkpoint of a trained model and everything that describes it.
 
-    Threshold and prediction sets are fitted on validation, everything that is reported comes from test.
-    ``results.json`` is written last, so that a report that was cut off is made again.
+    What is reported comes from test, also of the teacher; prediction sets are fitted on validation. ``results.json`` is
+    written last, so that a report that was cut off is made again.
 
     Args:
         run: Data, arguments, processes.
         folder: Where the files go.
-        model: The trained model.
-        exits: The threshold that the user gave, if any.
+        model: The trained model, with its threshold.
         loss: Its key and the object.
         result: Of the training.
+        records: Of ``validation`` and ``test``.
+        choice: How the threshold was chosen.
         teacher: Measured on the same test samples.
         static: Part ``static_student`` of the results, see :func:`train_static_student`.
         args: Training arguments of this model; those of the run if None.
@@ -63,27 +64,22 @@ def report(
         CheckpointWriteError: A file cannot be written.
     """
     args = args or run.args
-    choice: dict[str, Any] = {"rule": "given by the user"}
-    held_out = collect(run, model, "validation")
-    if exits.threshold is None:
-        choice = store_default_threshold(model, held_out)
-    records = collect(run, model, "test")
     teacher_records = None if teacher is None else collect(run, teacher, "test")
 
     def write() -> dict[str, Any]:
         results = build_results(
-            records,
+            records["test"],
             model,
             run.data,
             run.settings,
-            held_out=held_out,
+            held_out=records["validation"],
             teacher=teacher,
             teacher_records=teacher_records,
             teacher_exits=result.teacher_exits,
             loss={"name": loss[0], **loss[1].settings(), **loss[1].added()},
             training=_training_facts(result, args, run.accelerator) | {"run_seconds": run.seconds},
         )
-        results["threshold_choice"] = choice
+        results["threshold_choice"] = dict(choice)
         base = published_base(model)
         if base is not None:
             results["student"]["base_model"] = base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from erde_hub.training.arguments import DistillationArguments
 from erde_hub.training.run_folder import STATIC_STUDENT
 
 from .arguments import ExitArguments, TeacherArguments, changed_arguments, plain_weights
+from .default_threshold import GIVEN_THRESHOLD, store_default_threshold
 from .networks import build_model, load_model
 from .phases import Run, collect, finished_before, train_network
 from .reporting import report
@@ -69,7 +71,11 @@ class TeacherPlan:
             run.earlier += times.get("run_seconds") or times.get("seconds") or 0.0
             return load_model(str(folder)), done
         result = train_network(run, folder, self.model, self.loss, args=self.args, role="teacher")
-        results = report(run, folder, self.model, self.exits, ("ce", self.loss), result, args=self.args)
+        records = {split: collect(run, self.model, split) for split in ("validation", "test")}
+        choice: Mapping[str, Any] = GIVEN_THRESHOLD
+        if self.exits.threshold is None:
+            choice = store_default_threshold(self.model, records["validation"])
+        results = report(run, folder, self.model, ("ce", self.loss), result, records, choice, args=self.args)
         return self.model, results
 
 
