@@ -15,3 +15,4 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape"]
 napoleon_use_ivar = True  # attributes are listed with their class, and not once more by themselves
 autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 100

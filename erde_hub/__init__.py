@@ -1,4 +1,4 @@
-"""Early exits for any vision model: attach, distil with ERDE, route, publish.
+"""Early exits for image and text classifiers: attach, train, route, publish.
 
 Without torch and transformers (``pip install --no-deps erde-hub``) this still imports, for
 :class:`erde_hub.export.EarlyExitSession`; the names below then say what is missing.

@@ -154,12 +154,15 @@ def demo(checkout):
 
 
 def run_page(folder: Path, page: str) -> str:
-    """Runs the blocks of a page in the checkout; `make test` collects one file only."""
+    """Runs the blocks of a page in the checkout; `make test` collects one file only.
+
+    torch warns on every CPU that the Trainer's loader pins no memory.
+    """
     script = folder / "blocks.json"
     script.write_text(json.dumps([(kind, DONE.sub("", text)) for kind, text in blocks(page)]))
     return run(
         folder, "python", "-c", DRIVER, str(script),
-        CI="", PYTEST_ADDOPTS="--collect-only -q tests/test_files.py",
+        CI="", PYTEST_ADDOPTS="--collect-only -q tests/test_files.py", PYTHONWARNINGS="ignore:'pin_memory' argument",
     )  # fmt: skip
 
 
@@ -235,6 +238,7 @@ def test_every_public_package_has_a_page_of_its_names():
     assert len(public) > 10
     within = {"erde_hub.modeling"}  # its one name is at the top
     assert [n for n in public if f"automodule:: {n}\n" not in text and n not in within] == []
+    assert [n for n in erde_hub.__all__ if f":: erde_hub.{n}\n" not in text] == []
 
 
 def test_errors_of_the_limits_exist():

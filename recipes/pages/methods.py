@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pages.markdown import links, load, registry_table, table
 
+from erde_hub._registry import Entry
 from erde_hub.losses import SampleWeight, get_addition, get_loss, list_additions, list_losses
 
 _FORMULA = re.compile(r"^    (L = .*?)(?=\n\s*\n)", re.DOTALL | re.MULTILINE)
@@ -18,27 +20,35 @@ _FORMULA = re.compile(r"^    (L = .*?)(?=\n\s*\n)", re.DOTALL | re.MULTILINE)
 COMMON = ("exit_weights", "teacher_exits", "label_smoothing")
 
 
-def losses_table() -> str:
-    """One row per loss of the registry."""
-    rows = []
+def losses_text() -> str:
+    """Every loss of the registry: what it does, its formula, arguments and state."""
+    parts = []
     for name in list_losses():
         entry = get_loss(name)
-        state = entry.cls.state or "-"
-        rows.append((f"`{name}`", formula(entry.cls), arguments(entry.cls), links(entry.reference), state))
-    return table(("key", "formula", "arguments, with defaults", "source", "state"), rows)
+        parts.append(f"{described(entry)}\n\n```text\n{formula(entry.cls)}\n```\n{details(entry.cls)}")
+    return "\n\n".join(parts)
 
 
-def additions_table() -> str:
-    """One row per weight of samples and further term."""
-    rows = []
+def additions_text() -> str:
+    """Every weight of samples and further term, with its flag."""
+    parts = []
     for name in list_additions():
         entry = get_addition(name)
         weight = issubclass(entry.cls, SampleWeight)
-        flag = "`--extra_terms`" if not weight else "`--readout`" if entry.cls.needs_index else "`--sample_weight`"
-        rows.append(
-            (f"`{name}`", flag, entry.summary, arguments(entry.cls), links(entry.reference), entry.cls.state or "-")
-        )
-    return table(("key", "flag", "what it does", "arguments, with defaults", "source", "state"), rows)
+        flag = "--extra_terms" if not weight else "--readout" if entry.cls.needs_index else "--sample_weight"
+        parts.append(f"{described(entry)} Flag: `{flag}`.\n{details(entry.cls)}")
+    return "\n\n".join(parts)
+
+
+def described(entry: Entry[Any]) -> str:
+    """Key, summary and source of a method, in one line."""
+    return f"**`{entry.name}`**: {entry.summary} ({links(entry.reference)})."
+
+
+def details(cls: type) -> str:
+    """The arguments and the state of a method, where it has any."""
+    lines = [("Arguments", arguments(cls)), ("State", cls.state)]  # type: ignore[attr-defined]
+    return "".join(f"\n- {title}: {text}" for title, text in lines if text)
 
 
 def comparison_table(name: str = "comparison") -> str:
@@ -115,24 +125,23 @@ def _percent(row: Mapping[str, Any], key: str) -> str:
 
 
 def formula(cls: type) -> str:
-    """Returns the formula in a loss's docstring: the indented block that begins with "L =", on one line."""
+    """Returns the formula in a loss's docstring: the indented block that begins with "L ="."""
     match = _FORMULA.search(inspect.cleandoc(cls.__doc__ or ""))
     if match is None:
         raise SystemExit(f"the docstring of {cls.__name__} has no indented block 'L = ...'")
-    text = " ".join(match[1].split())
-    return f"`{text}`".replace("|", "\\|")
+    return "\n".join(textwrap.wrap(" ".join(match[1].split()), 100, subsequent_indent="    "))
 
 
 def arguments(cls: type) -> str:
     """Returns the arguments of its own that a constructor takes, with their defaults."""
     own = {name: p.default for name, p in inspect.signature(cls).parameters.items() if name not in COMMON}
-    return ", ".join(f"`{name}={value!r}`" for name, value in own.items()) or "-"
+    return ", ".join(f"`{name}={value!r}`" for name, value in own.items())
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "losses": lambda: registry_table(list_losses(), get_loss),
-    "methods": losses_table,
-    "additions": additions_table,
+    "methods": losses_text,
+    "additions": additions_text,
     "comparison": comparison_table,
     "comparison_cifar10": lambda: comparison_table("comparison_cifar10"),
     "groups": groups_table,
