@@ -153,8 +153,8 @@ def configs_table() -> str:
     rows = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        rows.append((f"`{path.name}`", first.lstrip("# ")))
-    return table(("file in recipes/configs", "what it is"), rows)
+        rows.append((f"`{path.stem}`", first.lstrip("# ")))
+    return table(("--config", "what it is"), rows)
 
 
 def run_results() -> list[tuple[Path, dict[str, Any]]]:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import erde_hub
+import erde_hub_command
 from erde_hub import calibration, errors, heads, losses, policies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,7 @@ PAGES = {page.relative_to(ROOT).as_posix(): page for page in [README, ROOT / "CO
 #: Pages whose code trains nothing that takes long and needs no checkpoint: `make test` runs them.
 QUICK = ["docs/extending.md", "docs/language_models.md", "docs/losses.md", "docs/routing.md", "docs/text.md"]
 #: Lines of pages that the fixture has run already.
-DONE = re.compile(r"^(make demo|python recipes/distill.py) *(#.*)?$", re.MULTILINE)
+DONE = re.compile(r"^(make demo|erde-hub distill) *(#.*)?$", re.MULTILINE)
 
 #: Runs the blocks of a page in one process, those of the shell below it.
 DRIVER = """
@@ -114,7 +115,12 @@ def checkout(tmp_path_factory):
         (here / name).symlink_to(ROOT / name)
     programs = here / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, module in (("python", ""), ("accelerate", " -m accelerate.commands.accelerate_cli")):
+    modules = {
+        "python": "",
+        "accelerate": " -m accelerate.commands.accelerate_cli",
+        "erde-hub": " -c 'import erde_hub_command; erde_hub_command.main()'",
+    }
+    for name, module in modules.items():
         (programs / name).write_text(f"#!/bin/sh\nexec '{sys.executable}'{module} \"$@\"\n")
         (programs / name).chmod(0o755)
     for stamp in (".train", ".dev"):  # what make looks at to see whether it has to install
@@ -239,6 +245,11 @@ def test_every_public_package_has_a_page_of_its_names():
     within = {"erde_hub.modeling"}  # its one name is at the top
     assert [n for n in public if f"automodule:: {n}\n" not in text and n not in within] == []
     assert [n for n in erde_hub.__all__ if f":: erde_hub.{n}\n" not in text] == []
+
+
+def test_every_command_is_listed():
+    text = (DOCS / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in erde_hub_command.COMMANDS if f"| `erde-hub {name}` |" not in text] == []
 
 
 def test_errors_of_the_limits_exist():
