@@ -164,8 +164,8 @@ def demo(checkout):
 def run_page(folder: Path, page: str) -> str:
     """Runs the blocks of a page in the checkout; `make test` collects one file only.
 
-    Two warnings are not ours: torch's where the Trainer's loader pins no memory, and transformers' about a name that peft
-    still uses.
+    Two warnings are not ours: torch's where the Trainer's loader pins no memory, and that of transformers about a name
+    that peft still uses.
     """
     foreign = "ignore:'pin_memory' argument,ignore:`is_gradient_checkpointing` is"
     script = folder / "blocks.json"
