@@ -22,22 +22,21 @@ import torch
 from erde_hub._version import __version__
 from erde_hub.backbones import get_adapter
 from erde_hub.errors import RecordsError, ResultsError
+from erde_hub.policies import as_policy, policy_name
 from erde_hub.prediction_sets import ConformalClassifier
 from erde_hub.records import MIN_SAMPLES, ExitRecords
 
 from .calibrated import calibrate_records
 from .drift import check_same_model
-from .formatting import percent
 from .metrics import ECE_BINS
 from .results_file import PLACE, validate_results
+from .signatures import failure_signatures
 from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds
 
 #: Error rate of the prediction sets whose coverage and size a report gives.
 SET_ALPHA = 0.1
 #: Fractions of the full cost at which methods are compared.
 COST_FRACTIONS = (0.25, 0.5, 0.75)
-#: How much more accurate than the last exit, as a fraction, an earlier one may be before a report warns.
-OVERTAKEN = 0.01
 
 _PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets")
 _SECRET = re.compile(r"(?:^|_)(?:token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
@@ -130,33 +129,19 @@ def build_results(
         "sweep": sweep,
         "fine_sweep": fine_sweep,
         "matched_cost": _matched_cost([*fine_sweep, *sweep], student_part["macs"], teacher_part),
-        "warnings": _overtaken(records),
+        "warnings": failure_signatures(
+            records,
+            fine_sweep or sweep,
+            never=policy_name(as_policy(policy)) == "never",
+            teacher_records=teacher_records,
+            teacher_correct=(training or {}).get("teacher_correct"),
+        ),
     }
     if described.get("threshold") is not None:
         results["operating_point"] = sweep_thresholds(records, [described["threshold"]], policy, sets=sets)[0]
     if static_student is not None:
         results["static_student"] = _describe(static_student, static_records)
     return validate_results(_portable(results))
-
-
-def _overtaken(records: ExitRecords) -> list[str]:
-    """Warns where the last exit is clearly worse than an earlier one, so that it is no reference.
-
-    Clearly: by more than :data:`OVERTAKEN` of accuracy, and by more than three standard deviations of what chance does
-    to the difference on as many samples (as in McNemar's test, which counts those on which one of the two is correct).
-    """
-    correct = records.logits.argmax(-1) == records.labels
-    best = int(correct.sum(1).argmax())  # the first of equals
-    gained, lost = int((correct[best] & ~correct[-1]).sum()), int((correct[-1] & ~correct[best]).sum())
-    ahead = gained - lost
-    if ahead <= OVERTAKEN * records.num_samples or ahead <= 3 * math.sqrt(gained + lost):
-        return []
-    early, last = (percent(float(hits.double().mean())) for hits in (correct[best], correct[-1]))
-    text = (
-        f"the last exit is correct on {last} % of the samples, {records.exit_names[best]} on {early} %: most often the"
-        " training was too short. What routing saves or costs against all layers says little here."
-    )
-    return [text]
 
 
 def _calibrated(records: ExitRecords, student: Any) -> ExitRecords:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from erde_hub.data.loader import network_inputs
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
+from erde_hub.evaluation.signatures import collapse_signature, teacher_signature
 from erde_hub.losses import ExitLoss, LossResult, create_loss
 from erde_hub.tasks import REGRESSION
 
@@ -383,12 +384,26 @@ class Distiller:
         student = self._wrapped if self.sharded else self.student
         record |= self.loss_inputs.end_epoch(student, self.position.epoch, self.epochs)
         self.history.append(record)
+        if self.accelerator.is_main_process:
+            for signature in filter(None, self._signatures(record)):
+                logger.warning(signature)
         self._track({"validation": record["validation"], "epoch": record["epoch"]})
         for callback in self.callbacks:
             callback.on_epoch_end(self, record)
         self.meter.restart()
         self.position.epoch += 1
         self.position.batch = self.accelerator.step = 0
+
+    def _signatures(self, record: dict[str, Any]) -> Iterator[str | None]:
+        """What says after the first epoch that the teacher cannot teach, and after the last that an exit has failed."""
+        correct = record["train"]["terms"].get("teacher_right")
+        if self.position.epoch == 0 and correct is not None:
+            yield teacher_signature(correct)
+        labels = None if self.data.streamed else self.data.validation.labels
+        if self.position.step == self.total_steps and labels is not None and not has_targets(self.data):
+            largest = labels.bincount().max().item() / len(labels)
+            for name, accuracy in zip(self.exit_names[:-1], record["validation"]["accuracy"], strict=False):
+                yield collapse_signature(name, accuracy, largest)
 
     def _save(self) -> None:
         args = self.args

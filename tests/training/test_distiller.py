@@ -25,6 +25,7 @@ from erde_hub.errors import (
     RunExistsError,
 )
 from erde_hub.losses import CELoss, ERDELoss, ExitLoss, LossResult
+from erde_hub.outputs import EarlyExitOutput
 from erde_hub.training import Distiller, DistillerCallback
 from tests.fakes.images import rows, write_parquet
 from tests.fakes.training import CLASSES, TinyExits, assert_same, make_args, make_data, network, weights
@@ -612,3 +613,17 @@ def test_teacher_and_student_must_be_two_objects(data):
     student = TinyExits()
     with pytest.raises(ConfigError, match="same object"):
         Distiller(student, data, make_args(), "kd", student)
+
+
+def test_a_teacher_that_is_wrong_everywhere_and_a_collapsed_exit_are_told(data, caplog):
+    class Wrong(TinyExits):
+        def forward(self, images, output_all_exits=False):
+            darkest = 9.0 * F.one_hot(images.mean((2, 3)).argmin(1), 3)
+            return EarlyExitOutput(logits=darkest, exit_logits=(darkest, darkest))
+
+    student = TinyExits()
+    nn.init.zeros_(student.early[-1].weight)
+    student.early.requires_grad_(False)
+    train(data, "kd", student=student, teacher=Wrong())
+    assert caplog.text.count("so it teaches errors") == 1, "after the first epoch"
+    assert caplog.text.count("exit early has collapsed: it is correct on") == 1, "after the last"
