@@ -18,7 +18,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from erde_hub.errors import ConfigError, unknown_name
+from erde_hub.errors import unknown_name
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -136,43 +136,28 @@ def _random_crop(pixels: NDArray[np.uint8], bits: NDArray[np.uint64], pad: float
     return windows[np.arange(count), top.astype(np.int64), left.astype(np.int64)]
 
 
-_AUGMENTATIONS: dict[str, Augmentation] = {}
+_TIMM = {"hflip": 0.5, "color_jitter": None}
 
-
-def register_augmentation(augmentation: Augmentation) -> None:
-    """Adds an augmentation to the table; a name that is taken raises :class:`erde_hub.errors.ConfigError`."""
-    if augmentation.name in _AUGMENTATIONS:
-        raise ConfigError(f"augmentation {augmentation.name!r} is already registered; pick another name")
-    _AUGMENTATIONS[augmentation.name] = augmentation
+#: By name; add your own.
+AUGMENTATIONS = {
+    own.name: own
+    for own in (
+        Augmentation("none", "images as they are"),
+        Augmentation("shift", "zero-pad by a sixteenth and crop at random", pad=1 / 16),
+        Augmentation("crop_flip", "zero-pad by an eighth, crop at random, mirror", pad=1 / 8, flip=True),
+        Augmentation("rrc_flip", "crop of random size and shape, resized, mirrored (timm)", transform=_TIMM),
+        Augmentation(
+            "rand_augment",
+            "as rrc_flip, then RandAugment of magnitude 9 (timm)",
+            transform={**_TIMM, "auto_augment": "rand-m9-mstd0.5-inc1"},
+        ),
+    )
+}
 
 
 def get_augmentation(name: str | None) -> Augmentation:
     """Returns the augmentation of that name (None is "none"); a miss lists what exists."""
     name = "none" if name is None else name
-    if not isinstance(name, str) or name not in _AUGMENTATIONS:
-        raise unknown_name("augmentation", name, _AUGMENTATIONS)
-    return _AUGMENTATIONS[name]
-
-
-def list_augmentations() -> list[str]:
-    """Returns the names of all augmentations."""
-    return list(_AUGMENTATIONS)
-
-
-register_augmentation(Augmentation("none", "images as they are"))
-register_augmentation(Augmentation("shift", "zero-pad by a sixteenth and crop at random", pad=1 / 16))
-register_augmentation(Augmentation("crop_flip", "zero-pad by an eighth, crop at random, mirror", pad=1 / 8, flip=True))
-register_augmentation(
-    Augmentation(
-        "rrc_flip",
-        "crop of random size and shape, resized, mirrored (timm)",
-        transform={"hflip": 0.5, "color_jitter": None},
-    )
-)
-register_augmentation(
-    Augmentation(
-        "rand_augment",
-        "as rrc_flip, then RandAugment of magnitude 9 (timm)",
-        transform={"hflip": 0.5, "color_jitter": None, "auto_augment": "rand-m9-mstd0.5-inc1"},
-    )
-)
+    if not isinstance(name, str) or name not in AUGMENTATIONS:
+        raise unknown_name("augmentation", name, AUGMENTATIONS)
+    return AUGMENTATIONS[name]

@@ -34,14 +34,13 @@ from .loader import BatchLoader, DecodedSplit, EncodedSplit, Split
 from .opening import Source, open_source
 from .preprocessing import (
     LARGE_IMAGE_DEFAULTS,
-    SMALL_IMAGE_PIXELS,
     Preprocessing,
     channel_statistics,
     check_overrides,
     complete,
 )
 from .splits import SPLIT_NAMES, SplitPlan, bucket_of, leave_out_copies, limit_plan, load_plan, plan_splits
-from .streaming import StreamSplit, open_stream
+from .streaming import open_stream
 
 __all__ = ["BatchLoader", "ImageData", "image_data_from_arrays", "load_image_data"]
 
@@ -72,16 +71,6 @@ class ImageData(LabelledData):
     def std(self) -> tuple[float, float, float]:
         """Per channel, of pixels in [0, 1]."""
         return self.transform.std
-
-    @property
-    def interpolation(self) -> str:
-        """How images of another size are resized."""
-        return self.transform.interpolation
-
-    @property
-    def crop_pct(self) -> float:
-        """The shorter side is resized to the input size divided by this before the centre is cut out."""
-        return self.transform.crop_pct
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -168,7 +157,7 @@ def load_image_data(
         opened = open_stream(
             dataset, image_column, label_column, config_name, overrides, cache, max_train_samples, split_file
         )
-        return _streamed(*opened)
+        return ImageData(**opened)
     stored: Mapping[str, EncodedImages | NDArray[np.uint8]]
     if dataset == "digits":
         source, stored = read_digits(overrides.get("input_size", (3, 32, 32))[1:])
@@ -309,30 +298,6 @@ def _prefix_hash(source: Source) -> str | None:
 
 def _buckets(images: EncodedImages) -> NDArray[np.int64]:
     return np.fromiter((bucket_of(content) for _, content in images.iterate()), np.int64, len(images))
-
-
-def _streamed(
-    name: str,
-    fingerprint: str,
-    class_names: list[str],
-    splits: Mapping[str, StreamSplit],
-    plan: SplitPlan,
-) -> ImageData:
-    preprocessing = splits["train"].preprocessing
-    height, width = preprocessing.input_size[1:]
-    return ImageData(
-        name=name,
-        fingerprint=fingerprint,
-        class_names=class_names,
-        transform=preprocessing,
-        train=splits["train"],
-        validation=splits["validation"],
-        test=splits["test"],
-        split_info=plan.info,
-        augment="crop_flip" if height * width <= SMALL_IMAGE_PIXELS else "rrc_flip",
-        plan=plan,
-        prefix_hash=fingerprint,
-    )
 
 
 def read_digits(size: tuple[int, ...]) -> tuple[Source, dict[str, NDArray[np.uint8]]]:

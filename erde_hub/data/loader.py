@@ -319,10 +319,7 @@ class BatchLoader:
         if self.shuffle:
             order = split.arrange(epoch_order(len(split), self.seed, epoch), self.global_batch_size)
         batches = _EpochBatches(split, self._settings, order, epoch, self._part, self.global_batch_size, len(self))
-        if self.num_workers == 0:
-            yield from (batches[number] for number in range(first, len(self)))
-        else:
-            yield from _in_workers(batches, range(first, len(self)), self.num_workers)
+        yield from _load(batches, range(first, len(self)), self.num_workers)
 
     def _stream_batches(self, split: StreamSplit, epoch: int, first: int) -> Iterator[Batch]:
         shuffle_seed = None
@@ -331,10 +328,7 @@ class BatchLoader:
         batches = _StreamBatches(
             split, self._settings, shuffle_seed, epoch, self._part, first, self.global_batch_size, self.drop_last
         )
-        if self.num_workers == 0:
-            yield from batches
-        else:
-            yield from _in_workers(batches, None, 1)
+        yield from _load(batches, None, min(1, self.num_workers))
 
     def _part(self, size: int) -> slice:
         """The part of a global batch of ``size`` rows that is this rank's."""
@@ -389,9 +383,9 @@ class _StreamBatches(IterableDataset[Batch]):
             yield {"pixel_values": values, "labels": labels, "index": torch.from_numpy(index)}
 
 
-def _in_workers(batches: Dataset[Batch], numbers: range | None, workers: int) -> Iterator[Batch]:
+def _load(batches: Dataset[Batch], numbers: range | None, workers: int) -> DataLoader[Batch]:
     # The loader draws a seed for its workers: from a generator of its own, so that the global one stays as it is.
-    yield from DataLoader(
+    return DataLoader(
         batches,
         batch_size=None,
         sampler=numbers,

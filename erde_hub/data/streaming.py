@@ -143,8 +143,8 @@ def open_stream(
     cache_dir: str | None,
     max_train_samples: int | None = None,
     split_file: str | os.PathLike[str] | None = None,
-) -> tuple[str, str, list[str], dict[str, StreamSplit], SplitPlan]:
-    """Opens a data set as streams; returns name, fingerprint, class names, splits and how they were made.
+) -> dict[str, Any]:
+    """Opens a data set as streams; returns the arguments of :class:`~erde_hub.data.images.ImageData`.
 
     Missing splits are cut as for data that are loaded (:func:`~erde_hub.data.splits.split_rules`), but by a
     hash of the image bytes instead of row by row. Where the first image is small, mean and standard deviation are
@@ -203,7 +203,18 @@ def open_stream(
     limits = {"train": max_train_samples}
     splits = {part: split(part, preprocessing, limits.get(part)) for part in SPLIT_NAMES}
     info = {part: {"rows": splits[part].num_samples, **bucket_info(*parts[part])} for part in SPLIT_NAMES}
-    return name, digest, class_names, splits, SplitPlan({}, info)
+    height, width = preprocessing.input_size[1:]
+    return {
+        "name": name,
+        "fingerprint": digest,
+        "prefix_hash": digest,
+        "class_names": class_names,
+        "transform": preprocessing,
+        "augment": "crop_flip" if height * width <= SMALL_IMAGE_PIXELS else "rrc_flip",
+        "split_info": info,
+        "plan": SplitPlan({}, info),
+        **splits,
+    }
 
 
 def _unlabelled(stream: Any, label: str) -> bool:

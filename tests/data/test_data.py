@@ -22,14 +22,6 @@ from erde_hub.scripts.common.arguments import ExitArguments
 from tests.fakes.images import encode, rows, write_parquet
 
 
-@pytest.fixture
-def load(tmp_path):
-    def call(dataset, **kwargs):
-        return load_image_data(dataset, **{"cache_dir": tmp_path / "cache", "progress": False, **kwargs})
-
-    return call
-
-
 def test_images_that_are_not_square_keep_their_shape(load, tmp_path):
     """What the network sees in training is what its image processor makes of the same image afterwards."""
     wide = {"size": (24, 16)}
@@ -232,7 +224,7 @@ def test_images_of_several_sizes_stay_encoded(tmp_path, load):
     data = load(write_parquet(tmp_path / "set", {"train": columns, "test": rows(6, first_seed=500)}))
     assert type(data.train).__name__ == "EncodedSplit"
     assert data.input_size == (3, 224, 224)
-    assert (data.interpolation, data.crop_pct, data.augment) == ("bicubic", 0.875, "rrc_flip")
+    assert (data.transform.interpolation, data.transform.crop_pct, data.augment) == ("bicubic", 0.875, "rrc_flip")
     assert next(iter(BatchLoader(data.train, 2)))["pixel_values"].shape == (2, 3, 224, 224)
 
 
@@ -286,12 +278,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, load, monkeypatch,
 def test_given_preprocessing_wins(tmp_path, load):
     folder = write_parquet(tmp_path / "set", {"train": rows(30), "test": rows(6, first_seed=500)})
     data = load(folder, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bicubic", crop_pct=0.5)
-    assert (data.mean, data.std, data.interpolation, data.crop_pct) == (
-        (0.5, 0.4, 0.3),
-        (0.1, 0.2, 0.3),
-        "bicubic",
-        0.5,
-    )
+    assert (data.mean, data.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert (data.transform.interpolation, data.transform.crop_pct) == ("bicubic", 0.5)
     half = load(folder, mean=(0.5, 0.4, 0.3))
     assert half.mean == (0.5, 0.4, 0.3)
     assert half.std == load(folder).std
@@ -318,23 +306,23 @@ def test_bad_preprocessing(args, error, message):
         load_image_data("digits", **args)
 
 
-def test_constant_channels_are_refused():
-    images = np.zeros((12, 4, 4, 3), np.uint8)
-    images[..., :2] = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 2))
-    with pytest.raises(DataError, match="colour channel 2 has the same value in all training pixels"):
-        image_data_from_arrays("dark", {"train": (images, np.arange(12) % 2)}, "ab")
+PIXELS, HALVES = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6) % 2
+RED_AND_GREEN = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8) * np.uint8([1, 1, 0])
 
 
-def test_arrays_are_checked():
-    images, labels = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6) % 2
-    for args, error, message in [
-        ({"train": (images.astype(np.float32), labels)}, InputTypeError, r"split 'train' are float32 \(6, 4, 4, 3\)"),
-        ({"train": (images[..., 0], labels)}, InputTypeError, "give uint8"),
-        ({"train": (images, labels[:5])}, InputTypeError, "with 5 labels"),
-        ({"train": (images, labels + 1)}, LabelError, "range from 1 to 2: give 0 to 1"),
-        ({"dev": (images, labels)}, DataError, "a split 'dev': allowed are train, validation, test"),
-        ({"train": (images, labels), "test": (images[:, :2], labels)}, InputTypeError, "differ in size"),
-        ({"test": (images, labels)}, DataError, "no split 'train'"),
-    ]:
-        with pytest.raises(error, match=message):
-            image_data_from_arrays("toys", args, "ab")
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ({"train": (PIXELS.astype(np.float32), HALVES)}, InputTypeError, r"'train' are float32 \(6, 4, 4, 3\)"),
+        ({"train": (PIXELS[..., 0], HALVES)}, InputTypeError, "give uint8"),
+        ({"train": (PIXELS, HALVES[:5])}, InputTypeError, "with 5 labels"),
+        ({"train": (PIXELS, HALVES + 1)}, LabelError, "range from 1 to 2: give 0 to 1"),
+        ({"dev": (PIXELS, HALVES)}, DataError, "a split 'dev': allowed are train, validation, test"),
+        ({"train": (PIXELS, HALVES), "test": (PIXELS[:, :2], HALVES)}, InputTypeError, "differ in size"),
+        ({"test": (PIXELS, HALVES)}, DataError, "no split 'train'"),
+        ({"train": (RED_AND_GREEN, HALVES)}, DataError, "colour channel 2 has the same value in all training pixels"),
+    ],
+)
+def test_arrays_are_checked(args, error, message):
+    with pytest.raises(error, match=message):
+        image_data_from_arrays("toys", args, "ab")

@@ -10,19 +10,10 @@ import pytest
 from PIL import Image
 
 from erde_hub.data.columns import find_columns
-from erde_hub.data.images import load_image_data
 from erde_hub.errors import DataError, LabelError
 from tests.fakes.images import picture, rows, write_parquet
 
 IMAGE, CLASSES = datasets.Image(), datasets.ClassLabel(names=["a", "b"])
-
-
-@pytest.fixture
-def load(tmp_path):
-    def call(dataset, **kwargs):
-        return load_image_data(dataset, cache_dir=tmp_path / "cache", progress=False, **kwargs)
-
-    return call
 
 
 def test_columns_are_found_by_type():

@@ -118,11 +118,16 @@ def test_other_seed_other_rows():
     assert not np.array_equal(a, b)
 
 
-def test_no_train_and_empty_splits():
-    with pytest.raises(DataError, match=r"there is no split 'train' \(found: 'test'\)"):
-        plan_splits(labels_of(test=3))
-    with pytest.raises(DataError, match="split 'test' is empty"):
-        plan_splits(labels_of(train=30, test=0))
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"test": 3}, r"there is no split 'train' \(found: 'test'\)"),
+        ({"train": 30, "test": 0}, "split 'test' is empty"),
+    ],
+)
+def test_no_train_and_empty_splits(sizes, message):
+    with pytest.raises(DataError, match=message):
+        plan_splits(labels_of(**sizes))
 
 
 @pytest.mark.parametrize(

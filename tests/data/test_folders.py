@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from erde_hub.data import image_data_from_arrays, load_image_data
+from erde_hub.data import image_data_from_arrays
 from erde_hub.errors import DataError, LabelError
 from tests.fakes.images import rows, write_parquet
 
@@ -32,14 +32,9 @@ def used(data):
     return len(data.train) + len(data.validation) + len(data.test)
 
 
-@pytest.fixture
-def load(tmp_path, caplog):
+@pytest.fixture(autouse=True)
+def _everything_is_logged(caplog):
     caplog.set_level(logging.INFO, logger="erde_hub")
-
-    def call(folder, **kwargs):
-        return load_image_data(folder, cache_dir=tmp_path / "cache", progress=False, **kwargs)
-
-    return call
 
 
 def test_rows_classes_and_fingerprint_are_those_of_earlier_releases(tmp_path, load):
@@ -95,33 +90,32 @@ def test_splits_below_the_classes(tmp_path, load):
     assert (len(data.train) + len(data.validation), len(data.test)) == (20, 20)
 
 
-def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path, load):
-    fill(tmp_path / "a" / "train", ["cat", "dog"])
-    fill(tmp_path / "a", ["extra"], first=500)
-    with pytest.raises(DataError, match=r"two ways: 'train' holds folders like a split, and 'extra' lies next to it"):
-        load(tmp_path / "a")
-    fill(tmp_path / "b", ["cat", "dog"])
-    fill(tmp_path / "b" / "test", ["cat", "dog"], first=500)
-    with pytest.raises(DataError, match=r"two ways: 'test' .* 'cat' lies next to it"):
-        load(tmp_path / "b")
-    fill(tmp_path / "c" / "train", ["cat", "dog"])
-    fill(tmp_path / "c" / "val", ["cat", "dog"], first=500)
-    fill(tmp_path / "c" / "valid", ["cat", "dog"], first=900)
-    with pytest.raises(DataError, match="two splits that mean 'validation'"):
-        load(tmp_path / "c")
-    fill(tmp_path / "d" / "test", ["cat", "dog"])
-    with pytest.raises(DataError, match=r"no split 'train' \(found: 'test'\)"):
-        load(tmp_path / "d")
-    save(tmp_path / "e" / "1.png", 1)
-    with pytest.raises(DataError, match=r"holds 1 images and no class folders: .* metadata\.csv"):
-        load(tmp_path / "e")
-    fill(tmp_path / "f", ["train", "test"])
-    with pytest.raises(DataError, match="holds 24 images and no class folders"):
-        load(tmp_path / "f")
-    fill(tmp_path / "g", ["images"])
-    (tmp_path / "g" / "labels.csv").write_text("file,label\n0.png,cat\n")
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (
+            {"train": "cat dog", "": "extra"},
+            "two ways: 'train' holds folders like a split, .*'extra' lies next to it",
+        ),
+        ({"": "cat dog", "test": "cat dog"}, "two ways: 'test' .* 'cat' lies next to it"),
+        ({"train": "cat dog", "val": "cat dog", "valid": "cat dog"}, "two splits that mean 'validation'"),
+        ({"test": "cat dog"}, r"no split 'train' \(found: 'test'\)"),
+        ({"": "."}, r"holds 12 images and no class folders: .* metadata\.csv"),
+        ({"": "train test"}, "holds 24 images and no class folders"),
+        ({"": "images"}, "holds 12 images and a single class folder, 'images'"),
+    ],
+)
+def test_folders_in_doubt_are_refused(tmp_path, load, classes, message):
+    for number, (split, names) in enumerate(classes.items()):
+        fill(tmp_path / "set" / split, names.split(), first=500 * number)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "set")
+
+
+def test_a_table_of_another_name_describes_no_images(tmp_path, load):
+    (fill(tmp_path / "set", ["images"]) / "labels.csv").write_text("file,label\n0.png,cat\n")
     with pytest.raises(DataError, match=r"holds 12 images and a single class folder, 'images'"):
-        load(tmp_path / "g")
+        load(tmp_path / "set")
 
 
 def test_links_are_followed_and_circles_end(tmp_path, load, caplog):

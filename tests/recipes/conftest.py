@@ -30,9 +30,7 @@ def run(tmp_path):
     """What a run leaves: a small network on digits whose heads were fitted by least squares, and its report."""
     data = load_image_data("digits", progress=False)
     model = resnet8(10, head="linear", id2label=data.class_names).eval()
-    model.set_preprocessing(
-        mean=data.mean, std=data.std, size=data.input_size[1:], interpolation=data.interpolation, crop_pct=data.crop_pct
-    )
+    model.set_preprocessing(**data.preprocessing)
     records = collect_exit_records(model, BatchLoader(data.validation, 256), features=True, progress=False)
     targets = 8 * torch.nn.functional.one_hot(records.labels, 10).float()
     layers = [model.heads[0], model.heads[1], model.backbone]
