@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 #: Command to the script in erde_hub/scripts/ and what it does.
 COMMANDS = {
@@ -47,5 +48,10 @@ def run(command: str) -> None:
     """Runs a command with the flags of this process, ``sys.argv[1:]``."""
     # Threads that wait for others sleep; otherwise they slow a busy machine down. Read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    script = importlib.import_module(f"erde_hub.scripts.{COMMANDS[command][0]}")
-    importlib.import_module("erde_hub.scripts.common.command_line").run_script(script.main, command in RESUMABLE)
+    try:
+        script = importlib.import_module(f"erde_hub.scripts.{COMMANDS[command][0]}")
+        command_line = importlib.import_module("erde_hub.scripts.common.command_line")
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    command_line.run_script(script.main, command in RESUMABLE)

@@ -12,15 +12,20 @@ from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 from erde_hub.tasks import check_class_labels
 
 
-def check_weights(loss: str, **weights: object) -> tuple[float, ...]:
+def check_weights(loss: str, *, may_be_0: bool = False, **weights: object) -> tuple[float, ...]:
     """Returns the factors of a loss's terms, in the order given: finite, at least 0, and one of them above 0.
+
+    Args:
+        loss: Its name, for the message.
+        may_be_0: All of them may be 0.
+        **weights: By name.
 
     Raises:
         InputTypeError: Not a number.
         ConfigError: Out of range, or all of them 0.
     """
     values = tuple(check_number(name, value, zero=True) for name, value in weights.items())
-    if not any(values):
+    if not may_be_0 and not any(values):
         raise ConfigError(f"{loss} has nothing to train: {', '.join(weights)} are all 0; give at least one above 0")
     return values
 

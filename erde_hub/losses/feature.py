@@ -190,7 +190,8 @@ class FeatureKDLoss(KDLoss):
                                + feature_weight mean (P f_s - f_t)^2 }
 
     with the last term as in :class:`FeatureTerm`, which joins any other loss too. It costs a second look at every
-    feature map. With ``kl_weight=0`` it is FitNets in one stage.
+    feature map. With ``kl_weight=0`` it is FitNets in one stage; with ``ce_weight=0`` too it trains nothing but what
+    the heads read, and neither heads nor classifier.
 
     Args:
         temperature: Softens both sides of the divergence; positive. The divergence is multiplied by its square.
@@ -226,6 +227,7 @@ class FeatureKDLoss(KDLoss):
     """
 
     state: ClassVar[str] = FeatureTerm.state
+    trains_more: ClassVar[bool] = True
 
     def __init__(
         self,

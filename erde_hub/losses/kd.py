@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -61,6 +61,9 @@ class KDLoss(ExitLoss):
         (0.4438, 0.6931)
     """
 
+    #: There is a further term, so that both weights may be 0.
+    trains_more: ClassVar[bool] = False
+
     def __init__(
         self,
         temperature: float = 4.0,
@@ -72,7 +75,8 @@ class KDLoss(ExitLoss):
     ) -> None:
         super().__init__(exit_weights=exit_weights, teacher_exits=teacher_exits)
         self.temperature = check_number("temperature", temperature, zero=False)
-        self.kl_weight, self.ce_weight = check_weights(type(self).__name__, kl_weight=kl_weight, ce_weight=ce_weight)
+        weights = {"kl_weight": kl_weight, "ce_weight": ce_weight}
+        self.kl_weight, self.ce_weight = check_weights(type(self).__name__, may_be_0=self.trains_more, **weights)
         self.label_smoothing = check_smoothing(label_smoothing)
 
     def distillation_terms(self) -> tuple[str, ...]:

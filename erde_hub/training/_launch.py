@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -156,6 +157,29 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 def gather(accelerator: Accelerator, value: T) -> list[T]:
     """Returns the values of all processes, on all processes."""
     return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+
+#: What backends say in the processes that are left when another one has ended.
+_LOST = re.compile(r"gloo|Connection (closed|reset)|remote process exited|collective operation timeout", re.IGNORECASE)
+
+
+@contextmanager
+def lost_process_named() -> Iterator[None]:
+    """Says in one sentence that another process of the run has ended, where the backend shows its own source lines.
+
+    Raises:
+        LaunchError: An exchange with another process broke.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized() or not _LOST.search(str(error)):
+            raise
+        raise LaunchError(
+            f"another process of this run ended, so process {torch.distributed.get_rank()} stops: look for its own"
+            " message above, or whether it was killed (for memory, say); checkpoints are kept, and --resume continues"
+            " the newest one"
+        ) from error
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

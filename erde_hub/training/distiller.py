@@ -33,7 +33,16 @@ from erde_hub.losses import ExitLoss, LossResult, create_loss
 from erde_hub.tasks import REGRESSION
 
 from ._checks import all_exits, check_data, check_finite, check_kinds, check_loss, check_models, exit_names, has_targets
-from ._launch import LOGS, StopRequest, create_accelerator, gather, is_sharded, run_on_main, share_buffers
+from ._launch import (
+    LOGS,
+    StopRequest,
+    create_accelerator,
+    gather,
+    is_sharded,
+    lost_process_named,
+    run_on_main,
+    share_buffers,
+)
 from ._loss_inputs import LossInputs
 from ._meter import Totals, describe_non_finite
 from ._progress import flatten, progress_bar, show
@@ -180,7 +189,12 @@ class Distiller:
             NonFiniteLossError: The loss became NaN or infinite; the message names step, term and exit.
             CheckpointWriteError: A checkpoint could not be written; the one before is intact.
             ConfigError: The run to resume was started with other settings, data or teacher.
+            LaunchError: Another process of the run has ended.
         """
+        with lost_process_named():
+            return self._train()
+
+    def _train(self) -> TrainResult:
         args, accelerator, position = self.args, self.accelerator, self.position
         self.loss_inputs.check_epochs(self.epochs)
         with self._prepared() as student, self.loss_inputs.watching(), StopRequest() as stop, self._bar() as bar:

@@ -58,3 +58,15 @@ def test_the_wheel_has_command_and_configurations(tmp_path):
     )
     missing = run("train-teacher", "--config", "digit")
     assert missing.stderr.startswith("erde-hub train-teacher: ConfigError: --config digit: cannot be read")
+
+
+def test_ctrl_c_during_the_imports_is_one_line(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(erde_hub_command.importlib, "import_module", interrupted)
+    monkeypatch.setattr(sys, "argv", ["recipes/distill.py"])
+    with pytest.raises(SystemExit) as stop:
+        erde_hub_command.run("distill")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\ndistill.py: interrupted\n"

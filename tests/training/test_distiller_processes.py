@@ -219,3 +219,25 @@ def test_a_launcher_that_dies_is_noticed(monkeypatch):
         assert stop.reason == "its launcher died"
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:6001", True),
+        ("NCCL communicator was aborted on rank 0: remote process exited or there was a network error", True),
+        ("mat1 and mat2 shapes cannot be multiplied (8x4 and 5x3)", False),
+    ],
+)
+def test_a_survivor_of_a_lost_process_ends_with_one_sentence(monkeypatch, text, lost):
+    def fail():
+        with _launch.lost_process_named():
+            raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        fail()  # one process has lost nobody
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with pytest.raises(LaunchError if lost else RuntimeError) as error:
+        fail()
+    assert ("another process of this run ended, so process 1 stops" in str(error.value)) == lost

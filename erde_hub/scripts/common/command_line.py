@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 
 from erde_hub.allocator import keep_freed_memory
 from erde_hub.errors import ConfigError, ErdeError, nearest
+from erde_hub.training._launch import lost_process_named
 from erde_hub.training.arguments import OTHER_NAMES, nearest_argument
 
 from .arguments import plain_text
@@ -330,7 +331,7 @@ def _given(flag: str, argv: Sequence[str]) -> list[str]:
 def run_script(main: Callable[[], None], resumable: bool = False) -> None:
     """Runs a script as a program, which may set up its process as the library does not; see :func:`clean_errors`."""
     keep_freed_memory()
-    with clean_errors(resumable):
+    with clean_errors(resumable), lost_process_named():
         import_plugins(_given("--import", sys.argv[1:]))
         main()
 
