@@ -34,8 +34,8 @@ SPLIT_ALIASES = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _TABLES = (".parquet", ".arrow")
-# Files that may describe or hold images which lie in no class folders.
-_DESCRIBED = (".csv", ".tsv", ".json", ".jsonl", ".zip", ".tar", ".gz")
+# Files that may hold images, or say where they are, which lie in no class folders; ``datasets`` reads them.
+_FOR_DATASETS = (".zip", ".tar", ".gz", "README.md")
 # Files that say which image has which label; see :func:`_read_metadata`.
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _UNREADABLE = "in an image format that Pillow does not read"
@@ -163,7 +163,7 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
     if content.metadata and (single or all(_split_of(name) for name in names)):  # train_images, test_images are none
         return _read_metadata(root, content)
     others = content.left_out.get("no image", [])
-    if not assigned and any(name.endswith(_DESCRIBED) for name in others):
+    if not assigned and any(name.endswith(_FOR_DATASETS) for name in others):
         return None
     if single or not assigned:
         folders = f"a single class folder, {names[0]!r}" if single else "no class folders"

@@ -15,6 +15,8 @@ import datasets
 import numpy as np
 from datasets.packaged_modules.csv.csv import CsvConfig
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from numpy.typing import NDArray
 
 from erde_hub.errors import DataError, nearest
@@ -94,7 +96,7 @@ def open_dataset(dataset: str, config_name: str | None, streaming: bool, cache_d
             cache that cannot be written.
         LabelError: A class folder without training images.
     """
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))  # noqa: PTH111 (Path.expanduser raises for users that do not exist)
     if dataset and path.is_dir():
         path = path.resolve()
         content = list_files(path)
@@ -213,9 +215,11 @@ def _check_hub_name(dataset: str, path: Path) -> None:
     name = "/".join(_HUB_ADDRESS.sub("", dataset).strip("/").split("/")[:2])
     if name != dataset and "/" in name and (_HUB_ADDRESS.match(dataset) or name + "/" == dataset):
         raise DataError(f"{dataset!r} is an address: give the data set's name, {name!r}")
-    looks_local = dataset.startswith((".", "~", os.sep)) or os.sep * 2 in dataset or dataset.count("/") > 1
-    if looks_local or "\\" in dataset or not dataset:
-        raise DataError(f"there is no folder {dataset!r}{_near_folder(path)}")
+    try:
+        validate_repo_id(dataset)
+    except HFValidationError as error:
+        hint = _near_folder(path) or ", and names on the Hub look like org/name"
+        raise DataError(f"there is no folder {dataset!r}{hint}") from error
 
 
 def _near_folder(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 
 import datasets
@@ -165,3 +166,12 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
 def test_an_address_of_the_hub_is_no_name(address):
     with pytest.raises(DataError, match="is an address: give the data set's name, 'uoft-cs/cifar10'"):
         load_image_data(address.format("uoft-cs/cifar10"))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c", "cifar 10", "org/", "org/name@main", "org/name:plain", "s3://a/b", "C:\\a", "~x"]
+)
+def test_what_is_no_name_of_the_hub_is_not_asked_for(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"there is no folder {re.escape(repr(name))}, and names on the Hub look like"):
+        load_image_data(name)

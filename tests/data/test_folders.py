@@ -112,9 +112,12 @@ def test_folders_in_doubt_are_refused(tmp_path, load, classes, message):
         load(tmp_path / "set")
 
 
-def test_a_table_of_another_name_describes_no_images(tmp_path, load):
-    (fill(tmp_path / "set", ["images"]) / "labels.csv").write_text("file,label\n0.png,cat\n")
-    with pytest.raises(DataError, match=r"holds 12 images and a single class folder, 'images'"):
+@pytest.mark.parametrize(
+    ("folder", "found"), [("images", "a single class folder, 'images'"), ("train", "no class fold")]
+)
+def test_a_table_of_another_name_describes_no_images(tmp_path, load, folder, found):
+    (fill(tmp_path / "set", [folder]) / "train.csv").write_text("file,label\n0.png,cat\n")
+    with pytest.raises(DataError, match=rf"holds 12 images and {found}.* or name each image and its label in metadata"):
         load(tmp_path / "set")
 
 
