@@ -83,7 +83,8 @@ def last_linears(model: Any) -> dict[str, nn.Linear]:
     layers: dict[str, nn.Linear] = {}
     classifier = getattr(model.backbone, "get_classifier", lambda: None)()  # timm; elsewhere the last one is meant
     last = classifier if isinstance(classifier, nn.Linear) else model.backbone
-    for name, module in zip(model.exit_names, (*model.heads.active, last), strict=True):
+    heads = getattr(model.heads, "active", model.heads)  # PEFT puts a wrapper around the heads that are trained
+    for name, module in zip(model.exit_names, (*heads, last), strict=True):
         linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
         if not linear:
             raise ConfigError(f"features are wanted, but exit {name!r} ends in no linear layer")

@@ -18,12 +18,12 @@ from .report import build_results, describe_data, describe_model
 from .results_file import load_results, save_results, validate_results
 from .sweep import (
     accuracy_at_cost,
+    default_thresholds,
     exit_scores,
     fine_thresholds,
     pareto_front,
     per_exit_metrics,
     route_records,
-    step_thresholds,
     sweep_thresholds,
     write_sweep_csv,
 )
@@ -44,6 +44,7 @@ __all__ = [
     "collect_exit_records",
     "compare_records",
     "curve_area",
+    "default_thresholds",
     "describe_data",
     "describe_model",
     "eefp",
@@ -61,7 +62,6 @@ __all__ = [
     "regression_per_exit",
     "route_records",
     "save_results",
-    "step_thresholds",
     "sweep_thresholds",
     "sweep_widths",
     "validate_results",

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from erde_hub.policies import get_policy, list_policies
+from erde_hub.policies import ExitPolicy, get_policy, list_policies
 
 #: A written threshold is nearer to the true one than this part of the way to the next one.
 _ROUNDED = 1 / 50
+#: Scores do not reach this number, which learned policies store for "no sample exits".
+_NEVER = ExitPolicy.never_threshold
 
 
 def percent(fraction: float) -> str:
@@ -41,7 +43,7 @@ def threshold_label(
     if isinstance(threshold, list):
         return " / ".join(threshold_label(value, policy, among) for value in threshold)
     value = float(threshold)
-    if math.isinf(value):
+    if abs(value) >= _NEVER:
         if policy not in list_policies():
             return "inf" if value > 0 else "-inf"
         return "never" if get_policy(policy).cls.leaves_above == (value > 0) else "always"

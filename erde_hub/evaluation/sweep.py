@@ -13,26 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erde_hub._arguments import plain_threshold
+from erde_hub._arguments import check_whole, plain_threshold
 from erde_hub._files import write_text
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.policies import (
-    ConfidencePolicy,
-    EntropyPolicy,
-    ExitPolicy,
-    MarginPolicy,
-    NeverPolicy,
-    PatiencePolicy,
-    as_policy,
-)
+from erde_hub.policies import ExitPolicy, NeverPolicy, as_policy
 from erde_hub.policies.recorded import exit_indices, features_of, score_exits, score_features
 from erde_hub.records import ExitRecords, check_kind
 
 from .metrics import ECE_BINS, SampleMetrics, sample_metrics
 from .ranking import Decisions, eefp
 
-#: Quantiles that stand in for round thresholds in the default sweep of a learned policy.
-_STEPS = 11
+#: Rows of a default sweep, and thresholds that these are chosen from.
+DEFAULT_STEPS, _CANDIDATES = 11, 200
 
 
 def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
@@ -87,8 +79,8 @@ def sweep_thresholds(
 
     Args:
         records: Logits of every exit.
-        thresholds: Each one number for all early exits, or one per early exit. None takes :func:`step_thresholds`, or
-            about a dozen quantiles where a policy has no round ones; pass :func:`fine_thresholds` for a smooth curve.
+        thresholds: Each one number for all early exits, or one per early exit. None takes
+            :func:`default_thresholds`; pass :func:`fine_thresholds` for a smooth curve.
         policy: A key of the policies table, or a policy.
         bins: Number of right-closed bins of the calibration error.
         sets: Prediction sets of every exit, such as ``ConformalClassifier.fit(held_out).sets(records.logits)``; a
@@ -175,37 +167,40 @@ def _samples(records: ExitRecords, sets: Tensor | None) -> SampleMetrics:
     return samples if sets is None else samples.with_sets(sets, records.labels)
 
 
-def step_thresholds(policy: str | ExitPolicy, num_early_exits: int, num_classes: int | None = None) -> list[float]:
-    """Returns the round thresholds of a default sweep; empty for a learned policy, whose scores have no fixed range.
+def default_thresholds(
+    records: ExitRecords, policy: str | ExitPolicy = "entropy", n: int = DEFAULT_STEPS
+) -> list[float]:
+    """Returns up to ``n`` rising thresholds whose mean costs are evenly spaced, from no early exit to all.
 
-    Entropy: 0 to 2 in steps of 0.2. Confidence and margin: 0 to 1 in steps of 0.1, and infinity, where no sample exits.
-    Patience: 1 to the number of early exits. Policies without a threshold: 0 once.
+    They lie in the range of the policy's own scores (entropy: up to log K), have few digits, and no two of them act
+    alike on the records. Where no sample exits the threshold is infinity, or 0 for policies that exit below it.
 
-    Args:
-        policy: A key of the policies table, or a policy.
-        num_early_exits: Number of exits before the last.
-        num_classes: Removes steps that act like another one: beyond the first above log K for the entropy of K classes,
-            and below 1/K for the confidence. None keeps all.
+    Raises:
+        ConfigError: ``n`` is below 2.
     """
     policy = as_policy(policy)
-    if not policy.uses_threshold:
-        return [0.0]
-    if isinstance(policy, EntropyPolicy):
-        highest = math.inf if num_classes is None else math.log(num_classes)
-        steps = [step / 5 for step in range(11)]
-        return [step for step, before in zip(steps, [0.0, *steps], strict=False) if before <= highest]
-    if isinstance(policy, (ConfidencePolicy, MarginPolicy)):
-        floor = 1 / num_classes if num_classes is not None and isinstance(policy, ConfidencePolicy) else 0.0
-        return [step / 10 for step in range(11) if step == 0 or step / 10 > floor] + [math.inf]
-    if isinstance(policy, PatiencePolicy):
-        return [float(step) for step in range(1, max(num_early_exits, 1) + 1)]
-    return []
+    candidates = fine_thresholds(records, policy, max(check_whole("n", n, 2), _CANDIDATES))
+    if len(candidates) == 1:
+        return candidates
+    scores, early = exit_scores(records, policy), records.num_exits - 1
+    macs = torch.tensor(records.cumulative_macs, dtype=torch.float64)
 
+    def cost(threshold: float) -> float:
+        return float(macs[exit_indices(scores, policy, [threshold] * early)].mean())
 
-def default_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy") -> list[float]:
-    """Returns those of :func:`sweep_thresholds` where none are given: round ones or, if there are none, quantiles."""
-    round_ones = step_thresholds(policy, records.num_exits - 1, records.num_classes)
-    return round_ones or fine_thresholds(records, policy, _STEPS)
+    costs = torch.tensor([cost(threshold) for threshold in candidates], dtype=torch.float64)
+    low, high = float(costs.min()), float(costs.max())
+    picks = {int((costs - target).abs().argmin()) for target in torch.linspace(low, high, n, dtype=torch.float64)}
+    found: dict[float, float] = {}
+    for pick in sorted(picks):
+        own = float(costs[pick])
+        room = 0.0 if own in (low, high) else (high - low) / (4 * n)
+        short = (float(f"{candidates[pick]:.{digits}g}") for digits in range(1, 7))
+        threshold = next((t for t in short if abs(cost(t) - own) <= room), candidates[pick])
+        found.setdefault(cost(threshold), threshold)
+    if high == macs[-1]:
+        found[high] = policy.threshold_range[1 if policy.leaves_above else 0]
+    return sorted(found.values())
 
 
 def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", n: int = 100) -> list[float]:
@@ -218,10 +213,9 @@ def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", 
         ConfigError: ``n`` is below 2.
     """
     policy = as_policy(policy)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise ConfigError(f"n must be an integer of at least 2, got {n!r}")
+    check_whole("n", n, 2)
     if not policy.uses_threshold or records.num_exits == 1:
-        return step_thresholds(policy, 0) or [policy.default_threshold]
+        return [policy.default_threshold if policy.uses_threshold else 0.0]
     scores = exit_scores(records, policy).flatten()
     scores = scores[scores.isfinite()].double().sort().values
     if not len(scores):  # intervals that are all empty: no sample exits, whatever the threshold

@@ -44,7 +44,7 @@ class EvaluationArguments:
     split: Literal["test", "validation"] = HfArg(default="test", help="images to report on")
     policy: str | None = HfArg(default=None, help="sweep another policy than the stored one")
     thresholds: list[float] | None = HfArg(
-        default=None, help="thresholds of the sweep; default: the policy's steps (entropy: 0 to 2 nats)"
+        default=None, help="thresholds of the sweep; default: about eleven, evenly spaced by the cost that they save"
     )
     batch_size: int = HfArg(default=256, help="images per forward pass and process")
     num_workers: int = HfArg(default=0, help="processes that load large images")

@@ -21,13 +21,13 @@ from erde_hub.errors import (
 from erde_hub.evaluation import (
     ExitRecords,
     accuracy_at_cost,
+    default_thresholds,
     exit_metrics,
     exit_scores,
     fine_thresholds,
     pareto_front,
     per_exit_metrics,
     route_records,
-    step_thresholds,
     sweep_thresholds,
     write_sweep_csv,
 )
@@ -208,16 +208,34 @@ def test_per_exit_rows():
         assert {key: row[key] for key in metrics} == metrics
 
 
-def test_default_steps():
-    assert [row["threshold"] for row in sweep_thresholds(make_records())] == pytest.approx([0.2 * i for i in range(11)])
-    assert step_thresholds("entropy", 2)[3] == 0.6  # not 0.6000000000000001
-    assert step_thresholds("confidence", 2) == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, math.inf]
-    assert step_thresholds("patience", 3) == [1, 2, 3]
-    assert step_thresholds("never", 3) == [0]
-    for name in list_policies():
-        rows = sweep_thresholds(make_records(), policy=make_policy(name, 3, 7))
-        json.dumps(rows, allow_nan=False)
-        assert name in ("always", "never") or rows[0]["mean_macs"] != rows[-1]["mean_macs"]
+@pytest.mark.parametrize("name", list_policies())
+@pytest.mark.parametrize("classes", [2, 7, 100])
+def test_a_default_sweep_is_spaced_by_what_it_saves(name, classes):
+    records = make_records(samples=2000, exits=4, classes=classes)
+    rows = sweep_thresholds(records, policy=make_policy(name, 4, classes))
+    json.dumps(rows, allow_nan=False)
+    costs = [row["mean_macs"] for row in rows]
+    assert len(set(costs)) == len(costs) <= 11, "no two rows act alike"
+    if name in ("always", "never"):
+        return
+    assert costs in (sorted(costs), sorted(costs, reverse=True))
+    assert max(costs) == 16_000, "no sample exits early"
+    if name in ("entropy", "confidence", "margin"):
+        assert min(costs) == 1000, "all samples take the first exit"
+        assert len(rows) == 11
+        assert max(abs(a - b) for a, b in itertools.pairwise(costs)) < 1.6 * 15_000 / 10
+    if name == "entropy":
+        assert rows[0]["threshold"] == 0
+        assert rows[-1]["threshold"] <= 1.1 * math.log(classes)
+    if name in ("confidence", "margin"):
+        assert rows[-1]["threshold"] == "inf"
+
+
+def test_default_thresholds_have_few_digits():
+    thresholds = default_thresholds(make_records(samples=2000, exits=4))
+    assert sum(len(str(value)) for value in thresholds) < 5 * len(thresholds)
+    with pytest.raises(ConfigError, match="n must be at least 2, got 1"):
+        default_thresholds(make_records(), n=1)
 
 
 @pytest.mark.parametrize("name", ["entropy", "confidence", "margin"])
@@ -397,12 +415,3 @@ def test_sets_and_failure_prediction_of_routed_samples():
         sweep_thresholds(records, [0.3], sets=sets[:, :50])
     with pytest.raises(InputTypeError, match="sets must be bool"):
         sweep_thresholds(records, [0.3], sets=sets.float())
-
-
-def test_steps_at_which_everybody_leaves_occur_once():
-    assert step_thresholds("entropy", 2, 2) == [0, 0.2, 0.4, 0.6, 0.8]  # log 2 is 0.69
-    assert step_thresholds("entropy", 2, 10) == step_thresholds("entropy", 2)
-    assert step_thresholds("confidence", 2, 4) == [0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, math.inf]
-    assert step_thresholds("margin", 2, 4) == step_thresholds("margin", 2)
-    rows = sweep_thresholds(make_records(classes=3, samples=300))
-    assert len({row["mean_macs"] for row in rows}) == len(rows)
