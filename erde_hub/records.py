@@ -24,10 +24,12 @@ from torch import Tensor
 
 from ._arguments import check_flag
 from ._files import replacing
+from ._tables import html_table
 from .errors import (
     ConfigError,
     DataError,
     InputTypeError,
+    MissingDependencyError,
     RecordsError,
     RepeatedSamplesWarning,
     ShapeError,
@@ -198,6 +200,41 @@ class ExitRecords:
             f"ExitRecords({self.num_samples} samples, {self.num_classes} {kind}, exits {', '.join(self.exit_names)}"
             f"{'' if self.features is None else ', with features'})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [(name, f"{macs / 1e6:.1f}") for name, macs in zip(self.exit_names, self.cumulative_macs, strict=True)]
+        return html_table(("exit", "MMACs"), rows, repr(self))
+
+    def to_pandas(self) -> Any:
+        """Returns a ``pandas.DataFrame`` with one row per sample and exit, exit by exit.
+
+        Columns are ``index``, ``exit``, ``exit_index`` and ``macs``. Of classes also ``label`` and ``correct`` (absent
+        without labels), ``prediction``, ``confidence`` (the largest probability) and ``entropy`` in nats; of a
+        regression ``label_0``, ``output_0`` and so on, one per target.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas as pd  # noqa: PLC0415 - nothing else needs it
+        except ImportError as error:
+            raise MissingDependencyError("to_pandas needs pandas: install it with `pip install pandas`") from error
+        frames = []
+        for e, logits in enumerate(self.logits):
+            columns: dict[str, Any] = {"index": self.index, "exit": self.exit_names[e], "exit_index": e}
+            columns["macs"] = self.cumulative_macs[e]
+            if self.problem_type == REGRESSION:
+                columns |= {f"label_{d}": values for d, values in enumerate(self.labels.T)}
+                columns |= {f"output_{d}": values for d, values in enumerate(logits.T)}
+            else:
+                columns["prediction"] = logits.argmax(-1)
+                if self.labelled:
+                    columns |= {"label": self.labels, "correct": columns["prediction"] == self.labels}
+                parts = [logits[rows].log_softmax(-1) for rows in row_chunks(*logits.shape)]
+                columns["confidence"] = torch.cat([part.amax(-1).exp() for part in parts])
+                columns["entropy"] = torch.cat([torch.special.entr(part.exp()).sum(-1) for part in parts])
+            frames.append(pd.DataFrame({key: v.numpy() if isinstance(v, Tensor) else v for key, v in columns.items()}))
+        return pd.concat(frames, ignore_index=True)
 
     def select(self, indices: Tensor | Sequence[int]) -> ExitRecords:
         """Returns the records of some rows, in the order given.

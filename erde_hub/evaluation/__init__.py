@@ -12,7 +12,7 @@ from .curve import CurveArea, area_difference, curve_area, lowest_cost
 from .drift import Drift, check_records_of, compare_records
 from .groups import group_accuracies, group_metrics
 from .metrics import calibration_error, exit_metrics
-from .plots import plot_frontier
+from .plots import plot_curves, plot_frontier
 from .ranking import aurc, auroc, eefp
 from .report import build_results, describe_data, describe_model
 from .results_file import load_results, save_results, validate_results
@@ -58,6 +58,7 @@ __all__ = [
     "model_fingerprint",
     "pareto_front",
     "per_exit_metrics",
+    "plot_curves",
     "plot_frontier",
     "regression_per_exit",
     "route_records",

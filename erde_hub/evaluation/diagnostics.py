@@ -1,4 +1,4 @@
-"""Figures of how far scores can be trusted: reliability, scores of correct and wrong samples, fractions per exit.
+"""Figures of what exits do: reliability, scores of correct and wrong samples, fractions per exit, a contact sheet.
 
 Drawn from records; legible at half size, and told apart without colour.
 """
@@ -6,19 +6,20 @@ Drawn from records; legible at half size, and told apart without colour.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from erde_hub._arguments import check_whole
 from erde_hub.policies import ExitPolicy, as_policy, policy_name
 from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords
 
-from .figures import BLUE, GREY, ORANGE, SHADES, save_figure
+from .figures import BLUE, GREY, ORANGE, RED, SHADES, save_figure
 from .formatting import threshold_label
 from .metrics import ECE_BINS, calibration_error
-from .sweep import default_thresholds, exit_scores, fine_thresholds
+from .sweep import default_thresholds, exit_scores, fine_thresholds, route_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,3 +171,62 @@ def plot_fractions(records: ExitRecords, policy: str | ExitPolicy, path: str | o
         figure.legend(stacks, records.exit_names, loc="outside right center", title="exit", reverse=True)
 
     save_figure(draw, path, (6.4, 4.4))
+
+
+def plot_contact_sheet(
+    records: ExitRecords,
+    policy: str | ExitPolicy,
+    threshold: float | Sequence[float],
+    images: Callable[[list[int]], Sequence[Any]],
+    path: str | os.PathLike[str],
+    per_exit: int = 10,
+) -> None:
+    """Draws images that take each exit, with their predictions: a row per exit, what exits early above what exits late.
+
+    The images of an exit are evenly spaced in the order of the records. A wrong prediction is written in red, with the
+    label after it.
+
+    Args:
+        records: Of test data; calibrated if the model is.
+        policy: A key of the policies table, or a policy.
+        threshold: One number, or one per early exit.
+        images: Takes values of ``records.index`` and returns images, of PIL or as arrays (H, W, 3).
+        path: The figure; the ending gives the format.
+        per_exit: Images per exit, at most.
+
+    Raises:
+        ThresholdError: A threshold that the policy does not take.
+        ConfigError: ``per_exit`` is below 1.
+        MissingDependencyError: matplotlib or adjustText is not installed.
+        CheckpointWriteError: The file cannot be written.
+    """
+    records.require_classes("plot_contact_sheet", labels=False)
+    check_whole("per_exit", per_exit, 1)
+    taken, logits = route_records(records, policy, threshold)
+    predictions = logits.argmax(-1)
+
+    def caption(row: int) -> tuple[str, str]:
+        prediction, label = int(predictions[row]), int(records.labels[row])
+        name = records.class_names[prediction]
+        wrong = records.labelled and prediction != label
+        return (f"{name}\nnot {records.class_names[label]}", RED) if wrong else (name, "black")
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(records.num_exits, per_exit, squeeze=False)
+        for e, name in enumerate(records.exit_names):
+            rows = (taken == e).nonzero()[:, 0]
+            if len(rows) > per_exit:
+                rows = rows[torch.linspace(0, len(rows) - 1, per_exit).round().long()]
+            shown = images(records.index[rows].tolist()) if len(rows) else []
+            for ax in axes[e]:
+                ax.set_axis_off()
+            for ax, row, image in zip(axes[e], rows.tolist(), shown, strict=False):
+                ax.imshow(image, cmap="gray")
+                text, color = caption(row)
+                ax.set_title(text, fontsize=9, color=color)
+            fraction = float((taken == e).double().mean())
+            axes[e, 0].text(
+                -0.15, 0.5, f"{name}\n{100 * fraction:.1f} %", transform=axes[e, 0].transAxes, ha="right", va="center"
+            )
+
+    save_figure(draw, path, (1.0 * per_exit + 1.4, 1.35 * records.num_exits))

@@ -1,16 +1,22 @@
-"""Figures of a run, drawn from the contents of its ``results.json``."""
+"""Accuracy against cost: of a run, drawn from its ``results.json``, and of several methods, from their records."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from erde_hub.errors import ConfigError, MissingDependencyError
+from erde_hub.policies import ExitPolicy
+from erde_hub.records import ExitRecords, check_kind
+
 from .figures import BLUE, GREEN, ORANGE, PURPLE, RED, save_figure
 from .formatting import mmacs, percent, threshold_label, thresholds_of
 from .results_file import validate_results
+from .sweep import fine_thresholds, pareto_front, sweep_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 _ORANGE_TEXT = "#8F6200"  # the same hue, dark enough for words on white
+
+#: Colours of methods that are compared.
+_METHODS = (BLUE, ORANGE, GREEN, RED, PURPLE)
 
 #: A teacher up to this many times the student's cost is drawn as a point; a dearer one as a line with its cost in the
 #: legend, so that the student's curve keeps the width of the figure.
@@ -115,5 +124,60 @@ def _outline(line: Line2D, dpi: float) -> np.ndarray:
     return np.stack([np.interp(places, along, corners[:, axis]) for axis in (0, 1)], 1)
 
 
-def _points(rows: Sequence[Mapping[str, Any]], cost: str) -> tuple[list[float], list[float]]:
-    return [row[cost] / 1e6 for row in rows], [100 * row["accuracy"] for row in rows]
+def plot_curves(
+    methods: Mapping[str, ExitRecords | Sequence[ExitRecords]],
+    ax: Axes | None = None,
+    policy: str | ExitPolicy = "entropy",
+) -> Axes:
+    """Draws accuracy against mean cost of several methods, each with a band over its seeds.
+
+    The line is the mean over seeds of the best accuracy up to each cost, the band one standard deviation on either
+    side. A line begins where all its seeds reach the cost. Fractions of cost refer to each student's own last exit.
+
+    Args:
+        methods: Name of each method to the records of its seeds, or to those of one run.
+        ax: Where to draw; None makes a figure, which ``matplotlib.pyplot`` shows and closes as its others.
+        policy: A key of the policies table, or a policy; all thresholds of it are drawn.
+
+    Returns:
+        The axes, for titles, limits and ``ax.figure.savefig``.
+
+    Raises:
+        ConfigError: There is no method, or one has no records.
+        InputTypeError: Something else in place of records.
+        MissingDependencyError: matplotlib is not installed.
+
+    Example:
+        >>> ax = plot_curves({"kd": [kd_seed_0, kd_seed_1], "erde": [erde_seed_0, erde_seed_1]})  # doctest: +SKIP
+    """
+    seeds = {name: [own] if isinstance(own, ExitRecords) else list(own) for name, own in methods.items()}
+    if not seeds or not all(seeds.values()):
+        raise ConfigError(f"plot_curves needs records of every method, got {dict.fromkeys(seeds, '...')}")
+    if ax is None:
+        try:
+            import matplotlib.pyplot as plt  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            raise MissingDependencyError(
+                'figures need matplotlib: install it with `pip install "erde-hub[train]"`'
+            ) from error
+        ax = plt.subplots(layout="constrained")[1]
+    for (name, runs), color in zip(seeds.items(), itertools.cycle(_METHODS)):
+        curves = []
+        for records in runs:
+            check_kind(records, name)
+            front = pareto_front(sweep_thresholds(records, fine_thresholds(records, policy), policy))
+            curves.append(_points(front, "mean_macs", records.cumulative_macs[-1] / 100))
+        costs = np.linspace(max(cost[0] for cost, _ in curves), 100, 200)
+        accuracy = np.stack([np.interp(costs, *curve) for curve in curves])
+        middle, deviation = accuracy.mean(0), accuracy.std(0, ddof=1) if len(runs) > 1 else np.zeros_like(costs)
+        ax.plot(costs, middle, color=color, linewidth=2, label=name)
+        if len(runs) > 1:
+            ax.fill_between(costs, middle - deviation, middle + deviation, color=color, alpha=0.2, linewidth=0)
+    ax.set_xlabel("mean cost, % of the full model's MACs")
+    ax.set_ylabel("accuracy (%)")
+    ax.legend()
+    return ax
+
+
+def _points(rows: Sequence[Mapping[str, Any]], cost: str, unit: float = 1e6) -> tuple[list[float], list[float]]:
+    return [row[cost] / unit for row in rows], [100 * row["accuracy"] for row in rows]

@@ -33,9 +33,11 @@ from erde_hub.evaluation import (
     exit_metrics,
     fine_thresholds,
     per_exit_metrics,
+    plot_curves,
+    route_records,
     sweep_thresholds,
 )
-from erde_hub.evaluation.diagnostics import plot_fractions, plot_reliability, plot_scores
+from erde_hub.evaluation.diagnostics import plot_contact_sheet, plot_fractions, plot_reliability, plot_scores
 from erde_hub.evaluation.ranking import mean_of_defined
 
 
@@ -319,3 +321,78 @@ def test_pictures_are_drawn_and_reproducible(policy, tmp_path):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
     with pytest.raises(ThresholdError, match="2 early exits"):
         plot_scores(records, policy, [0.1], tmp_path / "x.png")
+
+
+def test_a_contact_sheet_shows_images_of_every_exit_with_wrong_predictions_named(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes  # noqa: PLC0415
+
+    titles, asked, draw = [], [], Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **k: titles.append(text) or draw(self, text, **k))
+    records = dataclasses.replace(make_records(300), index=torch.arange(300) + 1000)
+
+    def images(index):
+        asked.append(index)
+        return [torch.zeros(8, 8, 3).numpy() for _ in index]
+
+    plot_contact_sheet(records, "entropy", 0.5, images, tmp_path / "sheet.png", per_exit=4)
+    taken, logits = route_records(records, "entropy", 0.5)
+    assert [len(index) for index in asked] == [4, 4, 4]
+    for e, index in enumerate(asked):
+        rows = torch.tensor(index) - 1000
+        assert taken[rows].tolist() == [e] * 4
+    rows = torch.tensor([i for index in asked for i in index]) - 1000
+    for text, prediction, label in zip(titles, logits.argmax(-1)[rows], records.labels[rows], strict=True):
+        assert text == (f"{prediction}" if prediction == label else f"{prediction}\nnot {label}")
+    with Image.open(tmp_path / "sheet.png") as figure:
+        assert figure.width > figure.height
+    nobody = plot_contact_sheet(records, "entropy", 0.0, images, tmp_path / "sheet.png", per_exit=4)
+    assert nobody is None
+    assert [len(index) for index in asked[3:]] == [4]
+    with pytest.raises(ConfigError, match="per_exit must be at least 1, got 0"):
+        plot_contact_sheet(records, "entropy", 0.5, images, tmp_path / "sheet.png", per_exit=0)
+
+
+def test_curves_of_methods_have_a_line_and_a_band_over_seeds():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    axes = Figure().subplots()
+    seeds = [make_records(500, seed=seed) for seed in range(3)]
+    methods = {"kd": [dataclasses.replace(own, logits=-own.logits) for own in seeds], "erde": seeds, "one": seeds[0]}
+    assert plot_curves(methods, axes) is axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kd", "erde", "one"]
+    assert len(axes.collections) == 2, "a single run has no band"
+    costs, accuracy = axes.lines[1].get_data()
+    rows = [sweep_thresholds(own, fine_thresholds(own)) for own in seeds]
+    for cost, value in zip(costs[::40], accuracy[::40], strict=True):
+        expected = [accuracy_at_cost(own, cost * 3) for own in rows]
+        assert value == pytest.approx(100 * sum(expected) / 3, abs=1e-6)
+    spread = torch.tensor([[accuracy_at_cost(own, costs[100] * 3) for own in rows]]).std() * 100
+    edge = axes.collections[1].get_paths()[0].vertices
+    at = edge[abs(edge[:, 0] - costs[100]) < 1e-9][:, 1]
+    assert at.max() - at.min() == pytest.approx(2 * float(spread), abs=1e-3)
+    for wrong in ({}, {"kd": []}):
+        with pytest.raises(ConfigError, match="needs records of every method"):
+            plot_curves(wrong)
+    with pytest.raises(InputTypeError, match="kd must be ExitRecords"):
+        plot_curves({"kd": ["records.safetensors"]}, axes)
+
+
+def test_records_as_a_table_of_pandas():
+    pytest.importorskip("pandas")
+    records = make_records(50)
+    table = records.to_pandas()
+    assert len(table) == 150
+    for e, row in enumerate(per_exit_metrics(records)):
+        own = table[table["exit_index"] == e]
+        assert set(own["exit"]) == {row["exit"]}
+        assert own["correct"].mean() == pytest.approx(row["accuracy"])
+        assert own["index"].tolist() == records.index.tolist()
+        expected = torch.distributions.Categorical(logits=records.logits[e]).entropy()
+        assert own["entropy"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+        assert own["confidence"].tolist() == pytest.approx(records.logits[e].softmax(-1).amax(-1).tolist(), abs=1e-5)
+    assert "correct" not in dataclasses.replace(records, labels=None).to_pandas()
+    targets = dataclasses.replace(records, labels=torch.zeros(50, 6), problem_type="regression").to_pandas()
+    assert targets["output_2"][50:100].tolist() == records.logits[1, :, 2].tolist()
+    assert "<td>layer1</td>" in records._repr_html_()
