@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 from PIL import Image
 
 from erde_hub.errors import DataError, LabelError, nearest

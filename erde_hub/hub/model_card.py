@@ -92,6 +92,14 @@ def render_model_card(
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
+#: Figures of a run that a card shows where they were drawn, with what is said in their place.
+_FIGURES = {
+    "contact_sheet.png": "Test images that take each exit at the stored threshold, with their predictions",
+    "shares.png": "Fraction of the samples that takes each exit, against the cost that a shared threshold saves",
+    "reliability.png": "Accuracy against confidence at each exit, with its expected calibration error",
+}
+
+
 def _context(results: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
     student, teacher, per_exit = results["student"], results.get("teacher"), results["per_exit"]
     cheap = _cheapest(results)
@@ -126,6 +134,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
             {**dict.fromkeys(_TRUST), **row, "mark": " \\*" * stored}
             for row, stored in with_point(results["sweep"], results.get("operating_point"))
         ],
+        "figures": [entry for entry in _FIGURES.items() if entry[0] in results.get("figures", [])],
         "point": results.get("operating_point"),
         "choice": results.get("threshold_choice"),
         "cheap": cheap,

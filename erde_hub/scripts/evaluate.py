@@ -3,10 +3,12 @@
     python recipes/evaluate.py --model runs/digits-1
     python recipes/evaluate.py --model org/name --dataset uoft-cs/cifar10 --output_dir runs/check
     python recipes/evaluate.py --model runs/digits-1 --compare old.safetensors new.safetensors
+    python recipes/evaluate.py --model runs/digits-1 --compare old.safetensors --images folder
 
-Leaves results.json, sweep.csv and pictures, and changes nothing in the checkpoint. --compare reads two files of
---save_records instead and tells whether the stored threshold still holds on the second. Where the model was
-trained on the same data, the images that its run held out are used; without --dataset these are the data.
+Leaves results.json, sweep.csv and figures, and changes nothing in the checkpoint. --compare reads two files of
+--save_records instead and tells whether the stored threshold still holds on the second, or on images without labels
+(--images). Where the model was trained on the same data, the images that its run held out are used; without --dataset
+these are the data.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from erde_hub.errors import ConfigError
+from erde_hub.data.decoding import decode
+from erde_hub.data.folders import list_files
+from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import (
     Drift,
     ExitRecords,
     build_results,
     calibrate_records,
     check_records_of,
+    collect_exit_records,
     compare_records,
 )
-from erde_hub.evaluation.diagnostics import plot_fractions, plot_reliability, plot_scores
 from erde_hub.evaluation.report import SET_ALPHA
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import get_policy
@@ -60,6 +65,10 @@ class EvaluationArguments:
     compare: list[str] | None = HfArg(
         default=None,
         help="two files of records, before and now: tell whether the stored threshold still holds; no images are read",
+    )
+    images: str | None = HfArg(
+        default=None,
+        help="folder of images without labels, in place of the second file of --compare: exits and scores need none",
     )
     output_dir: str | None = HfArg(
         default=None, help="folder of the report; default: runs/evaluate-<model>-<n>, the next free n"
@@ -97,8 +106,10 @@ def main() -> None:
     model = recipe.load_model(evaluation.model, **overrides)
     for threshold in evaluation.thresholds or ():
         model.policy.check_threshold(threshold, model.num_exits - 1)
+    if evaluation.images is not None and evaluation.compare is None:
+        raise ConfigError("--images is compared with records: give --compare FILE, written with --save_records")
     if evaluation.compare is not None:
-        accelerator.print(compare(evaluation.compare, model))
+        accelerator.print(compare(evaluation.compare, model, evaluation.images, evaluation.batch_size))
         return
     data = recipe.load_data_of(
         evaluation.model,
@@ -132,8 +143,8 @@ def main() -> None:
             set_alpha=evaluation.set_alpha,
             thresholds=evaluation.thresholds,
         )
+        results["figures"] = recipe.draw_figures(records, model, getattr(data, evaluation.split), folder)
         recipe.write_report(results, folder, card=False)
-        draw_diagnostics(records, model, folder)
         if evaluation.save_records:
             records.save(folder / "records.safetensors")
         return results
@@ -142,20 +153,15 @@ def main() -> None:
     accelerator.print(f"\n{recipe.format_results(results)}\n\nresults.json, sweep.csv, frontier.png: {folder}")
 
 
-def draw_diagnostics(records: ExitRecords, model: EarlyExitWrapper, folder: Path) -> None:
-    """Draws reliability, scores and exit fractions next to the report."""
-    shown = records if model.calibrator is None else calibrate_records(records, model.calibrator)
-    plot_reliability(shown, folder / "reliability.png")
-    if shown.num_exits > 1 and model.policy.uses_threshold:
-        plot_scores(shown, model.policy, model.threshold, folder / "scores.png")
-        plot_fractions(shown, model.policy, folder / "shares.png")
-
-
-def compare(paths: list[str], model: EarlyExitWrapper) -> Drift:
-    """Reads two files of records and compares what the model's threshold does on them."""
-    if len(paths) != 2:
-        raise ConfigError(f"--compare takes two files of records, before and now, got {len(paths)}")
-    before, now = (ExitRecords.load(path) for path in paths)
+def compare(paths: list[str], model: EarlyExitWrapper, images: str | None, batch_size: int) -> Drift:
+    """Compares what the model's threshold does on records and on later ones, or on images without labels."""
+    if len(paths) != (2 if images is None else 1):
+        raise ConfigError(
+            f"--compare takes two files of records, before and now, got {len(paths)}; with --images it takes one,"
+            " before"
+        )
+    before = ExitRecords.load(paths[0])
+    now = ExitRecords.load(paths[1]) if images is None else collect_unlabelled(images, model, batch_size)
     if model.calibrator is not None:
         before, now = (calibrate_records(records, model.calibrator) for records in (before, now))
     check_records_of(before, model)
@@ -163,6 +169,26 @@ def compare(paths: list[str], model: EarlyExitWrapper) -> Drift:
     guaranteed = profile.get("bound") is not None and profile.get("confidence") is not None
     options = {name: profile[name] for name in ("bound", "confidence", "target")} if guaranteed else {}
     return compare_records(before, now, model.policy, model.threshold, **options)
+
+
+def collect_unlabelled(folder: str, model: EarlyExitWrapper, batch_size: int) -> ExitRecords:
+    """Runs every exit over all images below a folder; their labels, if there are any, are not read.
+
+    Raises:
+        DataError: There is no image, or one is damaged.
+    """
+    paths = [Path(folder, *parts) for parts in list_files(Path(folder)).images]
+    if not paths:
+        raise DataError(f"--images {folder!r} holds no image: give a folder of images")
+    processor = model.image_processor()
+
+    def batch(start: int) -> dict[str, Tensor]:
+        images = [decode(path.read_bytes(), path.name) for path in paths[start : start + batch_size]]
+        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+
+    features = model.calibrator is not None and model.calibrator.uses_features
+    batches = (batch(start) for start in range(0, len(paths), batch_size))
+    return collect_exit_records(model, batches, features, progress=False, labels=False)
 
 
 def refuse_checkpoint_folder(output_dir: str | None) -> None:

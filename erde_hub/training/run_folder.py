@@ -37,6 +37,7 @@ _REST = (
     "reliability.png",
     "scores.png",
     "shares.png",
+    "contact_sheet.png",
     "README.md",
     "records.safetensors",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import simulate_guarantee
 import torch
 from pages import calibration
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, DataError, RecordsError, ThresholdError, UnknownNameError
@@ -83,7 +86,9 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     assert (EarlyExitWrapper.from_pretrained(run).calibrator.temperature != 1).all()
     for split in ("validation", "test"):
         call(evaluate, "--model", run, "--split", split, "--save_records", "--output_dir", split, "--cpu_threads", 1)
-        assert (tmp_path / split / "scores.png").is_file()
+        drawn = json.loads((tmp_path / split / "results.json").read_text())["figures"]
+        assert drawn == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png"]
+        assert all((tmp_path / split / name).is_file() for name in drawn)
     report = json.loads((tmp_path / "test" / "results.json").read_text())
     assert report["student"]["calibrator"] == "temperature"
     points = [report["operating_point"], json.loads((run / "results.json").read_text())["operating_point"]]
@@ -97,6 +102,23 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     assert "support a bound of" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="takes two files of records, before and now, got 1"):
         call(evaluate, "--model", run, "--compare", pair[0])
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    for i, image in enumerate(load_digits().images[:60]):
+        Image.fromarray((image * 255 / 16).round().astype("uint8")).save(tmp_path / "new" / "deep" / f"{i:02}.png")
+    call(evaluate, "--model", run, "--compare", pair[0], "--images", "new", "--cpu_threads", 1)
+    printed = capsys.readouterr().out
+    assert "threshold: unknown: the new samples have no labels" in printed
+    assert "input: " in printed
+    assert re.search(r"accuracy % +\d+\.\d+ +-", printed)
+    for flags, message in (
+        (["--images", "new"], "give --compare FILE"),
+        (["--images", "new", "--compare", *pair], "with --images it takes one, before"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call(evaluate, "--model", run, *flags)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="'empty' holds no image"):
+        call(evaluate, "--model", run, "--compare", pair[0], "--images", "empty")
     call(compare_policies, "--validation", pair[0], "--test", pair[1], "--output", "p.json", "--resamples", 10,
          "--low", 0.5)  # fmt: skip
     rows = json.loads((tmp_path / "p.json").read_text())["policies"]

@@ -10,14 +10,18 @@ import torch
 from accelerate import Accelerator
 
 from erde_hub._files import write_text
+from erde_hub.data.loader import ImageSplit, Split
+from erde_hub.data.streaming import StreamSplit
 from erde_hub.data.texts import TextData
 from erde_hub.evaluation import (
     ExitRecords,
     build_results,
+    calibrate_records,
     plot_frontier,
     save_results,
     write_sweep_csv,
 )
+from erde_hub.evaluation.diagnostics import plot_contact_sheet, plot_fractions, plot_reliability, plot_scores
 from erde_hub.hub import render_model_card
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -92,10 +96,48 @@ def report(
         if run.data.plan is not None:
             run.data.save_split(folder / SPLIT_FILE)
         save_trained_on(run.data, folder)
+        # Images of a data set that only the user has must not be published with the checkpoint.
+        public = run.data.name == "digits" or "/" in results["dataset"]["name"]
+        results["figures"] = draw_figures(records, model, run.data.test if public else None, folder)
         write_report(results, folder)
         return results
 
     return run_on_main(run.accelerator, write)
+
+
+def draw_figures(
+    records: ExitRecords, model: EarlyExitWrapper, split: Split | StreamSplit | None, folder: Path
+) -> list[str]:
+    """Draws reliability, scores, exit fractions and, of a split of images, what exits early and late.
+
+    Args:
+        records: Of the split, raw.
+        model: Whose exits.
+        split: For the contact sheet; None draws none.
+        folder: Where the files go.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        CheckpointWriteError: A file cannot be written.
+    """
+    shown = records if model.calibrator is None else calibrate_records(records, model.calibrator)
+    plot_reliability(shown, folder / "reliability.png")
+    drawn = ["reliability.png"]
+    if shown.num_exits > 1 and model.policy.uses_threshold:
+        plot_scores(shown, model.policy, model.threshold, folder / "scores.png")
+        plot_fractions(shown, model.policy, folder / "shares.png")
+        drawn += ["scores.png", "shares.png"]
+    if shown.num_exits > 1 and isinstance(split, ImageSplit):
+        place = {int(index): position for position, index in enumerate(split.indices)}
+
+        def images(index: list[int]) -> list[Any]:
+            return split.images([place[i] for i in index])
+
+        plot_contact_sheet(shown, model.policy, model.threshold, images, folder / "contact_sheet.png")
+        drawn.append("contact_sheet.png")
+    return drawn
 
 
 def write_report(results: Mapping[str, Any], folder: Path, card: bool = True) -> None:
