@@ -98,7 +98,7 @@ def report(
         save_trained_on(run.data, folder)
         # Images of a data set that only the user has must not be published with the checkpoint.
         public = run.data.name == "digits" or "/" in results["dataset"]["name"]
-        results["figures"] = draw_figures(records, model, run.data.test if public else None, folder)
+        results["figures"] = draw_figures(records["test"], model, run.data.test if public else None, folder)
         write_report(results, folder)
         return results
 
