@@ -107,23 +107,23 @@ def headline() -> str:
     results = load("cifar10_resnet18_resnet10-small")
     teacher, full, point = results["teacher"], results["per_exit"][-1], results["operating_point"]
     return (
-        f"On CIFAR-10 a student with exits has {percent(point['accuracy'])} % accuracy at {mmacs(point['mean_macs'])}"
-        f" million multiply-accumulates (MACs) per image. With all its layers it has {percent(full['accuracy'])} % at"
-        f" {mmacs(full['macs'])} million, and its teacher {percent(teacher['accuracy'])} % at {mmacs(teacher['macs'])}"
-        " million."
+        f"On CIFAR-10, early exits lower the cost of a small network from {mmacs(full['macs'])} to"
+        f" {mmacs(point['mean_macs'])} million multiply-accumulates (MACs) per image, and its accuracy from"
+        f" {percent(full['accuracy'])} to {percent(point['accuracy'])} %. The large network that it learned from has"
+        f" {percent(teacher['accuracy'])} % at {mmacs(teacher['macs'])} million MACs."
     )
 
 
 def keys() -> str:
     """One line each: losses, heads, policies, calibrators."""
     tables = {
-        "Losses": (list_losses(), "loss"),
-        "Heads": (list_heads(), "head"),
-        "Policies": (list_policies(), "policy"),
-        "Calibrators": (list_calibrators(), "calibrator"),
+        "Losses": (list_losses(), "loss="),
+        "Heads": (list_heads(), "head="),
+        "Policies": (list_policies(), "policy="),
+        "Calibrators": (list_calibrators(), "--calibrator"),
     }
     return "\n".join(
-        f"- **{title}**, `{argument}=`: {', '.join(f'`{name}`' for name in names)}"
+        f"- **{title}**, `{argument}`: {', '.join(f'`{name}`' for name in names)}"
         for title, (names, argument) in tables.items()
     )
 

@@ -533,3 +533,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
 
     def _check_config_builds_it(self) -> None:
         check_config_builds(self, self._adapter)
+
+
+# Where the signature of the class is asked for, it is that of __init__.
+EarlyExitWrapper.__new__.__wrapped__ = EarlyExitWrapper.__init__  # type: ignore[attr-defined]

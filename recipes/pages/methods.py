@@ -129,7 +129,7 @@ def formula(cls: type) -> str:
     match = _FORMULA.search(inspect.cleandoc(cls.__doc__ or ""))
     if match is None:
         raise SystemExit(f"the docstring of {cls.__name__} has no indented block 'L = ...'")
-    return "\n".join(textwrap.wrap(" ".join(match[1].split()), 100, subsequent_indent="    "))
+    return "\n".join(textwrap.wrap(" ".join(match[1].split()), 84, subsequent_indent="    "))
 
 
 def arguments(cls: type) -> str:

@@ -53,10 +53,9 @@ def supported() -> str:
     """The same in one sentence each, for the README."""
     timm, transformers = (f"{passed(name)} of {len(rows_with(name))}" for name in ("timm", "transformers"))
     return (
-        f"One network of each family was tried: {timm} families of timm and {transformers} of transformers pass"
-        " attaching, training, routing, saving and copying ([support matrix](docs/support_matrix.md)). Wrapping checks"
-        " each network anew and refuses one that cannot have exits, with the reason. A module of your own needs"
-        " `input_size=` or `example_inputs=`."
+        f"One network of each family was tried. {timm} families of timm and {transformers} of transformers can be"
+        " wrapped, trained, routed, saved and copied ([support matrix](docs/support_matrix.md)). Wrapping checks each"
+        " network anew, and says why if it refuses one. Your own module needs `input_size=` or `example_inputs=`."
     )
 
 
