@@ -17,7 +17,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError
+from erde_hub.errors import (
+    ConfigError,
+    DataError,
+    InputTypeError,
+    LabelError,
+    MissingDependencyError,
+    unknown_name,
+)
 
 from .base import LabelledData, check_limits
 from .decoding import (
@@ -29,7 +36,7 @@ from .decoding import (
     decode_splits,
     row_hashes,
 )
-from .integrity import check_how, find_unreadable
+from .integrity import IMAGE_CHECKS, find_unreadable
 from .loader import BatchLoader, DecodedSplit, EncodedSplit, Split
 from .opening import Source, open_source
 from .preprocessing import (
@@ -107,8 +114,8 @@ def load_image_data(
     standard deviation, 224x224, bicubic and ``crop_pct`` 0.875 unless told otherwise.
 
     Args:
-        dataset: "digits" (scikit-learn's, 32x32, no download), a local folder that ``datasets.load_dataset`` reads
-            (parquet, a folder per class, ...), or a name on the Hub.
+        dataset: "digits" (scikit-learn's, 32x32, no download), a local folder (of images, one folder per class or
+            described by ``metadata.csv``, or what ``datasets.load_dataset`` reads), or a name on the Hub.
         image_column: Needed where the features show no image column, or several.
         label_column: Needed where the features show no class column, or several.
         config_name: Configuration of a Hub data set that has several.
@@ -140,7 +147,8 @@ def load_image_data(
     limits = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
     check_limits(limits)
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
-    check_how(check_images)
+    if check_images not in IMAGE_CHECKS:
+        raise unknown_name("check_images", check_images, IMAGE_CHECKS)
     if dataset == "digits":
         named = {"image_column": image_column, "label_column": label_column, "config_name": config_name}
         for name, value in named.items():

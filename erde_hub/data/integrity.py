@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from erde_hub._cores import available_cores
 from erde_hub._progress import passing_bar
-from erde_hub.errors import unknown_name
 
 from .decoding import EncodedImages, evenly_spaced, header_size
 
@@ -24,12 +23,6 @@ IMAGE_CHECKS = ("all", "headers", "none")
 _HEADERS = 20_000
 # Rows that are remembered together. A check that is cut off goes on behind the last complete piece.
 _PIECE = 4096
-
-
-def check_how(how: str) -> None:
-    """Raises :class:`~erde_hub.errors.UnknownNameError` for a word that is no kind of check."""
-    if how not in IMAGE_CHECKS:
-        raise unknown_name("check_images", how, IMAGE_CHECKS)
 
 
 def find_unreadable(

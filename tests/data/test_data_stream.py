@@ -108,85 +108,83 @@ def test_what_a_stream_cannot_tell(stream):
         _ = stream.train.indices
 
 
-def test_a_limit_makes_a_prefix(folder):
-    data = load_image_data(folder, streaming=True, progress=False, max_train_samples=20)
+def test_a_limit_makes_a_prefix(folder, load):
+    data = load(folder, streaming=True, max_train_samples=20)
     assert len(joined(BatchLoader(data.train, 8))["labels"]) <= 20
     with pytest.raises(ConfigError, match="streaming does not go with max_eval_samples"):
-        load_image_data(folder, streaming=True, max_eval_samples=5)
+        load(folder, streaming=True, max_eval_samples=5)
 
 
 @pytest.mark.parametrize("sources", [("train",), ("train", "test"), ("train", "validation")], ids="-".join)
-def test_a_split_of_a_stream_is_the_same_when_the_data_are_loaded(tmp_path, sources):
+def test_a_split_of_a_stream_is_the_same_when_the_data_are_loaded(tmp_path, sources, load):
     """Trained on a stream, evaluated without: no row that was trained on may be reported on."""
     columns = {name: rows(120, first_seed=1000 * i) for i, name in enumerate(sources)}
     folder = write_parquet(tmp_path / "set", columns, shards=2)
-    stream = load_image_data(folder, streaming=True, progress=False, max_train_samples=40)
+    stream = load(folder, streaming=True, max_train_samples=40)
     stream.save_split(tmp_path / "split.json")
-    loaded = load_image_data(
-        folder, progress=False, split_file=tmp_path / "split.json", mean=stream.mean, std=stream.std
-    )
-    stream = load_image_data(folder, streaming=True, progress=False)
+    loaded = load(folder, split_file=tmp_path / "split.json", mean=stream.mean, std=stream.std)
+    stream = load(folder, streaming=True)
     for name in ("train", "validation", "test"):
         streamed, read = (joined(BatchLoader(getattr(data, name), 50)) for data in (stream, loaded))
         assert torch.equal(streamed["labels"], read["labels"]), name
         assert torch.allclose(streamed["pixel_values"], read["pixel_values"], atol=1e-5), name
-    usual = load_image_data(folder, progress=False)
+    usual = load(folder)
     assert loaded.split_info["validation"]["digest"] != usual.split_info["validation"]["digest"]
-    again = load_image_data(folder, streaming=True, progress=False, split_file=tmp_path / "split.json")
+    again = load(folder, streaming=True, split_file=tmp_path / "split.json")
     assert again.split_info == stream.split_info
     loaded.save_split(tmp_path / "rows.json")  # and on: what was loaded holds out the same rows in a file of its own
-    rows_too = load_image_data(folder, progress=False, split_file=tmp_path / "rows.json")
+    rows_too = load(folder, split_file=tmp_path / "rows.json")
     assert rows_too.split_info["train"] == loaded.split_info["train"]
 
 
-def test_row_numbers_are_of_no_use_to_a_stream(folder, tmp_path):
-    load_image_data(folder, progress=False).save_split(tmp_path / "split.json")
+def test_row_numbers_are_of_no_use_to_a_stream(folder, tmp_path, load):
+    load(folder).save_split(tmp_path / "split.json")
     with pytest.raises(DataError, match=r"'split\.json' holds out rows by their number.*without streaming"):
-        load_image_data(folder, streaming=True, split_file=tmp_path / "split.json", progress=False)
+        load(folder, streaming=True, split_file=tmp_path / "split.json")
     other = write_parquet(tmp_path / "other", {"train": rows(120, first_seed=9), "test": rows(30, first_seed=500)})
     with pytest.raises(DataError, match="was written for data with fingerprint"):
-        load_image_data(other, streaming=True, split_file=tmp_path / "split.json", progress=False)
+        load(other, streaming=True, split_file=tmp_path / "split.json")
 
 
-def test_given_splits_need_no_row_numbers(tmp_path):
+def test_given_splits_need_no_row_numbers(tmp_path, load):
     splits = {"train": rows(20), "validation": rows(6, first_seed=50), "test": rows(5, first_seed=80)}
     folder = write_parquet(tmp_path / "set", splits)
-    load_image_data(folder, progress=False).save_split(tmp_path / "split.json")
-    data = load_image_data(folder, streaming=True, split_file=tmp_path / "split.json", progress=False)
+    load(folder).save_split(tmp_path / "split.json")
+    data = load(folder, streaming=True, split_file=tmp_path / "split.json")
     assert {how["rule"] for how in data.split_info.values()} == {"given"}
 
 
-def test_given_splits_and_large_images(tmp_path):
+def test_given_splits_and_large_images(tmp_path, load):
     size = {"size": (120, 100)}
     splits = {"train": rows(20, **size), "validation": rows(6, first_seed=50, **size), "test": rows(5, **size)}
-    data = load_image_data(write_parquet(tmp_path, splits), streaming=True, input_size=32, progress=False)
+    data = load(write_parquet(tmp_path, splits), streaming=True, input_size=32)
     counts = [len(joined(BatchLoader(split, 4))["labels"]) for split in (data.train, data.validation, data.test)]
     assert counts == [20, 6, 5]
     batch = next(iter(BatchLoader(data.train, 4, shuffle=True, augment=data.augment)))
     assert batch["pixel_values"].shape == (4, 3, 32, 32)
 
 
-def test_an_unlabelled_test_split_is_left_out(tmp_path):
+def test_an_unlabelled_test_split_is_left_out(tmp_path, load):
     splits = {"train": rows(30), "validation": rows(40, first_seed=50), "test": {**rows(6), "label": [-1] * 6}}
-    data = load_image_data(write_parquet(tmp_path, splits), streaming=True, progress=False)
+    data = load(write_parquet(tmp_path, splits), streaming=True)
     validation, test = joined(BatchLoader(data.validation, 4)), joined(BatchLoader(data.test, 4))
     assert len(validation["labels"]) + len(test["labels"]) == 40
     assert not content(validation) & content(test)
 
 
-def test_bad_rows_are_named(tmp_path):
+def test_bad_rows_are_named(tmp_path, load):
     columns = rows(30)
     columns["img"][21] = b"this is no image"
     features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
     folder = write_parquet(tmp_path / "set", {"train": columns, "validation": rows(6), "test": rows(6)}, features)
     with pytest.raises(DataError, match=r"row 21 of split 'train' of 'set' \(streamed\) cannot be read"):
-        load_image_data(folder, streaming=True)
+        load(folder, streaming=True)
     columns = rows(30)
     columns["label"][4] = None
     folder = write_parquet(tmp_path / "other", {"train": columns, "validation": rows(6), "test": rows(6)}, features)
     with pytest.raises(LabelError, match=r"label None in row 4 of split 'train'"):
-        load_image_data(folder, streaming=True)
+        load(folder, streaming=True)
     plain = {"img": datasets.Image(), "label": datasets.Value("int64")}
     folder = write_parquet(tmp_path / "plain", {"train": {"img": [picture(0, 0)], "label": [0]}}, plain)
     with pytest.raises(DataError, match="'label' of 'plain' does not name its classes"):
-        load_image_data(folder, streaming=True)
+        load(folder, streaming=True)

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image, PngImagePlugin
 from transformers.image_utils import load_image
 
-from erde_hub.data import load_image_data
 from erde_hub.data.decoding import decode
 from erde_hub.errors import DataError
 from tests.fakes.images import encode, picture, rows, write_parquet
@@ -121,41 +120,41 @@ def write_cells(folder, path, count=60):
     "path", ["{}/private.png", "../private.png", "/dev/zero", "link.png", "ftp://127.0.0.1:9/x.png", "foo://x",
              "file://{}/private.png", "zip://x::{}/private.png", "hf://datasets/other/name@main/x.png", "fifo"],
 )  # fmt: skip
-def test_a_row_names_no_file_outside_its_folder(tmp_path, path, streaming):
+def test_a_row_names_no_file_outside_its_folder(tmp_path, path, streaming, load):
     (tmp_path / "private.png").write_bytes(picture(0, 1))
     folder = write_cells(tmp_path / "set", path.format(tmp_path))
     (folder / "link.png").symlink_to(tmp_path / "private.png")
     os.mkfifo(folder / "fifo")
     with pytest.raises(DataError, match=r"is not in the data set's folder|there is no such file"):
-        load_image_data(folder, progress=False, cache_dir=tmp_path / "cache", streaming=streaming)
+        load(folder, streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("entry", ["data_files: {}", "data_files: ../set/data/*.parquet", "data_dir: {}"])
-def test_a_card_names_no_file_outside_its_folder(tmp_path, entry, streaming):
+def test_a_card_names_no_file_outside_its_folder(tmp_path, entry, streaming, load):
     private = write_parquet(tmp_path / "set", {"train": rows(30)})
     write_parquet(tmp_path / "card", {"train": rows(30)})
     file = f"{private}/data/train-00000-of-00001.parquet" if "files" in entry else private
     text = f"---\nconfigs:\n- config_name: default\n  {entry.format(file)}\n---\n"
     (tmp_path / "card" / "README.md").write_text(text)
     with pytest.raises(DataError, match=r"the card of 'card' names the file '.*parquet', which is not in the data set"):
-        load_image_data(tmp_path / "card", progress=False, cache_dir=tmp_path / "cache", streaming=streaming)
+        load(tmp_path / "card", streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_row_may_name_a_file_of_its_folder(tmp_path, streaming):
+def test_a_row_may_name_a_file_of_its_folder(tmp_path, streaming, load):
     folder = write_cells(tmp_path / "set", "more/3.jpg")
     (folder / "more").mkdir()
     (folder / "more" / "3.jpg").write_bytes(picture(1, 3))
-    data = load_image_data(folder, progress=False, cache_dir=tmp_path / "cache", streaming=streaming)
+    data = load(folder, streaming=streaming)
     assert data.num_classes == 2
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, load):
     folder = write_parquet(tmp_path / "set", {"train": rows(30)})
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"the cache of data sets, '.*file/cache', cannot be written .*cache_dir="):
-        load_image_data(folder, progress=False, cache_dir=tmp_path / "file" / "cache")
+        load(folder, cache_dir=tmp_path / "file" / "cache")
 
 
 @pytest.mark.parametrize(
@@ -163,15 +162,15 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
     ["https://huggingface.co/datasets/{}", "https://hf.co/datasets/{}/tree/main", "hf.co/datasets/{}", "datasets/{}/",
      "hf://datasets/{}", "hf://{}", "{}/"],
 )  # fmt: skip
-def test_an_address_of_the_hub_is_no_name(address):
+def test_an_address_of_the_hub_is_no_name(address, load):
     with pytest.raises(DataError, match="is an address: give the data set's name, 'uoft-cs/cifar10'"):
-        load_image_data(address.format("uoft-cs/cifar10"))
+        load(address.format("uoft-cs/cifar10"))
 
 
 @pytest.mark.parametrize(
     "name", ["", "a/b/c", "cifar 10", "org/", "org/name@main", "org/name:plain", "s3://a/b", "C:\\a", "~x"]
 )
-def test_what_is_no_name_of_the_hub_is_not_asked_for(tmp_path, monkeypatch, name):
+def test_what_is_no_name_of_the_hub_is_not_asked_for(tmp_path, monkeypatch, name, load):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=rf"there is no folder {re.escape(repr(name))}, and names on the Hub look like"):
-        load_image_data(name)
+        load(name)
