@@ -45,6 +45,10 @@ class InputTypeError(ErdeError, TypeError):
     """An argument has the wrong type or dtype."""
 
 
+class NotSupportedError(ErdeError, NotImplementedError):
+    """A method that transformers' models have makes no sense, or cannot work, for this one."""
+
+
 class LabelError(ErdeError, ValueError):
     """Labels lie outside the classes of the model."""
 

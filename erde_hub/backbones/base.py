@@ -14,11 +14,11 @@ from erde_hub._tables import PrintsAsTable, Rows
 from erde_hub.engine.hooks import ExitHook, HookRunner, parse_exit
 from erde_hub.engine.rows import tensors
 from erde_hub.engine.stages import Stage
-from erde_hub.errors import CheckpointError, ExitPointError, InputTypeError, nearest
+from erde_hub.errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
 from erde_hub.heads import FeatureSpec
 
 from .layouts import FeatureFormats
-from .tracing import StageCall, Trace
+from .tracing import StageCall, Trace, trace
 
 if TYPE_CHECKING:
     from erde_hub.config import EarlyExitConfig
@@ -85,6 +85,19 @@ class BackboneAdapter:
 
     def notable_arguments(self, config: EarlyExitConfig) -> dict[str, Any]:
         """Returns what of ``backbone_kwargs`` is worth telling people: what differs from the network's defaults."""
+        return dict(config.backbone_kwargs or {})
+
+    def with_attention(self, config: EarlyExitConfig, attention: str) -> dict[str, Any]:
+        """Returns ``backbone_kwargs`` for another implementation of attention, where ``build`` can choose one.
+
+        Raises:
+            ConfigError: It cannot, and another one than the usual is asked for.
+        """
+        if attention != "sdpa":
+            raise ConfigError(
+                f"attn_implementation={attention!r} is for backbones of transformers; this one ({config.architecture})"
+                " chooses its attention itself (timm.layers.set_fused_attn for models of timm)"
+            )
         return dict(config.backbone_kwargs or {})
 
     def build(self, config: EarlyExitConfig) -> nn.Module:
@@ -191,6 +204,28 @@ class BackboneAdapter:
                 f"the backbone returned {type(output).__name__} where logits (N, K) were expected: wrap a classifier"
             )
         return output
+
+    def explain_failure(self, module: nn.Module, inputs: dict[str, Any]) -> ErdeError | None:
+        """Returns what is wrong with inputs on which the model has just failed, where they are the reason."""
+        return None
+
+    def classifier_layer(self, module: nn.Module, input_size: Sequence[int]) -> nn.Linear:
+        """Returns the linear layer that gives the logits: the one that is called, whatever else the module holds.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        (example,) = example_inputs(input_size, self.example_dtype(module))
+        traced = trace(module, (example,))
+        logits = self.logits(traced.output)
+        for name, calls in traced.calls.items():
+            layer = module.get_submodule(name)
+            if isinstance(layer, nn.Linear) and calls[-1].output is logits:
+                return layer
+        raise ConfigError(
+            f"features are wanted, but the logits of {type(module).__name__} come from no linear layer as they are: it"
+            " ends in something else"
+        )
 
     def init_non_persistent_buffers(self, module: nn.Module) -> None:
         """Fills the buffers of one submodule that no checkpoint holds."""

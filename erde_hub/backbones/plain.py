@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from erde_hub.engine.hooks import parse_exit
 from erde_hub.engine.stages import Stage
@@ -76,6 +76,10 @@ class PlainAdapter(BackboneAdapter):
         if layout is None:
             layout = find_format(module, path, feature, (number or 0, index or 0), traced)
         return spec_of(feature, layout, output_index=index, batch_outputs=batched)
+
+    def logits(self, output: Any) -> Tensor:
+        """The output, or its ``logits`` where auxiliary ones come with them (GoogLeNet and Inception in training)."""
+        return super().logits(getattr(output, "logits", output))
 
     def stages(self, module: nn.Module, exits: Sequence[str], checkpointed: bool) -> list[Stage] | None:
         """A Sequential is its own staged forward, modules that stand in it twice included."""

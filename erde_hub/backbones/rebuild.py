@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from erde_hub.engine.hooks import HookRunner, add_exit_hooks
 from erde_hub.engine.routing import read_feature
@@ -32,6 +33,7 @@ def check_same_network(
     logits: Callable[[Any], Tensor],
     name: str,
     advice: str,
+    classifier: Sequence[str] = (),
 ) -> nn.Module:
     """Compares the answers of two networks to one random input with the same random weights in both.
 
@@ -46,6 +48,7 @@ def check_same_network(
         logits: Reads the logits from an output.
         name: What to call the network in messages.
         advice: What to do about a difference.
+        classifier: Names of the classifier's modules.
 
     Returns:
         ``rebuilt``, in eval mode and with the random weights.
@@ -55,6 +58,7 @@ def check_same_network(
     """
     differs = _differing_weights(module, rebuilt)
     if differs:
+        advice = _changed_by_hand(module, rebuilt, differs, classifier) or advice
         raise RebuildError(
             f"{name} rebuilt from its config has other weights ({len(differs)} differ, first {differs[0]!r}){advice}"
         )
@@ -227,6 +231,56 @@ def check_config_builds(model: Any, adapter: Any) -> None:
         )
     if _plain_layers(model.backbone) != _plain_layers(rebuilt.backbone):
         adapter.check_rebuild(model.backbone, model.config)
+
+
+def _changed_by_hand(
+    module: nn.Module, rebuilt: nn.Module, differs: Sequence[str], classifier: Sequence[str]
+) -> str | None:
+    """Says what was done to a network after it was created, and what to do about it; None where it does not show."""
+    own_class = (
+        "; to keep it, wrap EarlyExitWrapper(nn.Sequential(model), input_size=...), whose checkpoints load with"
+        " from_pretrained(path, backbone=nn.Sequential(model))"
+    )
+    parts, before = dict(module.named_modules()), dict(rebuilt.named_modules())
+    first = differs[0]
+    computed = next((name for name, part in parts.items() if parametrize.is_parametrized(part)), None)
+    if computed is not None:
+        return (
+            f": weights of {computed!r} are computed by a parametrisation (weight_norm, say): make them plain with"
+            f" torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before wrapping"
+        )
+    if any(".lora_" in name or ".base_layer." in name for name in differs):
+        return ": it holds adapters of PEFT: wrap model.merge_and_unload() instead, or the model before they were added"
+    pruned = next((name for name in differs if name.endswith("_mask")), None)
+    if pruned is not None:
+        path, _, weight = pruned.removesuffix("_mask").rpartition(".")
+        return (
+            f": {path!r} is pruned: torch.nn.utils.prune.remove(module, {weight!r}) makes it permanent before wrapping"
+        )
+    if any(name.endswith("weight_g") for name in differs):
+        return f": {first!r} belongs to weight_norm: torch.nn.utils.remove_weight_norm(module) before wrapping"
+    frozen = next((name for name, part in parts.items() if type(part).__name__.startswith("FrozenBatchNorm")), None)
+    if frozen is not None:
+        return (
+            f": the batch norm {frozen!r} was frozen: timm.utils.unfreeze(model) before wrapping, and then"
+            " model.freeze_backbone(), or requires_grad_(False) on the layers that should not learn"
+        )
+    fusing = [name for name, part in before.items() if any(hasattr(part, m) for m in ("fuse", "reparameterize"))]
+    fused = next(
+        (n for n in fusing for d in differs if d.startswith(f"{n}.") or type(parts.get(n)) is nn.Identity), None
+    )
+    norms = [name for name, part in before.items() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    fused = fused or next((name for name in norms if type(parts.get(name)) is nn.Identity), None)
+    if fused is not None:
+        return f": {fused!r} was fused or reparameterised: wrap the network as it was before{own_class}"
+    if classifier and all(name.startswith(tuple(f"{c}." for c in classifier)) for name in differs):
+        reset = (
+            ", model.reset_classifier(num_classes) makes one that it knows"
+            if hasattr(module, "reset_classifier")
+            else ""
+        )
+        return f": its classifier {classifier[0]!r} was replaced by hand, which no config says{reset}{own_class}"
+    return None
 
 
 def _differing_weights(module: nn.Module, rebuilt: nn.Module) -> list[str]:

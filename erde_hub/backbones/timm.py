@@ -143,6 +143,7 @@ class TimmAdapter(BackboneAdapter):
             str(config.architecture),
             f"; pass the arguments that {config.architecture} was created with as backbone_kwargs={{...}} (now"
             f" {config.backbone_kwargs!r}), so that the checkpoint can be loaded",
+            self.classifier_names(module),
         )
 
     def candidates(self, module: nn.Module, traced: Trace) -> list[str]:

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from erde_hub.config import ATTENTION
 from erde_hub.engine.hooks import ExitHook, HookRunner, parse_exit
 from erde_hub.engine.stages import Stage
-from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, nearest, unknown_name
+from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, nearest, unknown_name
 from erde_hub.heads import FeatureSpec
 from erde_hub.tasks import REGRESSION
 
@@ -148,6 +148,13 @@ class TransformersAdapter(BackboneAdapter):
         defaults = {} if cls is None else cls.config_class().to_dict()
         given = (config.backbone_kwargs or {}).items()
         return {key: value for key, value in given if key not in defaults or defaults[key] != value}
+
+    def with_attention(self, config: EarlyExitConfig, attention: str) -> dict[str, Any]:
+        """What is built with: the config of a transformers model names it."""
+        values = dict(config.backbone_kwargs or {})
+        values.pop("attn_implementation", None)
+        usual = self._default_attention(getattr(transformers, str(config.architecture), nn.Module))
+        return values if attention == usual else {**values, "attn_implementation": attention}
 
     def build(self, config: EarlyExitConfig) -> nn.Module:
         """Builds a class that transformers itself registers, from the stored config; no remote code, nothing fetched.
@@ -313,6 +320,26 @@ class TransformersAdapter(BackboneAdapter):
             return kwargs.get("attention_mask")
         ids = kwargs.get("input_ids")
         return None if ids is None else ids != module.config.get_text_config().pad_token_id  # type: ignore[union-attr,operator]
+
+    def explain_failure(self, module: nn.Module, inputs: dict[str, Any]) -> ErdeError | None:
+        """Token ids outside the vocabulary, or more tokens than the model has positions."""
+        ids, config = inputs.get("input_ids"), getattr(module, "config", None)
+        if ids is None or config is None:
+            return None
+        table = module.get_input_embeddings()  # type: ignore[operator]
+        vocabulary, low, high = int(table.num_embeddings), int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocabulary:
+            return InputTypeError(
+                f"input_ids hold {low if low < 0 else high}, and the vocabulary of {type(module).__name__} is 0 to"
+                f" {vocabulary - 1}: use its own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+            )
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and ids.shape[1] + 2 > positions:  # RoBERTa's tables keep two for padding
+            return ShapeError(
+                f"texts of {ids.shape[1]} tokens are longer than {type(module).__name__} takes ({positions} positions):"
+                " cut them, tokenizer(texts, truncation=True, max_length=...)"
+            )
+        return None
 
     # The family's facts
 

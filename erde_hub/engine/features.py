@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,18 +74,29 @@ def read_density_terms(policy: ExitPolicy, exit_index: int) -> Tensor:
     return policy.density_terms(exit_index, features.pop(exit_index))
 
 
+@contextlib.contextmanager
+def capture_inputs(layers: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
+    """Collects what layers are called with, each under its key, while the context is open; the latest call counts."""
+    seen: dict[Any, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for key, layer in layers.items():
+            handle = layer.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
+            stack.callback(handle.remove)
+        yield seen
+
+
 def last_linears(model: Any) -> dict[str, nn.Linear]:
-    """Finds the last linear layer of each exit, by exit name.
+    """Finds the last linear layer of each exit, by exit name: of the backbone the one that gives its logits.
 
     Raises:
         ConfigError: An exit ends in none.
     """
     layers: dict[str, nn.Linear] = {}
-    classifier = getattr(model.backbone, "get_classifier", lambda: None)()  # timm; elsewhere the last one is meant
-    last = classifier if isinstance(classifier, nn.Linear) else model.backbone
-    heads = getattr(model.heads, "active", model.heads)  # PEFT puts a wrapper around the heads that are trained
-    for name, module in zip(model.exit_names, (*heads, last), strict=True):
-        linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    for name, head in model.exits_and_heads():
+        if head is None:
+            layers[name] = model.runner.classifier_layer(model.config.input_size)
+            continue
+        linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
         if not linear:
             raise ConfigError(f"features are wanted, but exit {name!r} ends in no linear layer")
         layers[name] = linear[-1]

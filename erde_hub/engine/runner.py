@@ -44,6 +44,9 @@ class Adapter(Protocol):
     def token_mask(self, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
         """Returns the mask (N, L) of the tokens that heads pool, from the backbone's inputs."""
 
+    def classifier_layer(self, module: nn.Module, input_size: Sequence[int]) -> nn.Linear:
+        """Returns the linear layer that gives the logits."""
+
 
 class ExitRunner:
     """Runs a backbone with its exits.
@@ -127,6 +130,14 @@ class ExitRunner:
         if mask is not None and mask.ndim != 2:
             raise ShapeError(f"heads pool tokens by an attention_mask of shape (N, L), got {tuple(mask.shape)}")
         return mask
+
+    def classifier_layer(self, input_size: Sequence[int]) -> nn.Linear:
+        """Returns the linear layer that gives the backbone's logits.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        return self.adapter.classifier_layer(_uncompiled(self.backbone), input_size)
 
     def heads(self, heads: Sequence[nn.Module]) -> list[Any]:
         """Returns what is run in place of the heads: themselves, or compiled ones after :meth:`compile`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from erde_hub._arguments import check_flag
-from erde_hub.engine.features import last_linears
+from erde_hub.engine.features import capture_inputs, last_linears
 from erde_hub.engine.modes import evaluating
 from erde_hub.errors import ConfigError, DataError, InputTypeError, ShapeError
 from erde_hub.fingerprint import model_fingerprint
@@ -79,7 +79,7 @@ def collect_exit_records(
     parts = _Parts(regression)
     taps = last_linears(core) if features else {}
     # Not inference_mode: what a backbone caches in eval mode, or a data set on first use, would be refused by autograd.
-    with evaluating(core), torch.no_grad(), cast, _recording(taps) as seen:
+    with evaluating(core), torch.no_grad(), cast, capture_inputs(taps) as seen:
         for batch in tqdm(dataloader, desc="collecting exits", unit="batch", disable=not (progress and main)):
             inputs, targets, index = _read(batch, labels)
             on_device = {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
@@ -258,22 +258,3 @@ def _class_names(model: nn.Module, num_classes: int) -> list[str]:
     if not id2label:
         return [str(k) for k in range(num_classes)]
     return [str(id2label[k]) for k in sorted(id2label)]
-
-
-@contextlib.contextmanager
-def _recording(taps: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """Stores the input of each layer while the context is open."""
-    seen: dict[str, Tensor] = {}
-
-    def store(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = args[0].detach()
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(store(name)) for name, layer in taps.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

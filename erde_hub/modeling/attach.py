@@ -110,6 +110,12 @@ def _check_module(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected an nn.Module (a timm model, say), got {type(model).__name__}")
+    if hasattr(model, "peft_config"):
+        raise InputTypeError(
+            f"got a {type(model).__name__}: give the network exits first and adapt that,"
+            " get_peft_model(EarlyExitWrapper(network), LoraConfig(..., modules_to_save=['heads'])), or merge,"
+            " EarlyExitWrapper(model.merge_and_unload())"
+        )
     if hasattr(model, "_orig_mod"):
         raise InputTypeError(
             "got a compiled module: wrap the module itself and compile then, wrapper.backbone ="

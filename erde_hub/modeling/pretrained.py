@@ -22,7 +22,7 @@ from transformers.utils.hub import resolve_revision
 
 from erde_hub._files import disk_errors, replacing_all
 from erde_hub._version import __version__
-from erde_hub.backbones import BackboneAdapter
+from erde_hub.backbones import BackboneAdapter, get_adapter
 from erde_hub.backbones.shared_weights import (
     all_tensors,
     load_into,
@@ -97,6 +97,16 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
     _given: dict[str, Tensor]
     #: Exit tables by input size.
     _costs: dict[tuple[int, ...], ExitTable]
+
+    def __init__(self, config: EarlyExitConfig) -> None:
+        attention = getattr(config, "_attn_implementation", None)  # as from_pretrained(attn_implementation=...) sets it
+        if attention is not None and config.exits is not None:
+            config.backbone_kwargs = get_adapter(config.library).with_attention(config, attention)
+        super().__init__(config)
+
+    def _check_and_adjust_attn_implementation(self, *_: Any, **__: Any) -> str | None:
+        """What the backbone is built with, None for what it chooses itself: this model has no attention of its own."""
+        return (self.config.backbone_kwargs or {}).get("attn_implementation")
 
     def _check_config_builds_it(self) -> None:
         """Raises what loading would raise, while the model that is to be saved still lives."""
@@ -386,6 +396,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
 
     def _inputs(self, pixel_values: Any, texts: dict[str, Any], more: dict[str, Any]) -> ModelInputs:
         """Checks what a call was given; ``texts`` holds the usual names, None where absent, ``more`` all others."""
+        for key in ("output_hidden_states", "output_attentions"):
+            if more.pop(key, None):
+                raise InputTypeError(f"{key}=True: a model with exits answers with logits; ask model.backbone for them")
         if self.main_input_name == "input_ids":
             name = type(self.backbone).__name__
             if pixel_values is not None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from erde_hub._version import __version__
@@ -24,7 +25,16 @@ from erde_hub.engine.inputs import explain_failure
 from erde_hub.engine.recomputation import is_recomputing, recomputing
 from erde_hub.engine.routing import PlanCache, RoutingPlan
 from erde_hub.engine.runner import ExitRunner, calls_are_replaced
-from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, ThresholdError, nearest
+from erde_hub.errors import (
+    ConfigError,
+    ErdeError,
+    ExitPointError,
+    InputTypeError,
+    NotSupportedError,
+    ShapeError,
+    ThresholdError,
+    nearest,
+)
 from erde_hub.heads import ExitHead, ExitHeads, FeatureSpec
 from erde_hub.losses.exit_weights import weights_per_exit
 from erde_hub.outputs import EarlyExitOutput
@@ -418,6 +428,62 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         """
         self.runner.compile(options)
 
+    # What transformers' models have
+
+    def _text_backbone(self, method: str) -> Any:
+        if self.main_input_name != "input_ids":
+            raise NotSupportedError(
+                f"{method}(): {type(self.backbone).__name__} reads images and has no table of tokens; its layers are in"
+                " model.backbone"
+            )
+        return self.backbone
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the backbone's table of tokens.
+
+        Raises:
+            NotSupportedError: The backbone reads images.
+        """
+        return self._text_backbone("get_input_embeddings").get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the backbone's table of tokens by one of the same size.
+
+        Raises:
+            NotSupportedError: The backbone reads images.
+        """
+        self._text_backbone("set_input_embeddings").set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As of the backbone, whose new size the config then holds.
+
+        Raises:
+            NotSupportedError: The backbone reads images; a language model, whose exits answer with its tokens.
+        """
+        backbone = self._text_backbone("resize_token_embeddings")
+        if self.config.task == "causal_lm" and (args or kwargs):
+            raise NotSupportedError(
+                "resize_token_embeddings(): the exits of a language model answer with its tokens: resize the model"
+                " first, then wrap it"
+            )
+        table = backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.backbone_kwargs = self._adapter.creation_arguments(backbone, None)
+        return table
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """As of the backbone; the config keeps it.
+
+        Raises:
+            NotSupportedError: The backbone is no transformers model.
+        """
+        if not isinstance(self.backbone, PreTrainedModel):
+            raise NotSupportedError(
+                f"set_attn_implementation(): {type(self.backbone).__name__} is no transformers model and chooses its"
+                " attention itself (timm.layers.set_fused_attn for models of timm)"
+            )
+        self.backbone.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config.backbone_kwargs = self._adapter.creation_arguments(self.backbone, None)
+
     # Training
 
     def freeze_backbone(self) -> None:
@@ -507,8 +573,10 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 output = route(self.routing_plan(threshold), inputs)
         except (ErdeError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            typed = explain_failure(error, inputs, self.config.input_size or (), self.dtype)
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            typed = self._adapter.explain_failure(self.backbone, inputs.kwargs) or explain_failure(
+                error, inputs, self.config.input_size or (), self.dtype
+            )
             if typed is error:
                 raise
             raise typed from error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from erde_hub.engine.features import capture_inputs
 from erde_hub.errors import ConfigError
 from erde_hub.heads import ExitHead, FeatureSpec
 
@@ -49,7 +49,7 @@ class ExitFeatures:
 
     def __init__(self, model: nn.Module) -> None:
         self.heads = exit_heads(model)
-        self._latest: list[Tensor | None] | None = None
+        self._seen: dict[int, Tensor] | None = None
 
     @property
     def widths(self) -> list[int | None]:
@@ -59,13 +59,11 @@ class ExitFeatures:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Keeps features as long as this lasts."""
-        self._latest = self._nothing()
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "_latest", None)
-            for exit_, head in enumerate(self.heads):
-                handle = head.register_forward_pre_hook(lambda _, args, exit_=exit_: self._keep(exit_, args))
-                stack.callback(handle.remove)
-            yield
+        try:
+            with capture_inputs(dict(enumerate(self.heads))) as self._seen:
+                yield
+        finally:
+            self._seen = None
 
     def take(self, channels_last: bool = True) -> list[Tensor | None]:
         """Returns the features of the last forward pass and releases them; None at exits that did not run since.
@@ -76,21 +74,12 @@ class ExitFeatures:
         Raises:
             ConfigError: Called outside of :meth:`watching`.
         """
-        if self._latest is None:
+        if self._seen is None:
             raise ConfigError("features are kept within watching() only: call the model and take() inside of it")
-        latest, self._latest = self._latest, self._nothing()
-        if not channels_last:
-            return latest
-        specs = [head.spec for head in self.heads]
-        moved = [_channels_last(feature, spec) for feature, spec in zip(latest[:-1], specs, strict=True)]
-        return [*moved, None]
-
-    def _nothing(self) -> list[Tensor | None]:
-        return [None] * (len(self.heads) + 1)
-
-    def _keep(self, exit_: int, args: tuple[Any, ...]) -> None:
-        if self._latest is not None:
-            self._latest[exit_] = args[0]
+        features = [self._seen.pop(index, None) for index in range(len(self.heads))]
+        if channels_last:
+            features = [_channels_last(x, head.spec) for x, head in zip(features, self.heads, strict=True)]
+        return [*features, None]
 
 
 def exit_heads(model: nn.Module) -> list[ExitHead]:

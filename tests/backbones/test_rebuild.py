@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from erde_hub import EarlyExitWrapper
@@ -104,3 +110,71 @@ def test_weights_that_the_config_would_share_are_found():
     with pytest.raises(RebuildError, match=r"shares other weights .*'lm_head\.weight', 'transformer\.wte\.weight'"):
         EarlyExitWrapper(module, exits=1)
     assert module.lm_head.weight is own
+
+
+def _with(change: Callable[[nn.Module], Any], architecture: str = "resnet10t") -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        module = timm.create_model(architecture, num_classes=3)
+        return change(module) or module
+
+    return make
+
+
+def _new_head(module: nn.Module) -> None:
+    module.fc = nn.Sequential(nn.Dropout(0.2), nn.Linear(module.num_features, 3))
+
+
+def _fused(module: nn.Module) -> None:
+    module.eval()
+    module.conv1[0], module.conv1[1] = fuse_conv_bn_eval(module.conv1[0], module.conv1[1]), nn.Identity()
+
+
+def _prune(module: nn.Module) -> None:
+    prune.l1_unstructured(module.layer1[0].conv1, "weight", 0.3)
+
+
+def _weight_norm(module: nn.Module) -> None:
+    parametrizations.weight_norm(module.layer1[0].conv1)
+
+
+def _freeze(module: nn.Module) -> None:
+    timm.utils.freeze(module, ["layer1"], include_bn_running_stats=True)
+
+
+CHANGED = {
+    "head": (_with(_new_head), r"classifier 'fc' was replaced by hand.*model\.reset_classifier"),
+    "frozen": (_with(_freeze), r"batch norm 'layer1\.0\.bn1' was frozen: timm\.utils\.unfreeze"),
+    "pruned": (_with(_prune), r"'layer1\.0\.conv1' is pruned: torch\.nn\.utils\.prune\.remove\(module, 'weight'\)"),
+    "weight norm": (_with(_weight_norm), r"weights of 'layer1\.0\.conv1'.*remove_parametrizations"),
+    "fused": (_with(_fused), r"'conv1\.1' was fused.*wrap the network as it was before"),
+    "reparameterised": (_with(timm.utils.model.reparameterize_model, "repvit_m0_9"), r"'stem\.conv1' was fused or"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_was_changed_by_hand_is_named_with_what_helps(name):
+    make, words = CHANGED[name]
+    with pytest.raises(RebuildError, match=words) as caught:
+        EarlyExitWrapper(make(), exits=1)
+    assert "pass the arguments" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["head", "fused"])
+def test_inside_a_sequence_it_is_kept_as_it_is(name, tmp_path):
+    make, x = CHANGED[name][0], torch.randn(2, 3, 64, 64)
+    model = EarlyExitWrapper(nn.Sequential(make()), exits=["0.layer2"], input_size=(3, 64, 64)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = EarlyExitWrapper.from_pretrained(tmp_path, backbone=nn.Sequential(make()))
+    for ours, theirs in zip(*(m(x, output_all_exits=True).exit_logits for m in (model, loaded)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"), [(torchvision.models.googlenet, (3, 96, 96)), (torchvision.models.inception_v3, (3, 299, 299))]
+)
+def test_auxiliary_logits_are_left_aside(make, size):
+    network = make(weights=None, init_weights=False, num_classes=3)
+    model = EarlyExitWrapper(network, exits=1, input_size=size).train()
+    output = model(torch.randn(2, *size), labels=torch.tensor([0, 1]))
+    assert [logits.shape for logits in output.exit_logits] == [(2, 3)] * 2
+    output.loss.backward()

@@ -17,6 +17,7 @@ from torch import nn
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import (
     CheckpointWriteError,
+    ConfigError,
     DataError,
     InputTypeError,
     LabelError,
@@ -466,3 +467,26 @@ def test_a_report_is_built_from_living_models(wrapper):
     assert results["student"]["params"] == table[-1].cumulative_params
     assert results["student"]["exits"] == ["layer1", "layer2"]
     assert [row["exit"] for row in results["per_exit"]] == ["layer1", "layer2", "classifier"]
+
+
+class ClassifierFirst(nn.Module):
+    """Registers its classifier before the layer in front of it, and one that is never called behind both."""
+
+    def __init__(self, ends_in: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a, self.fc, self.mid = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 8)
+        self.spare, self.end = nn.Linear(8, 4), ends_in or nn.Identity()
+
+    def forward(self, x):
+        return self.end(self.fc(self.mid(self.a(x).relu().mean((2, 3))).relu()))
+
+
+def test_features_are_what_the_classifier_reads_whatever_the_order_of_layers():
+    network = ClassifierFirst()
+    model = EarlyExitWrapper(network, exits=["a"], input_size=(3, 16, 16)).eval()
+    batch = (torch.randn(6, 3, 16, 16), torch.randint(0, 4, (6,)))
+    records = collect_exit_records(model, [batch], features=True, progress=False)
+    torch.testing.assert_close(network.fc(records.features[-1]), records.logits[-1])
+    scaled = EarlyExitWrapper(ClassifierFirst(nn.Softplus()), exits=["a"], input_size=(3, 16, 16)).eval()
+    with pytest.raises(ConfigError, match="logits of ClassifierFirst come from no linear layer as they are"):
+        collect_exit_records(scaled, [batch], features=True, progress=False)

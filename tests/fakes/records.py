@@ -40,6 +40,12 @@ class FakeExits(nn.Module):
         self.backbone = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
         self.config = SimpleNamespace(id2label={0: "cat", 1: "dog", 2: "eel"})
 
+        self.runner = SimpleNamespace(classifier_layer=lambda size: self.backbone[2])
+        self.config.input_size = (4,)
+
+    def exits_and_heads(self):
+        return [("stem", self.heads[0]), ("classifier", None)]
+
     def exit_table(self):
         return SimpleNamespace(cumulative_macs=[12, 40])
 
