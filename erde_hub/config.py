@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -211,9 +214,10 @@ class EarlyExitConfig(PreTrainedConfig):
         regression = self.problem_type == REGRESSION
         if regression and self.task != "classification":
             raise ConfigError(f"problem_type='regression' does not go with task={self.task!r}: tokens are classes")
-        twice = {name for name in self.exits if self.exits.count(name) > 1}
+        twice = sorted(name for name, count in Counter(self.exits).items() if count > 1)
         if twice:
-            raise ExitPointError(f"exits names {sorted(twice)[0]!r} twice: {self.exits}")
+            raise ExitPointError(f"exits names {twice[0]!r} twice: {self.exits}")
+        self._index_labels()
         if sorted(self.id2label or {}) != list(range(max(self.num_labels or 0, 1 if regression else 2))):
             what = "targets 0 to n - 1" if regression else "classes 0 to n - 1 of at least two"
             raise ConfigError(f"id2label must name the {what}, got {self.id2label}")
@@ -241,7 +245,12 @@ class EarlyExitConfig(PreTrainedConfig):
                 self.exit_weights = weights_per_exit(check_exit_weights(self.exit_weights), self.num_exits)
             except InputTypeError as error:  # whatever is wrong with a config is a ValueError
                 raise ConfigError(str(error)) from error
-        policy = policy_for(self.problem_type, str(self.policy), **(self.policy_kwargs or {}))
+        with torch.device("meta"):  # it may be as large as a file says
+            policy = policy_for(self.problem_type, str(self.policy), **(self.policy_kwargs or {}))
+        if getattr(policy, "num_exits", self.num_exits) != self.num_exits:
+            raise ConfigError(
+                f"policy {self.policy!r} was fitted for {policy.num_exits} exits, here are {self.num_exits}"
+            )
         default = 0.0 if self.task == "causal_lm" else policy.default_threshold
         self.threshold = default if self.threshold is None else plain_threshold(self.threshold)
         thresholds = policy.check_threshold(self.threshold, len(self.exits))
@@ -249,6 +258,14 @@ class EarlyExitConfig(PreTrainedConfig):
             check_no_early_exit(policy, thresholds)
         if (self.threshold_profile or {}).get("threshold") != self.threshold:
             self.threshold_profile = None  # it speaks of another threshold
+
+    def _index_labels(self) -> None:
+        """Makes class indices integers: transformers does so for those of its files and not for arguments."""
+        names, indices = getattr(self, "id2label", None), getattr(self, "label2id", None)
+        if isinstance(names, dict):
+            self.id2label = {as_index(key): label for key, label in names.items()}
+        if isinstance(indices, dict):
+            self.label2id = {label: as_index(index) for label, index in indices.items()}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Writes the file whole or not at all: a config that is rewritten next to its weights survives a kill.
@@ -310,6 +327,8 @@ class EarlyExitConfig(PreTrainedConfig):
             raise ConfigError(f"the stored config is not one of erde_hub, or was edited: {error}") from error
 
 
+#: More values than any input has: an image of 8192 x 8192 pixels has fewer.
+_MAX_INPUT = 2**28
 #: More classes than any data set has; transformers makes a name for each.
 _MAX_CLASSES = 1_000_000
 
@@ -341,8 +360,15 @@ _FIELDS = sorted([*EarlyExitConfig.__annotations__, "num_labels", "id2label", "l
 _FIELDS.remove("model_type")
 
 
+def as_index(key: Any) -> Any:
+    """Returns a class index, which JSON and people write as text too, as an integer."""
+    return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+
+
 def check_input_size(size: Any) -> tuple[int, ...]:
     """Returns the shape of one input, or raises :class:`ConfigError` where it is none."""
     if not isinstance(size, (list, tuple)) or not size or any(type(side) is not int or side < 1 for side in size):
         raise ConfigError(f"input_size must be a tuple of positive integers, such as (3, 224, 224), got {size!r}")
+    if len(size) > 8 or math.prod(size) > _MAX_INPUT:
+        raise ConfigError(f"input_size={size!r:.100} is absurd: inputs have up to {_MAX_INPUT} values")
     return tuple(size)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import BitImageProcessor
+import math
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import BitImageProcessor
 
 #: Names that timm uses, to Pillow's numbers.
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 #: How images are resized, as timm names it.
 INTERPOLATIONS = tuple(_RESAMPLE)
+#: Pixels of a side that nothing exceeds.
+_MAX_SIDE = 2**15
 _KEYS = ("mean", "std", "size", "interpolation", "crop_pct")
 #: As timm names them: resize the shorter side and cut out the centre, or resize both sides without keeping their ratio.
 CROP_MODES = ("center", "squash")
@@ -39,14 +43,25 @@ def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
     missing = [key for key in _KEYS if key not in values]
     if missing:
         raise ConfigError(f"preprocessing lacks {', '.join(missing)}")
-    mean, std, size = ([float(v) for v in values[key]] for key in ("mean", "std", "size"))
-    crop_pct = float(values["crop_pct"])
+    try:
+        mean, std, size = ([float(v) for v in values[key]] for key in ("mean", "std", "size"))
+        crop_pct = float(values["crop_pct"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"mean, std, size and crop_pct of the preprocessing must be numbers: {error}") from error
     if values["interpolation"] not in _RESAMPLE:
         raise ConfigError(f"interpolation must be one of {', '.join(_RESAMPLE)}, got {values['interpolation']!r}")
-    if len(mean) != len(std) or any(s <= 0 for s in std) or len(size) != 2 or min(size) < 1 or not 0 < crop_pct <= 1:
+    if (
+        not 0 < len(mean) == len(std) <= _MAX_SIDE
+        or not all(map(math.isfinite, (*mean, *std)))
+        or not all(value > 0 for value in std)
+        or len(size) != 2
+        or not 0 < crop_pct <= 1
+        or not all(1 <= side <= side / crop_pct <= _MAX_SIDE for side in size)
+    ):
         raise ConfigError(
-            f"mean={mean}, std={std}, size={size}, crop_pct={crop_pct} is not allowed: mean and std per channel, std"
-            " above 0, size (H, W) in pixels, crop_pct in (0, 1]"
+            f"mean={mean!r:.200}, std={std!r:.200}, size={size!r:.200}, crop_pct={crop_pct} is not allowed: mean and"
+            " std per channel, finite, std above 0; size (H, W) in pixels; crop_pct in (0, 1]; and size / crop_pct up"
+            f" to {_MAX_SIDE}"
         )
     return {
         "mean": mean,
@@ -60,6 +75,8 @@ def check_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
 
 def build_image_processor(preprocessing: dict[str, Any]) -> BitImageProcessor:
     """Returns the processor that resizes, crops, scales and normalises as ``preprocessing`` says."""
+    from transformers import BitImageProcessor  # noqa: PLC0415 - an EarlyExitSession checks values without transformers
+
     p = check_preprocessing(preprocessing)
     height, width = p["size"]
     resize = [int(s / p["crop_pct"]) for s in (height, width)]

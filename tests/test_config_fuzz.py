@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,3 +122,23 @@ def test_what_would_be_costly_or_dangerous(changes, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises((ConfigError, CheckpointError), match=words):
         EarlyExitWrapper.from_pretrained(tmp_path)
+
+
+LONG = [pytest.param(name, "all", marks=pytest.mark.long) for name in ("resnet", "bert", "swin")]
+
+
+@pytest.mark.parametrize(("name", "which"), [("resnet", "fields"), *LONG])
+def test_no_stored_value_costs_much_or_ends_untyped(name, which, tmp_path):
+    if name == "swin":
+        sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+        config = transformers.SwinConfig(**sizes, window_size=4, num_labels=CLASSES)
+        model = EarlyExitWrapper(transformers.SwinForImageClassification(config), exits=1)
+    else:
+        model = wrap(name)
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "tests.fakes.absurd_configs", str(tmp_path), which]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *wrong, total = done.stdout.splitlines()
+    assert wrong == []
+    assert int(total.split()[0]) > (500 if which == "all" else 10)

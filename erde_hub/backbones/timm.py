@@ -54,6 +54,7 @@ _POOLING = ("global_pool", "attn_pool", "fc_norm", "head_drop")
 #: The largest numbers that a creation argument may hold, and that one may hold that counts layers: vocabularies and
 #: contexts are large, a network of ten thousand layers is a mistake or an attack.
 MAX_SIZE, MAX_LAYERS = 10_000_000, 1_000
+MAX_TEXT = 1_000
 
 
 class TimmAdapter(BackboneAdapter):
@@ -290,6 +291,8 @@ def check_storable(kwargs: dict[str, Any]) -> None:
                 f"backbone_kwargs[{key!r}]={value!r} cannot be stored in config.json: use numbers, strings, lists"
             ) from error
         for text in _texts(value):
+            if len(text) > MAX_TEXT:
+                raise ConfigError(f"backbone_kwargs[{key!r}] holds a text of {len(text):,} characters")
             if "://" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
                 raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} points elsewhere, which a config must not")
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from erde_hub.errors import CheckpointError
+from erde_hub.preprocessing import check_preprocessing
+
+#: Characters of a name.
+_LONGEST_TEXT = 1000
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,43 @@ class FileInfo:
             values["threshold"] = [float(t) for t in values["threshold"]]
             values["threshold_range"] = [float(t) for t in values["threshold_range"]]
             values["id2label"] = {int(i): str(label) for i, label in values["id2label"].items()}
-        except (TypeError, ValueError, AttributeError) as error:
+            if values.get("preprocessing") is not None:
+                values["preprocessing"] = check_preprocessing(values["preprocessing"])
+            info = cls(**values)
+            wrong = info._wrong_field()
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"the metadata of {source} are damaged ({error}): export the model again") from error
-        return cls(**values)
+        if wrong is not None:
+            raise CheckpointError(
+                f"the metadata of {source} are damaged ({wrong}={getattr(info, wrong)!r:.200}): export the model again"
+            )
+        return info
+
+    def _wrong_field(self) -> str | None:
+        """Name of a field that has no value which an export writes, or that contradicts another one."""
+        low, high = self.threshold_range
+        exits, macs, size, prepared = self.exit_names, self.cumulative_macs, self.input_size, self.preprocessing
+        right = {
+            "erde_hub_version": _is_text(self.erde_hub_version),
+            "policy": _is_text(self.policy),
+            "threshold_range": low <= high,
+            "exit_names": isinstance(exits, list) and all(map(_is_text, exits)) and 1 < len({*exits}) == len(exits),
+            "threshold": len(self.threshold) == len(exits) - 1 and all(low <= t <= high for t in self.threshold),
+            "cumulative_macs": _are_integers(macs, 0) and len(macs) == len(exits) and sorted(macs) == macs,
+            "id2label": len(self.id2label) > 1 and sorted(self.id2label) == [*range(len(self.id2label))],
+            "input_size": _are_integers(size, 1) and len(size) == 3,
+            "preprocessing": prepared is None or [len(prepared["mean"]), *prepared["size"]] == size,
+            "quantization": self.quantization in (None, "int8"),
+        }
+        return next((name for name, is_right in right.items() if not is_right), None)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT
+
+
+def _are_integers(values: Any, least: int) -> bool:
+    return isinstance(values, list) and all(type(value) is int and least <= value < 2**63 for value in values)
 
 
 def _finite(value: Any) -> Any:

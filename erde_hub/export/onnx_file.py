@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from .session import EarlyExitSession
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+#: What the name of a weights' file adds to that of the ONNX file.
+_WEIGHTS = re.compile(r"\.[0-9a-f]{8}\.data")
 INSTALL = "'erde-hub[onnx]'"
 DEFAULT_OPSET = 20
 #: torch's exporter writes this version; older ones it would have to convert down.
@@ -89,7 +93,7 @@ def export_onnx(
 
     from ._runtime import check_opset  # noqa: PLC0415 - onnx is optional
     from .flat import flat_model  # noqa: PLC0415 - as above
-    from .nesting import nest_exits, weights_of  # noqa: PLC0415 - as above
+    from .nesting import nest_exits  # noqa: PLC0415 - as above
     from .quantization import calibration_batches, check_method, quantize_flat  # noqa: PLC0415 - as above
 
     opset = check_opset(opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
@@ -110,10 +114,10 @@ def export_onnx(
             file = quantize_flat(file, batches, calibration_method)
         nested = nest_exits(file)
         _describe(nested, model, "int8" if batches is not None else None)
-        old = weights_of(target)
-        _write(nested, folder / target.name, opset)
-    if old is not None:
-        old.unlink(missing_ok=True)
+        weights = _write(nested, folder / target.name, opset)
+    for other in target.parent.glob(f"{glob.escape(target.name)}.*.data"):  # of the file before, of killed exports
+        if _WEIGHTS.fullmatch(other.name.removeprefix(target.name)) and other.name != weights:
+            other.unlink(missing_ok=True)
     return target
 
 
@@ -261,8 +265,8 @@ def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | Non
     nested.graph.name = "early_exit"
 
 
-def _write(nested: ir.Model, path: Path, opset: int) -> None:
-    """Writes a file and, above 2 GB, its weights next to it, and checks that both can be loaded."""
+def _write(nested: ir.Model, path: Path, opset: int) -> str | None:
+    """Writes a file, checks that it can be loaded, and returns the name of its weights' own file: above 2 GB."""
     import onnx  # noqa: PLC0415 - optional
     import onnx_ir as ir  # noqa: PLC0415 - optional
 
@@ -278,3 +282,4 @@ def _write(nested: ir.Model, path: Path, opset: int) -> None:
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the exported file is not valid ONNX: {error}") from error
         check_loads(path, opset)
+    return weights

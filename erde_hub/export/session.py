@@ -94,8 +94,26 @@ class EarlyExitSession:
         except Exception as error:  # onnxruntime's own classes have no common base
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"onnxruntime cannot load {str(path)!r}: {reason}") from error
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self.info = FileInfo.from_metadata(metadata, file.name)
+        self.info = FileInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file.name)
+        self._check_fits_its_graph(file.name)
+        self._made_from = (file.resolve(), threads, tuple(providers))
+
+    def __reduce__(self) -> Any:
+        """A pickle names the file, which is opened again."""
+        path, threads, providers = self._made_from
+        return functools.partial(type(self), threads=threads, providers=providers), (path,)
+
+    def _check_fits_its_graph(self, name: str) -> None:
+        """Raises :class:`CheckpointError` where the metadata speak of other inputs or classes than the graph has."""
+        inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
+        outputs = {entry.name: entry.shape for entry in self._session.get_outputs()}
+        found = [inputs.get("pixel_values", [])[1:], *(outputs.get("logits", [])[1:])]
+        stored = [self.info.input_size, len(self.info.id2label)]
+        if found != stored or "threshold" not in inputs or "exit_index" not in outputs:
+            raise CheckpointError(
+                f"the metadata of {name} are damaged (input_size={stored[0]} and {stored[1]} classes, the graph has"
+                f" {found}): export the model again"
+            )
 
     def __call__(
         self, images: ArrayLike | Sequence[ArrayLike], threshold: float | Sequence[float] | None = None

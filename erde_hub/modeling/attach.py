@@ -13,7 +13,7 @@ from erde_hub.backbones.base import example_inputs, find_exit_points, resolve_ex
 from erde_hub.backbones.layouts import FeatureFormats
 from erde_hub.backbones.shrink_check import check_shrinks, feasible_points
 from erde_hub.backbones.tracing import Trace, trace
-from erde_hub.config import check_input_size
+from erde_hub.config import as_index, check_input_size
 from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, LabelError
 from erde_hub.tasks import REGRESSION
 
@@ -202,6 +202,8 @@ def class_names(
     if id2label is None:
         return {"num_labels": num_labels}
     labels = dict(enumerate(id2label)) if isinstance(id2label, (list, tuple)) else id2label
+    if isinstance(labels, dict):
+        labels = {as_index(key): label for key, label in labels.items()}
     if not isinstance(labels, dict) or set(labels) != set(range(num_labels)):
         raise LabelError(
             f"id2label must name the {num_labels} classes of the classifier, as a list or with the keys 0 to"

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-import tempfile
 from pathlib import Path
 
 import onnx
@@ -95,6 +94,8 @@ def test_a_file_of_its_own_weights_replaces_theirs_and_others_stay(tiny_file, tm
             assert {file.name for file in tmp_path.iterdir()} == {path.name, foreign.name, weights.name}
             names.add(weights.name)
         assert len(names) == 2
+    killed = path.with_name(f"{path.name}.0123abcd.data")  # the weights of an export that did not end
+    killed.write_bytes(weights.read_bytes())
     assert weights.stat().st_mode == path.stat().st_mode, "others may read one as they may read the other"
     export_onnx(model, path)
     assert {file.name for file in tmp_path.iterdir()} == {path.name, foreign.name}
@@ -133,10 +134,13 @@ def test_places_that_cannot_be(tiny_file, tmp_path, monkeypatch, path, error, me
 
 @pytest.mark.usefixtures("nothing_is_traced")
 def test_a_place_that_cannot_be_written(tiny_file, tmp_path, monkeypatch):
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
+    def refuse(path, *arguments, **kwargs):
+        if path.name.startswith(".saving-"):
+            raise PermissionError(13, "Permission denied")
+        return make(path, *arguments, **kwargs)
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    make = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(CheckpointWriteError, match=r"Permission denied.*what was there before is untouched"):
         export_onnx(tiny_file[0], tmp_path / "a" / "b" / "model.onnx")
     assert not list(tmp_path.iterdir()), "folders that were made for it go again"
