@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from erde_hub._arguments import check_flag
@@ -62,7 +63,7 @@ def collect_exit_records(
         ShapeError: The exits disagree with each other, the labels or the class names.
         LabelError: A label lies outside the model's classes.
         RecordsError: A logit is NaN or infinite.
-        ConfigError: ``features`` where an exit ends in no linear layer.
+        ConfigError: ``features`` where an exit ends in no linear layer, or where its last one does not give its logits.
     """
     _check_options(dataloader, features, accelerator, autocast_dtype, info)
     core = _unwrapped(model, accelerator)
@@ -90,6 +91,8 @@ def collect_exit_records(
             missing = [name for name in taps if name not in seen]
             if missing:
                 raise ConfigError(f"features=True, but the last linear layer of exit {missing[0]!r} did not run")
+            if features and not parts.count and not regression:
+                _check_features(taps, seen, logits)
             parts.add(logits, targets, index, [seen[name] for name in taps])
     everything = parts.finish(with_features=features, accelerator=accelerator)
     return ExitRecords(
@@ -251,6 +254,28 @@ def _read(batch: Any, labelled: bool) -> tuple[dict[str, Tensor], Tensor | None,
 def _exit_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     exits = model(**inputs, output_all_exits=True).exit_logits
     return torch.stack([logits.float() for logits in exits]).cpu()
+
+
+def _check_features(layers: Mapping[str, nn.Linear], features: Mapping[str, Tensor], logits: Tensor) -> None:
+    """Checks that the layers whose inputs are recorded give the logits of their exits; others may be registered last.
+
+    Shape:
+        features: (N, D_e) each. logits: (E, N, K).
+
+    Raises:
+        ConfigError: One does not.
+    """
+    for (name, layer), own in zip(layers.items(), logits, strict=True):
+        if layer.weight.is_meta or features[name].ndim != 2:
+            continue
+        bias = None if layer.bias is None else layer.bias.float()
+        found = F.linear(features[name].float(), layer.weight.float(), bias).cpu()
+        room = 0.03 * float(own.abs().max()) + 1e-6  # of half precision
+        if found.shape != own.shape or float((found - own).abs().max()) > room:
+            raise ConfigError(
+                f"features=True records what the last registered linear layer of exit {name!r} reads, and that layer"
+                " does not give the exit's logits: register the classifier last, or record without features"
+            )
 
 
 def _class_names(model: nn.Module, num_classes: int) -> list[str]:

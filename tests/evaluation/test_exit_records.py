@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -132,6 +133,21 @@ def test_features_are_the_inputs_of_the_last_linear_layers():
         records.features, (model.heads[0], model.backbone[2]), records.logits, strict=True
     ):
         torch.testing.assert_close(layer(feature), logits)
+
+
+def test_features_of_a_layer_that_does_not_give_the_logits_are_refused():
+    class Crossed(FakeExits):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.ModuleDict({"fc": nn.Linear(4, 3), "middle": nn.Linear(4, 4)})  # the classifier first
+
+        def forward(self, pixel_values, output_all_exits=False):
+            deep = self.backbone["fc"](self.backbone["middle"](pixel_values).relu())
+            return SimpleNamespace(exit_logits=(self.heads[0](pixel_values), deep))
+
+    with pytest.raises(ConfigError, match=r"exit 'classifier' reads, and that layer does not give the exit's logits"):
+        collect_exit_records(Crossed(), batches(), features=True, progress=False)
+    assert len(collect_exit_records(Crossed(), batches(), progress=False)) == 10
 
 
 @pytest.mark.parametrize(
