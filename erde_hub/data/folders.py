@@ -205,35 +205,34 @@ def _read_metadata(root: Path, content: FolderContent) -> Tables:
     Raises:
         DataError: A file that cannot be read, or without that column.
     """
-    splits = defaultdict(list)
-    for parts in sorted(content.metadata):
-        name = "/".join(parts)
-        try:
-            if name.endswith(".csv"):  # a class may be called NA
-                table = pd.read_csv(root / name, keep_default_na=False, na_values=[""])
+    splits: dict[str, list[pd.DataFrame]] = defaultdict(list)
+    try:
+        for parts in sorted(content.metadata):
+            path = root.joinpath(*parts)
+            if path.suffix == ".csv":  # a class may be called NA
+                table = pd.read_csv(path, keep_default_na=False, na_values=[""])
             else:
-                lines = (root / name).read_text(encoding="utf-8").splitlines()
+                lines = path.read_text(encoding="utf-8").splitlines()
                 table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
             files = [Path(*parts[:-1], file).as_posix() for file in table.pop("file_name")]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{name!r} of {root.name!r} cannot be read ({type(error).__name__}: {error}): give a row per image,"
-                " with its path in the column file_name and its class in the column label"
-            ) from error
-        table.insert(0, "image", files)
-        for split, own in table.groupby([_split_of(str(Path(file).parent)) or "train" for file in files]):
-            splits[split].append(own)
-    joined = {split: pd.concat(own) for split, own in splits.items()}
+            table.insert(0, "image", files)
+            for split, own in table.groupby([_split_of(str(Path(file).parent)) or "train" for file in files]):
+                splits[split].append(own)
+        joined = {split: pd.concat(own).convert_dtypes() for split, own in splits.items()}
+        tables = {split: datasets.Dataset.from_pandas(own, preserve_index=False) for split, own in joined.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = ", ".join("/".join(parts) for parts in content.metadata)
+        raise DataError(
+            f"{names} of {root.name!r} cannot be read ({type(error).__name__}: {error}): give a row per image, with its"
+            " path in the column file_name and its class in the column label"
+        ) from error
     named = {os.path.normpath(file) for table in joined.values() for file in table["image"]}
     others = ["/".join(parts) for parts in content.images if str(Path(*parts)) not in named]
     if others:
         content.left_out["not in the metadata"] += others
     report = _report(root.name, content, len(content.images) - len(others) + len(content.metadata))
-    tables = {
-        split: datasets.Dataset.from_pandas(table, preserve_index=False).cast_column("image", datasets.Image())
-        for split, table in joined.items()
-    }
-    return Tables(root.name, tables, [str(root)], report)
+    images = {split: table.cast_column("image", datasets.Image()) for split, table in tables.items()}
+    return Tables(root.name, images, [str(root)], report)
 
 
 def _split_of(folder: str) -> str | None:

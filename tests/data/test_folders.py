@@ -235,17 +235,22 @@ def test_metadata_of_several_splits(tmp_path, load):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("name,label\n0.png,cat\n", r"'metadata\.csv' of 'set' cannot be read \(KeyError.* column file_name"),
-        ("", r"'metadata\.csv' of 'set' cannot be read \(EmptyDataError"),
+        ("name,label\n0.png,cat\n", r"metadata\.csv of 'set' cannot be read \(KeyError.* column file_name"),
+        ("", r"metadata\.csv of 'set' cannot be read \(EmptyDataError"),
         ("file_name,label\n,cat\n", "cannot be read .*column file_name"),
+        ("file_name,image,label\n0.png,1,cat\n", "cannot be read .*image, already exists"),
+        ("file_name,label\n0.png,1\n7.png,\n", r"1 rows of split 'train' of 'set' have no label .* row 1"),
         ("file_name,label\n0.png,cat\n../9.png,dog\n", r"names '\.\./9\.png', which is not in the data set's folder"),
         ("file_name,label\n0.png,cat\n7.png,dog\n", r"'7\.png' of row 1 .*cannot be read: there is no such file"),
+        ('{"file_name": "0.png", "label": 1}\n{"file_name": "7.png", "label": [1]}', "cannot be read .Arrow"),
+        ("[1, 2]", "cannot be read .KeyError"),
+        ('{"file_name": "0.png"', "cannot be read .JSONDecodeError"),
     ],
 )
 def test_metadata_that_name_no_images(tmp_path, load, content, message):
     save(tmp_path / "set" / "0.png", 1)
     save(tmp_path / "9.png", 1)
-    (tmp_path / "set" / "metadata.csv").write_text(content)
+    (tmp_path / "set" / f"metadata.{'jsonl' if content[:1] in tuple('[{') else 'csv'}").write_text(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "set")
 
