@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,12 +24,13 @@ from erde_hub.heads import FeatureSpec
 from erde_hub.tasks import REGRESSION
 
 from .base import BackboneAdapter, find_feature
+from .decoders import read_decoder
 from .layouts import FeatureFormats
 from .rebuild import check_same_network
 from .sequences import SequenceRunner, add_sync_hooks
 from .timm import TimmAdapter, check_backbone_kwargs, check_storable
 from .tracing import StageCall, Trace
-from .transformers_families import EXTRA_KEYS, TEXT, VISION, Family
+from .transformers_families import EXTRA_KEYS, TEXT, VISION, Family, decoder_family
 from .transformers_preprocessing import known_preprocessing
 from .transformers_staged import pvt_stages
 
@@ -345,7 +347,12 @@ class TransformersAdapter(BackboneAdapter):
 
     def _family(self, module: nn.Module) -> Family:
         model_type = str(module.config.model_type)  # type: ignore[union-attr]
-        return TEXT[model_type] if self.is_text(module) else VISION[model_type]
+        if not self.is_text(module):
+            return VISION[model_type]
+        if model_type in TEXT:
+            return TEXT[model_type]
+        layers = read_decoder(module).layers.removeprefix(f"{self._body(module)}.")
+        return decoder_family(rf"{re.escape(layers)}\.(\d+)")
 
     def _body(self, module: nn.Module) -> str:
         return str(module.base_model_prefix)
@@ -410,10 +417,10 @@ _INSIDE = "timm_model."
 
 
 def _known_classes() -> list[str]:
-    """Names of the classes whose stages are known, and which this transformers has."""
+    """Names of the classes whose stages are known, and which this transformers has; of language models all."""
     vision = [n for n, t in _IMAGE_CLASSES.items() if t in VISION or t == "timm_wrapper"]
     text = [n for n, t in _TEXT_CLASSES.items() if t in TEXT]
-    causal = [n for n, t in _CAUSAL_CLASSES.items() if t in TEXT and TEXT[t].decoder]
+    causal = [n for n, t in _CAUSAL_CLASSES.items() if t not in TEXT or TEXT[t].decoder]
     return [n for n in (*vision, *text, *causal) if hasattr(transformers, n)]
 
 

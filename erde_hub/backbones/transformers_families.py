@@ -83,7 +83,8 @@ def _encoder(pooling: TokenPooling = _class_token) -> Family:
     return Family(_LAYERS, pooling=pooling, widths="hidden_size")
 
 
-def _decoder(stages: str = r"layers\.(\d+)") -> Family:
+def decoder_family(stages: str = r"layers\.(\d+)") -> Family:
+    """Returns what is common to causal language models, and to the classifiers on them."""
     return Family(stages, pooling=_last_token, widths="hidden_size", decoder=True)
 
 
@@ -133,16 +134,16 @@ TEXT: dict[str, Family] = {
     "albert": Family(r"encoder\.albert_layer_groups\.(\d+)", pooling=_class_token, widths="hidden_size"),
     "distilbert": Family(r"transformer\.layer\.(\d+)", pooling=_class_token, widths="hidden_size"),
     "modernbert": _encoder(_modernbert),
-    "llama": _decoder(),
-    "mistral": _decoder(),
-    "qwen2": _decoder(),
-    "qwen3": _decoder(),
-    "phi3": _decoder(),
-    "gemma2": _decoder(),
-    "smollm3": _decoder(),
-    "gpt_neox": _decoder(),
-    "gpt2": _decoder(r"h\.(\d+)"),
-    "opt": _decoder(r"decoder\.layers\.(\d+)"),
+    "llama": decoder_family(),
+    "mistral": decoder_family(),
+    "qwen2": decoder_family(),
+    "qwen3": decoder_family(),
+    "phi3": decoder_family(),
+    "gemma2": decoder_family(),
+    "smollm3": decoder_family(),
+    "gpt_neox": decoder_family(),
+    "gpt2": decoder_family(r"h\.(\d+)"),
+    "opt": decoder_family(r"decoder\.layers\.(\d+)"),
 }
 
 #: What models read from their configs beside the fields that the config's class declares.

@@ -49,9 +49,13 @@ def merged_config(model: Any, generation_config: GenerationConfig | None, kwargs
     return model._prepare_generation_config(generation_config, **kwargs)[0]
 
 
-def layers_that_can_owe(cache: Cache) -> bool:
-    """Tells whether every layer keeps keys and values by position, so that tokens can be added to it later."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+def kinds_that_cannot_owe(config: Any, cache: Cache) -> list[str]:
+    """Returns the kinds of layers to which tokens cannot be added later: others than full and sliding attention."""
+    named = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if getattr(config, "attention_chunk_size", None) is not None:  # stored as windows are, and masked otherwise
+        named.add("chunked_attention")
+    kept = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    return sorted(named or {kind.__name__ for kind in kept})
 
 
 def window_mask(sliding: bool, config: Any, hidden: Tensor, padding: Tensor | None, cache: Cache, layer: int) -> Any:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from erde_hub.engine.routing import RoutingPlan
 from erde_hub.errors import ConfigError
 
-from ._transformers import layers_that_can_owe
+from ._transformers import kinds_that_cannot_owe
 
 
 class Span(NamedTuple):
@@ -65,11 +65,10 @@ class OwedCache(DynamicCache):
         self.padding: Tensor | None = None
         self.seen = 0
         self.exit_index: list[Tensor] = []
-        if not layers_that_can_owe(self):
-            kinds = sorted({type(layer).__name__ for layer in self.layers})
+        if kinds := kinds_that_cannot_owe(config, self):
             raise ConfigError(
-                f"tokens cannot exit early: layers of this model keep {', '.join(kinds)}, to which skipped tokens"
-                " cannot be added later; generate without threshold and assistant_early_exit"
+                f"tokens cannot exit early: some layers of this model ({', '.join(kinds)}) cannot be given skipped"
+                " tokens later; generate without threshold and assistant_early_exit"
             )
         if given is not None:
             self._take_over(given, config)

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
@@ -390,3 +391,64 @@ def test_models_that_cannot(llama, monkeypatch):
 
 def test_what_generation_needs_of_transformers_is_where_it_was():
     assert _transformers.what_moved() == []
+
+
+# Families without an entry
+
+
+OTHERS = {
+    "Gemma3": {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    "GPTJ": {"n_embd": 16, "n_layer": 4, "n_head": 2, "rotary_dim": 4},
+    "Granite": {"num_key_value_heads": 1},
+    "Olmo2": {"num_key_value_heads": 1},
+    "Qwen3Next": {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "mlp_only_layers": [0, 1, 2, 3],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+    },
+    "Cohere": {"num_key_value_heads": 1, "logit_scale": 0.5},
+    "Bloom": {"n_layer": 4, "n_head": 2},
+}
+
+
+def of_another_family(name: str):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    special = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.5}
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config(**{**sizes, **special, **OTHERS[name]})).double().eval()
+
+
+@pytest.mark.parametrize("name", ["GPTJ", "Granite", "Olmo2"])
+def test_decoders_of_the_same_shape_need_no_entry(name, tmp_path):
+    backbone = of_another_family(name)
+    model = EarlyExitWrapper(backbone, exits=2).eval()
+    expected = backbone.generate(prompts(1), **GREEDY)
+    for options in ({"threshold": 1e-9}, {"assistant_early_exit": 0}):
+        assert torch.equal(model.generate(prompts(1), **GREEDY, **options), expected)
+    tokens, exits = slow_exits(model, prompts(1), THRESHOLD, 18)
+    out = model.generate(prompts(1), **GREEDY, threshold=THRESHOLD, return_dict_in_generate=True)
+    assert (out.sequences[0, 9:].tolist(), out.exit_index[0].tolist()) == (tokens, exits)
+    model.float().save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).exit_names == model.exit_names
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("Cohere", InputTypeError, "does more after its last layer than its final norm"),
+        ("Bloom", InputTypeError, "several modules that may be its final norm: word_embeddings_layernorm, ln_f"),
+        ("Gemma3", InputTypeError, "does more between its layers than handing one the state of the other"),
+        ("Qwen3Next", ConfigError, r"some layers of this model \(linear_attention\) cannot be given skipped tokens"),
+    ],
+)
+def test_decoders_of_another_shape_are_refused(name, error, words):
+    with pytest.raises(error, match=words):
+        EarlyExitWrapper(of_another_family(name), exits=2).eval().generate(prompts(1), threshold=0.5)
