@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BitImageProcessor, PreTrainedModel
+from transformers import BitImageProcessor, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import resolve_revision
@@ -247,6 +248,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         state_dict = self._saved_once(state_dict)
         with replacing_all(save_directory, last=CONFIG_NAME) as staging, disk_errors(Path(save_directory)):
             self._write(staging, state_dict, **kwargs)
+            if self.can_generate():
+                self.generation_config.save_pretrained(staging)
             if config.preprocessing:
                 self.image_processor().save_pretrained(staging)
             else:
@@ -501,6 +504,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             tensors = published_tensors(config, hub) | tensors
         if config.dtype is None and kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = next((t[:].dtype for t in tensors.values() if t.get_dtype() in _FLOATS), None)
+        if config.task == "causal_lm" and kwargs.get("generation_config") is None:
+            with contextlib.suppress(OSError):  # a checkpoint need not hold one
+                kwargs["generation_config"] = GenerationConfig.from_pretrained(source, **reaching)
         return {**kwargs, "config": config, "state_dict": tensors}
 
     @torch.no_grad()
