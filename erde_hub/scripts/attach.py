@@ -37,7 +37,7 @@ from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments, ExitArguments, changed_arguments
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder
-from erde_hub.training.frozen import collect_head_inputs, train_heads
+from erde_hub.training.frozen import collect_head_inputs, pooling_of, train_heads
 
 
 @dataclass
@@ -108,6 +108,8 @@ def main() -> None:
     # Exits; the backbone is frozen but for a last layer that is new
     torch.manual_seed(args.seed)
     model = recipe.add_exits(network, data, exits, backbone_kwargs=own.model_kwargs or None)
+    for head in model.heads:
+        pooling_of(head)  # refuses one whose inputs are too large to be kept
     model.backbone.requires_grad_(False)
     if new:
         classifier = list(last_linears(model).values())[-1]

@@ -117,7 +117,7 @@ def train_heads(
     optimizer = create_optimizer(model, [], args)
     schedule = create_schedule(args, optimizer, steps, per_epoch)
     history: list[dict[str, Any]] = []
-    total = 0.0
+    sums: dict[str, float] = {}
     model.heads.train()
     with _reading_vectors(exit_heads(model)):
         for step in passing_bar(range(steps), "training the exits", shown=progress):
@@ -129,15 +129,17 @@ def train_heads(
             *early, last = (inputs[name][rows].to(device) for name in model.exit_names)
             logits = [head(vectors) for head, vectors in zip(model.heads, early, strict=True)]
             logits.append(last if classifier is None else classifier(last))
-            value = loss(logits, None, labels[rows].to(device)).loss
-            value.backward()
+            value = loss(logits, None, labels[rows].to(device))
+            value.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step_update(step + 1)
-            total += value.item()
+            for name, number in {"loss": value.loss, **value.terms}.items():
+                sums[name] = sums.get(name, 0.0) + number.item()
             if batch + 1 == per_epoch or step + 1 == steps:
-                history.append({"epoch": epoch + 1, "loss": total / (batch + 1)})
-                total = 0.0
+                terms = {name: total / (batch + 1) for name, total in sums.items()}
+                history.append({"epoch": epoch + 1, "train": {"loss": terms.pop("loss"), "terms": terms}})
+                sums = {}
     model.eval()
     seconds = time.perf_counter() - started
     return TrainResult("completed", steps, steps, list(model.exit_names), history, seconds=seconds)

@@ -74,7 +74,8 @@ def test_what_cannot_be_opened_says_what_to_do(network, tmp_path):
         (("resnet8_cifar", str(tmp_path / "whole.pth"), {"width": 4}), "save model.state_dict"),
         (("resnet8_cifar", str(tmp_path / "nowhere.pth"), {"width": 4}), "cannot be read as weights"),
         (("resnet8_cifra", None, {}), "did you mean 'resnet8_cifar'"),
-        ((str(tmp_path / "none"), None, {}), "has no config.json"),
+        ((str(tmp_path / "none"), None, {}), "no config.json says which network it is"),
+        ((str(tmp_path / "nowhere"), None, {}), "is no folder, and no config.json"),
     ]
     for arguments, words in cases:
         with pytest.raises((CheckpointError, ConfigError), match=words):
@@ -116,6 +117,9 @@ def test_a_run_leaves_a_whole_checkpoint_and_keeps_the_backbone(network, tmp_pat
     call(attach, *own, "--output_dir", "tuned", "--finetune", "--finetune_training", "epochs=1", "--augment", "none")
     tuned = EarlyExitWrapper.from_pretrained("tuned")
     assert not torch.equal(tuned.backbone.conv1.weight, network.conv1.weight)
+    with pytest.raises(ConfigError, match="choose the head linear or mlp"):
+        call(attach, *own, "--head", "fc", "--output_dir", "refused")
+    assert not (tmp_path / "refused").exists()
     with pytest.raises(ConfigError, match="has exits already"):
         call(attach, "--model", "out", *DIGITS)
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):

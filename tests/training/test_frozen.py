@@ -59,7 +59,9 @@ def test_heads_learn_and_nothing_else_changes(new):
     inputs = collect_head_inputs(model, BatchLoader(data.train, 16), progress=False)
     result = train_heads(model, inputs, make_args(epochs=30, optimizer="adamw", lr=0.01), create_loss("self"), False)
     assert result.status == "completed"
-    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+    first, last = (result.history[epoch]["train"] for epoch in (0, -1))
+    assert last["loss"] < 0.7 * first["loss"]
+    assert set(last["terms"]) == {"ce", "self"}
     trained = {f"heads.{name}" for name, _ in model.heads.named_parameters()}
     changed = {name for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
     names = {id(module): name for name, module in model.named_modules()}

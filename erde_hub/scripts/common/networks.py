@@ -202,7 +202,8 @@ def create_network(architecture: str, kwargs: Mapping[str, Any], pretrained: boo
             raise
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"the weights of {architecture!r} cannot be had: {reason}; without them: pretrained false"
+            f"the weights of {architecture!r} cannot be had: {reason}; train without them (pretrained false), or give"
+            " attach.py a file with --weights"
         ) from error
 
 

@@ -175,7 +175,11 @@ def _timm_name(source: str) -> str | None:
     except (OSError, ValueError) as error:
         if "/" not in source and not folder.exists():
             create_network(source, {})  # raises, with the nearest name
-        raise ConfigError(f"{source!r} has no config.json that says which network it is: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        where = (
+            "is no folder, and" if source.startswith((".", "/", "~")) and not folder.exists() else "is a place where"
+        )
+        raise ConfigError(f"{source!r} {where} no config.json says which network it is: {reason}") from error
     if stored.get("model_type") == "early_exit":
         raise ConfigError(f"{source!r} has exits already: choose their threshold with calibrate, measure with evaluate")
     if "architecture" not in stored:
