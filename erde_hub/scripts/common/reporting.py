@@ -156,7 +156,7 @@ def write_report(results: Mapping[str, Any], folder: Path, card: bool = True) ->
 
 def _training_facts(result: TrainResult, args: DistillationArguments, accelerator: Accelerator) -> dict[str, Any]:
     last: Sequence[dict[str, Any]] = result.history[-1:]
-    terms = last[0]["train"]["terms"] if last else {}
+    terms = last[0].get("train", {}).get("terms", {}) if last else {}  # training heads on stored features has none
     return {
         **({"teacher_correct": terms["teacher_right"]} if "teacher_right" in terms else {}),
         "epochs": last[0]["epoch"] if last else None,
