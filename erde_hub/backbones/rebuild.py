@@ -93,34 +93,6 @@ def check_same_network(
     return rebuilt
 
 
-@torch.no_grad()
-def stages_give_the_same(
-    adapter: BackboneAdapter,
-    module: nn.Module,
-    rebuilt: nn.Module | None,
-    exits: Sequence[str],
-    specs: Sequence[FeatureSpec],
-    inputs: Sequence[Tensor],
-) -> bool:
-    """Tells whether the stages of a backbone, run one by one, give what its own forward gives, at each exit too.
-
-    Args:
-        adapter: Of the backbone.
-        module: The backbone; it is neither run nor written to.
-        rebuilt: The same network with random weights, which is run; None runs a copy of the backbone, with its own
-            weights and with random ones.
-        exits: Names, shallow to deep.
-        specs: What each exit reads.
-        inputs: Example inputs, batch first; of those without values, random ones of their shapes.
-    """
-    if adapter.stages(module, exits, checkpointed=False) is None:
-        return True
-    return all(
-        _stages_agree(adapter, network, exits, specs, tuple(x[:1] for x in samples))
-        for network, samples in networks_to_run(module, rebuilt, inputs)
-    )
-
-
 def networks_to_run(
     module: nn.Module, rebuilt: nn.Module | None, inputs: Sequence[Tensor]
 ) -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
@@ -166,13 +138,22 @@ class _Features:
         return output
 
 
-def _stages_agree(
+def stages_agree(
     adapter: BackboneAdapter,
     network: nn.Module,
     exits: Sequence[str],
     specs: Sequence[FeatureSpec],
     batch: tuple[Tensor, ...],
 ) -> bool:
+    """Tells whether the stages of a network, run one by one, give what its own forward gives, at each exit too.
+
+    Args:
+        adapter: Of the backbone.
+        network: From :func:`networks_to_run`.
+        exits: Names, shallow to deep.
+        specs: What each exit reads.
+        batch: Inputs of one sample.
+    """
     own, staged = _Features(specs), _Features(specs)
     stages = adapter.stages(network, exits, checkpointed=False) or []
     try:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from erde_hub.engine.hooks import HookRunner, add_exit_hooks
 from erde_hub.engine.recomputation import without_recomputation
 from erde_hub.engine.rows import shrink
+from erde_hub.engine.runner import calls_are_replaced
 from erde_hub.engine.stages import run_stages
 from erde_hub.errors import ExitPointError
 from erde_hub.heads import FeatureSpec
 
 from . import BackboneAdapter, ExitPoint, ExitPoints
-from .rebuild import networks_to_run, same_values
+from .rebuild import networks_to_run, same_values, stages_agree
 from .tracing import copy_around, example_batch, weightless_copy
 
 #: What backbones raise when tensors of the whole batch meet tensors of the samples left.
@@ -211,16 +212,15 @@ def _answer(
 
 
 @torch.no_grad()
-def check_samples_are_apart(
+def check_exits_run(
     adapter: BackboneAdapter,
     module: nn.Module,
     rebuilt: nn.Module | None,
     exits: Sequence[str],
     specs: Sequence[FeatureSpec],
     inputs: Sequence[Tensor],
-    hooked: bool,
-) -> None:
-    """Lets one of two samples leave at the first exit; the other must get the answer that it gets beside it.
+) -> bool:
+    """Runs the network with its exits: stage by stage as its own forward does, and sample by sample as in a batch.
 
     Args:
         adapter: Of the backbone.
@@ -229,25 +229,48 @@ def check_samples_are_apart(
         exits: Names, shallow to deep.
         specs: What each exit reads.
         inputs: Example inputs, batch first.
-        hooked: The exits sit on hooks, in a backbone with a staged forward too.
+
+    Returns:
+        Whether the exits must sit on hooks, because the stages one by one give another answer.
 
     Raises:
-        ExitPointError: The answers differ, or there is none for one sample.
+        ExitPointError: The batch cannot shrink, or a sample gets another answer when another one has exited.
     """
-    if adapter.is_text(module):  # whose padding counts: see _run_texts
-        return
+    staged = adapter.stages(module, exits, checkpointed=False) is not None
+    hooked = calls_are_replaced(module, exits)
+    if hooked:
+        check_shrinks(adapter, module, exits, specs, inputs, hooked=True)
+    differs = False
     for network, samples in networks_to_run(module, rebuilt, inputs):
-        run = functools.partial(_answer, adapter, network, exits, samples, hooked)
-        try:
-            whole = run(_KeepAll())
-        except _FAILURES:  # as a type for which this device has no kernels
-            continue
-        try:
-            left = run(_DropOne(2, specs, whole.device))
-        except _FAILURES as error:
-            raise _reads_the_batch(module, exits, f" ({type(error).__name__}: {error})") from error
-        if not _alike(left, whole[:1]) and torch.equal(run(_KeepAll()), whole):  # else it draws random numbers
-            raise _reads_the_batch(module, exits)
+        one = tuple(x[:1] for x in samples)
+        if staged and not differs and not stages_agree(adapter, network, exits, specs, one):
+            differs = hooked = True
+            check_shrinks(adapter, module, exits, specs, inputs, hooked=True)
+        if not adapter.is_text(module):  # whose padding counts: see _run_texts
+            _check_samples_are_apart(adapter, network, exits, specs, samples, hooked)
+    return differs
+
+
+def _check_samples_are_apart(
+    adapter: BackboneAdapter,
+    network: nn.Module,
+    exits: Sequence[str],
+    specs: Sequence[FeatureSpec],
+    samples: tuple[Tensor, ...],
+    hooked: bool,
+) -> None:
+    """Lets one of two samples exit first; the other must get the answer that it gets next to it."""
+    run = functools.partial(_answer, adapter, network, exits, samples, hooked)
+    try:
+        whole = run(_KeepAll())
+    except _FAILURES:  # as a type for which this device has no kernels
+        return
+    try:
+        left = run(_DropOne(2, specs, whole.device))
+    except _FAILURES as error:
+        raise _reads_the_batch(network, exits, f" ({type(error).__name__}: {error})") from error
+    if not _alike(left, whole[:1]) and torch.equal(run(_KeepAll()), whole):  # else it draws random numbers
+        raise _reads_the_batch(network, exits)
 
 
 def _padded_texts(config: Any, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:

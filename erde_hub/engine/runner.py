@@ -6,6 +6,7 @@ known, they are run one after the other; any other backbone runs its own forward
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
@@ -173,7 +174,11 @@ class ExitRunner:
 
     def _place_hooks(self, backbone: nn.Module) -> None:
         exit_hooks = add_exit_hooks(backbone, self.exits)
-        self._hooks = backbone, exit_hooks, self.adapter.add_sync_hooks(backbone, self.exits)
+        sync_hooks = self.adapter.add_sync_hooks(backbone, self.exits)
+        self._hooks = backbone, exit_hooks, sync_hooks
+        # A network that is wrapped again and again does not keep the hooks of models that are gone.
+        hooks = [*exit_hooks, *sync_hooks]
+        weakref.finalize(self, _remove_hooks, weakref.ref(backbone), hooks).atexit = False
 
     def _hook_runner(self) -> HookRunner:
         """Returns what runs the backbone's own forward; places the hooks where they are needed for the first time."""
@@ -254,6 +259,15 @@ def _hooks_of(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
             module._backward_pre_hooks,
         )
     ]
+
+
+def _remove_hooks(backbone: weakref.ref[nn.Module], owned: Sequence[object]) -> None:
+    network = backbone()
+    for module in () if network is None else network.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if any(hook is own for own in owned)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _with_lists(module: nn.Module) -> Iterator[nn.Module]:

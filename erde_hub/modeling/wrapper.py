@@ -14,8 +14,8 @@ from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, find_adapter, get_adapter
 from erde_hub.backbones.decoders import check_readout, create_heads, exit_layers
 from erde_hub.backbones.layouts import FeatureFormats
-from erde_hub.backbones.rebuild import check_config_builds, stages_give_the_same
-from erde_hub.backbones.shrink_check import check_samples_are_apart, check_shrinks
+from erde_hub.backbones.rebuild import check_config_builds
+from erde_hub.backbones.shrink_check import check_exits_run
 from erde_hub.backbones.tracing import trace
 from erde_hub.calibration import Calibrator, calibrator_name, create_calibrator
 from erde_hub.config import EarlyExitConfig, read_field
@@ -24,7 +24,7 @@ from erde_hub.engine.forward import route, run_all
 from erde_hub.engine.inputs import explain_failure
 from erde_hub.engine.recomputation import is_recomputing, recomputing
 from erde_hub.engine.routing import PlanCache, RoutingPlan
-from erde_hub.engine.runner import ExitRunner, calls_are_replaced
+from erde_hub.engine.runner import ExitRunner
 from erde_hub.errors import (
     ConfigError,
     ErdeError,
@@ -189,11 +189,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         )
         specs = [p.spec for p in points]
         rebuilt = adapter.check_rebuild(model, config)
-        config.exit_hooks = not stages_give_the_same(adapter, model, rebuilt, names, specs, inputs)
-        hooked = config.exit_hooks or calls_are_replaced(model, names)
-        if hooked:
-            check_shrinks(adapter, model, names, specs, inputs, hooked=True)
-        check_samples_are_apart(adapter, model, rebuilt, names, specs, inputs, hooked)
+        config.exit_hooks = check_exits_run(adapter, model, rebuilt, names, specs, inputs)
         if config.head == "lm" and rebuilt is not None and not next(rebuilt.parameters()).is_meta:
             check_readout(rebuilt, specs[0])
         del rebuilt  # as large as the model

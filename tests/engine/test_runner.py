@@ -19,7 +19,17 @@ from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.calibration import create_calibrator
 from erde_hub.errors import ExitPointError, ExportError, ThresholdError
 from erde_hub.policies import create_policy
-from tests.fakes.networks import CLASSES, STAGED, all_logits, images, quantile_thresholds, route_reference, wrap
+from tests.fakes.networks import (
+    CLASSES,
+    FAMILIES,
+    STAGED,
+    all_logits,
+    build,
+    images,
+    quantile_thresholds,
+    route_reference,
+    wrap,
+)
 
 SURE = [100.0, 0.0, 0.0]
 
@@ -300,3 +310,27 @@ def test_a_model_is_freed_with_what_it_kept():
     del model
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("name", ["plain", "swin"])
+def test_a_network_wrapped_again_and_again_keeps_the_hooks_of_the_latest_model(name):
+    backbone = build(name)
+    family = FAMILIES[name]
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
+
+    assert hooks() == 0
+    counts, answers = [], []
+    for _ in range(3):
+        model = EarlyExitWrapper(
+            backbone, exits=family.exits, input_size=family.input_size, backbone_kwargs=family.kwargs
+        ).eval()
+        gc.collect()
+        counts.append(hooks())
+        answers.append(model(images(name), output_all_exits=True).logits.detach())
+    assert counts == [3] * 3
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    del model
+    gc.collect()
+    assert hooks() == 0
