@@ -138,6 +138,7 @@ class _Run:
         self._calls: dict[str, list[list[Tensor]]] = {}
         self._axes: dict[int, set[int]] = {}  # by the id of a tensor, all of which are kept
         self._same: dict[int, int] = {}  # tensors that an activation or dropout made of others
+        self._inside: list[tuple[str, tuple[int, ...], int]] = []  # name, shape of what it makes, axis of channels
         self._kept: list[Any] = []
         for name, child in clone.named_modules():
             child.register_forward_hook(lambda m, args, output, name=name: self._note(name, m, args, output))
@@ -155,6 +156,7 @@ class _Run:
         elementwise = type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
         axis = _channel_axis(module)
         if axis is not None:
+            self._inside += [(name, tuple(tensor.shape), axis) for tensor in made[:1]]
             for tensor in (*read, *made[:1]):
                 self._axes.setdefault(self._root(tensor), set()).add(axis)
         elif elementwise and read and made and self._root(read[0]) != self._root(made[0]):
@@ -177,9 +179,21 @@ class _Run:
         return None if tensor is None else tuple(tensor.shape)
 
     def axes(self, name: str, position: tuple[int, int]) -> set[int]:
-        """Where the layers that made or read a feature have its channels: 1, -1, or both."""
+        """Where the layers that made or read a feature have its channels: 1, -1, or both.
+
+        Where none did, layers inside the stage count whose outputs have its shape, if no other axis is as long.
+        """
         tensor = self._tensor(name, position)
-        return set() if tensor is None else self._axes.get(self._root(tensor), set())
+        if tensor is None:
+            return set()
+        if self._root(tensor) in self._axes:
+            return self._axes[self._root(tensor)]
+        shape = tuple(tensor.shape)
+        return {
+            axis
+            for layer, made, axis in self._inside
+            if layer.startswith(f"{name}.") and made == shape and shape[1:].count(shape[axis]) == 1
+        }
 
 
 def _channel_axis(module: nn.Module) -> int | None:
