@@ -227,6 +227,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         if backbone_weights is not None and not heads_only:
             raise ConfigError("backbone_weights says where a left-out backbone is published: pass heads_only=True")
         if state_dict is None:
+            self._check_not_quantized()
             self._check_config_builds_it()
         config = self.config
         config.erde_hub_version = __version__
@@ -260,6 +261,15 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, heads_only=heads_only, backbone_weights=backbone_weights, **hub)
+
+    def _check_not_quantized(self) -> None:
+        """Raises :class:`RebuildError` for layers that torch has quantised, whose weights safetensors cannot hold."""
+        for name, value in self.state_dict().items():
+            if not isinstance(value, Tensor) or value.is_quantized:
+                raise RebuildError(
+                    f"{name!r} is not a tensor of numbers: {type(self.backbone).__name__} was quantised. Save the model"
+                    " before it is quantised; erde_hub.export.export_onnx(..., calibration_data=...) writes int8 files"
+                )
 
     def _write(
         self,

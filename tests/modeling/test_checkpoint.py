@@ -419,6 +419,14 @@ def test_what_could_not_be_loaded_is_not_saved(change, error, words, tmp_path):
     assert (tmp_path / "config.json").read_text() == before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantised_model_is_not_saved(tmp_path):
+    quantised = torch.ao.quantization.quantize_dynamic(wrap("resnet"), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(RebuildError, match=r"was quantised\. Save the model before"):
+        quantised.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_changes_that_do_not_matter_are_saved(tmp_path):
     model = wrap("resnet")
     model.freeze_backbone()
