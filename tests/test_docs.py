@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import erde_hub_command
 import make_tables
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ import torch
 from PIL import Image
 
 import erde_hub
-import erde_hub_command
 from erde_hub import calibration, errors, heads, losses, policies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,7 @@ def checkout(tmp_path_factory):
     modules = {
         "python": "",
         "accelerate": " -m accelerate.commands.accelerate_cli",
-        "erde-hub": " -c 'import erde_hub_command; erde_hub_command.main()'",
+        "erde-hub": f" '{ROOT}/recipes/erde_hub_command.py'",
     }
     for name, module in modules.items():
         (programs / name).write_text(f"#!/bin/sh\nexec '{sys.executable}'{module} \"$@\"\n")

@@ -1,6 +1,6 @@
 """The command ``erde-hub``: imports the one script that is asked for, and for its own help nothing at all.
 
-It lies next to the package, whose import takes seconds.
+Installed, it lies next to the package, whose import takes seconds; here it lies next to the scripts that call it.
 """
 
 from __future__ import annotations
@@ -55,3 +55,7 @@ def run(command: str) -> None:
         print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     command_line.run_script(script.main, command in RESUMABLE)
+
+
+if __name__ == "__main__":
+    main()
