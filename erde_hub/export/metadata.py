@@ -100,7 +100,7 @@ class FileInfo:
             "threshold": len(self.threshold) == len(exits) - 1 and all(low <= t <= high for t in self.threshold),
             "cumulative_macs": _are_integers(macs, 0) and len(macs) == len(exits) and sorted(macs) == macs,
             "id2label": len(self.id2label) > 1 and sorted(self.id2label) == [*range(len(self.id2label))],
-            "input_size": _are_integers(size, 1) and len(size) == 3,
+            "input_size": _are_integers(size, 1),
             "preprocessing": prepared is None or [len(prepared["mean"]), *prepared["size"]] == size,
             "quantization": self.quantization in (None, "int8"),
         }

@@ -140,6 +140,7 @@ def test_features_of_a_layer_that_does_not_give_the_logits_are_refused():
         def __init__(self):
             super().__init__()
             self.backbone = nn.ModuleDict({"fc": nn.Linear(4, 3), "middle": nn.Linear(4, 4)})  # the classifier first
+            self.runner = SimpleNamespace(classifier_layer=lambda size: self.backbone["middle"])
 
         def forward(self, pixel_values, output_all_exits=False):
             deep = self.backbone["fc"](self.backbone["middle"](pixel_values).relu())
