@@ -314,14 +314,14 @@ def test_a_miss_among_a_thousand_names_stays_readable():
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("names", [["a", "b", "c", "d", "e"], dict(enumerate("abcde"))])
+@pytest.mark.parametrize("names", [[*"abcde"], dict(enumerate("abcde")), dict(zip("01234", "abcde", strict=True))])
 def test_class_names(names):
     config = resnet(id2label=names).config
     assert config.id2label == {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}
     assert config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
 
 
-@pytest.mark.parametrize("names", [["a", "b"], {0: "a"}, {str(i): "a" for i in range(5)}, "abcde", list("abcdef"), 5])
+@pytest.mark.parametrize("names", [["a", "b"], {0: "a"}, dict.fromkeys("vwxyz", "a"), "abcde", list("abcdef"), 5])
 def test_class_names_that_do_not_fit(names):
     with pytest.raises(LabelError, match="5 classes"):
         resnet(id2label=names)
