@@ -115,6 +115,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
             shutil.rmtree(replaced, ignore_errors=True)
             os.close(lock)
 

@@ -111,7 +111,7 @@ class EarlyExitConfig(PreTrainedConfig):
             :func:`~erde_hub._published_weights.check_backbone_weights`.
         rotary_dtype: Type of a transformers backbone's rotary frequencies, which ``.to(torch.bfloat16)`` rounds and
             loading computes in float32; None where they are in float32.
-        save_id: Hash of the tensors that the config was saved with; the weights' files hold it too.
+        save_id: Hash of the tensors that the config was saved with, and their variant; the weights' files hold it too.
         erde_hub_version: Version that wrote the file.
 
     Raises:

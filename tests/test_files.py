@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,23 @@ def test_a_folder_appears_whole_and_replaces_another(tmp_path):
             (staging / "inside" / "file").write_text(text)
         assert [path.name for path in target.parent.iterdir()] == ["b"]
         assert (target / "inside" / "file").read_text() == text
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    target, rename = tmp_path / "a", Path.rename
+    with replacing_folder(target) as staging:
+        (staging / "old").touch()
+
+    def fail_once(path, other):
+        if other == target:
+            monkeypatch.undo()
+            raise OSError("input/output error")
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(CheckpointWriteError, match="is untouched"), replacing_folder(target) as staging:
+        (staging / "new").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["a", "a/old"]
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path):

@@ -3,8 +3,9 @@
 Weights and config cannot be replaced at one moment: a process that is killed in between, or a reader, meets the files
 of two saves. So each file of weights carries in its header the hash of all tensors (``save_id``, which the config holds
 too) and the config that they were saved with. Where the hashes differ, the weights and the config in their header are
-the checkpoint; where they agree, ``config.json`` counts, which people edit. Shards have names of their own, so that
-none is overwritten. Files without a hash, of earlier versions and other programs, go with any config.
+the checkpoint; where they agree, ``config.json`` counts, which people edit. The hash of a variant ends in its name: the
+one config of a folder is that of the variant saved last. Shards have names of their own, so that none is overwritten.
+Files without a hash, of earlier versions and other programs, go with any config.
 """
 
 from __future__ import annotations
@@ -130,14 +131,15 @@ def read_weights(source: Any, reaching: Mapping[str, Any], variant: str | None, 
         source: As there.
         reaching: As there.
         variant: As there.
-        save_id: Of a config that was read from the same place; None takes any weights.
+        save_id: Of a config that was read from the same place; None, or that of another variant, takes any weights.
 
     Raises:
         CheckpointError: Also weights of another save.
     """
+    is_known = save_id is not None and save_id.partition(".")[2] == (variant or "")
     for is_last in (False, True):
         for weights in _read_weights(source, reaching, variant, or_raise=is_last):
-            if save_id is None or weights.save_id in (None, save_id):
+            if not is_known or weights.save_id in (None, save_id):
                 return weights.tensors
     raise CheckpointError(
         f"the config that was read does not belong to the weights of {source}: they were saved anew in between, or a"

@@ -285,7 +285,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             super().save_pretrained(folder, True, tensors, max_shard_size=max_shard_size, variant=variant, **kwargs)
             return
         tensors = revert_weight_conversion(self, tensors)
-        self.config.save_id = hash_tensors(tensors)
+        self.config.save_id = ".".join(filter(None, (hash_tensors(tensors), variant)))
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)

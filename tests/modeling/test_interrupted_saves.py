@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,14 @@ def test_a_config_that_is_edited_counts(old, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "threshold": 0.5}))
     for load in (EarlyExitWrapper.from_pretrained, AutoModelForImageClassification.from_pretrained):
         assert load(tmp_path).threshold == 0.5
+
+
+def test_variants_share_a_folder_and_its_config(old, tmp_path):
+    old.save_pretrained(tmp_path)
+    old.save_pretrained(tmp_path, variant="other")
+    for load in (EarlyExitWrapper.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        for variant in (None, "other"):
+            assert which(tmp_path, partial(load, variant=variant)) == "old"
 
 
 def test_equal_weights_are_one_save(old, tmp_path):
