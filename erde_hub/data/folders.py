@@ -36,6 +36,8 @@ SPLIT_ALIASES = {
 _TABLES = (".parquet", ".arrow")
 # Files that may hold images, or say where they are, which lie in no class folders; ``datasets`` reads them.
 _FOR_DATASETS = (".zip", ".tar", ".gz", "README.md")
+# Tables of texts, which may have a few pictures next to them.
+_TEXTS = (".csv", ".tsv", ".json", ".jsonl")
 # Files that say which image has which label; see :func:`_read_metadata`.
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _UNREADABLE = "in an image format that Pillow does not read"
@@ -135,7 +137,7 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
     Every image below a class folder belongs to the class, however deep it lies. Splits may also lie below every class
     (``cat/train/1.png``), and all of it in one more folder. Images that lie in no class folders may be described by
     ``metadata.csv`` or ``metadata.jsonl``. A folder that holds parquet files is a table, whatever images lie next to
-    them.
+    them, and so is one with as many CSV or JSON files as images, where these lie in no class folders.
 
     Args:
         root: The folder.
@@ -148,8 +150,10 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
         DataError: Folders that can be read in two ways, two splits of one meaning, no class folders or a single one.
         LabelError: A class without a training image.
     """
-    unreadable = content.left_out.get(_UNREADABLE, [])
-    if content.tables or not (content.images or unreadable):
+    unreadable, others = (content.left_out.get(reason, []) for reason in (_UNREADABLE, "no image"))
+    pictures = len(content.images) + len(unreadable)
+    texts = sum(name.endswith(_TEXTS) for name in others) >= pictures
+    if content.tables or not pictures or (texts and not content.images):
         return None
     if not content.images:
         raise DataError(
@@ -162,8 +166,7 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
     single = len(names) == 1
     if content.metadata and (single or all(_split_of(name) for name in names)):  # train_images, test_images are none
         return _read_metadata(root, content)
-    others = content.left_out.get("no image", [])
-    if not assigned and any(name.endswith(_FOR_DATASETS) for name in others):
+    if (len(names) < 2 and texts) or (not assigned and any(name.endswith(_FOR_DATASETS) for name in others)):
         return None
     if single or not assigned:
         folders = f"a single class folder, {names[0]!r}" if single else "no class folders"

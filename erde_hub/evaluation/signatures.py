@@ -48,7 +48,7 @@ def failure_signatures(
     """
     correct = records.logits.argmax(-1) == records.labels
     found = [*_collapsed(records, correct), _overtaken(records, correct)]
-    if not never:
+    if not never and records.num_exits > 1:
         found.append(_threshold_signature(records, sweep))
     if teacher_records is not None and teacher_records.labels.equal(records.labels):
         found.append(_weak_teacher(teacher_records, correct[-1]))

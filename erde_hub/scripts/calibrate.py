@@ -162,7 +162,7 @@ def main() -> None:
     run_on_main(accelerator, lambda: save(folder, model, keep, split, fitted_on))
     if (folder / "results.json").is_file():
         test = recipe.collect(run, model, "test", args.batch_size)
-        run_on_main(accelerator, lambda: update_report(folder, model, choice, test, records))
+        run_on_main(accelerator, lambda: update_report(folder, model, choice, test, records, data.test))
     accelerator.print(f"written into {folder}")
 
 
@@ -293,9 +293,14 @@ def save(
 
 
 def update_report(
-    folder: Path, model: EarlyExitWrapper, choice: ThresholdChoice, test: ExitRecords, chosen_on: ExitRecords
+    folder: Path,
+    model: EarlyExitWrapper,
+    choice: ThresholdChoice,
+    test: ExitRecords,
+    chosen_on: ExitRecords,
+    split: Split | StreamSplit,
 ) -> None:
-    """Measures the report of the run anew for the new threshold.
+    """Measures the report of the run anew for the new threshold, and draws its figures again.
 
     Args:
         folder: Of the checkpoint.
@@ -304,6 +309,7 @@ def update_report(
         test: What the report is about.
         chosen_on: Records of the choice, as the model sees them; prediction sets of the report are fitted on them
             unless they are test images.
+        split: Of ``test``; its images are shown where the run showed them.
     """
     results = load_results(folder / "results.json")
     held_out = chosen_on if chosen_on.info.get("split") != "test" else None
@@ -316,6 +322,9 @@ def update_report(
     for key in ("threshold", "policy", "policy_kwargs", "calibrator"):
         results["student"][key] = measured["student"][key]
     results["threshold_choice"] = {"rule": choice.rule, **choice.to_dict()}
+    if drawn := results.get("figures"):
+        images = split if "contact_sheet.png" in drawn else None
+        results["figures"] = recipe.draw_figures(test, model, images, folder)
     recipe.write_report(results, folder, card=(folder / "README.md").is_file())
 
 

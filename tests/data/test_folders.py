@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from erde_hub.data import image_data_from_arrays
+from erde_hub.data.opening import open_tables
 from erde_hub.errors import DataError, LabelError
 from tests.fakes.images import rows, write_parquet
 
@@ -119,6 +120,18 @@ def test_a_table_of_another_name_describes_no_images(tmp_path, load, folder, fou
     (fill(tmp_path / "set", [folder]) / "train.csv").write_text("file,label\n0.png,cat\n")
     with pytest.raises(DataError, match=rf"holds 12 images and {found}.* or name each image and its label in metadata"):
         load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("picture", ["plot.png", "figures/plot.png", "logo.svg"])
+def test_a_picture_next_to_tables_of_texts_is_no_data(tmp_path, picture):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\ngood,1\nbad,0\n")
+    if picture.endswith("png"):
+        save(tmp_path / picture, 0)
+    else:
+        (tmp_path / picture).write_text("<svg/>")
+    opened = open_tables(str(tmp_path), None, str(tmp_path / ".cache"))
+    assert [opened.splits[split]["text"][:] for split in ("train", "test")] == 2 * [["good", "bad"]]
 
 
 def test_links_are_followed_and_circles_end(tmp_path, load, caplog):

@@ -50,6 +50,7 @@ def test_a_sweep_at_which_nobody_exits_is_told_unless_the_policy_never_lets_one(
     (text,) = found(records, thresholds=[0.0, 1e-30])
     assert "no sample exits early at any of 2 thresholds" in text
     assert found(records, thresholds=[0.0, 1e-30], never=True) == []
+    assert found(make_records(exits=1)) == []
 
 
 def test_a_sharp_fall_between_neighbouring_thresholds_is_told_with_both():

@@ -50,8 +50,12 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     assert EarlyExitWrapper.from_pretrained(run, threshold=0.123).config.threshold_profile is None
     loaded.threshold = 0.5
     assert loaded.config.threshold_profile is None
+    (run / "results.json").write_text(json.dumps(results | {"figures": ["contact_sheet.png"]}))
     call(calibrate, "--model", run, "--max_accuracy_drop", 0.001, "--cpu_threads", 1)
     assert config_of(run)["threshold"] == 0.0
+    figures = json.loads((run / "results.json").read_text())["figures"]
+    assert figures == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png"]
+    assert all((run / name).is_file() for name in figures), "those of the old threshold would stay"
     assert "No sample exits early" in capsys.readouterr().out
 
 

@@ -94,6 +94,8 @@ def test_precedence_and_number_spellings(write, in_file, as_flag, rate, style):
         ("precision: no", "precision", "no"),
         ("threshold: 0.5", "threshold", [0.5]),
         ("threshold: [1e-1, 2]", "threshold", [0.1, 2.0]),
+        ("threshold: [-1e-3, -.5]", "threshold", [-0.001, -0.5]),
+        ("threshold: []", "threshold", []),
         (
             "student_kwargs: {width: 16, drop: 1e-1, act: relu}",
             "student_kwargs",

@@ -81,6 +81,7 @@ class ScriptParser(HfArgumentParser):
     def __init__(self, dataclass_types: Mapping[str, type], description: str) -> None:
         usage = "%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]"
         super().__init__(description=description, usage=usage, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse takes no -1e-3
         self.add_argument(
             "--config",
             metavar="FILE.yaml",
@@ -144,6 +145,8 @@ class _FileReader(ScriptParser):
         return read
 
     def _read_flag(self, key: str, texts: list[Any]) -> Any:
+        if not texts and any(action.dest == key and action.nargs == "+" for action in self._actions):
+            return []
         for action in self._actions:
             action.required = False
         if self.get_default(key) in (True, False):  # YAML's other words
