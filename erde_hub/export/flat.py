@@ -62,7 +62,7 @@ class _EveryExit(nn.Module):
 
     def _exit_logits(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        visitor = AllExits(model.heads)  # type: ignore[arg-type]
+        visitor = AllExits(model.heads.active)  # type: ignore[arg-type]
         self.passes.latest = visitor
         final = model.runner.run(visitor, (pixel_values,), {})
         exit_logits = visitor.finish(model.runner.adapter.logits(final), model.runner.exits)
@@ -105,7 +105,7 @@ def flat_model(model: EarlyExitWrapper, opset: int) -> ir.Model:
 
 
 def _flat_graph(clone: EarlyExitWrapper, opset: int) -> ir.Model:
-    early = len(clone.heads)
+    early = len(clone.heads.active)
     names = [*(f"logits_{i}" for i in range(early + 1)), *(f"leaves_{i}" for i in range(early)), "poison"]
     passes = _Passes()
     try:
@@ -155,7 +155,7 @@ def _spell_out_attention(clone: EarlyExitWrapper) -> bool:
 def _trace(module: _EveryExit) -> torch.export.ExportedProgram:
     size = module.model.config.input_size or ()
     # Two samples: torch.export takes an axis of 1 to be always 1.
-    inputs = (torch.zeros((2, *size)), torch.zeros(len(module.model.heads)))
+    inputs = (torch.zeros((2, *size)), torch.zeros(len(module.model.heads.active)))
     with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # where it prints the graph so far before it raises
         return torch.export.export(module, inputs, dynamic_shapes=_DYNAMIC, strict=False)
 

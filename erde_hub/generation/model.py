@@ -197,10 +197,10 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
     # Checks, before any work is lost
 
     def _generation_plan(self, threshold: float | Sequence[float]) -> RoutingPlan:
-        thresholds = self.policy.check_threshold(threshold, len(self.heads))
+        thresholds = self.policy.check_threshold(threshold, self.num_exits - 1)
         if self.policy.uses_features:
             raise ConfigError(f"{type(self.policy).__name__} reads features of classifiers, which tokens have not")
-        return RoutingPlan(self.runner, [*self.heads], self.policy, None, thresholds)
+        return RoutingPlan(self.runner, [*self.heads.active], self.policy, None, thresholds)
 
     def _exit_to_draft(self, exit_: int | str) -> int:
         names = self.exit_names[:-1]
@@ -343,7 +343,7 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
         for stage in range(exit_index + 1):
             span = layers.run(stage, span, cache, padding)
         cache.owe(exit_index, span)
-        return self.heads[exit_index](span.hidden)[:, -1]
+        return self.heads.active[exit_index](span.hidden)[:, -1]
 
     def _pay(self, cache: OwedCache) -> None:
         """Takes all tokens that are owed through the layers that they have skipped."""

@@ -288,3 +288,15 @@ def test_check_where_both_answer_no_numbers(tiny_file):
     assert check.same_exit == check.same_answer == 1
     x = torch.full((2, 3, 16, 16), torch.nan)
     assert onnx_file.check_onnx(model, path, x).relative_difference == 0
+
+
+def test_heads_under_lora(tmp_path):
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    model = tiny()
+    name = next(name for name, module in model.backbone.named_modules() if isinstance(module, torch.nn.Conv2d))
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=[f"backbone.{name}"], modules_to_save=["heads"])).eval()
+    torch.nn.init.ones_(model.heads.active[0].fc.bias)
+    check = onnx_file.check_onnx(
+        model, export_onnx(model, tmp_path / "a.onnx"), torch.randn(8, *model.config.input_size)
+    )
+    assert check.same_exit == check.same_answer == 1

@@ -452,3 +452,16 @@ def test_decoders_of_the_same_shape_need_no_entry(name, tmp_path):
 def test_decoders_of_another_shape_are_refused(name, error, words):
     with pytest.raises(error, match=words):
         EarlyExitWrapper(of_another_family(name), exits=2).eval().generate(prompts(1), threshold=0.5)
+
+
+def test_heads_under_lora():
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+    model, row = wrapped(head="linear"), prompts(1)
+    options = [{"threshold": THRESHOLD}, {"assistant_early_exit": 0}]
+    before = [model.generate(row, **GREEDY, **more) for more in options]
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["heads"])).eval()
+    for text, more in zip(before, options, strict=True):
+        assert torch.equal(model.generate(row, **GREEDY, **more), text), "LoRA begins as zeros"
+    for head in model.heads.active:
+        torch.nn.init.zeros_(head.fc.weight)
+    assert not torch.equal(model.generate(row, **GREEDY, **options[0]), before[0]), "the adapter's heads answer"
