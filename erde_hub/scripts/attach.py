@@ -151,7 +151,8 @@ def cached_inputs(run: recipe.Run, model: EarlyExitWrapper, cache_dir: str | Non
     augment = args.augment or data.augment
     flip = data.kind == "image" and "flip" in augment
     known = [
-        model_fingerprint(model.backbone), data.fingerprint, data.preprocessing, model.exit_names, flip,
+        model_fingerprint(model.backbone), str(model.backbone), model.config.backbone_kwargs,
+        data.fingerprint, data.preprocessing, model.exit_names, flip,
         hashlib.sha256(torch.as_tensor(data.train.indices).numpy().tobytes()).hexdigest(),
         [str(next(iter(head.children()))) for head in model.heads],
     ]  # fmt: skip

@@ -114,6 +114,9 @@ def test_a_run_leaves_a_whole_checkpoint_and_keeps_the_backbone(network, tmp_pat
     again = EarlyExitWrapper.from_pretrained("again")
     assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
 
+    call(attach, *own, "--model_kwargs", "act_layer=gelu", "--output_dir", "other")
+    assert "read from" not in capsys.readouterr().out, "other features from the same weights"
+
     call(attach, *own, "--output_dir", "tuned", "--finetune", "--finetune_training", "epochs=1", "--augment", "none")
     tuned = EarlyExitWrapper.from_pretrained("tuned")
     assert not torch.equal(tuned.backbone.conv1.weight, network.conv1.weight)
