@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub._progress import passing_bar
+from erde_hub.data.augment import epoch_order
 from erde_hub.engine.features import last_linears
 from erde_hub.engine.modes import evaluating
 from erde_hub.errors import ConfigError
@@ -18,6 +19,7 @@ from erde_hub.heads import ExitHead
 from erde_hub.heads.base import GlobalPool, TokenPool
 from erde_hub.losses import ExitLoss
 
+from ._meter import StepMeter
 from ._setup import create_optimizer
 from .arguments import DistillationArguments
 from .distiller import TrainResult
@@ -117,29 +119,27 @@ def train_heads(
     optimizer = create_optimizer(model, [], args)
     schedule = create_schedule(args, optimizer, steps, per_epoch)
     history: list[dict[str, Any]] = []
-    sums: dict[str, float] = {}
+    meter = StepMeter()
     model.heads.train()
     with _reading_vectors(exit_heads(model)):
         for step in passing_bar(range(steps), "training the exits", shown=progress):
             epoch, batch = divmod(step, per_epoch)
             if batch == 0:
-                generator = torch.Generator().manual_seed(1_000_003 * args.seed + epoch)
-                order = torch.randperm(len(labels), generator=generator)
+                order = torch.from_numpy(epoch_order(len(labels), args.seed, epoch))
             rows = order[batch * batch_size : (batch + 1) * batch_size]
             *early, last = (inputs[name][rows].to(device) for name in model.exit_names)
             logits = [head(vectors) for head, vectors in zip(model.heads, early, strict=True)]
             logits.append(last if classifier is None else classifier(last))
-            value = loss(logits, None, labels[rows].to(device))
-            value.loss.backward()
+            targets = labels[rows].to(device)
+            result = loss(logits, None, targets)
+            result.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step_update(step + 1)
-            for name, number in {"loss": value.loss, **value.terms}.items():
-                sums[name] = sums.get(name, 0.0) + number.item()
+            meter.add(step + 1, result, logits, targets)
             if batch + 1 == per_epoch or step + 1 == steps:
-                terms = {name: total / (batch + 1) for name, total in sums.items()}
-                history.append({"epoch": epoch + 1, "train": {"loss": terms.pop("loss"), "terms": terms}})
-                sums = {}
+                history.append({"epoch": epoch + 1, "train": meter.collect().average()})
+                meter.restart()
     model.eval()
     seconds = time.perf_counter() - started
     return TrainResult("completed", steps, steps, list(model.exit_names), history, seconds=seconds)
