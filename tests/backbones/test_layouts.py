@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.errors import ConfigError, ErdeError, ExitPointError
 from erde_hub.heads import list_heads
+from tests.fakes.networks import Call
 
 
 class Net(nn.Module):
@@ -19,21 +20,12 @@ class Net(nn.Module):
 
     def __init__(self, stem: nn.Module, stage: Callable[[Tensor], Tensor], axes: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.stem, self.stage = stem, stage if isinstance(stage, nn.Module) else Function(stage)
+        self.stem, self.stage = stem, stage if isinstance(stage, nn.Module) else Call(stage)
         self.axes, self.fc = axes, nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage(self.stem(x))
         return self.fc(x.mean(self.axes) if self.axes else x)
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class OneSize(nn.Conv2d):
@@ -49,7 +41,7 @@ def _conv(width: int, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
 
 
 def _last(layer: nn.Module) -> nn.Sequential:
-    return nn.Sequential(layer, Function(lambda x: x.permute(0, 2, 3, 1)))
+    return nn.Sequential(layer, Call(lambda x: x.permute(0, 2, 3, 1)))
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, int]] = {
@@ -61,7 +53,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, int]] = {
     "one pixel": (lambda: Net(_conv(12), lambda x: x.mean((2, 3), True), (2, 3), 12), (3, 12, 12), "NCHW", 12),
     "signals": (lambda: Net(nn.Conv1d(3, 16, 3), torch.relu, (2,), 16), (3, 20), "NCL", 16),
     "sequences": (lambda: Net(nn.Linear(6, 16), torch.relu, (1,), 16), (20, 6), "NLC", 16),
-    "recurrent": (lambda: Net(nn.Linear(6, 16), Function(lambda x: x.cumsum(1)), (1,), 16), (16, 6), "NLC", 16),
+    "recurrent": (lambda: Net(nn.Linear(6, 16), Call(lambda x: x.cumsum(1)), (1,), 16), (16, 6), "NLC", 16),
     "patches of an image": (lambda: Net(_conv(12), lambda x: x.flatten(2), (2,), 12), (3, 12, 12), "NCL", 12),
     "tokens of an image": (lambda: Net(_conv(12), lambda x: x.flatten(2).mT, (1,), 12), (3, 12, 12), "NLC", 12),
     "vectors": (lambda: Net(nn.Linear(6, 16), nn.ReLU(), (), 16), (6,), "NC", 16),

@@ -10,18 +10,9 @@ from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ExitPointError
-from tests.fakes.networks import Plain
+from tests.fakes.networks import Call, Plain
 
 SIZE = (3, 16, 16)
-
-
-class Call(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class ZeroGate(nn.Module):

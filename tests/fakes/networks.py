@@ -45,6 +45,17 @@ class Plain(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def sequential() -> nn.Sequential:
     return nn.Sequential(
         Block(3, 4),
