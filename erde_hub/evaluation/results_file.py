@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +169,8 @@ def _dumps(results: Mapping[str, Any]) -> str:
 
 def _compact(value: Any) -> str:
     return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def mean_milliseconds(exit_share: Sequence[float], exit_milliseconds: Sequence[float]) -> float:
+    """Returns the mean time of samples of which a fraction exits at each exit, as a row of the sweep has it."""
+    return sum(fraction * time for fraction, time in zip(exit_share, exit_milliseconds, strict=True))

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from erde_hub.calibration.choice import describe_confidence
 from erde_hub.errors import ConfigError, MissingDependencyError
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
-from erde_hub.evaluation.results_file import validate_results
+from erde_hub.evaluation.results_file import mean_milliseconds, validate_results
 
 #: Accuracy that a cheap operating point may lose against the full network, as a fraction.
 TOLERANCE = 0.01
@@ -306,7 +306,7 @@ def _latency(results: Mapping[str, Any]) -> dict[str, Any] | None:
     columns = [row["exit_milliseconds"] for row in settings]
     rows = [(name, [times[e] for times in columns]) for e, name in enumerate(latency["exits"])]
     if point is not None:
-        means = [sum(s * t for s, t in zip(point["exit_share"], times, strict=True)) for times in columns]
+        means = [mean_milliseconds(point["exit_share"], times) for times in columns]
         rows.append(("mean at the stored threshold", means))
     names = [f"{row['runtime']}, {row['threads']} thread(s)" for row in settings]
     return {"cpu": latency["cpu"], "names": names, "rows": rows}

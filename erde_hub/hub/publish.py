@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from erde_hub.config import EarlyExitConfig
 from erde_hub.errors import CheckpointError, ConfigError
+from erde_hub.evaluation.figures import FIGURES
 from erde_hub.evaluation.results_file import load_results
 
 from .model_card import render_model_card
@@ -22,11 +23,7 @@ WITH_IT = (
     "preprocessor_config.json",
     "results.json",
     "sweep.csv",
-    "frontier.png",
-    "reliability.png",
-    "scores.png",
-    "shares.png",
-    "contact_sheet.png",
+    *FIGURES,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

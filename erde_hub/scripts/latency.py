@@ -21,9 +21,10 @@ from erde_hub._tables import format_table
 from erde_hub.errors import ConfigError, unknown_name
 from erde_hub.evaluation import load_results
 from erde_hub.evaluation.formatting import percent, threshold_label, thresholds_of, with_point
+from erde_hub.evaluation.results_file import mean_milliseconds
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
-from erde_hub.scripts.common.exit_times import RUNTIMES, mean_milliseconds, measure_exits
+from erde_hub.scripts.common.exit_times import RUNTIMES, measure_exits
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from erde_hub.errors import CheckpointWriteError, ConfigError, RunExistsError
+from erde_hub.evaluation.figures import FIGURES
 
 from ._launch import LOGS
 from .checkpointing import CHECKPOINTS, newest_checkpoint
@@ -33,11 +34,7 @@ _REST = (
     "trained_on.safetensors",
     "fitted_on.safetensors",
     "sweep.csv",
-    "frontier.png",
-    "reliability.png",
-    "scores.png",
-    "shares.png",
-    "contact_sheet.png",
+    *FIGURES,
     "README.md",
     "records.safetensors",
 )

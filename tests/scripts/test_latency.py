@@ -6,8 +6,9 @@ import pytest
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, UnknownNameError
+from erde_hub.evaluation.results_file import mean_milliseconds
 from erde_hub.scripts import calibrate, latency
-from erde_hub.scripts.common.exit_times import _inputs, known_exit_times, mean_milliseconds, measure_exits
+from erde_hub.scripts.common.exit_times import _inputs, known_exit_times, measure_exits
 from tests.fakes import transformers_models
 from tests.fakes.networks import resnet8, wrap
 

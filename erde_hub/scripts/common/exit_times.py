@@ -91,11 +91,6 @@ def known_exit_times(results: Mapping[str, Any] | None) -> list[float] | None:
     return next((list(row["exit_milliseconds"]) for row in rows), None)
 
 
-def mean_milliseconds(exit_share: Sequence[float], exit_milliseconds: Sequence[float]) -> float:
-    """Returns the mean time of samples of which a share leaves at each exit."""
-    return sum(share * time for share, time in zip(exit_share, exit_milliseconds, strict=True))
-
-
 def _inputs(model: EarlyExitWrapper, plans: Sequence[Sequence[float]]) -> dict[str, Tensor]:
     """One sample that leaves where it shall at every plan."""
     size = model.config.input_size or (128,)
