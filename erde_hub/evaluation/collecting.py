@@ -257,7 +257,7 @@ def _exit_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _check_features(layers: Mapping[str, nn.Linear], features: Mapping[str, Tensor], logits: Tensor) -> None:
-    """Checks that the layers whose inputs are recorded give the logits of their exits; others may be registered last.
+    """Checks that the layers whose inputs are recorded give the logits of their exits.
 
     Shape:
         features: (N, D_e) each. logits: (E, N, K).
@@ -273,8 +273,8 @@ def _check_features(layers: Mapping[str, nn.Linear], features: Mapping[str, Tens
         room = 0.03 * float(own.abs().max()) + 1e-6  # of half precision
         if found.shape != own.shape or float((found - own).abs().max()) > room:
             raise ConfigError(
-                f"features=True records what the last registered linear layer of exit {name!r} reads, and that layer"
-                " does not give the exit's logits: register the classifier last, or record without features"
+                f"features=True records what the last linear layer of exit {name!r} reads, and that layer"
+                " does not give the exit's logits: end in a linear layer that does, or record without features"
             )
 
 
