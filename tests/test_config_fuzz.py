@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError
+from tests.fakes import transformers_models
 from tests.fakes.networks import CLASSES, wrap
 
 _NUMBERS = st.one_of(
@@ -109,6 +110,7 @@ def test_one_field_says_something_else(checkpoint, data):
         ({"backbone_kwargs": {"width": 20_000}}, "the stage has 20000"),
         ({"backbone_kwargs": {"width": 4000}, "exit_features": None}, "describes a network of"),
         ({"backbone_kwargs": {"width": 10**9}}, "is absurd"),
+        ({"backbone_kwargs": {"depths": [1000, 1000]}}, "is absurd"),
         ({"architecture": "hf-hub:org/name"}, "registered timm name"),
         ({"architecture": "/etc/passwd"}, "registered timm name"),
         ({"backbone_kwargs": {"width": 4, "checkpoint_path": "/x"}}, "must not hold 'checkpoint_path'"),
@@ -124,7 +126,7 @@ def test_what_would_be_costly_or_dangerous(changes, words, tmp_path):
         EarlyExitWrapper.from_pretrained(tmp_path)
 
 
-LONG = [pytest.param(name, "all", marks=pytest.mark.long) for name in ("resnet",)]
+LONG = [pytest.param(name, "all", marks=pytest.mark.long) for name in ("resnet", "bert", "swin")]
 
 
 @pytest.mark.parametrize(("name", "which"), [("resnet", "fields"), *LONG])
@@ -133,6 +135,8 @@ def test_no_stored_value_costs_much_or_ends_untyped(name, which, tmp_path):
         sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
         config = transformers.SwinConfig(**sizes, window_size=4, num_labels=CLASSES)
         model = EarlyExitWrapper(transformers.SwinForImageClassification(config), exits=1)
+    elif name == "bert":
+        model = transformers_models.wrap(name)
     else:
         model = wrap(name)
     model.save_pretrained(tmp_path)

@@ -280,43 +280,32 @@ def check_storable(kwargs: dict[str, Any]) -> None:
     for key, value in kwargs.items():
         if not isinstance(key, str):
             raise ConfigError(f"backbone_kwargs must be named arguments, got {key!r}")
+        leaves = list(_leaves(value))
+        sizes = [abs(leaf) for leaf in leaves if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)]
         limit = MAX_LAYERS if re.search(r"depth|layers?$|blocks", key) else MAX_SIZE
-        for number in _numbers(value):
-            if abs(number) > limit:
-                raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} is absurd: sizes go up to {limit}")
+        # of depths per stage the sum counts; a list of layers may name the last ones of a deep network
+        if (sum(sizes) if re.search(r"depth|blocks", key) else max(sizes, default=0)) > limit:
+            raise ConfigError(f"backbone_kwargs[{key!r}]={value!r:.100} is absurd: sizes go up to {limit}")
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"backbone_kwargs[{key!r}]={value!r} cannot be stored in config.json: use numbers, strings, lists"
             ) from error
-        for text in _texts(value):
+        for text in (leaf for leaf in leaves if isinstance(leaf, str)):
             if len(text) > MAX_TEXT:
                 raise ConfigError(f"backbone_kwargs[{key!r}] holds a text of {len(text):,} characters")
             if "://" in text or text.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
                 raise ConfigError(f"backbone_kwargs[{key!r}]={value!r} points elsewhere, which a config must not")
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yields what lists and dicts hold, at any depth."""
+    if isinstance(value, (dict, list, tuple)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(entry)
+    else:
         yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _numbers(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _numbers(entry)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _texts(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _texts(entry)
 
 
 def _created_for(module: nn.Module) -> list[int] | None:

@@ -48,7 +48,7 @@ _ELSEWHERE = frozenset(
 _REFUSED = frozenset({"auto_map", "quantization_config", "custom_pipelines", "base_model_name_or_path"})
 _TEXT_LENGTH = 128
 #: What constructors raise where values of a config contradict each other.
-_UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+_UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 
 
 def _class_names(table: dict[str, Any]) -> dict[str, str]:
