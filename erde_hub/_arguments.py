@@ -99,3 +99,37 @@ def plain_threshold(threshold: object) -> float | list[float]:
         hint = "; a text is no number: write float('inf'), for example" if text else ""
         raise ThresholdError(f"threshold must be a number or one number per early exit, got {threshold!r}{hint}")
     return floats if several else floats[0]
+
+
+def threshold_rows(threshold: object, rows: int, num_early_exits: int) -> list[list[float]] | None:
+    """Returns the thresholds of each sample, where an array or tensor gives each sample its own; None for all others.
+
+    Args:
+        threshold: What a call was given. Per sample: shape (N,), (N, 1) or (N, early exits).
+        rows: Samples in the batch, N.
+        num_early_exits: Of the model.
+
+    Raises:
+        ThresholdError: Two axes that do not fit, or a shape (N,) where N is also the number of early exits.
+
+    Example:
+        >>> import numpy as np
+        >>> threshold_rows(np.array([0.5, 0.25]), rows=2, num_early_exits=3)
+        [[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]]
+    """
+    shape = tuple(getattr(threshold, "shape", ()))
+    if not shape or (len(shape) == 1 and shape != (rows,)):
+        return None
+    if shape == (num_early_exits,) and rows > 1:
+        raise ThresholdError(
+            f"threshold of shape {shape} can mean one number per sample or one per early exit, as there are {rows} of"
+            f" both: give shape ({rows}, 1) for one per sample, a list for one per early exit"
+        )
+    if shape not in ((rows,), (rows, 1), (rows, num_early_exits)):
+        raise ThresholdError(
+            f"threshold must be a number, a list of {num_early_exits} (one per early exit), or of shape"
+            f" ({rows}, 1) (one per sample) or ({rows}, {num_early_exits}) (per sample and early exit), got {shape}"
+        )
+    given: Any = threshold
+    per_sample = (own if isinstance(own, list) else [own] for own in given.tolist())
+    return [own * (num_early_exits // len(own)) for own in per_sample]

@@ -30,14 +30,15 @@ class RoutingPlan:
         heads: The early exits' heads, as the runner returns them.
         policy: Decides from log-probabilities.
         calibrator: Of the logits, before the policy reads them.
-        thresholds: One per early exit, as the policy returns them.
+        thresholds: One per early exit, as the policy returns them; or float32 tensors (N,), with a number per sample,
+            NaN for samples that never exit there.
 
     Attributes:
         runs_head: Whether the head of each early exit runs: a sample can exit there, or a later exit reads its logits.
         never_exits: No sample can exit early, and the backbone's own output is the answer.
         looks_at_one: Neither calibrator nor earlier exits matter, so a single sample needs no visitor.
         pools_tokens: Heads have to know which tokens of a padded sequence count.
-        rounded: The thresholds in float32, in which scores are computed.
+        rounded: The thresholds in float32, in which scores are computed; for single samples.
     """
 
     __slots__ = (
@@ -59,19 +60,20 @@ class RoutingPlan:
         heads: Sequence[ExitHead],
         policy: ExitPolicy,
         calibrator: Calibrator | None,
-        thresholds: Sequence[float],
+        thresholds: Sequence[float] | Sequence[Tensor],
     ) -> None:
         self.runner = runner
         self.heads = heads
         self.policy = policy
         self.calibrator = calibrator
-        self.thresholds = list(thresholds)
+        self.thresholds: list[Any] = list(thresholds)
         reads_all = policy.uses_history or (calibrator is not None and calibrator.uses_history)
-        self.runs_head = [reads_all or not policy.never_leaves(threshold) for threshold in thresholds]
-        self.never_exits = calibrator is None and all(map(policy.never_leaves, thresholds))
+        never = [bool(own.isnan().all()) if isinstance(own, Tensor) else policy.never_leaves(own) for own in thresholds]
+        self.runs_head = [reads_all or not nobody for nobody in never]
+        self.never_exits = calibrator is None and all(never)
         self.looks_at_one = calibrator is None and not policy.uses_history
         self.pools_tokens = pools_tokens(heads)
-        self.rounded = [c_float(threshold).value for threshold in thresholds]
+        self.rounded = [c_float(own).value for own in thresholds if not isinstance(own, Tensor)]
 
     def calibrated(self) -> CalibratedExits | None:
         """Returns the calibrator with the state of a new pass, None where there is none."""
@@ -142,7 +144,7 @@ def score_exit(
     return logits, policy.score_last(log_probs)
 
 
-def exit_mask(policy: ExitPolicy, scores: Tensor, threshold: float, logits: Tensor) -> Tensor:
+def exit_mask(policy: ExitPolicy, scores: Tensor, threshold: float | Tensor, logits: Tensor) -> Tensor:
     """Returns which samples exit, (N,): those whose score passes the threshold and whose logits are finite.
 
     Logits that overflowed to NaN or infinity are no answer, whatever their score: such a sample goes on.
@@ -296,7 +298,10 @@ class Router:
             )
         calibrate = None if self.calibrated is None else functools.partial(self.calibrated, exit_index)
         logits, scores = score_exit(head, plan.policy, feature, self.mask, self.history, calibrate)
-        mask = exit_mask(plan.policy, scores, plan.thresholds[exit_index], logits)
+        threshold = plan.thresholds[exit_index]
+        if isinstance(threshold, Tensor) and self.active is not None:
+            threshold = threshold.index_select(0, self.active)
+        mask = exit_mask(plan.policy, scores, threshold, logits)
         exited = mask.nonzero()
         number = exited.shape[0]
         if number == 0:

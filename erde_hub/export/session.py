@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from erde_hub._arguments import plain_threshold
+from erde_hub._arguments import plain_threshold, threshold_rows
 from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError, ThresholdError, unknown_name
 
 from ._inputs import as_array, file_path
@@ -116,7 +116,9 @@ class EarlyExitSession:
             )
 
     def __call__(
-        self, images: ArrayLike | Sequence[ArrayLike], threshold: float | Sequence[float] | None = None
+        self,
+        images: ArrayLike | Sequence[ArrayLike],
+        threshold: float | Sequence[float] | NDArray[np.floating] | None = None,
     ) -> SessionOutput:
         """Answers for a batch.
 
@@ -124,7 +126,9 @@ class EarlyExitSession:
             images: Normalised floats (N, C, H, W), or uint8 pixels (N, H, W, C), or a list of uint8 images (H, W, C) of
                 any size. Pixels are resized, cropped and normalised as the model expects. Arrays, or tensors of any
                 kind.
-            threshold: One number for all early exits, or one per early exit; None takes the one stored in the file.
+            threshold: One number for all early exits, or one per early exit; None takes the one stored in the file. As
+                an array also one number per sample, (N, 1) or (N,), or one per sample and early exit; samples of one
+                threshold run together.
 
         Raises:
             ShapeError: Wrong number of axes, channels or pixels.
@@ -133,14 +137,26 @@ class EarlyExitSession:
             ConfigError: uint8 images for a file without preprocessing.
             MissingDependencyError: Images must be resized and Pillow is not installed.
         """
-        with np.errstate(over="ignore"):  # what lies above float32 is infinite, as in torch
-            thresholds = np.asarray(self._thresholds(threshold), dtype=np.float32)
         pixel_values = self.preprocess(images)
-        if len(pixel_values) == 0:
-            return SessionOutput(np.zeros((0, len(self.info.id2label)), np.float32), np.zeros(0, np.int64))
-        feed = {"pixel_values": pixel_values, "threshold": thresholds}
-        logits, exit_index = self._session.run(["logits", "exit_index"], feed)
+        count = len(pixel_values)
+        rows = threshold_rows(threshold, count, self.info.num_early_exits)
+        if rows is None:
+            shared = self._thresholds(threshold)
+            if count > 0:
+                return self._run(pixel_values, shared)
+        logits, exit_index = np.zeros((count, len(self.info.id2label)), np.float32), np.zeros(count, np.int64)
+        same: dict[tuple[float, ...], list[int]] = {}
+        for sample, own in enumerate(rows or ()):
+            same.setdefault(tuple(self._thresholds(own)), []).append(sample)
+        for thresholds, samples in same.items():
+            out = self._run(pixel_values[samples], thresholds)
+            logits[samples], exit_index[samples] = out.logits, out.exit_index
         return SessionOutput(logits, exit_index)
+
+    def _run(self, pixel_values: NDArray[np.float32], thresholds: Sequence[float]) -> SessionOutput:
+        with np.errstate(over="ignore"):  # what lies above float32 is infinite, as in torch
+            feed = {"pixel_values": pixel_values, "threshold": np.asarray(thresholds, dtype=np.float32)}
+        return SessionOutput(*self._session.run(["logits", "exit_index"], feed))
 
     def preprocess(self, images: ArrayLike | Sequence[ArrayLike]) -> NDArray[np.float32]:
         """Returns ``pixel_values`` (N, C, H, W); see :meth:`__call__` for what it takes and raises."""

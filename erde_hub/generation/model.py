@@ -273,7 +273,7 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        threshold: float | Sequence[float] | None = None,
+        threshold: float | Sequence[float] | Tensor | None = None,
         output_all_exits: bool = False,
         return_dict: bool | None = None,
         *,

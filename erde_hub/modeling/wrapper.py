@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from erde_hub._arguments import threshold_rows
 from erde_hub._version import __version__
 from erde_hub.backbones import BackboneAdapter, find_adapter, get_adapter
 from erde_hub.backbones.decoders import check_readout, create_heads, exit_layers
@@ -324,13 +326,32 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             self._plans.latest = made_from, plan
         return plan
 
+    def _plan_for(self, threshold: Any, samples: Tensor) -> RoutingPlan:
+        """Returns the plan for a batch, whose samples may have thresholds of their own."""
+        if not hasattr(threshold, "shape"):
+            return self.routing_plan(threshold)
+        rows = threshold_rows(threshold, len(samples), self.num_exits - 1)
+        if rows is None:
+            return self.routing_plan(threshold)
+        policy, distinct = self.policy, {*map(tuple, rows)}
+        if len(distinct) < 2:  # one sample, for example, or none
+            return self.routing_plan([*distinct.pop()] if distinct else None)
+        checked = {own: self._check_threshold([*own]) for own in distinct}
+        numbers = [[math.nan if policy.never_leaves(value) else value for value in checked[tuple(own)]] for own in rows]
+        columns = torch.tensor(numbers, dtype=torch.float32, device=samples.device).unbind(1)
+        return RoutingPlan(self.runner, self.runner.heads([*self.heads.active]), policy, self.calibrator, columns)
+
     def _plan(self, runner: ExitRunner, threshold: Any) -> RoutingPlan:
+        thresholds = self._check_threshold(threshold)
+        return RoutingPlan(runner, runner.heads([*self.heads.active]), self.policy, self.calibrator, thresholds)
+
+    def _check_threshold(self, threshold: Any) -> list[float]:
         if self._regression:  # model.policy may have been set by hand
             check_answers(REGRESSION, self.policy)
         thresholds = self.policy.check_threshold(threshold, self.num_exits - 1)
         if self.config.task == "causal_lm":
             check_no_early_exit(self.policy, thresholds)
-        return RoutingPlan(runner, runner.heads([*self.heads.active]), self.policy, self.calibrator, thresholds)
+        return thresholds
 
     def set_calibrator(self, calibrator: Calibrator | None) -> None:
         """Stores a fitted calibrator with the model, or takes it off; routed logits are calibrated from then on.
@@ -509,7 +530,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        threshold: float | Sequence[float] | None = None,
+        threshold: float | Sequence[float] | Tensor | None = None,
         output_all_exits: bool = False,
         return_dict: bool | None = None,
         *,
@@ -526,7 +547,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             pixel_values: (N, C, H, W) float, preprocessed; for image models.
             labels: (N,) int64 class indices, for language models (N, L) token ids, for a regression (N, D) floats; with
                 them ``loss`` is set.
-            threshold: For this call only: one number, or one per early exit.
+            threshold: For this call only: one number, or one per early exit; as a tensor or array also one per sample,
+                (N, 1) or (N,), or one per sample and early exit, (N, len(exits)).
             output_all_exits: No routing: every exit, in eval mode too.
             return_dict: False returns a tuple of what is set.
             input_ids: (N, L) integers from the tokenizer; for text models.
@@ -566,7 +588,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 if self.training and output.exit_logits is not None:
                     self._learning_check.watch(self.backbone, heads, output.exit_logits)
             else:
-                output = route(self.routing_plan(threshold), inputs)
+                output = route(self._plan_for(threshold, inputs.main), inputs)
         except (ErdeError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:

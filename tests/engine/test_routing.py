@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -134,6 +134,81 @@ def test_every_policy_of_the_table_routes(name, policy):
     for e in reversed(range(3)):
         expected[model.policy(log_probs[: e + 1], threshold)] = e
     assert torch.equal(out.exit_index, expected)
+
+
+@settings(max_examples=25)
+@given(
+    name=st.sampled_from(["resnet", "vit", "swin", "plain"]),
+    policy=st.sampled_from(SCORED),
+    seed=st.integers(0, 10_000),
+    shares=st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=7),
+    form=st.sampled_from(["exits", "column", "flat"]),
+)
+def test_every_sample_may_have_thresholds_of_its_own(name, policy, seed, shares, form):
+    model, batch = with_policy(model_of(name), policy), len(shares)
+    low, high = {"entropy": (0, 1.7), "confidence": (0.15, 1.02), "margin": (0, 1.02), "patience": (1, 3)}[policy]
+    rows = low + torch.tensor(shares, dtype=torch.float64) * (high - low)
+    rows = rows.round() if policy == "patience" else rows
+    if form != "exits":
+        rows = rows[:, :1].expand(-1, 3)
+    form = "column" if form == "flat" and batch == 3 else form  # one per sample, or one per exit?
+    threshold = {"exits": rows, "column": rows[:, :1], "flat": rows[:, 0]}[form]
+    x = images(name, batch, seed)
+    logits = all_logits(model, x)
+    with torch.no_grad():
+        out = model(x, threshold=threshold)
+        alone = [model(x[i : i + 1], threshold=rows[i].tolist()) for i in range(batch)]
+    for i in range(batch):
+        answer, taken, clear = route_reference(policy, [z[i : i + 1] for z in logits], rows[i].tolist())
+        if clear:
+            assert out.exit_index[i] == alone[i].exit_index == taken
+            scale = max(1.0, float(answer.abs().max()))
+            torch.testing.assert_close(out.logits[i] / scale, alone[i].logits[0] / scale, rtol=0, atol=1e-5)
+            torch.testing.assert_close(out.logits[i] / scale, answer[0] / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet", "plain"])
+@pytest.mark.parametrize("policy", list_policies())
+def test_under_every_policy_some_samples_may_be_kept_to_the_end(name, policy):
+    model, x = with_policy(model_of(name), policy), images(name, 6)
+    usual, never = model.policy.default_threshold, 0.0 if policy == "entropy" else model.policy.never_threshold
+    kept = torch.tensor([True, False, True, False, True, False])
+    with torch.no_grad():
+        out = model(x, threshold=torch.where(kept, never, usual))
+        expected = torch.where(kept, model(x, threshold=never).exit_index, model(x, threshold=usual).exit_index)
+    assert torch.equal(out.exit_index, expected)
+
+
+def test_a_threshold_that_no_score_reaches_keeps_its_sample_whatever_rounding_makes_of_it():
+    """1 + 1e-9 is 1 in float32, which a confidence can be."""
+    model, x = with_policy(model_of("plain"), "confidence"), images("plain", 2)
+    rows = torch.tensor([[1 + 1e-9], [0.0]], dtype=torch.float64)
+    with torch.no_grad():
+        for head in model.heads:
+            head.get_submodule("fc").bias[0] += 1e4
+        out = model(x, threshold=rows)
+        for head in model.heads:
+            head.get_submodule("fc").bias[0] -= 1e4
+    assert out.exit_index.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3,), r"shape \(3,\) can mean one number per sample or one per early exit, .* give shape \(3, 1\)"),
+        ((3, 2), r"of shape \(3, 1\) \(one per sample\) or \(3, 3\) .* got \(3, 2\)"),
+        ((2, 3), r"got \(2, 3\)"), ((1, 3), r"got \(1, 3\)"), ((3, 1, 1), r"got \(3, 1, 1\)"),
+        ((4,), "got 4 thresholds for 3 early exits"),
+    ],
+)  # fmt: skip
+def test_shapes_of_thresholds_that_are_refused(shape, message):
+    with pytest.raises(ThresholdError, match=message):
+        model_of("plain")(images("plain", 3), threshold=torch.full(shape, 0.5))
+
+
+def test_every_samples_threshold_is_checked():
+    with pytest.raises(ThresholdError, match=r"threshold -1.0 is not allowed for EntropyPolicy"):
+        model_of("plain")(images("plain", 2), threshold=torch.tensor([0.5, -1.0]))
 
 
 def test_an_answer_does_not_depend_on_the_rest_of_the_batch():

@@ -136,6 +136,21 @@ def test_thresholds_that_it_refuses(session, threshold, message):
         session(np.zeros((1, 3, 16, 16), np.float32), threshold)
 
 
+def test_every_sample_may_have_thresholds_of_its_own(session):
+    x = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
+    generator = np.random.default_rng(0)
+    for rows in (generator.uniform(0, 2.4, (7, 2)), generator.choice([0.0, 2.0, 5.0], (7, 1)), np.full(7, 2.0)):
+        out = session(x, rows)
+        alone = [session(x[i : i + 1], np.broadcast_to(rows[i], 2).tolist()) for i in range(7)]
+        assert out.exit_index.tolist() == [int(own.exit_index[0]) for own in alone]
+        np.testing.assert_allclose(out.logits, np.concatenate([own.logits for own in alone]), atol=1e-5)
+    assert session(x[:0], np.zeros((0, 2))).logits.shape == (0, 10)
+    with pytest.raises(ThresholdError, match=r"of shape \(7, 1\) .* got \(6, 2\)"):
+        session(x, np.ones((6, 2)))
+    with pytest.raises(ThresholdError, match="threshold nan is not allowed"):
+        session(x, np.array([[1.0]] * 6 + [[np.nan]]))
+
+
 def test_thresholds_of_every_kind(session):
     x = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
     expected = session(x, [1.0, 1.0]).exit_index.tolist()
