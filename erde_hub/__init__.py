@@ -25,6 +25,7 @@ try:
     from .engine.streaming import route_batches
     from .generation import EarlyExitForCausalLM
     from .modeling.attach import list_exit_points
+    from .modeling.pipelines import register_pipelines
     from .modeling.truncated import TruncatedConfig, TruncatedModel
     from .modeling.wrapper import EarlyExitWrapper
     from .outputs import EarlyExitOutput
@@ -40,6 +41,7 @@ else:
     AutoConfig.register(TruncatedConfig.model_type, TruncatedConfig, exist_ok=True)
     AutoModelForImageClassification.register(TruncatedConfig, TruncatedModel, exist_ok=True)
     AutoModelForSequenceClassification.register(TruncatedConfig, TruncatedModel, exist_ok=True)
+    register_pipelines()
 
 __all__ = [
     "EarlyExitConfig",
