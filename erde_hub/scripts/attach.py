@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.hf_argparser import HfArg
@@ -38,6 +41,11 @@ from erde_hub.scripts.common.arguments import DataArguments, ExitArguments, chan
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder
 from erde_hub.training.frozen import collect_head_inputs, pooling_of, train_heads
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of features that are kept for later runs.
+FEATURES_KEPT = 10 * 2**30
 
 
 @dataclass
@@ -108,7 +116,7 @@ def main() -> None:
     # Exits; the backbone is frozen but for a last layer that is new
     torch.manual_seed(args.seed)
     model = recipe.add_exits(network, data, exits, backbone_kwargs=own.model_kwargs or None)
-    for head in model.heads:
+    for head in model.heads.active:
         pooling_of(head)  # refuses one whose inputs are too large to be kept
     model.backbone.requires_grad_(False)
     if new:
@@ -154,21 +162,35 @@ def cached_inputs(run: recipe.Run, model: EarlyExitWrapper, cache_dir: str | Non
         model_fingerprint(model.backbone), str(model.backbone), model.config.backbone_kwargs,
         data.fingerprint, data.preprocessing, model.exit_names, flip,
         hashlib.sha256(torch.as_tensor(data.train.indices).numpy().tobytes()).hexdigest(),
-        [str(next(iter(head.children()))) for head in model.heads],
+        [str(next(iter(head.children()))) for head in model.heads.active],
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]
     cache = cached_assets_path("erde_hub", namespace="features") if cache_dir is None else Path(cache_dir) / "features"
     file = cache / f"{key}.safetensors"
     if file.is_file():
+        os.utime(file)
         print(f"features of the frozen backbone: read from {file}")
         return load_file(file)
     model.to(run.accelerator.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     batches = BatchLoader(data.train, 64, channels_last=args.channels_last)
     inputs = collect_head_inputs(model, batches, flip, args.progress_bar)
-    cache.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary:
-        save_file(inputs, temporary)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            save_file(inputs, temporary)
+        remove_oldest(cache, FEATURES_KEPT)
+    except (OSError, SafetensorError) as error:  # costs time on the next run, nothing else
+        logger.warning("the features could not be kept in %s: %s", cache, error)
     return inputs
+
+
+def remove_oldest(cache: Path, limit: int) -> None:
+    """Deletes the features that were used longest ago, until those that are left have at most that many bytes."""
+    files = sorted(cache.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    size = sum(file.stat().st_size for file in files)
+    while size > limit:
+        size -= files[0].stat().st_size
+        files.pop(0).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
 @torch.no_grad()
 def measure(subject: Subject, batch: int, args: LatencyArguments) -> dict[str, Any]:
     """Times the bare backbone, the routed model and the stages by hand on one batch size."""
-    counts = {} if batch == 1 else shares_of(batch, len(subject.model.heads))
+    counts = {} if batch == 1 else shares_of(batch, subject.model.num_exits - 1)
     functions, shares = contestants(subject, subject.images(batch), counts, full=batch == 1)
     label = f"{subject.name}, batch {batch}"
     times = take_turns(functions, args.rounds, args.min_rounds, args.seconds, label)

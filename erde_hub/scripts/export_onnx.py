@@ -71,7 +71,7 @@ def main() -> None:
         torch.set_num_threads(args.cpu_threads)
     model = recipe.load_model(args.model)
     for threshold in args.thresholds or []:
-        model.policy.check_threshold(threshold, len(model.heads))
+        model.policy.check_threshold(threshold, model.num_exits - 1)
     data = None
     if data_args.dataset is not None:
         limits = replace(data_args, max_train_samples=args.calibration_samples, max_eval_samples=max(args.verify, 1))

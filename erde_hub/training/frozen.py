@@ -14,17 +14,26 @@ from erde_hub._progress import passing_bar
 from erde_hub.data.augment import epoch_order
 from erde_hub.engine.features import last_linears
 from erde_hub.engine.modes import evaluating
-from erde_hub.errors import ConfigError
+from erde_hub.errors import ConfigError, NonFiniteLossError
 from erde_hub.heads import ExitHead
 from erde_hub.heads.base import GlobalPool, TokenPool
 from erde_hub.losses import ExitLoss
 
-from ._meter import StepMeter
+from ._checks import check_finite, check_loss
+from ._meter import StepMeter, describe_non_finite
 from ._setup import create_optimizer
 from .arguments import DistillationArguments
 from .distiller import TrainResult
 from .features import exit_heads
 from .schedules import create_schedule
+
+#: Settings of a training that this one does not have, and their values that ask for nothing.
+_WITHOUT: dict[str, tuple[Any, ...]] = {
+    "gradient_accumulation_steps": (1,),
+    "ema_decay": (0.0,),
+    "mixed_precision": (None, "no"),
+    "report_to": (None,),
+}
 
 
 def pooling_of(head: ExitHead) -> nn.Module | None:
@@ -106,12 +115,24 @@ def train_heads(
     Args:
         model: Changed in place: its heads, and its last linear layer if that requires gradients.
         inputs: Of its exits.
-        args: Epochs, batch size, steps, optimizer, schedule and seed.
+        args: Epochs, batch size, steps, optimizer, schedule, ``max_grad_norm``, ``label_smoothing`` and seed.
         loss: Without a teacher.
         progress: Show a progress bar.
+
+    Raises:
+        ConfigError: A setting that this training does not have, such as ``ema_decay``; or a loss with a teacher.
+        NonFiniteLossError: The loss became NaN or infinite; the step is not taken.
     """
+    for name, off in _WITHOUT.items():
+        if getattr(args, name) not in off:
+            raise ConfigError(
+                f"{name}={getattr(args, name)!r}: exits that are trained on kept features have none; leave it"
+                " out, or train in the network (Distiller with freeze_backbone; --finetune_training of attach)"
+            )
     started = time.perf_counter()
     torch.manual_seed(args.seed)
+    heads = exit_heads(model)
+    check_loss(loss, model, None, args.label_smoothing, inputs["labels"].is_floating_point())
     classifier, device, labels = _trained_classifier(model), model.device, inputs["labels"]
     batch_size = min(args.batch_size, len(labels))
     per_epoch = len(labels) // batch_size
@@ -121,25 +142,31 @@ def train_heads(
     history: list[dict[str, Any]] = []
     meter = StepMeter()
     model.heads.train()
-    with _reading_vectors(exit_heads(model)):
+    with _reading_vectors(heads):
         for step in passing_bar(range(steps), "training the exits", shown=progress):
             epoch, batch = divmod(step, per_epoch)
             if batch == 0:
                 order = torch.from_numpy(epoch_order(len(labels), args.seed, epoch))
             rows = order[batch * batch_size : (batch + 1) * batch_size]
             *early, last = (inputs[name][rows].to(device) for name in model.exit_names)
-            logits = [head(vectors) for head, vectors in zip(model.heads, early, strict=True)]
+            logits = [head(vectors) for head, vectors in zip(heads, early, strict=True)]
             logits.append(last if classifier is None else classifier(last))
             targets = labels[rows].to(device)
             result = loss(logits, None, targets)
+            meter.add(step + 1, result, logits, targets)
+            if bad := meter.first_bad_batch():
+                message = describe_non_finite(*bad, model.exit_names)
+                raise NonFiniteLossError(f"{message}. Try a lower lr or max_grad_norm")
             result.loss.backward()
+            if args.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step_update(step + 1)
-            meter.add(step + 1, result, logits, targets)
             if batch + 1 == per_epoch or step + 1 == steps:
                 history.append({"epoch": epoch + 1, "train": meter.collect().average()})
                 meter.restart()
+    check_finite(model, steps)
     model.eval()
     seconds = time.perf_counter() - started
     return TrainResult("completed", steps, steps, list(model.exit_names), history, seconds=seconds)

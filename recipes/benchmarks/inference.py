@@ -169,7 +169,7 @@ def _setting(
     """All contestants on one batch size, number of threads and memory format."""
     x = subject.images(batch, channels_last)
     full = threads == args.cpu_threads[0] and not channels_last
-    counts = {} if batch == 1 else shares_of(batch, len(subject.model.heads))
+    counts = {} if batch == 1 else shares_of(batch, subject.model.num_exits - 1)
     if not full:
         counts.pop("one_hard", None)
     runs, shares = contestants(subject, x, counts, full)

@@ -46,7 +46,7 @@ def onnx_times(subject: Subject, args: InferenceBenchmark) -> list[dict[str, Any
 
 def _onnx(subject: Subject, files: Mapping[str, Path], batch: int, args: InferenceBenchmark) -> dict[str, Any]:
     """One batch size. A file goes on with the whole batch as long as anybody is left in it."""
-    early, x, threads = len(subject.model.heads), subject.images(batch), thread_count(args.cpu_threads[0])
+    early, x, threads = subject.model.num_exits - 1, subject.images(batch), thread_count(args.cpu_threads[0])
     runs: dict[str, Contestant] = {"torch, all the way": routed(subject, x, [NOBODY] * early)}
     thresholds = {"all the way": [0.0] * early, "exit 0": [float("inf")] * early}
     plan = try_plan(subject.model, x, shares_of(batch, early)["even"]) if batch > 1 else None
@@ -68,7 +68,7 @@ def stream_of(subject: Subject, batch: int, args: InferenceBenchmark) -> dict[st
     model, count = subject.model, max(8, 64 // batch)
     batches = list(subject.images(batch * count).split(batch))
     plan = try_plan(
-        model, torch.cat(batches[: max(1, 64 // batch)]), shares_of(max(batch, 64), len(model.heads))["even"]
+        model, torch.cat(batches[: max(1, 64 // batch)]), shares_of(max(batch, 64), model.num_exits - 1)["even"]
     )
     if plan is None:
         return {"batch": batch, "reason": "no thresholds divide the images evenly"}
@@ -79,7 +79,7 @@ def stream_of(subject: Subject, batch: int, args: InferenceBenchmark) -> dict[st
     def stream() -> list[Any]:
         return list(route_batches(model, batches, threshold=plan.thresholds, batch_size=batch))
 
-    counted = torch.bincount(torch.cat([out.exit_index for out in stream()]), minlength=len(model.heads) + 1)
+    counted = torch.bincount(torch.cat([out.exit_index for out in stream()]), minlength=model.num_exits)
     label = f"{subject.name}, stream of {count} batches of {batch}"
     times = take_turns({"plain": plain, "stream": stream}, args.rounds, args.min_rounds, args.seconds, label)
     result = summary(times)
@@ -175,8 +175,8 @@ def peak_memory(subject: Subject, args: InferenceBenchmark) -> dict[str, Any]:
     batch = max([b for b in args.batch_size if b <= 32])
     x = subject.images(batch)
     with torch.no_grad():
-        plan = try_plan(subject.model, x, shares_of(batch, len(subject.model.heads))["even"])
-        thresholds = plan.thresholds if plan is not None else [NOBODY] * len(subject.model.heads)
+        plan = try_plan(subject.model, x, shares_of(batch, subject.model.num_exits - 1)["even"])
+        thresholds = plan.thresholds if plan is not None else [NOBODY] * (subject.model.num_exits - 1)
         peaks: dict[str, list[float]] = {"bare": [], "routed": []}
         runs = {"bare": lambda: subject.model.backbone(x), "routed": routed(subject, x, thresholds)}
         for _ in range(3):

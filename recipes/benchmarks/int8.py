@@ -68,7 +68,7 @@ def main() -> None:
     model = recipe.load_model(args.model)
     thresholds = args.thresholds or [0.0, model.threshold]
     for threshold in thresholds:
-        model.policy.check_threshold(threshold, len(model.heads))
+        model.policy.check_threshold(threshold, model.num_exits - 1)
     data = recipe.load_data(replace(data_args, max_train_samples=args.calibration_samples), model.config.preprocessing)
     batches = list(BatchLoader(data.test, 64))
     images = np.concatenate([batch["pixel_values"].numpy() for batch in batches])

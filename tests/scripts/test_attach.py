@@ -1,6 +1,7 @@
 """attach.py: networks from files, folders and names get exits; what the exits read is computed once."""
 
 import json
+import os
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import CheckpointError, ConfigError
 from erde_hub.scripts import attach
+from erde_hub.scripts.attach import remove_oldest
 from erde_hub.scripts.common.own_network import fit_classifier, inputs_of, open_network
 from tests.fakes.texts import columns, write_encoder, write_texts
 from tests.fakes.training import make_data
@@ -150,3 +152,17 @@ def test_a_folder_of_transformers_with_texts(tmp_path, call):
     model = EarlyExitWrapper.from_pretrained("out")
     assert (model.main_input_name, model.config.num_labels) == ("input_ids", 2)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_features_that_were_used_longest_ago_make_room(tmp_path):
+    for age, name in enumerate(("new", "middle", "old")):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(bytes(10))
+        os.utime(file, (1000 - age, 1000 - age))
+    (tmp_path / "other.txt").write_bytes(bytes(100))
+    remove_oldest(tmp_path, 30)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    remove_oldest(tmp_path, 20)
+    assert not (tmp_path / "old.safetensors").exists()
+    remove_oldest(tmp_path, 5)
+    assert [file.name for file in tmp_path.iterdir()] == ["other.txt"]

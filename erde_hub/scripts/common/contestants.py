@@ -114,7 +114,7 @@ def _settle(model: EarlyExitWrapper, images: Tensor) -> None:
     model.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    for head in model.heads:
+    for head in model.heads.active:
         linear = [m for m in head.modules() if isinstance(m, nn.Linear)][-1]
         linear.weight.normal_(0, 2 / linear.in_features**0.5)
 
@@ -194,7 +194,7 @@ def by_hand(subject: Subject, x: Tensor, stays: Sequence[Tensor | None], heads: 
         heads: Whether each exit's head is run.
     """
     stages, model = subject.stages() or [], subject.model
-    own: list[Any] = list(model.heads)
+    own: list[Any] = list(model.heads.active)
 
     def run() -> Tensor | None:
         h: Any = x
@@ -234,7 +234,7 @@ def contestants(
         counts: Samples that exit at each early exit, by the name of such a division.
         full: The static networks up to each exit as well.
     """
-    model, early = subject.model, len(subject.model.heads)
+    model, early = subject.model, subject.model.num_exits - 1
     staged = subject.stages() is not None
     everywhere, nowhere = [True] * early, [None] * early
     runs: dict[str, Contestant] = {

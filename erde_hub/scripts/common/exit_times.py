@@ -54,7 +54,7 @@ def measure_exits(
     Raises:
         ConfigError: The model has no early exit, or is no classifier.
     """
-    early = len(model.heads)
+    early = model.num_exits - 1
     regression = model.config.problem_type == REGRESSION
     if not early or regression or model.config.task != "classification":
         raise ConfigError("times of exits are for classifiers with early exits")
