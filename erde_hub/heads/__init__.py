@@ -7,6 +7,7 @@ from typing import Any
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
 
+from .avg_max import AvgMaxHead
 from .base import ExitHead, FeatureSpec
 from .container import ExitHeads
 from .fc import FCHead
@@ -15,6 +16,7 @@ from .lm import LMHead
 from .mlp import MLPHead
 
 __all__ = [
+    "AvgMaxHead",
     "ExitHead",
     "ExitHeads",
     "FCHead",
@@ -36,6 +38,7 @@ list_heads = _HEADS.names
 register_head("fc", FCHead, "batch norm, ReLU, 2x2 average pooling, dropout, linear", "arXiv 2510.04856")
 register_head("linear", LinearHead, "global pooling, linear")
 register_head("mlp", MLPHead, "global pooling, layer norm, hidden layer, linear")
+register_head("avg_max", AvgMaxHead, "mean and maximum, batch norm, hidden layer, linear")
 register_head("lm", LMHead, "the language model's own final norm and output embedding, shared", "arXiv 2404.16710")
 
 

@@ -143,15 +143,17 @@ class TokenPool(nn.Module):
 
 
 class GlobalPool(nn.Module):
-    """Mean over the spatial axes."""
+    """Mean over the spatial axes, followed by the maximum where asked."""
 
-    def __init__(self, axes: Sequence[int]) -> None:
+    def __init__(self, axes: Sequence[int], *, with_max: bool = False) -> None:
         super().__init__()
         self.axes = tuple(axes)
+        self.with_max = with_max
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W), (N, H, W, C) or (N, C, L) to (N, C)."""
-        return x.mean(self.axes)
+        """(N, C, H, W), (N, H, W, C) or (N, C, L) to (N, C), with the maximum (N, 2C)."""
+        mean = x.mean(self.axes)
+        return torch.cat([mean, x.amax(self.axes)], -1) if self.with_max else mean
 
 
 def run_layers(layers: nn.Sequential, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -48,31 +48,12 @@ from torch.nn import functional as F
 from erde_hub import EarlyExitWrapper, keep_freed_memory
 from erde_hub.calibration import choose_threshold
 from erde_hub.evaluation import ExitRecords, per_exit_metrics, route_records, sweep_thresholds
-from erde_hub.heads import ExitHead, FeatureSpec, create_head, register_head
+from erde_hub.heads import FeatureSpec, create_head
 from erde_hub.losses import create_loss
 
 PLACES = [
     f"blocks.{stage}.{block}" for stage, blocks in {2: 2, 3: 3, 4: 3, 5: 4, 6: 1}.items() for block in range(blocks)
 ]
-
-
-class AvgMaxHead(ExitHead):
-    """Mean and maximum of every channel, batch norm, one hidden layer with dropout, one linear layer."""
-
-    def __init__(self, spec: FeatureSpec, num_labels: int, *, hidden: int = 512, dropout: float = 0.3) -> None:
-        super().__init__(spec, num_labels)
-        inputs = 2 * spec.width
-        self.layers = nn.Sequential(
-            nn.BatchNorm1d(inputs), nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)
-        )
-        self.fc = nn.Linear(hidden, num_labels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, num_labels)."""
-        return self.fc(self.layers(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)))
-
-
-register_head("avg_max", AvgMaxHead, "mean and maximum, batch norm, hidden layer, linear")
 
 
 def main() -> None:
@@ -407,7 +388,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def head_macs(width: int, num_classes: int) -> int:
-    """Multiply-accumulates of an :class:`AvgMaxHead`."""
+    """Multiply-accumulates of a head ``avg_max``."""
     return (2 * width + num_classes) * 512
 
 

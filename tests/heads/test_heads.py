@@ -219,6 +219,8 @@ def test_tokens_are_averaged_where_the_backbone_reads_a_class_token():
         ("mlp", {"hidden": 0}, "got 0"),
         ("mlp", {"hidden": 2.5}, r"got 2\.5"),
         ("mlp", {"dropout": 2}, "got 2"),
+        ("avg_max", {"hidden": True}, "got True"),
+        ("avg_max", {"dropout": 1}, "got 1"),
         ("linear", {"dropout": 0.1}, "it takes: none"),
         ("lm", {}, "every token of a causal language model, and this exit gives NCHW"),
     ],
@@ -226,6 +228,15 @@ def test_tokens_are_averaged_where_the_backbone_reads_a_class_token():
 def test_bad_arguments(head, kwargs, words):
     with pytest.raises(ConfigError, match=words):
         create_head(head, SPECS["map"][0], 5, **kwargs)
+
+
+def test_mean_and_maximum_of_every_channel():
+    module, x = make("avg_max", "map")
+    norm, hidden, second, *_ = list(module.eval().layers)[1:]
+    expected = module.fc(second(hidden(norm(torch.cat([x.flatten(2).mean(2), x.flatten(2).amax(2)], 1)))).relu())
+    torch.testing.assert_close(module(x), expected)
+    with pytest.raises(ConfigError, match="this exit answers for every token"):
+        create_head("avg_max", FeatureSpec(6, "NLC", (), "none"), 5)
 
 
 def test_bad_specs():
@@ -239,7 +250,7 @@ def test_bad_specs():
 
 
 def test_the_table():
-    assert list_heads() == ["fc", "linear", "mlp", "lm"]
+    assert list_heads() == ["fc", "linear", "mlp", "avg_max", "lm"]
     with pytest.raises(UnknownNameError, match="unknown head 'lineer'; did you mean 'linear'"):
         get_head("lineer")
     with pytest.raises(ConfigError, match="head 'fc' is already registered"):

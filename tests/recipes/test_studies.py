@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from unittest import mock
 
 import datasets
 import numpy as np
@@ -12,18 +11,8 @@ import pytest
 import timm
 import torch
 
-from erde_hub.heads import register_head
-
 pytestmark = pytest.mark.slow
 STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_names():
-    """What a study registers when it is imported is gone afterwards, for other tests in the same process."""
-    with mock.patch.dict(register_head.__self__._entries):
-        yield
-    sys.modules.pop("pretrained_board", None)  # so that another import registers them again
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def batches_of(inputs):
         yield {**{key: value[rows] for key, value in inputs.items()}, "labels": labels[rows]}
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "avg_max"])
 @pytest.mark.parametrize("name", [*networks.FAMILIES, "hf_vit", "bert", "roberta"])
 def test_heads_answer_from_what_is_kept_as_in_the_network(name, head):
     if name in networks.FAMILIES:
