@@ -1,15 +1,34 @@
 """What tests of recipes share."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.evaluation import build_results, collect_exit_records
 from erde_hub.scripts import common as recipe
 from tests.fakes.networks import resnet8
+
+
+@pytest.fixture
+def drawn_figures():
+    """Figures are drawn, for a test that asks for this."""
+
+
+@pytest.fixture(autouse=True)
+def _blank_figures(request, monkeypatch):
+    """Figures are written but not drawn: the five of a report take longer than all else in a small run."""
+
+    def write(draw, path, size):
+        Image.new("L", (1, 1)).save(Path(path))
+
+    if "drawn_figures" not in request.fixturenames:
+        monkeypatch.setattr("erde_hub.evaluation.plots.save_figure", write)
+        monkeypatch.setattr("erde_hub.evaluation.diagnostics.save_figure", write)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tests.fakes.networks import resnet8, wrap
 
 
 def test_every_exit_is_timed_where_it_answers(monkeypatch):
-    model = wrap("vit", policy="margin", threshold=0.3)
+    model = wrap("sequential", policy="margin", threshold=0.3)
     taken = []
     monkeypatch.setattr(
         "erde_hub.scripts.common.exit_times.take_turns",

@@ -72,7 +72,7 @@ TEXT_CONFIGS = [path for path in CONFIGS if "MiniLM" in path.read_text()]
     ],
 )
 @pytest.mark.slow
-def test_configuration_of_texts_runs(config, call, tmp_path):
+def test_configuration_of_texts_runs(config, call, tmp_path, drawn_figures):
     """Ends in a checkpoint that loads with its tokenizer, in pipelines and in the other recipes."""
     encoder = write_encoder(tmp_path / "all-MiniLM-L6-v2", layers=6)
     topics = "agnews" in config.stem
