@@ -4,14 +4,12 @@ import json
 import math
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,9 +32,8 @@ from erde_hub.evaluation import (
     route_records,
 )
 from erde_hub.policies import create_policy
+from tests.fakes.processes import run_pair
 from tests.fakes.records import FakeExits, batches
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_records(**changes):
@@ -404,35 +401,27 @@ def test_wrapper_modes_weights_and_fingerprint_survive(wrapper, tmp_path):
     assert model_fingerprint(loaded) == records.fingerprint
 
 
-TWO_PROCESSES = """
-import os, sys, torch
-from accelerate import Accelerator
-from tests.fakes.records import FakeExits, batches
-from erde_hub.errors import DataError
-from erde_hub.evaluation import collect_exit_records
-
-accelerator = Accelerator(cpu=True)
-torch.manual_seed(0)
-model, data = FakeExits(), batches(10, 2)
-rank = accelerator.process_index
-share = [data[4], data[2], data[0]] if rank == 0 else [data[3], data[1], data[0]]  # out of order, one twice
-wrapped = accelerator.prepare(model)
-records = collect_exit_records(wrapped, share, features=True, progress=False, accelerator=accelerator)
-records.save(f"{sys.argv[1]}/rank{rank}.safetensors")
-uneven = collect_exit_records(wrapped, data if rank == 0 else [], progress=False, accelerator=accelerator)
-assert uneven.index.tolist() == list(range(100, 110))
-for batch in data:
-    del batch["index"]
-try:
-    collect_exit_records(wrapped, data, progress=False, accelerator=accelerator)
-except DataError as error:
-    assert "index" in str(error)
-else:
-    raise SystemExit("an unordered collection was not refused")
-accelerator.wait_for_everyone()
-accelerator.end_training()
-os._exit(0)  # gloo's threads can abort a process that ends while its cores are busy
-"""
+def collect_share(rank, folder, port):
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    os.environ.update({"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"})
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model, data = FakeExits(), batches(10, 2)
+    assert (accelerator.process_index, accelerator.num_processes) == (rank, 2)
+    share = [data[4], data[2], data[0]] if rank == 0 else [data[3], data[1], data[0]]  # out of order, one twice
+    wrapped = accelerator.prepare(model)
+    records = collect_exit_records(wrapped, share, features=True, progress=False, accelerator=accelerator)
+    records.save(folder / f"rank{rank}.safetensors")
+    uneven = collect_exit_records(wrapped, data if rank == 0 else [], progress=False, accelerator=accelerator)
+    assert uneven.index.tolist() == list(range(100, 110))
+    for batch in data:
+        del batch["index"]
+    with pytest.raises(DataError, match="index"):
+        collect_exit_records(wrapped, data, progress=False, accelerator=accelerator)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    os._exit(0)  # gloo's threads can abort a process that ends while its cores are busy
 
 
 @pytest.mark.slow
@@ -440,27 +429,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = tmp_path / "collect.py"
-    script.write_text(TWO_PROCESSES)
-    runs = []
-    for rank in range(2):
-        env = {
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "recipes"))),
-        }
-        command = [sys.executable, str(script), str(tmp_path)]
-        runs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    for run in runs:
-        output, _ = run.communicate(timeout=240)
-        assert run.returncode == 0, output
+    run_pair(collect_share, tmp_path, port)
     torch.manual_seed(0)
     model, data = FakeExits(), batches(10, 2)
     one = collect_exit_records(model, data, features=True, progress=False)

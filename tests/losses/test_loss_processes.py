@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from erde_hub.losses import EGADLoss, FeatureKDLoss, ReadoutWeight, list_losses
 from tests.fakes.losses import COMBINED, call, create_loss
+from tests.fakes.processes import run_pair
 
 SAMPLES, CLASSES, EXITS = 8, 4, 3
 LOSSES = [
@@ -147,7 +147,7 @@ def worker(rank, folder):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(worker, args=(tmp_path,), nprocs=2)
+    run_pair(worker, tmp_path)
     assert {name.partition("+")[0] for name, _ in LOSSES} == set(list_losses())
     together = torch.load(tmp_path / "results.pt")
     alone = run(slice(None), lambda module: module)

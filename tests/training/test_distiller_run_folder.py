@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from erde_hub.errors import CheckpointWriteError, ConfigError, RunExistsError
 from erde_hub.training import open_run_folder, run_folder
 from erde_hub.training.run_folder import holds_run, newest_run
+from tests.fakes.processes import CONTEXT
 
 
 def test_automatic_folders_count_up_and_the_newest_is_resumed(tmp_path):
@@ -102,23 +104,25 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     assert [p.name for p in (tmp_path / "images").iterdir()] == ["cats"]
 
 
+def hold(folder, held):
+    open_run_folder(folder, "digits")
+    held.set()
+    signal.pause()
+
+
 @pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder._hold, "__defaults__", (0.5,))
-    code = (
-        "import sys, erde_hub.training.run_folder as r; r.open_run_folder(sys.argv[1], 'digits');"
-        " print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    held = CONTEXT.Event()
+    holder = CONTEXT.Process(target=hold, args=(tmp_path, held))
+    holder.start()
     try:
-        assert holder.stdout.readline() == "held\n"
+        assert held.wait(60)
         with pytest.raises(ConfigError, match="another process trains in"):
             open_run_folder(tmp_path, "digits")
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
     assert open_run_folder(tmp_path, "digits") == tmp_path
     assert open_run_folder(tmp_path, "digits") == tmp_path, "the same process may go on"
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
