@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
+import gc
 import logging
 import random
 from collections.abc import Iterator
@@ -20,12 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, settings
 
-from erde_hub import keep_freed_memory
+# torch and transformers are imported inside the fixtures: the process that hands out the tests needs neither.
 
 pytest.register_assert_rewrite("tests.fakes")
 
@@ -34,8 +32,6 @@ settings.register_profile(
     "erde_hub", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("erde_hub")
-keep_freed_memory()
-torch.set_num_threads(1)  # networks of tests are so small that a second thread only waits
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,9 +40,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported need not be searched with every collection of garbage; each training ends with one."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _set_up_process() -> None:
+    import torch  # noqa: PLC0415
+
+    from erde_hub import keep_freed_memory  # noqa: PLC0415
+
+    keep_freed_memory()
+    torch.set_num_threads(1)  # networks of tests are so small that a second thread only waits
+
+
 @pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
+def _fresh_state(_set_up_process: None) -> Iterator[None]:
     """Seeds every generator before a test; puts all of the process's state back after it."""
+    import torch  # noqa: PLC0415
+    from accelerate.state import AcceleratorState  # noqa: PLC0415
+
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is meant
     torch_state = torch.random.get_rng_state()
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
@@ -74,6 +89,8 @@ def _fresh_state() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers, whose content our errors repeat."""
+    import transformers  # noqa: PLC0415
+
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import importlib.util
 import math
 import os
@@ -34,13 +33,6 @@ from tests.fakes.training import CLASSES, TinyExits, assert_same, make_args, mak
 @pytest.fixture(scope="module")
 def data():
     return make_data()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections():
-    gc.freeze()  # Accelerate collects garbage after every training, and what was imported need not be searched
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
