@@ -54,6 +54,18 @@ def flat_features(features: Any) -> Any:
     return [f.reshape(-1, f.shape[-1]) if isinstance(f, Tensor) and f.ndim == 3 else f for f in features]
 
 
+def counted_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the numbers of the tokens that count, and their labels.
+
+    Raises:
+        LabelError: None counts.
+    """
+    rows = (labels != IGNORE).nonzero()[:, 0]
+    if not len(rows):
+        raise LabelError(f"all {len(labels)} labels are {IGNORE}: no token of this batch counts")
+    return rows, labels[rows]
+
+
 def check_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
     """Returns how many columns of both logits (N, V) are words: ``vocab_size``, or all where it is None.
 

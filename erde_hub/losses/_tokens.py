@@ -7,17 +7,59 @@ itself, filled in chunk by chunk from its closed form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from . import functional
 
 #: Logits in a chunk, 8 MiB of float32 each time they are copied, where no chunk size is given.
 CHUNK_ELEMENTS = 2**21
+
+
+@dataclass
+class TokenLogits:
+    """Logits of tokens that are computed where they are read, so that those of all tokens never exist at once.
+
+    Attributes:
+        states: (N, D), what the read-out of one exit reads at each token; without a head the logits themselves.
+        head: Maps (n, D) to logits (n, V).
+    """
+
+    states: Tensor
+    head: Callable[[Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        """Returns the logits (n, V) of some tokens."""
+        return self.of(self.states[rows])
+
+    def of(self, states: Tensor) -> Tensor:
+        """Returns the logits (n, V) of states (n, D)."""
+        return states if self.head is None else self.head(states)
+
+    def at(self, rows: Tensor) -> TokenLogits:
+        """Returns those of the tokens with these numbers."""
+        return TokenLogits(self.states[rows], self.head)
+
+
+def in_chunks(function: Callable[..., Any], tensors: Sequence[Tensor], size: int) -> list[Any]:
+    """Calls a function on a few rows at a time; what it keeps for its gradient is computed again in the backward pass.
+
+    Args:
+        function: Takes as many tensors as are given.
+        tensors: Of N rows each.
+        size: Rows per call.
+    """
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return [checkpoint(function, *part, use_reentrant=False) for part in parts]
 
 
 def chunks(num_tokens: int, vocab_size: int, chunk_size: int | None) -> Iterator[slice]:
@@ -28,20 +70,60 @@ def chunks(num_tokens: int, vocab_size: int, chunk_size: int | None) -> Iterator
 
 
 @torch.no_grad()
-def token_entropy(logits: Tensor, vocab_size: int, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+def token_entropy(
+    logits: TokenLogits | Tensor, vocab_size: int, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns entropy in nats and most likely word of every token, from the first ``vocab_size`` columns.
 
     Shape:
         logits: (N, V). Returns (N,) float32 (float64 for float64 logits) and (N,) int64.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    entropy = logits.new_empty(len(logits), dtype=dtype)
-    prediction = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    logits = TokenLogits(logits) if isinstance(logits, Tensor) else logits
+    states = logits.states
+    entropy = states.new_empty(len(logits), dtype=torch.promote_types(states.dtype, torch.float32))
+    prediction = torch.empty(len(logits), dtype=torch.int64, device=states.device)
     for rows in chunks(len(logits), vocab_size, chunk_size):
-        part = logits[rows, :vocab_size]
+        part = logits[rows][:, :vocab_size]
         entropy[rows] = functional.entropy(functional.log_probs(part))
         prediction[rows] = part.argmax(-1)
     return entropy, prediction
+
+
+def token_losses(
+    student: TokenLogits,
+    teacher: TokenLogits,
+    labels: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    chunk_size: int | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns divergence, cross-entropy and whether the student's most likely word is the label, per token.
+
+    Shape:
+        student, teacher: N tokens. labels, temperature: (N,). Returns (N,) three times.
+    """
+    if student.head is None and teacher.head is None:
+        kl, ce = TokenLosses.apply(student.states, teacher.states, labels, temperature, vocab_size, chunk_size, reverse)
+        return kl, ce, _predicts(student.states, labels, vocab_size)
+
+    def of_chunk(own: Tensor, target: Tensor, labels: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = student.of(own)
+        with torch.no_grad():
+            target = teacher.of(target)
+        with torch.autocast(logits.device.type, enabled=False):
+            kl, ce = TokenLosses.apply(logits, target, labels, temperature, vocab_size, None, reverse)
+        return kl, ce, _predicts(logits, labels, vocab_size)
+
+    size = chunk_size or max(1, CHUNK_ELEMENTS // (2 * vocab_size))
+    found = in_chunks(of_chunk, (student.states, teacher.states, labels, temperature), size)
+    kl, ce, predicts = (torch.cat(values) for values in zip(*found, strict=True))
+    return kl, ce, predicts
+
+
+@torch.no_grad()
+def _predicts(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    return logits[:, :vocab_size].argmax(-1) == labels
 
 
 class TokenLosses(torch.autograd.Function):

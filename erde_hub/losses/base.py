@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from erde_hub._arguments import check_choice
-from erde_hub.errors import InputTypeError
+from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.tasks import REGRESSION
 
 from ._checks import check_exit_logits, check_features, check_index, check_labels, check_same_classes
+from ._token_inputs import counted_tokens
+from ._tokens import CHUNK_ELEMENTS, TokenLogits, in_chunks
 from .additions import Addition, SampleWeight, check_addition
 from .batch import ExitBatch, LossResult, Term, check_per_sample, check_terms
 from .exit_weights import check_epoch, check_exit_weights, weights_per_exit
@@ -179,6 +181,78 @@ class ExitLoss(nn.Module):
             check_terms(type(self).__name__, terms, batch)
             shown = self._weigh(terms, batch)
             return self._reduce(terms, batch, shown)
+
+    def over_tokens(
+        self,
+        student: Sequence[TokenLogits],
+        teacher: Sequence[TokenLogits] | None,
+        labels: Tensor,
+        *,
+        chunk_size: int | None = None,
+    ) -> LossResult:
+        """Computes the loss of the tokens of a batch of texts, in which a token is what a sample is elsewhere.
+
+        Logits of a few tokens exist at a time; they are computed again in the backward pass. The means run over tokens
+        whose label is not -100.
+
+        Args:
+            student: Per exit the logits of N tokens.
+            teacher: Those of the teacher; None for a loss without one.
+            labels: (N,), the token that follows each.
+            chunk_size: Tokens at a time; None is about two million logits.
+
+        Raises:
+            ConfigError: A loss that :meth:`check_tokens` refuses.
+            LabelError: No label counts, or one is no token.
+        """
+        self.check_tokens()
+        rows, labels = counted_tokens(labels)
+        count, exits = len(rows), len(student)
+        every = [one.at(rows) for one in (*student, *(teacher or ()))]
+        names: list[str] = []
+
+        def of_chunk(labels: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            logits = [one.of(own) for one, own in zip(every[:exits], states[:exits], strict=True)]
+            with torch.no_grad():
+                targets = [one.of(own) for one, own in zip(every[exits:], states[exits:], strict=True)]
+                correct = torch.stack([(own.argmax(-1) == labels).sum() for own in logits])
+            result = self(logits, targets or None, labels)
+            names[:] = result.terms
+            share = 1.0 if self.reduction == "sum" else len(labels) / count
+            terms, exit_terms = (torch.stack([*of.values()]) * share for of in (result.terms, result.exit_terms))
+            return result.loss * share, terms, exit_terms, correct
+
+        with torch.no_grad():
+            vocabulary = every[0][:1].shape[-1]
+        size = chunk_size or max(1, CHUNK_ELEMENTS // (vocabulary * len(every)))
+        found = in_chunks(of_chunk, (labels, *(one.states for one in every)), size)
+        loss, terms, exit_terms, correct = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
+        return LossResult(
+            loss,
+            dict(zip(names, terms.detach().unbind(0), strict=True)),
+            dict(zip(names, exit_terms.detach().unbind(0), strict=True)),
+            correct,
+            count,
+        )
+
+    def check_tokens(self) -> None:
+        """Checks that the loss of a batch of tokens is the sum of those of its parts.
+
+        Raises:
+            ConfigError: It is not, or the loss reads features or keeps something per sample.
+        """
+        name = type(self).__name__
+        if self.task == REGRESSION:
+            raise ConfigError(f"{name} is for regression, tokens are classes: choose 'ce' or 'kd', say")
+        if self.reads_index or self.reads_features:
+            what = "keeps something per sample" if self.reads_index else "compares features"
+            raise ConfigError(f"{name} {what}, which tokens have not: choose 'ce', 'kd', 'self', 'ea_kd' or 'egad'")
+        for part in (self, *self.additions()):
+            if self.reduction == "subset" or getattr(part, "normalize_weights", False):
+                raise ConfigError(
+                    f"{name} of tokens is computed a few tokens at a time, so that nothing can be divided by a mean or"
+                    " count of the whole batch: set reduction 'batch' and normalize_weights false"
+                )
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Tells the loss which epoch is about to be trained, counted from 1.

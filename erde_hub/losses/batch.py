@@ -28,11 +28,15 @@ class LossResult:
         loss: Scalar to call ``backward`` on, float32 (float64 for float64 logits).
         terms: Detached scalars by name, for the log.
         exit_terms: The same per exit, detached tensors (E,), before exit weights.
+        correct: (E,), how many tokens each exit predicts; None where the loss is not one over tokens.
+        tokens: Number of tokens that count, None likewise.
     """
 
     loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     exit_terms: dict[str, Tensor] = field(default_factory=dict)
+    correct: Tensor | None = None
+    tokens: int | None = None
 
     def non_finite(self) -> list[tuple[str, int]]:
         """Returns term and exit of every part that is NaN or infinite.

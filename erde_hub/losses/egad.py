@@ -15,8 +15,16 @@ from erde_hub.errors import ConfigError, InputTypeError, ShapeError
 
 from . import functional
 from ._checks import check_features, check_weights
-from ._token_inputs import IGNORE, check_tokens, check_vocabulary, flat_features, flat_logits, valid_labels
-from ._tokens import TokenLosses, token_entropy
+from ._token_inputs import (
+    IGNORE,
+    check_tokens,
+    check_vocabulary,
+    counted_tokens,
+    flat_features,
+    flat_logits,
+    valid_labels,
+)
+from ._tokens import TokenLogits, token_entropy, token_losses
 from .additions import Addition
 from .base import ExitLoss
 from .batch import LossResult
@@ -250,16 +258,51 @@ class EGADLoss(ExitLoss):
         features = self._pair_features(student_features, teacher_features, student, teacher, pairs)
         with torch.autocast(student[0].device.type, enabled=False):
             rows = [
-                self._exit_terms(exit_, own, teacher[pair].detach(), labels, features[exit_], vocab_size, dtype)
+                self._exit_terms(
+                    exit_,
+                    TokenLogits(own),
+                    TokenLogits(teacher[pair].detach()),
+                    labels,
+                    features[exit_],
+                    vocab_size,
+                    dtype,
+                )
                 for exit_, (own, pair) in enumerate(zip(student, pairs, strict=True))
             ]
-            return self._assemble(rows)
+            return self._assemble(rows, len(labels))
+
+    def over_tokens(
+        self,
+        student: Sequence[TokenLogits],
+        teacher: Sequence[TokenLogits] | None,
+        labels: Tensor,
+        *,
+        chunk_size: int | None = None,
+    ) -> LossResult:
+        """As :meth:`ExitLoss.over_tokens`; the features are the states that the exits read."""
+        if teacher is None:
+            raise InputTypeError("EGADLoss learns from a teacher, got teacher=None; pass its exits")
+        rows, labels = counted_tokens(labels)
+        pairs = self.teacher_exit_map(len(student), len(teacher))
+        with torch.no_grad():
+            vocab_size = check_vocabulary(student[-1][rows[:1]], teacher[-1][rows[:1]], self.vocab_size)
+        labels = valid_labels(labels, None, labels[:, None], vocab_size)
+        terms = []
+        for exit_, pair in enumerate(pairs):
+            own, target = student[exit_].at(rows), teacher[pair].at(rows)
+            features = (own.states, target.states) if self.feature_weight else None
+            dtype = torch.promote_types(own.states.dtype, torch.float32)
+            terms.append(self._exit_terms(exit_, own, target, labels, features, vocab_size, dtype))
+        return self._assemble(terms, len(rows))
+
+    def check_tokens(self) -> None:
+        """It is one over tokens."""
 
     def _exit_terms(
         self,
         exit_: int,
-        student: Tensor,
-        teacher: Tensor,
+        student: TokenLogits,
+        teacher: TokenLogits,
         labels: Tensor,
         features: tuple[Tensor, Tensor] | None,
         vocab_size: int,
@@ -272,7 +315,7 @@ class EGADLoss(ExitLoss):
         hardness = self._hardness(entropy, valid, vocab_size)
         softness = hardness if self.temperature_direction == "increasing" else 1 - hardness
         temperature = self.min_temperature + (self.max_temperature - self.min_temperature) * softness
-        kl, ce = TokenLosses.apply(
+        kl, ce, predicts = token_losses(
             student, teacher, labels, temperature, vocab_size, self.chunk_size, self.divergence == "reverse"
         )
         count = self._total(valid.sum().to(kl.dtype)).clamp_min(1.0)
@@ -284,6 +327,7 @@ class EGADLoss(ExitLoss):
             if features is not None:
                 terms["feature"] = self._feature_distance(exit_, *features, hardness, valid).to(kl.dtype)
         terms["teacher_right"] = (prediction == labels).sum() * factor  # -100 is never predicted
+        terms["correct"] = predicts.sum()
         return terms
 
     def _hardness(self, entropy: Tensor, valid: Tensor, vocab_size: int) -> Tensor:
@@ -343,7 +387,8 @@ class EGADLoss(ExitLoss):
             dist.all_reduce(value)
         return value
 
-    def _assemble(self, rows: list[dict[str, Tensor]]) -> LossResult:
+    def _assemble(self, rows: list[dict[str, Tensor]], tokens: int) -> LossResult:
+        correct = torch.stack([row.pop("correct") for row in rows])
         weights = {"ce": self.ce_weight, "kl": self.kl_weight, "feature": self.feature_weight}
         exit_weights = self.weights_for(len(rows))
         exit_terms = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -358,6 +403,8 @@ class EGADLoss(ExitLoss):
             loss=loss,
             terms={name: value.detach() for name, value in terms.items()},
             exit_terms={name: value.detach() for name, value in exit_terms.items()},
+            correct=correct,
+            tokens=tokens,
         )
 
     def _pair_features(

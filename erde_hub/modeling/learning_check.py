@@ -28,7 +28,8 @@ class LearningCheck:
         """
         if self._done or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        if not any(parameter.requires_grad for parameter in heads.parameters()):
+        own = [parameter.requires_grad for parameter in heads.parameters()]
+        if own and not any(own):  # heads without parameters read with the backbone's
             if any(parameter.requires_grad for parameter in backbone.parameters()):
                 self._warn(
                     "the heads of the early exits are frozen while the backbone is trained: they stay random unless"

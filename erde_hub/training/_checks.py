@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erde_hub.data.base import LabelledData
+from erde_hub.data.tokens import TokenData
 from erde_hub.errors import ConfigError, InputTypeError, NonFiniteLossError
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling.pretrained import EarlyExitPreTrainedModel
@@ -75,6 +76,16 @@ def check_models(student: nn.Module, teacher: nn.Module | None, data: LabelledDa
     if teacher is student:
         raise ConfigError("teacher and student are the same object: hand in a copy, since the student's weights change")
     for name, model in models:
+        causal = getattr(getattr(model, "config", None), "task", None) == "causal_lm"
+        if isinstance(model, EarlyExitPreTrainedModel) and causal != isinstance(data, TokenData):
+            kinds = ("a language model", "no blocks of tokens", "load_token_data") if causal else (
+                "a classifier", "blocks of tokens", "load_text_data or load_image_data"
+            )  # fmt: skip
+            raise ConfigError(f"the {name} is {kinds[0]}, and {data.name!r} holds {kinds[1]}: load it by {kinds[2]}")
+    if isinstance(data, TokenData):
+        _check_language_models(models, data)
+        return
+    for name, model in models:
         if is_regression(model) not in (None, has_targets(data)):
             labels, build = ("real numbers", "with") if has_targets(data) else ("classes", "without")
             raise ConfigError(
@@ -114,6 +125,31 @@ def check_models(student: nn.Module, teacher: nn.Module | None, data: LabelledDa
         )
 
 
+def _check_language_models(models: Sequence[tuple[str, nn.Module]], data: TokenData) -> None:
+    """Compares vocabularies, and positions with the length of a block."""
+    words = {}
+    for name, model in models:
+        config: Any = getattr(getattr(model, "backbone", model), "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        size, longest = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
+        if size is not None and size < data.vocab_size:
+            raise ConfigError(
+                f"the {name} knows {size} tokens, the tokenizer of {data.name!r} has {data.vocab_size}: load the data"
+                " with the tokenizer of the model"
+            )
+        if longest is not None and longest < data.block_size:
+            raise ConfigError(
+                f"the {name} has {longest} positions, a block of {data.name!r} has {data.block_size} tokens: load the"
+                f" data with block_size={longest} or less"
+            )
+        words[name] = size
+    if len(set(words.values()) - {None}) > 1:
+        raise ConfigError(
+            f"the student has {words['student']} tokens and the teacher {words['teacher']}: a student learns from a"
+            " teacher with the same tokenizer"
+        )
+
+
 def is_regression(model: nn.Module) -> bool | None:
     """Tells whether a model predicts real numbers; None for a module that does not say."""
     if not isinstance(model, EarlyExitPreTrainedModel):
@@ -147,6 +183,7 @@ def check_loss(
     teacher: nn.Module | None,
     label_smoothing: float = 0.0,
     regression: bool = False,
+    tokens: bool = False,
 ) -> list[int] | None:
     """Checks that loss, teacher and exits go together, hands label smoothing to the loss, returns the map of exits.
 
@@ -156,13 +193,16 @@ def check_loss(
         teacher: The teacher, if there is one.
         label_smoothing: For the cross-entropy of the loss.
         regression: The labels are real numbers.
+        tokens: A causal language model is trained.
 
     Raises:
         ConfigError: A teacher is missing or useless, weights or map do not fit the exits, or the loss has no
             cross-entropy to smooth.
     """
     name = type(loss).__name__
-    if loss.task != (REGRESSION if regression else "classification"):
+    if tokens:
+        loss.check_tokens()
+    elif loss.task != (REGRESSION if regression else "classification"):
         instead = "regression: choose 'mse'" if regression else "classification: choose 'erde' or 'kd', say"
         raise ConfigError(f"{name} is for {loss.task}, not for {instead}")
     if loss.reads_teacher and teacher is None:
@@ -198,6 +238,8 @@ def check_data(data: LabelledData) -> None:
         if split.num_samples is None:  # a stream knows its labels only as they come; the loss checks those
             continue
         labels = split.labels
+        if isinstance(data, TokenData):  # checked where they were loaded
+            continue
         if has_targets(data):
             check_targets(labels, len(labels), data.num_classes)
             continue

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from erde_hub.data.base import LabelledData
-from erde_hub.losses import ExitLoss, FeatureTerm, ReadoutWeight
+from erde_hub.losses import EGADLoss, ExitLoss, FeatureTerm, ReadoutWeight
 
 from .arguments import DistillationArguments
+from .exit_states import ExitStates
 from .features import ExitFeatures
 from .readout import ReadoutRounds
 
@@ -55,6 +56,13 @@ class LossInputs:
             if isinstance(weight, ReadoutWeight)
         ]
         self.features: list[ExitFeatures] = []
+        if isinstance(loss, EGADLoss):  # it compares states that it is given anyway
+            if loss.reads_features and teacher is not None and teacher_exits is not None:
+                widths = ExitStates(teacher).widths
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(args.seed)
+                    loss.build(ExitStates(student).widths, [widths[exit_] for exit_ in teacher_exits])
+            return
         if not loss.reads_features or teacher is None or teacher_exits is None:
             return
         self.features = [ExitFeatures(student), ExitFeatures(teacher)]

@@ -67,15 +67,20 @@ class StepMeter:
         self._checked = 0
 
     def add(self, step: int, result: LossResult, logits: Sequence[Tensor], labels: Tensor) -> None:
-        """Adds one batch; ``step`` counts optimizer steps from 1 and is named if the loss is not finite."""
-        correct = errors = None
+        """Adds one batch; ``step`` counts optimizer steps from 1 and is named if the loss is not finite.
+
+        A loss over tokens has counted what is correct itself.
+        """
+        correct, errors, samples = result.correct, None, len(labels) if result.tokens is None else result.tokens
         with torch.no_grad():
-            if labels.is_floating_point():
+            if correct is not None:
+                pass
+            elif labels.is_floating_point():
                 errors = torch.stack([(exit_ - labels.view_as(exit_)).abs().mean(-1).sum() for exit_ in logits])
             else:
                 correct = torch.stack([(exit_.argmax(-1) == labels).sum() for exit_ in logits])
             detached = LossResult(result.loss.detach(), result.terms, result.exit_terms)  # releases the graph
-        self._pending.append(_Batch(step, detached, correct, errors, len(labels)))
+        self._pending.append(_Batch(step, detached, correct, errors, samples))
 
     def first_bad_batch(self) -> tuple[int, LossResult] | None:
         """Returns step and result of the first batch since the last call whose loss is NaN or infinite."""

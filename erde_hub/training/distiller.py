@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from erde_hub.data.loader import network_inputs
+from erde_hub.data.tokens import TokenData
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
 from erde_hub.evaluation.signatures import collapse_signature, teacher_signature
-from erde_hub.losses import ExitLoss, LossResult, create_loss
+from erde_hub.losses import CELoss, EGADLoss, ExitLoss, LossResult, create_loss, next_token_labels
 from erde_hub.tasks import REGRESSION
 
 from ._checks import all_exits, check_data, check_finite, check_kinds, check_loss, check_models, exit_names, has_targets
@@ -49,6 +50,7 @@ from ._progress import flatten, progress_bar, show
 from ._setup import adopt_data, count_steps, create_loader, create_optimizer, place_models, teacher_normalization
 from .arguments import DistillationArguments
 from .checkpointing import CHECKPOINTS, load_checkpoint, save_checkpoint
+from .exit_states import ExitStates
 from .run_folder import check_run_folder, warn_from_start
 from .run_identity import describe_run
 from .schedules import create_schedule
@@ -116,7 +118,8 @@ class Distiller:
     Args:
         student: An :class:`~erde_hub.EarlyExitWrapper`, or any module that maps images, or texts, to logits (one exit).
         data: Training and validation split (:func:`~erde_hub.data.images.load_image_data`,
-            :func:`~erde_hub.data.texts.load_text_data`).
+            :func:`~erde_hub.data.texts.load_text_data`, for causal language models
+            :func:`~erde_hub.data.tokens.load_token_data`).
         args: Everything else.
         loss: A loss or its key; ``"ce"`` with ``teacher=None`` trains a teacher or a static student, ``"mse"`` a model
             with ``problem_type="regression"`` on data whose labels are floats.
@@ -157,7 +160,12 @@ class Distiller:
             )
         check_models(student, teacher, data)
         check_data(data)
-        self.teacher_exits = check_loss(self.loss, student, teacher, args.label_smoothing, has_targets(data))
+        self.teacher_exits = check_loss(
+            self.loss, student, teacher, args.label_smoothing, has_targets(data), tokens=isinstance(data, TokenData)
+        )
+        self.tokens = isinstance(data, TokenData)
+        self.student_states = ExitStates(student)
+        self.teacher_states = None if teacher is None else ExitStates(teacher)
         self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data, args, accelerator)
         place_models(student, teacher, self.loss, args, accelerator.device)
         adopt_data(student, data)
@@ -168,6 +176,8 @@ class Distiller:
         )
         own = self.loss_inputs.parameters()
         self.sharded = is_sharded(accelerator)
+        if self.tokens and self.sharded:
+            raise ConfigError("language models are not trained under FSDP and DeepSpeed: use several processes")
         if own and self.sharded:
             raise ConfigError(f"{type(self.loss).__name__} has parameters, which FSDP and DeepSpeed do not share")
         self.optimizer: Any = create_optimizer(student, own, args)
@@ -244,7 +254,12 @@ class Distiller:
         return self._result("completed")
 
     def training_step(self, student: nn.Module, batch: dict[str, Tensor]) -> tuple[LossResult, Sequence[Tensor]]:
-        """Runs forward and backward on one batch and returns the loss and the student's logits per exit."""
+        """Runs forward and backward on one batch and returns the loss and the student's logits per exit.
+
+        The logits of tokens are not kept: none are returned for a language model.
+        """
+        if self.tokens:
+            return self._token_step(student, batch), ()
         accelerator = self.accelerator
         inputs = network_inputs(batch, accelerator.device)
         labels = batch["labels"] = batch["labels"].to(accelerator.device, non_blocking=True)
@@ -260,6 +275,24 @@ class Distiller:
             self.loss_inputs.average_gradients(accelerator)
         return result, logits
 
+    def _token_step(self, student: nn.Module, batch: dict[str, Tensor]) -> LossResult:
+        """The same for a causal language model, whose loss computes logits a few tokens at a time."""
+        accelerator = self.accelerator
+        inputs = network_inputs(batch, accelerator.device)
+        labels = next_token_labels(batch["labels"].to(accelerator.device)).flatten()
+        if isinstance(self.loss, EGADLoss):
+            self.loss.set_progress(self.position.step / max(1, self.total_steps - 1))
+        with accelerator.autocast():
+            teacher = None
+            if self.teacher is not None and self.teacher_states is not None:
+                with torch.no_grad():
+                    teacher = self.teacher_states.run(self.teacher, inputs)
+            result = self.loss.over_tokens(self.student_states.run(student, inputs), teacher, labels)
+        accelerator.backward(result.loss)
+        if accelerator.sync_gradients:
+            self.loss_inputs.average_gradients(accelerator)
+        return result
+
     def _teacher_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.teacher_normalization is None:
             return inputs
@@ -269,7 +302,8 @@ class Distiller:
     def evaluate(self, split: Any = None) -> dict[str, Any]:
         """Returns accuracy and mean NLL per exit on a split (the validation split), of the averaged weights if any.
 
-        Of a regression: the mean absolute and the mean squared error, ``mae`` and ``mse``.
+        Of a regression: the mean absolute and the mean squared error, ``mae`` and ``mse``. Of a language model also
+        ``perplexity``, exp of the mean NLL per token.
         """
         accelerator, device = self.accelerator, self.accelerator.device
         model: nn.Module = self.student if self.average is None else self.average.module
@@ -285,6 +319,9 @@ class Distiller:
             labels = batch["labels"].to(device)
             if not len(labels):  # the last global batch may have fewer rows than there are processes
                 continue
+            if self.tokens:
+                sums += self._evaluate_tokens(model, network_inputs(batch, device), labels)
+                continue
             with accelerator.autocast():
                 logits = torch.stack(list(all_exits(model, network_inputs(batch, device)))).float()
             if self.loss.task == REGRESSION:
@@ -299,7 +336,16 @@ class Distiller:
             sums[2] += len(labels)
         first, second, count = accelerator.reduce(sums, "sum")
         names = ("mae", "mse") if self.loss.task == REGRESSION else ("accuracy", "nll")
-        return {names[0]: (first / count).tolist(), names[1]: (second / count).tolist()}
+        found = {names[0]: (first / count).tolist(), names[1]: (second / count).tolist()}
+        return found | ({"perplexity": (second / count).exp().tolist()} if self.tokens else {})
+
+    def _evaluate_tokens(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Returns correct tokens, sum of the NLL and number of tokens, (3, E)."""
+        with self.accelerator.autocast():
+            logits = ExitStates(model).run(model, inputs)
+            result = CELoss().eval().over_tokens(logits, None, next_token_labels(labels).flatten())
+        count = torch.full_like(result.exit_terms["ce"], result.tokens or 0)
+        return torch.stack([torch.as_tensor(result.correct), result.exit_terms["ce"] * count, count])
 
     def _bar(self) -> tqdm[Any]:
         shown = self.args.progress_bar and self.accelerator.is_main_process
@@ -411,9 +457,9 @@ class Distiller:
     def _signatures(self, record: dict[str, Any]) -> Iterator[str | None]:
         """What says after the first epoch that the teacher cannot teach, and after the last that an exit has failed."""
         correct = record["train"]["terms"].get("teacher_right")
-        if self.position.epoch == 0 and correct is not None:
+        if self.position.epoch == 0 and correct is not None and not self.tokens:
             yield teacher_signature(correct)
-        labels = None if self.data.streamed else self.data.validation.labels
+        labels = None if self.data.streamed or self.tokens else self.data.validation.labels
         if self.position.step == self.total_steps and labels is not None and not has_targets(self.data):
             largest = labels.bincount().max().item() / len(labels)
             for name, accuracy in zip(self.exit_names[:-1], record["validation"]["accuracy"], strict=False):
