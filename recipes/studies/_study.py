@@ -134,6 +134,12 @@ def load_images(dataset: str, cache: Path, limit: int | None = None) -> dict[str
     return splits
 
 
+def class_names(dataset: str) -> list[str]:
+    """Returns the names of the classes of a set like CIFAR."""
+    features = datasets.load_dataset(dataset, split="train").features
+    return list(features["fine_label" if "fine_label" in features else "label"].names)
+
+
 def batch_indices(samples: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Returns the rows of the batch of a step: a new order in every epoch, incomplete batches are dropped."""
     epoch, batch = divmod(step, samples // batch_size)

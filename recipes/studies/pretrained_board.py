@@ -31,6 +31,7 @@ from _study import (
     DEVICE,
     Learner,
     batch_indices,
+    class_names,
     crop_and_flip,
     exit_logits,
     load,
@@ -359,6 +360,12 @@ def finetune(args: argparse.Namespace) -> None:
     validation, test = (records_of(average, *data[split], args.size, names, costs) for split in ("validation", "test"))
     test.save(folder / "test_records.safetensors")
     measured = summarize(validation, test) if with_exits else {"per_exit": exit_rows(test)}
+    if with_exits:  # for `erde-hub evaluate`, `latency` and `export`
+        average.threshold = measured["points"]["one point lost, promised at 90 %"]["threshold"]
+        average.config.id2label = dict(enumerate(class_names(args.dataset)))
+        half = [0.5] * 3
+        average.set_preprocessing(mean=half, std=half, size=(args.size, args.size), interpolation="bicubic")
+        average.save_pretrained(folder / "checkpoint")
     write_result(folder / "result.json", vars(args), measured)
 
 

@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 
+from erde_hub import EarlyExitWrapper
+
 pytestmark = pytest.mark.slow
 STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 
@@ -90,6 +92,11 @@ def test_exits_on_a_pretrained_network(run, tmp_path, monkeypatch):
         trained = run("pretrained_board", tmp_path / "runs", "finetune", *kind, *size)
     results = [frozen, *trained]
     frozen, exits, plain, cut = (result["per_exit"] for result in results)
+    (checkpoint,) = (tmp_path / "runs").glob("*/checkpoint")
+    saved = EarlyExitWrapper.from_pretrained(checkpoint)
+    assert saved.config.id2label[1] == "perhaps"
+    assert saved.threshold == results[1]["points"]["one point lost, promised at 90 %"]["threshold"]
+    assert saved.config.preprocessing["size"] == [64, 64]
     assert [row["exit"] for row in exits] == ["blocks.3.2", "classifier"]
     # The same network up to the same place costs the same; exits cost a little on top.
     assert cut[0]["macs"] == exits[0]["macs"] < plain[0]["macs"] < exits[1]["macs"] < 1.01 * plain[0]["macs"]
