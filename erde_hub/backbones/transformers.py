@@ -324,22 +324,40 @@ class TransformersAdapter(BackboneAdapter):
         return None if ids is None else ids != module.config.get_text_config().pad_token_id  # type: ignore[union-attr,operator]
 
     def explain_failure(self, module: nn.Module, inputs: dict[str, Any]) -> ErdeError | None:
-        """Token ids outside the vocabulary, or more tokens than the model has positions."""
-        ids, config = inputs.get("input_ids"), getattr(module, "config", None)
-        if ids is None or config is None:
+        """Token ids, types or positions outside their tables, or more tokens than the model has positions."""
+        ids, embeds, name = inputs.get("input_ids"), inputs.get("inputs_embeds"), type(module).__name__
+        main = embeds if ids is None else ids
+        if main is None or main.is_meta or not hasattr(module, "get_input_embeddings"):
             return None
-        table = module.get_input_embeddings()  # type: ignore[operator]
-        vocabulary, low, high = int(table.num_embeddings), int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocabulary:
-            return InputTypeError(
-                f"input_ids hold {low if low < 0 else high}, and the vocabulary of {type(module).__name__} is 0 to"
-                f" {vocabulary - 1}: use its own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
-            )
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and ids.shape[1] + 2 > positions:  # RoBERTa's tables keep two for padding
+        positions, types = _table(module, _POSITIONS), _table(module, ("token_type_embeddings",))
+        rows = 0 if positions is None else positions.num_embeddings - getattr(positions, "offset", 0)
+        words = module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        own_tokenizer = "use its own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
+        held = [
+            ("input_ids", words, own_tokenizer),
+            ("token_type_ids", 0 if types is None else types.num_embeddings, "leave them out"),
+            ("position_ids", rows, "cut the texts, or leave them out"),
+        ]
+        for key, count, advice in held:
+            value = inputs.get(key)
+            if value is not None and count and value.numel():
+                low, high = int(value.min()), int(value.max())
+                if low < 0 or high >= count:
+                    what = f"the vocabulary of {name} is" if key == "input_ids" else f"{name} takes"
+                    return InputTypeError(
+                        f"{key} hold {low if low < 0 else high}, and {what} 0 to {count - 1}: {advice}"
+                    )
+        if positions is None or inputs.get("position_ids") is not None:
+            return None
+        # RoBERTa counts positions from the one behind its padding, and padding has none.
+        first = 0 if positions.padding_idx is None else positions.padding_idx + 1
+        tokens = main.shape[1]
+        if first and ids is not None and tokens <= rows:
+            tokens = int((ids != positions.padding_idx).sum(1).max())
+        if tokens > rows - first:
             return ShapeError(
-                f"texts of {ids.shape[1]} tokens are longer than {type(module).__name__} takes ({positions} positions):"
-                " cut them, tokenizer(texts, truncation=True, max_length=...)"
+                f"texts of {tokens} tokens are longer than {name} takes ({rows - first} positions): cut them,"
+                " tokenizer(texts, truncation=True, max_length=...)"
             )
         return None
 
@@ -412,8 +430,17 @@ class TransformersAdapter(BackboneAdapter):
 #: Names of the first layers behind the body, as the classes of the library call them.
 _CLASSIFIERS = ("classifier", "cls_classifier", "score", "head", "pre_classifier", "lm_head", "embed_out")
 
+#: What tables of positions are called.
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+
 #: Where the wrapper of timm's models in transformers keeps them.
 _INSIDE = "timm_model."
+
+
+def _table(module: nn.Module, names: Sequence[str]) -> nn.Embedding | None:
+    """Returns the first table of vectors that has one of these names."""
+    tables = (m for n, m in module.named_modules() if n.rpartition(".")[2] in names and isinstance(m, nn.Embedding))
+    return next(tables, None)
 
 
 def _known_classes() -> list[str]:

@@ -151,6 +151,11 @@ def _load(
         _check_files(builder, source, content, config_name)
         if isinstance(builder.config, CsvConfig):
             options |= {"keep_default_na": False, "na_values": [""]}
+        elif content is None:  # no second round of requests to the Hub
+            if streaming:
+                return builder.as_streaming_dataset()
+            builder.download_and_prepare()
+            return builder.as_dataset()
         return datasets.load_dataset(where, config_name, streaming=streaming, cache_dir=cache_dir, **options)
     except DataError:
         raise

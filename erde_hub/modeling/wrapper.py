@@ -122,13 +122,16 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             cls._by_task[task] = cls
 
     def __new__(cls, model: nn.Module | EarlyExitConfig | None = None, *args: Any, **kwargs: Any) -> EarlyExitWrapper:
-        """Makes a model of the class for its task."""
-        if cls is EarlyExitWrapper and model is not None:
-            known = isinstance(model, (EarlyExitConfig, nn.Module))
-            task = (
-                model.task if isinstance(model, EarlyExitConfig) else find_adapter(model).task(model) if known else ""
-            )
-            cls = cls._by_task.get(task, cls)
+        """Makes a model of the class for its task; a subclass of the user's own stays what it is."""
+        if isinstance(model, (EarlyExitConfig, nn.Module)):
+            task = model.task if isinstance(model, EarlyExitConfig) else find_adapter(model).task(model)
+            kind = cls._by_task.get(task, EarlyExitWrapper)
+            if cls is EarlyExitWrapper:
+                cls = kind
+            elif not issubclass(cls, kind):
+                logger.warning(
+                    f"{cls.__name__} lacks what {kind.__name__} adds, such as generate(): derive it from that"
+                )
         return super().__new__(cls)
 
     def __init__(
@@ -508,6 +511,12 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self.backbone.requires_grad_(False)
         self._backbone_frozen = True
         self.backbone.eval()
+
+    def unfreeze_backbone(self) -> None:
+        """Trains the whole model again after :meth:`freeze_backbone`."""
+        self.backbone.requires_grad_(True)
+        self._backbone_frozen = False
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> EarlyExitWrapper:
         """Sets the mode of everything but a frozen backbone, whose batch-norm statistics would move."""

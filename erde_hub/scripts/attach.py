@@ -6,7 +6,8 @@
 
 The model is a timm name, or a folder or Hub repository of timm or transformers. What the exits read is computed once
 and kept, so that they are trained in minutes on a CPU. A last layer for another number of classes than the data have is
-replaced and trained too. --finetune then trains the whole network, whose exits learn from the last one.
+replaced and trained too; several new layers, as on a published RoBERTa, are trained in the network, which takes longer.
+--finetune then trains the whole network, whose exits learn from the last one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,13 @@ def main() -> None:
     for head in model.heads.active:
         pooling_of(head)  # refuses one whose inputs are too large to be kept
     model.backbone.requires_grad_(False)
+    layers: list[Any] = []
     if new:
         classifier = list(last_linears(model).values())[-1]
-        classifier.reset_parameters()
-        classifier.requires_grad_(True)
+        layers = [classifier, *(layer for layer in recipe.new_layers(network) if layer is not classifier)]
+        for layer in layers:
+            layer.reset_parameters()
+            layer.requires_grad_(True)
     loss = create_loss("self", self_weight=own.self_weight, self_temperature=own.self_temperature)
 
     name = Path(own.model.partition(":")[2] or own.model).name
@@ -133,14 +137,23 @@ def main() -> None:
     run = recipe.Run(accelerator, data, args, settings, started)
     print(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_network('network', model)}")
     print(f"last layer: {'new, it is trained' if new else 'that of the weights, it stays as it is'}")
+    if len(layers) > 1:
+        print(f"{len(layers)} new layers are trained, so that the network runs in every epoch (--epochs {args.epochs})")
 
     results = recipe.finished_before(run, folder)
     if results is None:
         # What the exits read, once for every image; heads on it
-        inputs = cached_inputs(run, model, data_args.cache_dir)
-        result = train_heads(model, inputs, args, loss, args.progress_bar)
+        if len(layers) < 2:
+            inputs = cached_inputs(run, model, data_args.cache_dir)
+            result = train_heads(model, inputs, args, loss, args.progress_bar)
+        else:  # new layers before the last one: what that reads is not known yet
+            model.freeze_backbone()
+            for layer in layers:
+                layer.requires_grad_(True)
+            whole = replace(args, batch_size=min(args.batch_size, len(data.train)))
+            result = recipe.train_network(run, folder / "exits", model, loss, args=whole, role="exits")
         if own.finetune:
-            model.requires_grad_(True)
+            model.unfreeze_backbone()
             tuning.output_dir, tuning.channels_last = args.output_dir, args.channels_last
             result = recipe.train_network(run, folder, model, loss, args=tuning, role="network")
 

@@ -19,7 +19,7 @@ from .checkpointing import CHECKPOINTS, newest_checkpoint
 logger = logging.getLogger(__name__)
 
 #: Folders inside that of a distillation, for the networks that are trained in addition to the student.
-COMPANIONS = ("teacher", "static")
+COMPANIONS = ("teacher", "static", "exits")
 #: File that is locked by the process that trains in the folder.
 LOCK = ".lock"
 #: Describes a static student whose training is complete.

@@ -389,6 +389,19 @@ def test_models_that_cannot(llama, monkeypatch):
     assert llama.generate(prompts(1), **GREEDY).shape == (1, 27), "without exits any version will do"
 
 
+def test_a_users_own_class_without_generate_is_told(llama, caplog):
+    class Own(EarlyExitWrapper):
+        pass
+
+    class Generating(EarlyExitForCausalLM):
+        pass
+
+    assert type(Generating(llama.config)) is Generating
+    assert not caplog.messages
+    assert type(Own(llama.config)) is Own
+    assert "Own lacks what EarlyExitForCausalLM adds, such as generate(): derive it from that" in caplog.text
+
+
 def test_what_generation_needs_of_transformers_is_where_it_was():
     assert _transformers.what_moved() == []
 

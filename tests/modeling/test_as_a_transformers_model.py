@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -79,6 +81,48 @@ def test_the_tokens_of_a_language_model_are_its_answers():
 def test_texts_that_the_model_cannot_read(ids, error, words, threshold):
     with pytest.raises(error, match=words):
         text()(input_ids=torch.tensor(ids), threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            {"token_type_ids": 2},
+            "token_type_ids hold 2, and BertForSequenceClassification takes 0 to 1: leave them out",
+        ),
+        ({"position_ids": 32}, "position_ids hold 32, and BertForSequenceClassification takes 0 to 31"),
+    ],
+)
+def test_ids_beyond_their_tables(more, words):
+    inputs = {name: torch.full((1, 4), value) for name, value in more.items()}
+    with pytest.raises(InputTypeError, match=words):
+        text()(input_ids=torch.ones(1, 4, dtype=torch.int64), **inputs)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "opt", "gpt2"])
+def test_the_longest_text_is_that_of_the_table(kind):
+    """RoBERTa's table has two rows in front of the first position, OPT's two more than its config says."""
+    sizes = {**_SMALL, "vocab_size": 50, "num_labels": 3, "max_position_embeddings": 32, "pad_token_id": 1}
+    own = {"opt": {"ffn_dim": 16, "word_embed_proj_dim": 16}, "gpt2": {"n_positions": 32}}.get(kind, {})
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "num_labels": 3, "pad_token_id": 1}
+    backbone = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes, **own))
+    model = EarlyExitWrapper(backbone, exits=1).eval()
+    longest = 30 if kind == "roberta" else 32
+    ids = torch.full((1, longest), 5)
+    assert model(input_ids=ids).logits.shape == (1, 3)
+    with pytest.raises(ShapeError, match=rf"texts of {longest + 1} tokens .* takes \({longest} positions\)"):
+        model(input_ids=torch.cat([ids, ids[:, :1]], 1))
+    table = model.get_input_embeddings()
+    with pytest.raises(ShapeError, match=rf"texts of 40 tokens .*\({longest} positions\)"):
+        model(inputs_embeds=table(ids[:, :1]).expand(1, 40, -1))
+    model.backbone.register_forward_pre_hook(_fails)
+    with pytest.raises(RuntimeError, match="something else"):
+        model(input_ids=ids)
+
+
+def _fails(*_):
+    raise RuntimeError("something else")
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])

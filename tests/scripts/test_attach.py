@@ -7,15 +7,15 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoConfig, AutoModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import CheckpointError, ConfigError
 from erde_hub.scripts import attach
 from erde_hub.scripts.attach import remove_oldest
 from erde_hub.scripts.common.own_network import fit_classifier, inputs_of, open_network
-from tests.fakes.texts import columns, write_encoder, write_texts
-from tests.fakes.training import make_data
+from tests.fakes.texts import columns, make_tokenizer, write_encoder, write_texts
+from tests.fakes.training import make_data, weights
 
 FAST = ("--cache_dir", "cache", "--cpu_threads", 1, "--no_progress_bar", "--epochs", 2)
 DIGITS = ("--dataset", "digits", "--max_train_samples", 100, "--max_eval_samples", 60)
@@ -152,6 +152,32 @@ def test_a_folder_of_transformers_with_texts(tmp_path, call):
     model = EarlyExitWrapper.from_pretrained("out")
     assert (model.main_input_name, model.config.num_labels) == ("input_ids", 2)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_every_layer_without_trained_weights_is_trained(kind, tmp_path, call, monkeypatch, capsys):
+    """The classifiers of these have a layer before the last one, which a published encoder does not hold."""
+    texts = write_texts(tmp_path / "texts", {"train": columns(80), "validation": columns(60, first=200)})
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "distilbert":
+        sizes = {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 16}
+    config = AutoConfig.for_model(kind, vocab_size=14, max_position_embeddings=64, pad_token_id=0, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    before, train = {}, attach.recipe.train_network
+
+    def remember(run, folder, model, *args, **kwargs):
+        before.update(weights(model.backbone))
+        return train(run, folder, model, *args, **kwargs)
+
+    monkeypatch.setattr(attach.recipe, "train_network", remember)
+    call(attach, "--model", "encoder", "--dataset", texts, "--max_length", 12, *FAST, "--output_dir", "out")
+    assert "2 new layers are trained" in capsys.readouterr().out
+    model = EarlyExitWrapper.from_pretrained("out")
+    changed = {key for key, tensor in model.backbone.state_dict().items() if not torch.equal(tensor, before[key])}
+    new = {"roberta": ("classifier.dense", "classifier.out_proj"), "distilbert": ("pre_classifier", "classifier")}[kind]
+    assert changed == {f"{layer}.{part}" for layer in new for part in ("weight", "bias")}
 
 
 def test_features_that_were_used_longest_ago_make_room(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -121,10 +121,10 @@ def fit_classifier(network: Any, source: str, data: LabelledData, anew: bool = F
     """Gives a network as many classes as the data have.
 
     Returns:
-        The network, and whether its last layer is new and has to be trained.
+        The network, and whether its last layer is new and has to be trained, with what :func:`new_layers` returns.
     """
     if isinstance(network, PreTrainedModel):
-        new = network.config.num_labels != data.num_classes or bool(getattr(network, "new_classifier", False))
+        new = network.config.num_labels != data.num_classes or bool(getattr(network, "new_weights", ()))
         if new:
             network = load_transformers(source, data.num_classes)
     else:
@@ -134,8 +134,14 @@ def fit_classifier(network: Any, source: str, data: LabelledData, anew: bool = F
     return network, new or anew
 
 
+def new_layers(network: nn.Module) -> list[nn.Module]:
+    """Returns the layers of a network that have no trained weights, such as the dense layer of RoBERTa's classifier."""
+    names = {name.rpartition(".")[0] for name in getattr(network, "new_weights", ())}
+    return [module for name, module in network.named_modules() if name in names]
+
+
 def load_transformers(source: str, num_labels: int | None = None) -> PreTrainedModel:
-    """Loads a classifier of images or texts; ``new_classifier`` tells whether its last layers have no stored weights.
+    """Loads a classifier of images or texts; its ``new_weights`` names the tensors of its last layers that are random.
 
     Raises:
         ConfigError: There is none, or weights are missing inside of it.
@@ -160,7 +166,8 @@ def load_transformers(source: str, num_labels: int | None = None) -> PreTrainedM
                 f"no classifier could be loaded from {source!r}: {' '.join(str(error).split())[:300]}"
             ) from error
         check_loaded(source, model, info)
-    model.new_classifier = bool(info["missing_keys"] or info["mismatched_keys"])
+    mismatched = (name[0] if isinstance(name, tuple) else name for name in info["mismatched_keys"])
+    model.new_weights = sorted({*info["missing_keys"], *mismatched})
     return model
 
 
