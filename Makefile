@@ -2,6 +2,7 @@
 # make test        the tests (about twelve minutes on two cores);  make test-fast   without the slow ones
 # make test-long   every block of README and docs, wrapping of every family of networks (a quarter of an hour)
 # make test-families   one network of every further family trained, routed, saved and exported (an hour or more)
+# make test-browser   the page of `erde-hub demo`; ERDE_HUB_CHROMIUM names the browser, which CI has not
 # make lint        formatting, lint and layers;  make types   static types
 # make docs        the pages in build/docs; a warning is an error
 # Each installs into .venv when it is missing or pyproject.toml has changed.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-long test-families lint types docs clean
+.PHONY: demo test test-fast test-long test-families test-browser lint types docs clean
 
 demo: $(VENV)/.train
 	$(BIN)/python recipes/distill.py
@@ -30,6 +31,10 @@ test-long: $(VENV)/.dev
 
 test-families: $(VENV)/.dev
 	$(PYTEST) -m families --dist worksteal
+
+test-browser: $(VENV)/.dev
+	$(BIN)/pip install --quiet --editable ".[demo]" selenium
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

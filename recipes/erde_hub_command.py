@@ -22,10 +22,13 @@ COMMANDS = {
     "latency": ("latency", "measure accuracy, share saved and milliseconds per threshold on this machine"),
     "benchmark": ("benchmark", "measure the routed model next to its bare backbone"),
     "export": ("export_onnx", "write a checkpoint into one ONNX file"),
+    "demo": ("demo", "open a page to play with: an image, a threshold, what each exit says"),
     "push": ("push", "publish a checkpoint on the Hugging Face Hub"),
 }
 #: Commands with --resume.
 RESUMABLE = ("distill", "train-teacher", "attach")
+#: Commands that tell their own errors, since they also run where there is no torch.
+WITHOUT_TORCH = ("demo",)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,6 +53,9 @@ def run(command: str) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         script = importlib.import_module(f"erde_hub.scripts.{COMMANDS[command][0]}")
+        if command in WITHOUT_TORCH:
+            script.main()
+            return
         command_line = importlib.import_module("erde_hub.scripts.common.command_line")
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)

@@ -16,6 +16,7 @@ CORE = [
     name
     for _, name, _ in pkgutil.walk_packages(erde_hub.__path__, "erde_hub.")
     if name.split(".")[1] not in ("training", "evaluation", "export", "hub", "losses")  # tested beside their own tests
+    and name != "erde_hub.scripts.playground.page"  # needs gradio, an extra
 ]
 PUBLIC = {name: getattr(erde_hub, name) for name in erde_hub.__all__}
 EXAMPLES = [

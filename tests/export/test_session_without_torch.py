@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from erde_hub.export import EarlyExitSession
 from tests.fakes.onnx_models import images
@@ -46,6 +48,28 @@ print(np.round(out.logits, 3).tolist())
     expected = EarlyExitSession(path, threads=1)(pixels, 1.0)
     assert index == str(expected.exit_index.tolist())
     assert logits == str(expected.logits.round(3).tolist())
+
+
+def test_a_file_is_shown_without_torch(tiny_file, tmp_path):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    code = """
+from erde_hub.errors import DataError
+from erde_hub.scripts import demo
+from erde_hub.scripts.playground import samples, views
+network = demo.open_network(sys.argv[1])
+shown = samples.Shown([], []).add_files([network], [sys.argv[2] + "/red.png"])
+print(network.route(shown.answers[0], 1.0).tolist())
+print("by exit" in views.views([network], shown, 0, [1.0])[2])
+try:
+    shown.add_files([network], [sys.argv[2] + "/broken.png"])
+except DataError as error:
+    print(error)
+"""
+    index, said, message = run(code, tiny_file[1], tmp_path)
+    expected = EarlyExitSession(tiny_file[1], threads=1)(np.full((1, 30, 20, 3), (255, 0, 0), np.uint8), 1.0)
+    assert (index, said) == (str(expected.exit_index.tolist()), "True")
+    assert message.startswith("broken.png is no image")
 
 
 @pytest.mark.parametrize(

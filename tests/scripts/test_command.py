@@ -52,6 +52,9 @@ def test_the_wheel_has_command_and_configurations(tmp_path):
     done = run("distill", "--config", "digits", *fast, "--cpu_threads", "1", "--output_dir", "run")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").is_file()
+    (installed,) = site.glob("erde_hub/scripts/playground/digits")
+    shipped = ROOT / "erde_hub" / "scripts" / "playground" / "digits"
+    assert {path.name for path in installed.iterdir()} == {path.name for path in shipped.iterdir()}
     wrong = run("evaluate", "--modl", "run")
     assert (wrong.returncode, wrong.stderr.splitlines()[0]) == (
         2,

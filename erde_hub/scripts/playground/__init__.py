@@ -1,0 +1,1 @@
+"""What the page with a slider shows: answers of every exit, and their HTML. Needs neither torch nor gradio."""

@@ -1,0 +1,45 @@
+"""Makes the checkpoint that comes with the package for `erde-hub demo`: a run of `make demo`, and test images.
+
+    python recipes/ship_digits.py                       # trains; minutes
+    python recipes/ship_digits.py --run runs/digits-1   # takes what `make demo` has left
+
+A test checks that its report holds on the test set.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from erde_hub.data import load_image_data
+from erde_hub.scripts.playground.samples import MOST_IMAGES, SHIPPED
+
+RECIPES = Path(__file__).parent
+FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "results.json")
+
+
+def main() -> None:
+    """Trains, copies, and keeps the first images of the test set with their labels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", help="folder that `make demo` has left; default: one is made")
+    run = parser.parse_args().run
+    with tempfile.TemporaryDirectory() as made:
+        if run is None:
+            run = Path(made) / "digits"
+            subprocess.run(
+                [sys.executable, RECIPES / "distill.py", "--config", "digits", "--output_dir", run], check=True
+            )
+        SHIPPED.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(Path(run) / name, SHIPPED / name)
+    test = load_image_data("digits").test
+    images = np.stack([np.asarray(image.convert("L")) for image in test.images(range(MOST_IMAGES))])
+    np.savez_compressed(SHIPPED / "samples.npz", images=images, labels=test.labels[:MOST_IMAGES].numpy())
+
+
+if __name__ == "__main__":
+    main()
