@@ -5,7 +5,7 @@ of two saves. So each file of weights carries in its header the hash of all tens
 too) and the config that they were saved with. Where the hashes differ, the weights and the config in their header are
 the checkpoint; where they agree, ``config.json`` counts, which people edit. The hash of a variant ends in its name: the
 one config of a folder is that of the variant saved last. Shards have names of their own, so that none is overwritten.
-Files without a hash, of earlier versions and other programs, go with any config.
+Weights without a hash, of earlier versions and other programs, go with any config.
 """
 
 from __future__ import annotations
@@ -124,27 +124,34 @@ def read_checkpoint(
     return config, weights.tensors
 
 
-def read_weights(source: Any, reaching: Mapping[str, Any], variant: str | None, save_id: str | None) -> dict[str, Any]:
+def read_weights(
+    source: Any, reaching: Mapping[str, Any], variant: str | None, config: EarlyExitConfig | None
+) -> dict[str, Any]:
     """Reads weights for a config that is there; see :func:`read_checkpoint`.
 
     Args:
         source: As there.
         reaching: As there.
         variant: As there.
-        save_id: Of a config that was read from the same place; None, or that of another variant, takes any weights.
+        config: That was read from the same place; None, or one that belongs to another variant, takes any weights.
 
     Raises:
         CheckpointError: Also weights of another save.
     """
-    is_known = save_id is not None and save_id.partition(".")[2] == (variant or "")
+    save_id = None if config is None else config.save_id
+    is_known = config is not None and (save_id or "").partition(".")[2] == (variant or "")
     for is_last in (False, True):
         for weights in _read_weights(source, reaching, variant, or_raise=is_last):
             if not is_known or weights.save_id in (None, save_id):
                 return weights.tensors
+    why = (
+        "they were saved anew in between, or a save was killed"
+        if save_id is not None
+        else "they have a save_id and it holds none of theirs"
+    )
     raise CheckpointError(
-        f"the config that was read does not belong to the weights of {source}: they were saved anew in between, or a"
-        " save was killed. Load it again; if that does not help, EarlyExitWrapper.from_pretrained loads what belongs"
-        " together, and saving that mends the checkpoint"
+        f"the config that was read does not belong to the weights of {source}: {why}. Load it again; if that does not"
+        " help, EarlyExitWrapper.from_pretrained loads what belongs together, and saving that mends the checkpoint"
     )
 
 

@@ -508,7 +508,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             for key, value in overrides.items():
                 setattr(config, key, value)
             read_here = config.name_or_path == str(source)  # as the auto classes do
-            tensors = read_weights(source, reaching, variant, config.save_id if read_here else None)
+            tensors = read_weights(source, reaching, variant, config if read_here else None)
         if config.backbone_weights is not None:
             hub = {key: value for key, value in reaching.items() if key not in ("subfolder", "revision")}
             tensors = published_tensors(config, hub) | tensors

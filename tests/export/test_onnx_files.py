@@ -1,11 +1,15 @@
 """Where a file goes: beside its place first, then moved in whole or not at all; what is refused before the work."""
 
+import copy
 import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 from erde_hub.errors import (
     CheckpointWriteError,
@@ -17,7 +21,8 @@ from erde_hub.errors import (
     UnknownNameError,
 )
 from erde_hub.export import EarlyExitSession, _runtime, export_onnx, flat, nesting
-from tests.fakes.onnx_models import tiny
+from tests.fakes.kills import run_killed
+from tests.fakes.onnx_models import images, tiny
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -76,6 +81,42 @@ def test_stopped_at_every_move(tiny_file, monkeypatch, tmp_path, old, behind):
             assert after == before
         if "m.onnx" in after:
             assert EarlyExitSession(path).info.num_early_exits == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old_is_large", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_kill_at_any_point_leaves_one_of_two_large_files(tiny_file, tiny_flat, monkeypatch, tmp_path, old_is_large):
+    """Graph and weights, in two files, are of one export."""
+    model, changed = copy.deepcopy(tiny_file[0]), onnx.load_from_string(tiny_flat)
+    for tensor in changed.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(0.5), tensor.name))
+    flats = {"old": tiny_flat, "new": changed.SerializeToString()}
+    x, thresholds = images(model, 4).numpy(), {"old": 0.25, "new": 0.75}
+
+    def export(which, path, large=True):
+        monkeypatch.setattr(flat, "flat_model", lambda *_: ir.from_proto(onnx.load_from_string(flats[which])))
+        monkeypatch.setattr(nesting, "EXTERNAL_DATA_LIMIT", 1000 if large else 10**9)
+        model.threshold = thresholds[which]
+        export_onnx(model, path)
+
+    expected = {}
+    for which in flats:
+        export(which, tmp_path / f"{which}.onnx", large=False)
+        expected[which] = EarlyExitSession(tmp_path / f"{which}.onnx", threads=1)(x, 0.0).logits
+    path, found, point, done = tmp_path / "large" / "m.onnx", set(), 0, False
+    path.parent.mkdir()
+    while not done:
+        point += 1
+        export("old", path, old_is_large)
+        done = run_killed(lambda: export("new", path), point)
+        session = EarlyExitSession(path, threads=1)
+        (which,) = (name for name, value in thresholds.items() if session.info.threshold == [value] * 2)
+        np.testing.assert_array_equal(session(x, 0.0).logits, expected[which])
+        found.add(which)
+    assert found == {"old", "new"}
+    assert point > 3
+    assert len(list(path.parent.iterdir())) == 2, "what killed exports left is removed by the next one"
 
 
 @pytest.mark.usefixtures("flat_is_known")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +15,11 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, pipeline
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import CheckpointError
+from tests.fakes.kills import run_killed
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -52,31 +51,6 @@ def which(folder: Path, load: Callable = EarlyExitWrapper.from_pretrained) -> st
     weights, threshold = model.backbone.conv1.weight[0, 0, 0, 0].item(), model.threshold
     assert weights == threshold, f"weights of {weights}, threshold of {threshold}"
     return "old" if threshold == THRESHOLDS["old"] else "new"
-
-
-def run_killed(function: Callable[[], None], before: int) -> bool:
-    """Runs a function in a process that is killed before the given file operation; whether it came to its end."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def counted(real: Callable) -> Callable:
-            def call(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == before:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args, **kwargs)
-
-            return call
-
-        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            function()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("before", [{}, {"max_shard_size": "10KB"}], ids=["file", "shards"])
@@ -153,8 +127,22 @@ def test_weights_of_another_save_come_with_their_own_config(torn, caplog):
     assert EarlyExitWrapper.from_pretrained(torn, threshold=0.5).threshold == 0.5
     with pytest.raises(CheckpointError, match="does not belong to the weights"):
         AutoModelForImageClassification.from_pretrained(torn)
+    with pytest.raises(ValueError, match=r"EarlyExitWrapper\.from_pretrained loads what belongs together"):
+        pipeline("image-classification", model=str(torn))
     EarlyExitWrapper.from_pretrained(torn).save_pretrained(torn)
     assert which(torn, AutoModelForImageClassification.from_pretrained) == "new"
+
+
+def test_a_config_without_an_id_is_not_taken_for_that_of_weights_with_one(torn, caplog):
+    """As an older version wrote it, or somebody by hand: only that in the header is known to belong to the weights."""
+    config = json.loads((torn / "config.json").read_text())
+    del config["save_id"]
+    (torn / "config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING, "erde_hub"):
+        assert which(torn) == "new"
+    assert "belongs to other weights" in caplog.text
+    with pytest.raises(CheckpointError, match=r"holds none of theirs.*EarlyExitWrapper\.from_pretrained"):
+        AutoModelForImageClassification.from_pretrained(torn)
 
 
 def test_a_config_that_is_edited_counts(old, tmp_path):
