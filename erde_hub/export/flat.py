@@ -11,22 +11,23 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from erde_hub.engine.routing import AllExits
+from erde_hub.engine.routing import AllExits, pools_tokens
 from erde_hub.errors import ExportError
 from erde_hub.modeling.wrapper import EarlyExitWrapper
+
+from .signature import input_names, longest_text, reads_texts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-#: Name of the symbolic batch axis in the file.
-BATCH = "batch"
-_DYNAMIC: Any = ({0: torch.export.Dim(BATCH)}, {})
+#: Names of the symbolic axes in the file.
+BATCH, LENGTH = "batch", "length"
 
 
 class _Passes:
@@ -50,8 +51,9 @@ class _EveryExit(nn.Module):
         passes: Gets the engine's pass, which knows how far it came. (torch.export undoes changes of a module.)
 
     Shape:
-        pixel_values: (N, ...). threshold: (E,). Returns E + 1 times logits (N, K), E times who leaves (N,) bool, and
-        (N,) 0, or NaN for samples with NaN or infinity in the input, which never leave.
+        The inputs of :func:`~erde_hub.export.signature.input_names`, (N, ...) each, then threshold (E,). Returns E + 1
+        times logits (N, K), E times who leaves (N,) bool, and (N,) 0, or NaN for samples with NaN or infinity in the
+        input, which never leave.
     """
 
     def __init__(self, model: EarlyExitWrapper, last: int | None = None, passes: _Passes | None = None) -> None:
@@ -59,25 +61,30 @@ class _EveryExit(nn.Module):
         self.model = model
         self.last = last
         self.passes = passes or _Passes()
+        self.names = input_names(model)
 
-    def _exit_logits(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def _exit_logits(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         model = self.model
-        visitor = AllExits(model.heads.active)  # type: ignore[arg-type]
+        texts = dict(zip(self.names, inputs, strict=True)) if reads_texts(model) else {}
+        heads: Any = model.heads.active
+        visitor = AllExits(heads, mask=model.runner.token_mask(texts) if pools_tokens(heads) else None)
         self.passes.latest = visitor
-        final = model.runner.run(visitor, (pixel_values,), {})
+        final = model.runner.run(visitor, () if texts else tuple(inputs), texts)
         exit_logits = visitor.finish(model.runner.adapter.logits(final), model.runner.exits)
         self.passes.complete = True
         if model.calibrator is not None:  # one number per exit; the file answers with calibrated logits
             exit_logits = tuple(model.calibrator(e, logits, None, []) for e, logits in enumerate(exit_logits))
         return exit_logits
 
-    def forward(self, pixel_values: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
-        exit_logits = self._exit_logits(pixel_values)
+    def forward(self, *inputs_and_threshold: Tensor) -> tuple[Tensor, ...]:
+        *inputs, threshold = inputs_and_threshold
+        exit_logits = self._exit_logits(inputs)
         if self.last is not None:
             return (exit_logits[self.last],)
         # onnxruntime's pooling, and quantisation, turn NaN into numbers, so they are looked for where they come in. The
         # difference is 0, and NaN where anything is NaN or infinite.
-        total = pixel_values.sum(tuple(range(1, pixel_values.ndim)))
+        main = inputs[0]
+        total = main.sum(tuple(range(1, main.ndim))).float()
         poison = total - total
         leaves = []
         log_probs: list[Tensor] = []
@@ -88,43 +95,47 @@ class _EveryExit(nn.Module):
         return (*exit_logits, *leaves, poison)
 
 
-def flat_model(model: EarlyExitWrapper, opset: int) -> ir.Model:
+def flat_model(model: EarlyExitWrapper, opset: int, batch_size: int | None = None) -> ir.Model:
     """Returns the graph of all exits.
 
-    Outputs are ``logits_0 .. logits_E``, ``leaves_0 .. leaves_E-1`` and ``poison``; ``threshold`` has one element per
-    early exit.
+    Inputs are those of :func:`~erde_hub.export.signature.input_names`, and ``threshold``, one element per early exit.
+    Outputs are ``logits_0 .. logits_E``, ``leaves_0 .. leaves_E-1`` and ``poison``.
 
     Args:
         model: Is copied, not touched.
         opset: Version of the ONNX operator set.
+        batch_size: None leaves the batch, and the length of texts, free; a number fixes both.
 
     Raises:
         ExportError: torch or its ONNX exporter cannot; the message names exit and reason.
     """
-    return _flat_graph(_exportable_copy(model), opset)
+    return _flat_graph(_exportable_copy(model), opset, batch_size)
 
 
-def _flat_graph(clone: EarlyExitWrapper, opset: int) -> ir.Model:
+def _flat_graph(clone: EarlyExitWrapper, opset: int, batch_size: int | None) -> ir.Model:
     early = len(clone.heads.active)
     names = [*(f"logits_{i}" for i in range(early + 1)), *(f"leaves_{i}" for i in range(early)), "poison"]
     passes = _Passes()
+    module = _EveryExit(clone, passes=passes)
     try:
-        program = _trace(_EveryExit(clone, passes=passes))
+        program = _trace(module, batch_size)
     except Exception as error:
         if passes.complete:  # it ran, and what torch.export found out about shapes does not hold for every batch
             raise ExportError(
-                f"{type(clone.backbone).__name__} cannot be exported for batches of any size ({_reason(error)})"
+                f"{type(clone.backbone).__name__} cannot be exported for batches of any size ({_reason(error)}): try"
+                " batch_size=1"
             ) from error
         raise _export_error(clone, passes.exits_seen(), "torch.export cannot trace", error) from error
     try:
-        return _translate(program, names, opset)
+        return _translate(program, module, names, opset, batch_size)
     except Exception as error:
         if _spell_out_attention(clone):  # torch.onnx knows the fused operator with four axes only; hiera has five
-            return _flat_graph(clone, opset)
+            return _flat_graph(clone, opset, batch_size)
         step = "torch.onnx cannot translate"
         for exit_index in range(early + 1):
+            module = _EveryExit(clone, exit_index)
             try:
-                _translate(_trace(_EveryExit(clone, exit_index)), names[:1], opset)
+                _translate(_trace(module, batch_size), module, names[:1], opset, batch_size)
             except Exception as inner:
                 raise _export_error(clone, exit_index, step, inner) from inner
         raise ExportError(f"policy {clone.config.policy!r} cannot be exported: {step} it ({_reason(error)})") from error
@@ -152,22 +163,38 @@ def _spell_out_attention(clone: EarlyExitWrapper) -> bool:
 
 
 @torch.no_grad()
-def _trace(module: _EveryExit) -> torch.export.ExportedProgram:
-    size = module.model.config.input_size or ()
+def _trace(module: _EveryExit, batch_size: int | None) -> torch.export.ExportedProgram:
+    model = module.model
+    size, dtype = tuple(model.config.input_size or ()), torch.float32
+    if reads_texts(model):
+        size, dtype = size if batch_size else (8,), torch.int64
     # Two samples: torch.export takes an axis of 1 to be always 1.
-    inputs = (torch.zeros((2, *size)), torch.zeros(len(module.model.heads.active)))
+    inputs = [torch.ones((batch_size or 2, *size), dtype=dtype) for _ in module.names]
+    threshold = torch.zeros(len(model.heads.active))
     with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # where it prints the graph so far before it raises
-        return torch.export.export(module, inputs, dynamic_shapes=_DYNAMIC, strict=False)
+        shapes = _dynamic_shapes(module, batch_size)
+        return torch.export.export(module, (*inputs, threshold), dynamic_shapes=shapes, strict=False)
+
+
+def _dynamic_shapes(module: _EveryExit, batch_size: int | None) -> Any:
+    axes = {}
+    if batch_size is None:
+        axes[0] = torch.export.Dim(BATCH)
+        if reads_texts(module.model):
+            axes[1] = torch.export.Dim(LENGTH, max=longest_text(module.model))
+    return ((*({**axes} for _ in module.names), {}),)
 
 
 @torch.no_grad()  # attention is decomposed otherwise where gradients are wanted, into views that some strides forbid
-def _translate(program: torch.export.ExportedProgram, outputs: list[str], opset: int) -> ir.Model:
+def _translate(
+    program: torch.export.ExportedProgram, module: _EveryExit, outputs: list[str], opset: int, batch_size: int | None
+) -> ir.Model:
     with _quiet():
         exported = torch.onnx.export(
             program,
-            input_names=["pixel_values", "threshold"],
+            input_names=[*module.names, "threshold"],
             output_names=outputs,
-            dynamic_shapes=_DYNAMIC,
+            dynamic_shapes=_dynamic_shapes(module, batch_size),
             opset_version=opset,
             dynamo=True,
             verbose=False,

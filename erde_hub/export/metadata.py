@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from erde_hub.errors import CheckpointError
@@ -14,6 +14,7 @@ from erde_hub.preprocessing import check_preprocessing
 
 #: Characters of a name.
 _LONGEST_TEXT = 1000
+_TEXT_INPUTS = (("input_ids", "attention_mask"), ("input_ids", "attention_mask", "token_type_ids"))
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,16 @@ class FileInfo:
         exit_names: Shallow to deep, classifier last.
         cumulative_macs: MACs per sample of what leaves at each exit.
         id2label: Class names.
-        input_size: Shape of one input without the batch.
+        input_size: Shape of one input without the batch; of texts the number of tokens that costs are counted at.
         preprocessing: ``mean, std, size, interpolation, crop_pct`` of images, None where the model has none.
         quantization: ``"int8"``, or None for float.
+        input_names: Inputs of the graph, ``threshold`` aside.
+        batch_size: 1 where nothing in the file has another shape than for one sample, texts being as long as
+            ``input_size`` says; None for batches of any size.
+        max_length: Most tokens of a text, None where any number.
+        vocab_size: Number of tokens that a text model knows.
+        pad_token_id: The one that shorter texts are padded with.
+        tokenizer: The text of a ``tokenizer.json`` with truncation and padding, None where the file has none.
     """
 
     erde_hub_version: str
@@ -43,6 +51,17 @@ class FileInfo:
     input_size: list[int]
     preprocessing: dict[str, Any] | None = None
     quantization: str | None = None
+    input_names: tuple[str, ...] = ("pixel_values",)
+    batch_size: int | None = None
+    max_length: int | None = None
+    vocab_size: int | None = None
+    pad_token_id: int | None = None
+    tokenizer: str | None = field(default=None, repr=False)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the file takes token ids."""
+        return self.input_names[0] == "input_ids"
 
     @property
     def num_early_exits(self) -> int:
@@ -75,6 +94,7 @@ class FileInfo:
             values = {f.name: json.loads(metadata[f.name]) for f in fields if f.name in metadata}
             values["threshold"] = [float(t) for t in values["threshold"]]
             values["threshold_range"] = [float(t) for t in values["threshold_range"]]
+            values["input_names"] = tuple(values.get("input_names", cls.input_names))
             values["id2label"] = {int(i): str(label) for i, label in values["id2label"].items()}
             if values.get("preprocessing") is not None:
                 values["preprocessing"] = check_preprocessing(values["preprocessing"])
@@ -92,6 +112,7 @@ class FileInfo:
         """Name of a field that has no value which an export writes, or that contradicts another one."""
         low, high = self.threshold_range
         exits, macs, size, prepared = self.exit_names, self.cumulative_macs, self.input_size, self.preprocessing
+        texts = self.input_names in _TEXT_INPUTS
         right = {
             "erde_hub_version": _is_text(self.erde_hub_version),
             "policy": _is_text(self.policy),
@@ -103,6 +124,12 @@ class FileInfo:
             "input_size": _are_integers(size, 1),
             "preprocessing": prepared is None or [len(prepared["mean"]), *prepared["size"]] == size,
             "quantization": self.quantization in (None, "int8"),
+            "input_names": texts or self.input_names == ("pixel_values",),
+            "batch_size": self.batch_size is None or (type(self.batch_size) is int and self.batch_size == 1),
+            "max_length": self.max_length is None or (texts and _are_integers([self.max_length], 1)),
+            "vocab_size": _are_integers([self.vocab_size], 1) if texts else self.vocab_size is None,
+            "pad_token_id": _are_integers([self.pad_token_id], 0) if texts else self.pad_token_id is None,
+            "tokenizer": self.tokenizer is None or (texts and isinstance(self.tokenizer, str)),
         }
         return next((name for name, is_right in right.items() if not is_right), None)
 

@@ -8,6 +8,9 @@
         else:
             ...
 
+In a file for batches of one sample, the answer of a deeper exit is the answer: there is nothing to merge, and both
+branches of every ``If`` have one fixed shape.
+
 A branch sees the values outside it by name, so nothing has to be handed over. What has to move is the weights: an
 initializer outside a branch is not a constant to onnxruntime's optimiser, which then neither fuses nor re-packs the
 convolutions that read it, and the full path takes several times as long.
@@ -62,7 +65,7 @@ def weights_of(path: Path) -> Path | None:
 
 
 def nest_exits(flat: ir.Model) -> ir.Model:
-    """Cuts and nests, in place: inputs become ``pixel_values, threshold``, outputs ``logits, exit_index``.
+    """Cuts and nests, in place: outputs become ``logits, exit_index``, and ``threshold`` may hold one number too.
 
     Args:
         flat: See :func:`~erde_hub.export.flat.flat_model`; quantised or not.
@@ -74,7 +77,9 @@ def nest_exits(flat: ir.Model) -> ir.Model:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(flat)
     graph.sort()
     _drop_stacking(graph)
-    _broadcast_threshold(graph, early)
+    one_sample = graph.inputs[0].shape is not None and graph.inputs[0].shape[0] == 1
+    if not one_sample:
+        _broadcast_threshold(graph, early)
     graph.outputs.clear()
     targets = [[logits[i], leaves[i], poison] if i < early else [logits[i]] for i in range(early + 1)]
     levels = _levels(graph, targets)
@@ -89,7 +94,7 @@ def nest_exits(flat: ir.Model) -> ir.Model:
             graph.remove(node)
             graphs[levels[node]].append(node)
     _place_initializers(graphs, levels, used)
-    results = _Nester(graphs, logits, leaves, poison).run()
+    results = (_OneSampleNester if one_sample else _Nester)(graphs, logits, leaves, poison).run()
     graph.outputs.extend(results)
     for value in (*logits, *leaves, poison):
         value.name = f"exit.{value.name}"  # `logits` and `exit_index` are the file's, these are steps on the way
@@ -123,7 +128,7 @@ def _broadcast_threshold(graph: ir.Graph, early: int) -> None:
     """Lets ``threshold`` have length 1 too; any other length fails in a node whose name says what is allowed."""
     if early == 1:
         return
-    fixed = graph.inputs[1]
+    fixed = graph.inputs[-1]
     given = ir.Value(name="threshold", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["thresholds"]))
     fixed.name = "thresholds"
     tape = Tape()
@@ -131,7 +136,7 @@ def _broadcast_threshold(graph: ir.Graph, early: int) -> None:
     expanded = tape.op("Expand", [given, shape], name=f"threshold_must_hold_1_number_or_{early}")
     expanded.name, expanded.type, expanded.shape = "thresholds", given.type, ir.Shape([early])
     fixed.replace_all_uses_with(expanded)
-    graph.inputs[1] = given
+    graph.inputs[-1] = given
     graph.register_initializer(shape)
     graph.insert_before(graph[0], tape.nodes)
 
@@ -243,6 +248,8 @@ class _Nester:
     Every operator costs a few microseconds whatever it computes, so there are as few as possible.
     """
 
+    batch: str | int = BATCH
+
     def __init__(
         self, graphs: Sequence[ir.Graph], logits: Sequence[ir.Value], leaves: Sequence[ir.Value], poison: ir.Value
     ) -> None:
@@ -253,7 +260,8 @@ class _Nester:
         self.opset = graphs[0].opset_imports[""]
         shape = logits[0].shape
         self.types = (logits[0].type, ir.TensorType(ir.DataType.INT64))
-        self.shapes = (ir.Shape([BATCH, *(shape[1:] if shape is not None else [None])]), ir.Shape([BATCH]))
+        classes = shape[1:] if shape is not None else [None]
+        self.shapes = (ir.Shape([self.batch, *classes]), ir.Shape([self.batch]))
 
     def run(self) -> list[ir.Value]:
         """Returns the outputs of the main graph."""
@@ -331,6 +339,40 @@ class _Nester:
         numbers = tape.op("Cast", [mask], {"to": ir.DataType.INT32}, name=f"{name}.numbers")
         smallest = tape.op("ReduceMin", [numbers], {"keepdims": 0}, name=f"{name}.smallest")
         return tape.op("Cast", [smallest], {"to": ir.DataType.BOOL}, name=name)
+
+
+class _OneSampleNester(_Nester):
+    """The same for a batch of one, which has left as a whole or not at all."""
+
+    batch = 1
+
+    def _stop(self, level: int, answer: ir.Value, waited: ir.Value | None) -> ir.Graph:
+        graph = ir.Graph([], [], nodes=[], name=f"leave_at_exit_{level}")
+        tape = Tape(graph)
+        logits, exit_index = self._outputs(f"exit_{level}.leave.")
+        tape.op("Identity", [answer], output=logits, name=f"exit_{level}.leave.answer")
+        self._index(tape, level, exit_index, f"exit_{level}.leave")
+        graph.outputs.extend([logits, exit_index])
+        return graph
+
+    def _go_on(self, level: int, left: ir.Value, answer: ir.Value, waited: ir.Value | None) -> ir.Graph:
+        graph = self.graphs[level]
+        tape = Tape(graph)
+        if level < len(self.leaves):
+            graph.outputs.extend(self._end(tape, level, self.leaves[level], self.logits[level], None))
+            return graph
+        logits, exit_index = self._outputs(f"exit_{level}.answer.")
+        tape.op("Add", [self.logits[level], self.poison], output=logits, name=f"exit_{level}.valid_logits")
+        self._index(tape, level, exit_index, f"exit_{level}")
+        graph.outputs.extend([logits, exit_index])
+        return graph
+
+    def _index(self, tape: Tape, level: int, output: ir.Value, prefix: str) -> None:
+        number = tape.initializer(ir.tensor(np.array([level], np.int64), name=f"{prefix}.number"))
+        tape.op("Identity", [number], output=output, name=f"{prefix}.index")
+
+    def _all(self, tape: Tape, mask: ir.Value, name: str) -> ir.Value:
+        return tape.op("Squeeze", [mask], name=name)
 
 
 def _number(tape: Tape, value: int, name: str) -> ir.Value:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ from erde_hub.tasks import REGRESSION
 
 from ._inputs import file_path
 from ._requirements import require
+from ._texts import tokenizer_json
 from .metadata import FileInfo
 from .session import EarlyExitSession
+from .signature import input_names, longest_text, padding_token, reads_texts, vocabulary
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,6 +47,8 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     opset: int = DEFAULT_OPSET,
+    batch_size: int | None = None,
+    tokenizer: Any = None,
     calibration_data: Iterable[Any] | None = None,
     calibration_method: str = "minmax",
 ) -> Path:
@@ -55,8 +60,9 @@ def export_onnx(
     in its input never leaves early and gets NaN logits; one whose logits overflow at an exit goes on, as in torch. The
     metadata hold a :class:`~erde_hub.export.FileInfo`.
 
-    Height and width are those of ``config.input_size``. An empty batch is answered by :class:`EarlyExitSession`;
-    onnxruntime by itself cannot broadcast one.
+    Height and width are those of ``config.input_size``. Text classifiers have inputs ``input_ids``, ``attention_mask``
+    and, where the model has several token types, ``token_type_ids``, all (batch, length) int64. An empty batch is
+    answered by :class:`EarlyExitSession`; onnxruntime by itself cannot broadcast one.
 
     The file is written under another name, checked, loaded once where onnxruntime is installed, then renamed: an export
     that is interrupted leaves what was there before. A file of that name is replaced; a second file that held its
@@ -66,8 +72,14 @@ def export_onnx(
         model: In any mode, on any device; it is copied, not touched. Half-precision weights are written in float32.
         path: The file. Above 2 GB the weights go to ``<path>.<digits>.data`` next to it.
         opset: Version of the ONNX operator set; where onnxruntime is installed, one that it loads.
-        calibration_data: Batches of ``pixel_values``, some hundred images of the training or validation split: the
-            network is quantised to int8 with the ranges that they cause. The policy's decisions stay in float.
+        batch_size: None for batches of any size. 1 for compilers that want every shape fixed, and for the least time
+            per sample: no axis is dynamic, texts are padded to ``config.input_size``, and ``threshold`` holds one
+            number per early exit.
+        tokenizer: Stored in the file, so that a session takes sentences: a fast tokenizer of transformers, a
+            ``tokenizers.Tokenizer``, or the path of a ``tokenizer.json``. For texts only.
+        calibration_data: Batches of ``pixel_values``, or for texts dicts of the inputs; some hundred samples of the
+            training or validation split: the network is quantised to int8 with the ranges that they cause. The policy's
+            decisions stay in float; of a text model the layers with weights are quantised.
         calibration_method: ``minmax``, or ``entropy`` and ``percentile``, which cut rare large values off and need
             memory for all activations. For calibration data only.
 
@@ -80,7 +92,8 @@ def export_onnx(
         ExportError: A policy that ONNX cannot express, or a network that torch's exporter cannot; the message names the
             exit and the reason. Or a file that onnxruntime does not load.
         ConfigError: An operator set or a calibration method that does not exist, a method without calibration data, a
-            path that is a folder, or preprocessing that makes images of another size than the file takes.
+            path that is a folder, preprocessing that makes images of another size than the file takes, another batch
+            size, or a tokenizer of another model.
         ShapeError, DataError: Calibration data that do not fit the model.
         CheckpointWriteError: The file cannot be written; before the work begins, where that can be seen then.
     """
@@ -97,6 +110,8 @@ def export_onnx(
     from .quantization import calibration_batches, check_method, quantize_flat  # noqa: PLC0415 - as above
 
     opset = check_opset(opset, OLDEST_OPSET, onnx.defs.onnx_opset_version())
+    if not (batch_size is None or (type(batch_size) is int and batch_size == 1)):
+        raise ConfigError(f"batch_size must be 1, or None for batches of any size, got {batch_size!r}")
     check_method(calibration_method, used=calibration_data is not None)
     _check_exportable(model)
     _check_calibrator(model)
@@ -105,15 +120,14 @@ def export_onnx(
     with disk_errors(target):
         if target.is_dir() or not target.name:
             raise ConfigError(f"{str(path)!r} is a folder: give the name of the file, such as model.onnx")
+    info = _file_info(model, batch_size, tokenizer, "int8" if calibration_data is not None else None)
     with replacing_all(target.parent, last=target.name) as folder:
-        batches = None
-        if calibration_data is not None:
-            batches = calibration_batches(calibration_data, tuple(model.config.input_size or ()))
-        file = flat_model(model, opset)
+        batches = None if calibration_data is None else calibration_batches(calibration_data, info)
+        file = flat_model(model, opset, batch_size)
         if batches is not None:
             file = quantize_flat(file, batches, calibration_method)
         nested = nest_exits(file)
-        _describe(nested, model, "int8" if batches is not None else None)
+        _describe(nested, info)
         weights = _write(nested, folder / target.name, opset)
     for other in target.parent.glob(f"{glob.escape(target.name)}.*.data"):  # of the file before, of killed exports
         if _WEIGHTS.fullmatch(other.name.removeprefix(target.name)) and other.name != weights:
@@ -145,31 +159,37 @@ class ExportCheck:
 def check_onnx(
     model: EarlyExitWrapper,
     path: str | os.PathLike[str],
-    pixel_values: Tensor,
+    inputs: Tensor | Mapping[str, Tensor],
     thresholds: Sequence[float | Sequence[float]] | None = None,
     threads: int | None = None,
+    runtime: str | None = None,
 ) -> ExportCheck:
-    """Runs a file in onnxruntime and compares it with the model.
+    """Runs a file and compares it with the model.
 
     Args:
         model: In eval mode.
         path: The file.
-        pixel_values: (N, C, H, W).
+        inputs: ``pixel_values`` (N, C, H, W), or for texts a dict of ``input_ids`` (N, L) and the rest.
         thresholds: Each is one number, or one per early exit; None compares at the stored one.
-        threads: Threads of onnxruntime.
+        threads: Threads of the runtime.
+        runtime: See :class:`EarlyExitSession`.
 
     Raises:
-        MissingDependencyError: onnxruntime is not installed.
+        MissingDependencyError: The runtime is not installed.
         ConfigError: The model is in train mode.
         CheckpointError: No file that erde_hub wrote.
         InputTypeError, ShapeError: Images that do not fit, or a file of a model with other exits or classes.
     """
     if model.training:
         raise ConfigError("the model is in train mode, where nothing is routed: call model.eval()")
-    pixel_values = check_pixel_values(pixel_values, model.config.input_size or ()).detach()
-    if len(pixel_values) == 0:
-        raise ShapeError("pixel_values holds no sample to compare")
-    session = EarlyExitSession(path, threads=threads)
+    given: dict[str, Tensor] = {}
+    if isinstance(inputs, Mapping):
+        given = {key: value.detach() for key, value in inputs.items()}
+    else:
+        given = {"pixel_values": check_pixel_values(inputs, model.config.input_size or ()).detach()}
+    if any(len(value) == 0 for value in given.values()):
+        raise ShapeError(f"{next(iter(given))} holds no sample to compare")
+    session = EarlyExitSession(path, threads=threads, runtime=runtime)
     exits_and_classes = (model.exit_names, int(model.config.num_labels))
     if exits_and_classes != (session.info.exit_names, len(session.info.id2label)):
         raise ShapeError(
@@ -179,9 +199,13 @@ def check_onnx(
     largest = scale = 0.0
     exits = answers = total = 0
     for threshold in [None] if thresholds is None else thresholds:
-        routed = model(pixel_values.to(model.device, model.dtype), threshold=threshold)
+        moved = {
+            key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for key, value in given.items()
+        }
+        routed = model(**moved, threshold=threshold)
         expected = routed.logits.float().cpu()
-        got = session(pixel_values, threshold)
+        got = session(given.get("pixel_values", given), threshold)
         logits = torch.from_numpy(got.logits)
         same = torch.from_numpy(got.exit_index) == routed.exit_index.cpu()
         total += len(same)
@@ -201,10 +225,10 @@ def _differences(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_exportable(model: EarlyExitWrapper) -> None:
-    if model.main_input_name != "pixel_values":
+    if model.config.task != "classification":
         raise ExportError(
-            f"{type(model.backbone).__name__} reads texts, whose length and masks the file does not hold: image models"
-            " can be written"
+            f"{type(model.backbone).__name__} is a language model, whose keys and values from token to token the file"
+            " does not hold: classifiers can be written"
         )
     if model.config.problem_type == REGRESSION:
         raise ExportError(
@@ -242,12 +266,9 @@ def _check_preprocessing(model: EarlyExitWrapper) -> None:
         )
 
 
-def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | None) -> None:
-    """Metadata in, traces of the exporting machine out."""
-    from onnx_ir.passes import common as passes  # noqa: PLC0415 - onnx is optional
-
-    passes.ClearMetadataAndDocStringPass()(nested)  # torch writes stack traces with paths
-    config = model.config
+def _file_info(model: EarlyExitWrapper, batch_size: int | None, tokenizer: Any, quantization: str | None) -> FileInfo:
+    """What the file says of itself."""
+    config, texts = model.config, reads_texts(model)
     info = FileInfo(
         erde_hub_version=__version__,
         policy=str(config.policy),
@@ -259,7 +280,24 @@ def _describe(nested: ir.Model, model: EarlyExitWrapper, quantization: str | Non
         input_size=list(config.input_size or []),
         preprocessing=config.preprocessing,
         quantization=quantization,
+        input_names=tuple(input_names(model)),
+        batch_size=batch_size,
+        max_length=longest_text(model) if texts else None,
+        vocab_size=vocabulary(model) if texts else None,
+        pad_token_id=padding_token(model) if texts else None,
     )
+    if tokenizer is None:
+        return info
+    if not texts:
+        raise ConfigError(f"{type(model.backbone).__name__} reads images: leave tokenizer out")
+    return dataclasses.replace(info, tokenizer=tokenizer_json(tokenizer, info))
+
+
+def _describe(nested: ir.Model, info: FileInfo) -> None:
+    """Metadata in, traces of the exporting machine out."""
+    from onnx_ir.passes import common as passes  # noqa: PLC0415 - onnx is optional
+
+    passes.ClearMetadataAndDocStringPass()(nested)  # torch writes stack traces with paths
     nested.metadata_props.update(info.to_metadata())
     nested.producer_name, nested.producer_version = "erde_hub", __version__
     nested.graph.name = "early_exit"

@@ -24,6 +24,8 @@ from erde_hub._arguments import check_choice
 from erde_hub.errors import ConfigError, DataError, ExportError, InputTypeError, MissingDependencyError, ShapeError
 
 from ._inputs import as_array
+from ._texts import text_arrays
+from .metadata import FileInfo
 from .nesting import EXTERNAL_DATA_LIMIT, weight_bytes
 
 #: Names of onnxruntime's calibration methods.
@@ -66,20 +68,47 @@ def _tools() -> Any:
         raise MissingDependencyError("int8 needs onnxruntime: pip install 'erde-hub[onnx]'") from error
 
 
-def calibration_batches(data: Iterable[Any], size: tuple[int, ...]) -> list[NDArray[np.float32]]:
+def calibration_batches(data: Iterable[Any], info: FileInfo) -> list[dict[str, NDArray[Any]]]:
     """Checks calibration data.
 
     Args:
         data: Batches of ``pixel_values`` (N, C, H, W): tensors, arrays, or dicts and tuples that hold them, as a data
-            loader gives them.
-        size: Shape of one input.
+            loader gives them. For texts dicts, as the tokenizer gives them.
+        info: Of the file.
+
+    Returns:
+        Inputs of the graph by name; of one sample each where the graph takes one.
 
     Raises:
-        InputTypeError, ShapeError: Not batches of floats of that shape.
+        InputTypeError, ShapeError: Not batches of inputs of the file.
         DataError: No batch, or NaN in one.
     """
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise InputTypeError(f"calibration_data must be an iterable of batches, got {type(data).__name__}")
+    size = tuple(info.input_size)
+    batches = _text_batches(data, info) if info.reads_texts else _image_batches(data, size)
+    if not batches:
+        what = "text" if info.reads_texts else "image"
+        raise DataError(f"calibration_data holds no {what}: give some hundred of the training or validation split")
+    if info.batch_size is None:
+        return batches
+    return [
+        {k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch[next(iter(batch))]))
+    ]
+
+
+def _text_batches(data: Iterable[Any], info: FileInfo) -> list[dict[str, NDArray[Any]]]:
+    batches = []
+    for number, item in enumerate(data):
+        if not isinstance(item, Mapping):
+            raise InputTypeError(f"calibration batch {number} must be a dict of {', '.join(info.input_names)}")
+        batch = text_arrays({key: item[key] for key in info.input_names if key in item}, info)
+        if len(batch["input_ids"]):
+            batches.append(batch)
+    return batches
+
+
+def _image_batches(data: Iterable[Any], size: tuple[int, ...]) -> list[dict[str, NDArray[Any]]]:
     batches = []
     for number, item in enumerate(data):
         value = item
@@ -98,13 +127,11 @@ def calibration_batches(data: Iterable[Any], size: tuple[int, ...]) -> list[NDAr
         if not np.isfinite(array).all():
             raise DataError(f"calibration batch {number} holds NaN or infinity")
         if len(array):
-            batches.append(np.ascontiguousarray(array, np.float32))
-    if not batches:
-        raise DataError("calibration_data holds no image: give some hundred of the training or validation split")
+            batches.append({"pixel_values": np.ascontiguousarray(array, np.float32)})
     return batches
 
 
-def quantize_flat(flat: ir.Model, batches: list[NDArray[np.float32]], method: str = "minmax") -> ir.Model:
+def quantize_flat(flat: ir.Model, batches: list[dict[str, NDArray[Any]]], method: str = "minmax") -> ir.Model:
     """Returns the flat graph with int8 weights (per channel) and activations, in QuantizeLinear/DequantizeLinear form.
 
     Args:
@@ -120,6 +147,7 @@ def quantize_flat(flat: ir.Model, batches: list[NDArray[np.float32]], method: st
     quantization = _tools()
     passes.NameFixPass()(flat)
     decisions = _decisions(flat)
+    texts = "input_ids" in batches[0]
     proto = ir.to_proto(flat)
     # What its own preprocessing would do (shapes, folding) the exporter has done; without the mark it warns.
     proto.metadata_props.append(onnx.StringStringEntryProto(key="onnx.quant.pre_process", value="onnxruntime.quant"))
@@ -131,12 +159,13 @@ def quantize_flat(flat: ir.Model, batches: list[NDArray[np.float32]], method: st
                 path,
                 _Reader(batches, len(_early_exits(flat))),
                 quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=_OPERATORS,
+                # Of texts the layers with weights: sums with masks, for one, have no range worth dividing.
+                op_types_to_quantize=["Gemm", "MatMul"] if texts else _OPERATORS,
                 per_channel=True,
                 # Unsigned times signed is what x86 has instructions for; signed times signed took three times as long.
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
-                nodes_to_exclude=decisions,
+                nodes_to_exclude=[*decisions, *(_without_weights(flat) if texts else [])],
                 use_external_data_format=weight_bytes(flat) > EXTERNAL_DATA_LIMIT,
                 calibrate_method=quantization.CalibrationMethod[CALIBRATION_METHODS[method]],
                 # Logits and what follows a linear layer stay in float: nothing is won by rounding them.
@@ -157,13 +186,13 @@ def quantize_flat(flat: ir.Model, batches: list[NDArray[np.float32]], method: st
 class _Reader:
     """Hands batches to onnxruntime; a threshold is among the graph's inputs and its value does not matter."""
 
-    def __init__(self, batches: list[NDArray[np.float32]], early: int) -> None:
+    def __init__(self, batches: list[dict[str, NDArray[Any]]], early: int) -> None:
         self.batches = iter(batches)
         self.threshold = np.zeros(early, np.float32)
 
     def get_next(self) -> dict[str, Any] | None:
         batch = next(self.batches, None)
-        return None if batch is None else {"pixel_values": batch, "threshold": self.threshold}
+        return None if batch is None else {**batch, "threshold": self.threshold}
 
 
 def _early_exits(flat: ir.Model) -> list[ir.Value]:
@@ -187,6 +216,12 @@ def _decisions(flat: ir.Model) -> list[str]:
     outputs = list(flat.graph.outputs)
     network = _ancestors(outputs[: early + 1])
     return [node.name for node in _ancestors(outputs[early + 1 :]) - network if node.name]
+
+
+def _without_weights(flat: ir.Model) -> list[str]:
+    """Names of the products of two computed tensors: those of attention."""
+    products = [node for node in flat.graph if node.op_type == "MatMul"]
+    return [str(node.name) for node in products if all(v is None or v.const_value is None for v in node.inputs)]
 
 
 def _read_unrounded(quantized: ir.Model, names: set[str]) -> None:

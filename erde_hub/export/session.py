@@ -1,24 +1,25 @@
-"""A runtime for users without torch: NumPy, onnxruntime, and Pillow where images must be resized."""
+"""A session for users without torch: NumPy, onnxruntime or OpenVINO, Pillow to resize images, tokenizers for texts."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from erde_hub._arguments import plain_threshold, threshold_rows
-from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError, ThresholdError, unknown_name
+from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError, ThresholdError
 
 from ._inputs import as_array, file_path
 from ._requirements import require
+from ._texts import read_tokenizer, text_arrays, tokenize
 from .metadata import FileInfo
+from .runtimes import CPU_PROVIDER, find_runtime
 
 #: Channels of the images that Pillow can resize.
 _RESIZABLE = (1, 3)
@@ -44,19 +45,23 @@ class EarlyExitSession:
     never leaves early and gets NaN logits; nor does one leave at an exit whose logits overflowed to NaN or infinity, so
     only the classifier, behind which nothing is left to ask, can answer with such.
 
+    A file for one sample runs the samples of a batch one after the other.
+
     Args:
         path: The ONNX file; one above 2 GB needs its ``.data`` file beside it.
-        threads: Threads of onnxruntime; None leaves it to onnxruntime (one per core).
+        runtime: ``onnxruntime`` or ``openvino``, which runs on the processor; None takes the first that is installed.
+        threads: Threads of the runtime; None leaves it to the runtime (one per core).
         providers: Execution providers of onnxruntime, in order of preference: names, or pairs of name and options.
 
     Attributes:
         info: What the file says of itself: exits, costs, class names, preprocessing.
 
     Raises:
-        MissingDependencyError: onnxruntime is not installed.
+        MissingDependencyError: The runtime is not installed.
+        UnknownNameError: No such runtime.
         InputTypeError: The path is none.
         CheckpointError: No such file, a damaged one, or not one of erde_hub's.
-        ConfigError: A number of threads below 1, or a provider that this onnxruntime does not have.
+        ConfigError: A number of threads below 1, or a provider that this onnxruntime does not have, or for OpenVINO.
 
     Example:
         >>> session = EarlyExitSession("model.onnx")  # doctest: +SKIP
@@ -68,10 +73,11 @@ class EarlyExitSession:
         self,
         path: str | os.PathLike[str],
         *,
+        runtime: str | None = None,
         threads: int | None = None,
-        providers: Sequence[str | tuple[str, dict[str, Any]]] = ("CPUExecutionProvider",),
+        providers: Sequence[str | tuple[str, dict[str, Any]]] = CPU_PROVIDER,
     ) -> None:
-        runtime: Any = require("onnxruntime", "EarlyExitSession", "onnxruntime")
+        open_file = find_runtime(runtime)
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be an integer of at least 1, or None for one per core, got {threads!r}")
         file = file_path(path)
@@ -81,84 +87,98 @@ class EarlyExitSession:
             found = False
         if not found:
             raise CheckpointError(f"no file {str(path)!r}: erde_hub.export.export_onnx(model, path) writes one")
-        _check_providers(providers, runtime.get_available_providers())
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-        if _products_overflow():
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        try:
-            self._session = runtime.InferenceSession(str(file), options, providers=list(providers))
-        except Exception as error:  # onnxruntime's own classes have no common base
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"onnxruntime cannot load {str(path)!r}: {reason}") from error
-        self.info = FileInfo.from_metadata(self._session.get_modelmeta().custom_metadata_map, file.name)
+        self._session = open_file(file, threads, providers)
+        self.info = FileInfo.from_metadata(self._session.metadata, file.name)
         self._check_fits_its_graph(file.name)
-        self._made_from = (file.resolve(), threads, tuple(providers))
+        self._tokenizer: Any = None
+        self._made_from = (file.resolve(), runtime, threads, tuple(providers))
 
     def __reduce__(self) -> Any:
         """A pickle names the file, which is opened again."""
-        path, threads, providers = self._made_from
-        return functools.partial(type(self), threads=threads, providers=providers), (path,)
+        path, runtime, threads, providers = self._made_from
+        return functools.partial(type(self), runtime=runtime, threads=threads, providers=providers), (path,)
 
     def _check_fits_its_graph(self, name: str) -> None:
         """Raises :class:`CheckpointError` where the metadata speak of other inputs or classes than the graph has."""
-        inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
-        outputs = {entry.name: entry.shape for entry in self._session.get_outputs()}
-        found = [inputs.get("pixel_values", [])[1:], *(outputs.get("logits", [])[1:])]
-        stored = [self.info.input_size, len(self.info.id2label)]
+        info, inputs, outputs = self.info, self._session.inputs, self._session.outputs
+        found = [*(inputs.get(name, [])[1:] for name in info.input_names), *outputs.get("logits", [])[1:]]
+        stored: list[Any] = [info.input_size, len(info.id2label)]
+        if info.reads_texts:
+            length = info.input_size[0] if info.batch_size else None
+            stored = [*([length] for _ in info.input_names), len(info.id2label)]
         if found != stored or "threshold" not in inputs or "exit_index" not in outputs:
             raise CheckpointError(
-                f"the metadata of {name} are damaged (input_size={stored[0]} and {stored[1]} classes, the graph has"
-                f" {found}): export the model again"
+                f"the metadata of {name} are damaged (input_size={info.input_size} and {stored[-1]} classes, the graph"
+                f" has {found}): export the model again"
             )
 
     def __call__(
         self,
-        images: ArrayLike | Sequence[ArrayLike],
+        inputs: ArrayLike | Sequence[ArrayLike] | Sequence[str] | Mapping[str, ArrayLike],
         threshold: float | Sequence[float] | NDArray[np.floating] | None = None,
     ) -> SessionOutput:
         """Answers for a batch.
 
         Args:
-            images: Normalised floats (N, C, H, W), or uint8 pixels (N, H, W, C), or a list of uint8 images (H, W, C) of
-                any size. Pixels are resized, cropped and normalised as the model expects. Arrays, or tensors of any
+            inputs: Of images normalised floats (N, C, H, W), or uint8 pixels (N, H, W, C), or a list of uint8 images
+                (H, W, C) of any size. Pixels are resized, cropped and normalised as the model expects. Of texts a list
+                of strings, or of pairs of strings, where the file has a tokenizer, which cuts those that are too long;
+                or a dict of ``input_ids`` (N, L), ``attention_mask`` and ``token_type_ids``. Arrays, or tensors of any
                 kind.
             threshold: One number for all early exits, or one per early exit; None takes the one stored in the file. As
                 an array also one number per sample, (N, 1) or (N,), or one per sample and early exit; samples of one
                 threshold run together.
 
         Raises:
-            ShapeError: Wrong number of axes, channels or pixels.
-            InputTypeError: Neither floats nor uint8.
+            ShapeError: Wrong number of axes, channels, pixels or tokens.
+            InputTypeError: Neither floats nor uint8; not texts, or tokens that the model does not know.
             ThresholdError: NaN, out of the policy's range, or of the wrong length.
-            ConfigError: uint8 images for a file without preprocessing.
-            MissingDependencyError: Images must be resized and Pillow is not installed.
+            ConfigError: uint8 images for a file without preprocessing, texts for one without tokenizer.
+            MissingDependencyError: Images must be resized and Pillow is not installed, or tokenizers for texts.
         """
-        pixel_values = self.preprocess(images)
-        count = len(pixel_values)
+        arrays = self.tokenize(inputs) if self.info.reads_texts else {"pixel_values": self.preprocess(inputs)}
+        count = len(arrays[self.info.input_names[0]])
         rows = threshold_rows(threshold, count, self.info.num_early_exits)
         if rows is None:
             shared = self._thresholds(threshold)
             if count > 0:
-                return self._run(pixel_values, shared)
+                return self._run(arrays, count, shared)
         logits, exit_index = np.zeros((count, len(self.info.id2label)), np.float32), np.zeros(count, np.int64)
         same: dict[tuple[float, ...], list[int]] = {}
         for sample, own in enumerate(rows or ()):
             same.setdefault(tuple(self._thresholds(own)), []).append(sample)
         for thresholds, samples in same.items():
-            out = self._run(pixel_values[samples], thresholds)
+            out = self._run({name: array[samples] for name, array in arrays.items()}, len(samples), thresholds)
             logits[samples], exit_index[samples] = out.logits, out.exit_index
         return SessionOutput(logits, exit_index)
 
-    def _run(self, pixel_values: NDArray[np.float32], thresholds: Sequence[float]) -> SessionOutput:
+    def _run(self, arrays: Mapping[str, NDArray[Any]], count: int, thresholds: Sequence[float]) -> SessionOutput:
         with np.errstate(over="ignore"):  # what lies above float32 is infinite, as in torch
-            feed = {"pixel_values": pixel_values, "threshold": np.asarray(thresholds, dtype=np.float32)}
-        return SessionOutput(*self._session.run(["logits", "exit_index"], feed))
+            own = np.broadcast_to(np.asarray(thresholds, np.float32), (self.info.num_early_exits,))
+        step = self.info.batch_size or count
+        parts = [
+            self._session.run({**{name: array[i : i + step] for name, array in arrays.items()}, "threshold": own})
+            for i in range(0, count, step)
+        ]
+        if len(parts) == 1:
+            return SessionOutput(*parts[0])
+        return SessionOutput(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
 
-    def preprocess(self, images: ArrayLike | Sequence[ArrayLike]) -> NDArray[np.float32]:
+    def tokenize(self, texts: Any) -> dict[str, NDArray[np.int64]]:
+        """Returns the inputs of a text model by name, (N, L); see :meth:`__call__` for what it takes and raises."""
+        if isinstance(texts, Mapping) or hasattr(texts, "keys"):
+            return text_arrays(texts, self.info)
+        if not isinstance(texts, (list, tuple)):
+            raise InputTypeError(
+                f"texts must be a list of strings, or a dict of input_ids and the rest, got {type(texts).__name__}"
+            )
+        if not texts:
+            return text_arrays({"input_ids": np.zeros((0, self.info.input_size[0]), np.int64)}, self.info)
+        if self._tokenizer is None:
+            self._tokenizer = read_tokenizer(self.info, self._made_from[0].name)
+        return text_arrays(tokenize(texts, self._tokenizer, self.info), self.info)
+
+    def preprocess(self, images: Any) -> NDArray[np.float32]:
         """Returns ``pixel_values`` (N, C, H, W); see :meth:`__call__` for what it takes and raises."""
         batch = _as_batch(images)
         if isinstance(batch, list) or batch.dtype == np.uint8:
@@ -212,33 +232,6 @@ class EarlyExitSession:
                     f" [{low:g}, {high:g}]"
                 )
         return values
-
-
-def _check_providers(providers: Any, available: Sequence[str]) -> None:
-    """Refuses wrong names, for which onnxruntime takes the processor, with a banner on stdout."""
-    listed = isinstance(providers, (list, tuple)) and len(providers) > 0
-    for entry in providers if listed else [providers]:
-        name = entry[0] if listed and isinstance(entry, tuple) and len(entry) == 2 else entry
-        if not listed or not isinstance(name, str):
-            raise ConfigError(
-                f"providers must be a list of names such as ['CPUExecutionProvider'], got {providers!r} (available:"
-                f" {', '.join(available)})"
-            )
-        if name not in available:
-            raise unknown_name("execution provider", name, available)
-
-
-@functools.cache
-def _products_overflow() -> bool:
-    """Whether 8-bit arithmetic saturates: on x86 processors with AVX2 and without VNNI (known on Linux only).
-
-    onnxruntime has an exact way, which takes longer, and does not tell by itself where it is needed.
-    """
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "avx2" in flags and "vnni" not in flags
 
 
 def _as_batch(images: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from process_memory import forget_peak, process_memory
 from torch import Tensor
 
+from erde_hub import EarlyExitWrapper
 from erde_hub.engine.streaming import route_batches
 from erde_hub.scripts.common.contestants import (
     NOBODY,
@@ -36,7 +37,7 @@ def onnx_times(subject: Subject, args: InferenceBenchmark) -> list[dict[str, Any
     """Onnxruntime with the first number of threads: batch 1, then the other batches up to 32."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            files = export_files(subject, Path(folder))
+            files = export_files(subject.model, {"pixel_values": subject.images(4)}, Path(folder))
         except Exception as error:  # noqa: BLE001 - what cannot be exported is a line of the report
             return [{"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}]
         sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -48,16 +49,17 @@ def _onnx(subject: Subject, files: Mapping[str, Path], batch: int, args: Inferen
     """One batch size. A file goes on with the whole batch as long as anybody is left in it."""
     early, x, threads = subject.model.num_exits - 1, subject.images(batch), thread_count(args.cpu_threads[0])
     runs: dict[str, Contestant] = {"torch, all the way": routed(subject, x, [NOBODY] * early)}
+    inputs = {"pixel_values": x}
     thresholds = {"all the way": [0.0] * early, "exit 0": [float("inf")] * early}
     plan = try_plan(subject.model, x, shares_of(batch, early)["even"]) if batch > 1 else None
     if plan is not None:
         thresholds["even"] = plan.thresholds
         runs["torch, even"] = routed(subject, x, plan.thresholds)
     for kind in ("float", "int8"):
-        runs[f"{kind} flat"] = onnx_contestant(files[f"{kind}_flat"], x, [0.0] * early, threads)
-        runs[f"{kind} prefix"] = onnx_contestant(files[f"{kind}_prefix"], x, [0.0] * early, threads)
+        runs[f"{kind} flat"] = onnx_contestant(files[f"{kind}_flat"], inputs, [0.0] * early, threads)
+        runs[f"{kind} prefix"] = onnx_contestant(files[f"{kind}_prefix"], inputs, [0.0] * early, threads)
         for name, values in thresholds.items():
-            runs[f"{kind}, {name}"] = onnx_contestant(files[f"{kind}_nested"], x, values, threads)
+            runs[f"{kind}, {name}"] = onnx_contestant(files[f"{kind}_nested"], inputs, values, threads)
     label = f"{subject.name}, onnxruntime, batch {batch}"
     times = take_turns(runs, args.rounds, args.min_rounds, args.seconds, label)
     return {"batch": batch, "threads": threads, **summary(times)}
@@ -125,43 +127,47 @@ def compiled_stages(subject: Subject, args: InferenceBenchmark) -> dict[str, Any
 # onnxruntime
 
 
-def export_files(subject: Subject, folder: Path) -> dict[str, Path]:
+def export_files(
+    model: EarlyExitWrapper, inputs: dict[str, Tensor], folder: Path, batch_size: int | None = None
+) -> dict[str, Path]:
     """Writes nested, flat and prefix, in float and in int8; returns the files by name."""
     import onnx  # noqa: PLC0415 - an extra
     import onnx_ir as ir  # noqa: PLC0415 - as above
 
-    from erde_hub.export import export_onnx  # noqa: PLC0415 - as above
+    from erde_hub.export import EarlyExitSession, export_onnx  # noqa: PLC0415 - as above
     from erde_hub.export.flat import flat_model  # noqa: PLC0415 - as above
     from erde_hub.export.onnx_file import DEFAULT_OPSET  # noqa: PLC0415 - as above
     from erde_hub.export.quantization import calibration_batches, quantize_flat  # noqa: PLC0415 - as above
 
-    model = subject.model
-    images = [subject.images(4)]
     files = {}
     for kind in ("float", "int8"):
         files[f"{kind}_nested"] = export_onnx(
-            model, folder / f"{kind}_nested.onnx", calibration_data=images if kind == "int8" else None
+            model,
+            folder / f"{kind}_nested.onnx",
+            batch_size=batch_size,
+            calibration_data=[inputs] if kind == "int8" else None,
         )
-        flat = flat_model(model, DEFAULT_OPSET)
+        flat = flat_model(model, DEFAULT_OPSET, batch_size)
         if kind == "int8":
-            flat = quantize_flat(flat, calibration_batches(images, tuple(model.config.input_size or ())))
+            info = EarlyExitSession(files["int8_nested"]).info
+            flat = quantize_flat(flat, calibration_batches([inputs], info))
+        names = [value.name for value in flat.graph.inputs if value.name != "threshold"]
         files[f"{kind}_flat"] = folder / f"{kind}_flat.onnx"
         ir.save(flat, files[f"{kind}_flat"])
         files[f"{kind}_prefix"] = folder / f"{kind}_prefix.onnx"
-        onnx.utils.extract_model(
-            str(files[f"{kind}_flat"]), str(files[f"{kind}_prefix"]), ["pixel_values"], ["logits_0"]
-        )
+        onnx.utils.extract_model(str(files[f"{kind}_flat"]), str(files[f"{kind}_prefix"]), names, ["logits_0"])
     return files
 
 
-def onnx_contestant(path: Path, x: Tensor, thresholds: Sequence[float], threads: int) -> Contestant:
+def onnx_contestant(path: Path, inputs: Mapping[str, Tensor], thresholds: Sequence[float], threads: int) -> Contestant:
     """One run of a file."""
     import onnxruntime  # noqa: PLC0415 - an extra
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {"pixel_values": x.numpy(), "threshold": torch.tensor(list(thresholds)).numpy()}
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    feed["threshold"] = torch.tensor(list(thresholds)).numpy()
     feed = {name: feed[name] for name in (given.name for given in session.get_inputs())}
     return lambda: session.run(None, feed)
 

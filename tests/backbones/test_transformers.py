@@ -20,12 +20,10 @@ from erde_hub.errors import (
     CheckpointError,
     ConfigError,
     ExitPointError,
-    ExportError,
     InputTypeError,
     RebuildError,
     ShapeError,
 )
-from erde_hub.export import export_onnx
 from erde_hub.preprocessing import build_image_processor
 from tests.fakes.networks import route_reference, score
 from tests.fakes.transformers_models import CLASSES, TEXT, VISION, inputs, side, text, vision, wrap
@@ -486,12 +484,6 @@ def test_eager_attention_is_remembered(tmp_path):
     model = EarlyExitWrapper(module, exits=1)
     model.save_pretrained(tmp_path)
     assert EarlyExitWrapper.from_pretrained(tmp_path).backbone.config._attn_implementation == "eager"
-
-
-def test_texts_are_not_written_as_onnx(tmp_path):
-
-    with pytest.raises(ExportError, match="BertForSequenceClassification reads texts"):
-        export_onnx(wrap("bert"), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["llama", "modernbert"])

@@ -21,8 +21,7 @@ from erde_hub.errors import (
     ShapeError,
     ThresholdError,
 )
-from erde_hub.export import EarlyExitSession, export_onnx
-from erde_hub.export import session as session_module
+from erde_hub.export import EarlyExitSession, export_onnx, runtimes
 from tests.fakes.onnx_models import images, tiny
 
 
@@ -184,6 +183,12 @@ def test_file_without_preprocessing(tmp_path):
         ("id2label", [{"x": "a"}, {str(i): "a" for i in range(11)}]),
         ("input_size", [None, [], [3, 16], [3, 16, 17], [1, 16, 16], [3, 16, -16], [3.0, 16, 16], [3, 10**9, 10**9]]),
         ("quantization", [8, "int4", True]),
+        ("input_names", [None, [], ["threshold"], ["input_ids"], "pixel_values", 3]),
+        ("batch_size", [0, 2, "1", 1.0, True]),
+        ("tokenizer", ["{}", 3]),
+        ("max_length", [8, "long"]),
+        ("vocab_size", [8]),
+        ("pad_token_id", [0]),
         ("preprocessing.mean", [None, [], [0.5], ["nan"] * 3, ["inf"] * 3, 0.5, "abc"]),
         ("preprocessing.std", [None, [0.0] * 3, [-1.0] * 3, ["nan"] * 3, [1.0]]),
         ("preprocessing.size", [None, [], [16], [10**9, 10**9], [17, 17], ["nan", 16], [-16, -16]]),
@@ -270,7 +275,7 @@ def test_providers_with_options(tiny_file):
 )
 def test_exact_products_where_they_would_saturate(monkeypatch, flags, overflows):
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags : {flags}\n")
-    assert session_module._products_overflow.__wrapped__() is overflows
+    assert runtimes._products_overflow.__wrapped__() is overflows
 
 
 def test_missing_packages(tiny_file, session, monkeypatch):
@@ -282,6 +287,10 @@ def test_missing_packages(tiny_file, session, monkeypatch):
     with pytest.raises(MissingDependencyError, match=instead):
         session(np.zeros((1, 16, 16, 3), np.uint8))  # the very size of the model
     assert session(photos((18, 18))[0][None], 0.0).exit_index.tolist() == [2]  # nothing to resize
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match="EarlyExitSession needs onnxruntime: pip install onnxruntime"):
-        EarlyExitSession(tiny_file[1])
+    for package in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for runtime in (None, "onnxruntime"):
+        with pytest.raises(MissingDependencyError, match="EarlyExitSession needs onnxruntime: pip install onnxruntime"):
+            EarlyExitSession(tiny_file[1], runtime=runtime)
+    with pytest.raises(MissingDependencyError, match="runtime='openvino' needs openvino: pip install openvino"):
+        EarlyExitSession(tiny_file[1], runtime="openvino")

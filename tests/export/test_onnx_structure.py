@@ -100,6 +100,12 @@ def test_metadata(tiny_file):
         "input_size": [3, 16, 16],
         "preprocessing": model.config.preprocessing,
         "quantization": None,
+        "input_names": ["pixel_values"],
+        "batch_size": None,
+        "max_length": None,
+        "vocab_size": None,
+        "pad_token_id": None,
+        "tokenizer": None,
     }
     info = EarlyExitSession(path).info
     assert info.id2label[3] == "class 3"
@@ -222,6 +228,9 @@ def test_bad_arguments(tiny_file, tmp_path):
     for opset in (17, 999, True, "20"):
         with pytest.raises(ConfigError, match=f"opset must be 18 to .* got {opset!r}"):
             export_onnx(model, tmp_path / "model.onnx", opset=opset)
+    for batch_size in (0, 2, True, "1"):
+        with pytest.raises(ConfigError, match=f"batch_size must be 1, or None .* got {batch_size!r}"):
+            export_onnx(model, tmp_path / "model.onnx", batch_size=batch_size)
     with pytest.raises(ConfigError, match="is a folder"):
         export_onnx(model, tmp_path)
 

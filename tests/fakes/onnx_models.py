@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import timm
 import torch
@@ -114,11 +115,12 @@ def images(model: EarlyExitWrapper, batch: int, seed: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def safe_thresholds(model: EarlyExitWrapper, x: Tensor) -> list[float]:
+def safe_thresholds(model: EarlyExitWrapper, x: Tensor | dict[str, Tensor]) -> list[float]:
     """One threshold per early exit, away from every score, that splits those who come so far as evenly as it can."""
     thresholds = []
-    alive = torch.ones(len(x), dtype=torch.bool)
-    for logits in model(x, output_all_exits=True).exit_logits[:-1]:
+    exit_logits = model(**(x if isinstance(x, dict) else {"pixel_values": x}), output_all_exits=True).exit_logits
+    alive = torch.ones(len(exit_logits[0]), dtype=torch.bool)
+    for logits in exit_logits[:-1]:
         every = model.policy.score(logits.log_softmax(-1).unsqueeze(0))
         scores = torch.cat([every.new_zeros(1), every[alive].sort().values])
         between = ((scores[1:] + scores[:-1]) / 2).tolist()
@@ -158,6 +160,41 @@ def read_in(graph):
     layers = [node for node in graph if node.op_type != "If" or "all_have_left" not in node.name]
     inner = [node for layer in layers for node in (layer, *all_inner(layer))]
     return {value.name for node in inner for value in node.inputs if value is not None}
+
+
+#: Operators that pick samples out of a batch, or run a number of times that values decide.
+_ROWS = {"NonZero", "Compress", "Scatter", "ScatterElements", "ScatterND", "Loop", "Scan", "Unique"}
+
+
+def dynamic_parts(path):
+    """What a compiler that wants fixed shapes refuses: free or unknown axes, branches that differ, picked rows."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True, data_prop=True)
+    faults = []
+
+    def shape(value):
+        dims = value.type.tensor_type.shape.dim
+        return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+
+    def check(graph, outside):
+        known = {value.name: shape(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+        weights = outside | {tensor.name for tensor in graph.initializer}
+        faults.extend(f"{name}: {dims}" for name, dims in known.items() if None in dims)
+        for node in graph.node:
+            faults.extend(f"{name}: no shape" for name in node.output if name and name not in known)
+            if node.op_type in _ROWS:
+                faults.append(f"{node.name}: {node.op_type}")
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            gathers = node.op_type == "GatherND" or (node.op_type == "Gather" and axis == 0)
+            if gathers and not weights & {*node.input}:
+                faults.append(f"{node.name}: picks rows")
+            branches = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+            if len({str([shape(value) for value in branch.output]) for branch in branches}) > 1:
+                faults.append(f"{node.name}: branches differ")
+            for branch in branches:
+                check(branch, weights)
+
+    check(model.graph, set())
+    return faults
 
 
 def all_inner(node):

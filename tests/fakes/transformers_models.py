@@ -132,6 +132,18 @@ def text(name: str) -> nn.Module:
     return _lively(transformers_model(TEXT[name][0]))
 
 
+def tiny_bert(**kwargs: Any) -> EarlyExitWrapper:
+    """Two layers, one early exit, and the words of the tests' tokenizer."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=14, max_position_embeddings=40, initializer_range=0.5, **sizes)
+    torch.manual_seed(0)
+    model = EarlyExitWrapper(
+        transformers.BertForSequenceClassification(config), exits=["bert.encoder.layer.0"], **kwargs
+    )
+    torch.nn.init.normal_(model.heads[0].fc.weight)
+    return model.eval()
+
+
 def wrap(name: str, **kwargs: Any) -> EarlyExitWrapper:
     """A wrapped model in eval mode whose exits disagree."""
     torch.manual_seed(2)
@@ -140,11 +152,21 @@ def wrap(name: str, **kwargs: Any) -> EarlyExitWrapper:
         model = EarlyExitWrapper(vision(name), **given).eval()
     else:
         model = EarlyExitWrapper(text(name), **{"exits": TEXT[name][1], **kwargs}).eval()
-    with torch.no_grad():
-        for layer in model.heads.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.copy_(torch.randn(layer.weight.shape) * 2 / layer.in_features**0.5)
+    return _disagreeing(model)
+
+
+@torch.no_grad()
+def _disagreeing(model: EarlyExitWrapper) -> EarlyExitWrapper:
+    for layer in model.heads.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.copy_(torch.randn(layer.weight.shape) * 2 / layer.in_features**0.5)
     return model
+
+
+def lively_texts(model: EarlyExitWrapper) -> EarlyExitWrapper:
+    """A wrapped model made one whose texts get different answers, and whose exits disagree."""
+    _lively(model.backbone)
+    return _disagreeing(model)
 
 
 def inputs(name: str, count: int = 8) -> dict[str, Tensor]:

@@ -132,7 +132,9 @@ def test_where_earlyon_cannot_run_the_file_says_so(monkeypatch):
 def test_onnxruntime_runs_batches_too(monkeypatch):
     seen = []
     monkeypatch.setattr(extras, "export_files", lambda *_: defaultdict(lambda: Path(__file__)))
-    monkeypatch.setattr(extras, "onnx_contestant", lambda _, x, values, threads: lambda: seen.append((len(x), values)))
+    monkeypatch.setattr(
+        extras, "onnx_contestant", lambda *given: lambda: seen.append((len(given[1]["pixel_values"]), given[2]))
+    )
     args = inference.InferenceBenchmark(batch_size=[1, 8, 64], cpu_threads=[1], rounds=1, min_rounds=1, seconds=0.1)
     monkeypatch.setattr(turns, "TURN", 0)
     with torch.no_grad():
