@@ -14,10 +14,14 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import gc
+import json
 import logging
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,3 +113,24 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture
+def golden(shared: Path) -> Callable[[str], dict[str, Any]]:
+    """Reads one file of golden vectors by name."""
+    return lambda name: json.loads((shared / "reference" / "golden" / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs a script or recipe in this process, as if from a shell in tmp_path."""
+    from accelerate.state import AcceleratorState  # noqa: PLC0415
+
+    monkeypatch.chdir(tmp_path)
+
+    def _call(recipe: ModuleType, *flags: object) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier call of the same test has set
+        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, flags)])
+        recipe.main()
+
+    return _call

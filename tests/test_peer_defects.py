@@ -22,7 +22,6 @@ from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.backbones.tracing import flop_counter
 from erde_hub.calibration import choose_threshold
 from erde_hub.errors import CheckpointError, ExportError, InputTypeError, LabelError
-from erde_hub.evaluation import ExitRecords
 from tests.fakes.networks import (
     CLASSES,
     FAMILIES,
@@ -36,6 +35,7 @@ from tests.fakes.networks import (
     spread,
     wrap,
 )
+from tests.fakes.records import records_of
 
 
 def weightless(architecture: str, **kwargs) -> nn.Module:
@@ -140,7 +140,7 @@ def test_d6_a_bound_on_the_accuracy_drop_holds_for_new_samples():
     draws, broken, saved = 40, 0, 0
     for seed in range(draws):
         logits, labels = _made_up_logits(21_000, seed)
-        seen, new = _records(logits[:, :1000], labels[:1000]), (logits[:, 1000:], labels[1000:])
+        seen, new = records_of(logits[:, :1000], labels[:1000]), (logits[:, 1000:], labels[1000:])
         choice = choose_threshold(seen, "confidence", max_accuracy_drop=0.01, confidence=0.9)
         right = (new[0].argmax(-1) == new[1]).double()
         cut = choice.threshold
@@ -160,19 +160,6 @@ def _made_up_logits(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     logits[0, torch.arange(samples), labels] += easy
     logits[1, torch.arange(samples), labels] += 1.3 * easy
     return 1.5 * logits, labels
-
-
-def _records(logits: torch.Tensor, labels: torch.Tensor) -> ExitRecords:
-    return ExitRecords(
-        logits=logits,
-        labels=labels,
-        index=torch.arange(len(labels)),
-        exit_names=["first", "classifier"],
-        cumulative_macs=[300, 1000],
-        class_names=[str(k) for k in range(10)],
-        fingerprint="f" * 32,
-        info={"split": "validation"},
-    )
 
 
 def test_d7_one_hard_sample_does_not_keep_fifteen_easy_ones():

@@ -39,6 +39,7 @@ from erde_hub.prediction_sets import (
     solve_intervals,
 )
 from tests.fakes.networks import Plain, resnet8
+from tests.fakes.records import records_of
 
 EXITS = ["stem", "trunk.a"]
 
@@ -60,11 +61,7 @@ def make_records(samples=60, exits=3, targets=2, seed=0, noise=0.5):
         features[0] + noise * (exits - 1 - e) * torch.randn(samples, 4, generator=generator) for e in range(exits)
     ]
     logits = torch.stack([f @ slope.T + 2 for f in features])
-    return ExitRecords(
-        logits, labels, torch.arange(samples), [f"exit {e}" for e in range(exits)],
-        [10 * (e + 1) for e in range(exits)], [f"target {d}" for d in range(targets)], features=features,
-        info={"split": "validation"}, problem_type="regression",
-    )  # fmt: skip
+    return records_of(logits, labels, features=features, problem_type="regression")
 
 
 def inputs_and_targets(samples=48, targets=2, seed=0, side=16):
@@ -74,7 +71,7 @@ def inputs_and_targets(samples=48, targets=2, seed=0, side=16):
     return x, y
 
 
-def records_of(model, seed=0, samples=48, side=16):
+def collected(model, seed=0, samples=48, side=16):
     """Inputs, and records whose targets every exit can tell a part of."""
     x, y = inputs_and_targets(samples, model.config.num_labels, seed, side)
     records = collect_exit_records(model, [(x[:30], y[:30]), (x[30:], y[30:])], features=True, progress=False)
@@ -245,7 +242,7 @@ def test_exits_that_contradict_each_other_let_nobody_leave():
 def fitted():
     """A model with intervals, the records they were fitted on, and a width at which every exit is taken."""
     model = make_model()
-    x, records = records_of(model)
+    x, records = collected(model)
     policy = IntervalWidthPolicy.fit(records, alpha=0.2, draws=5)
     widths = exit_scores(records, policy)
     model.set_policy(policy, [widths[0].quantile(0.4).item(), widths[1].quantile(0.5).item()])
@@ -315,7 +312,7 @@ def test_a_pipeline_gives_the_number_itself(tmp_path):
 
 def test_compiled_stages_route_alike():
     model = resnet8(2, 4, 8, ("layer1",), problem_type="regression", head="linear").eval()
-    x, records = records_of(model, samples=40, side=8)
+    x, records = collected(model, samples=40, side=8)
     policy = IntervalWidthPolicy.fit(records, alpha=0.2, draws=3)
     model.set_policy(policy, exit_scores(records, policy)[0].quantile(0.5).item())
     expected = model(x)

@@ -39,33 +39,20 @@ from erde_hub.errors import (
     UnknownArgumentError,
     UnknownNameError,
 )
-from erde_hub.evaluation import ExitRecords, collect_exit_records
+from erde_hub.evaluation import collect_exit_records
 from tests.fakes.networks import resnet8
-from tests.fakes.records import make_logits
-
-
-def golden(shared, name):
-    content = json.loads((shared / "reference" / "golden" / f"{name}.json").read_text())
-    return content["cases"], content["tolerance"]["float64_rtol"], content["tolerance"]["float64_atol"]
+from tests.fakes.records import make_logits, records_of
 
 
 def f64(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-def records_of(logits, labels, features=None, seed=0):
-    exits, samples, classes = logits.shape
-    return ExitRecords(
-        logits, labels, torch.arange(samples), [str(e) for e in range(exits)], [(e + 1) ** 2 for e in range(exits)],
-        [str(k) for k in range(classes)], features=features, info={"split": "validation"},
-    )  # fmt: skip
-
-
 @functools.lru_cache
 def make_fitted(name, exits=3, classes=4, samples=300, draws=20):
     logits, labels = make_logits(samples, exits, classes, spread=4.0)
     features = [torch.randn(samples, 5 + e) for e in range(exits)]
-    records = records_of(logits, labels, features)
+    records = records_of(logits, labels, features=features)
     cls = get_calibrator(name).cls
     if name == "laplace":
         return cls.fit(records, draws=draws, temperatures=[0.7, 1.0, 2.0], prior_variances=[0.5, 2.0]), records
@@ -75,8 +62,9 @@ def make_fitted(name, exits=3, classes=4, samples=300, draws=20):
 # Golden vectors
 
 
-def test_golden_temperature(shared):
-    (case,), rtol, atol = golden(shared, "temperature")
+def test_golden_temperature(golden):
+    data = golden("temperature")
+    (case,), rtol, atol = data["cases"], data["tolerance"]["float64_rtol"], data["tolerance"]["float64_atol"]
     logits, labels = f64(case["inputs"]["logits"]), torch.tensor(case["inputs"]["labels"])
     grid, expected = case["inputs"]["grid"], case["expected"]
     found = torch.stack([torch.stack([nlpd((z / t).log_softmax(-1), labels) for t in grid]) for z in logits])
@@ -91,9 +79,8 @@ def test_golden_temperature(shared):
         assert nlpd((z / free).log_softmax(-1), labels) <= min(expected["nlpd_per_exit"][e]) + 1e-12
 
 
-def test_golden_mie(shared):
-    cases, _, _ = golden(shared, "mie")
-    for case in cases:
+def test_golden_mie(golden):
+    for case in golden("mie")["cases"]:
         logits = f64(case["inputs"]["logits"])
         calibrator = MIECalibrator(len(logits))
         calibrator.weight = ensemble_weights(case["inputs"]["cumulative_cost"])
@@ -102,8 +89,9 @@ def test_golden_mie(shared):
         assert found.argmax(-1).tolist() == case["expected"]["mie_argmax"]
 
 
-def test_golden_laplace(shared):
-    cases, rtol, atol = golden(shared, "laplace")
+def test_golden_laplace(golden):
+    data = golden("laplace")
+    cases, rtol, atol = data["cases"], data["tolerance"]["float64_rtol"], data["tolerance"]["float64_atol"]
     factors = next(case for case in cases if case["name"] == "kronecker_factors")
     inputs, expected = factors["inputs"], factors["expected"]
     for e in range(inputs["n_exits"]):
@@ -278,7 +266,7 @@ def test_many_classes_take_little_memory():
 
 def test_mie_weighs_by_cost_and_leaves_the_temperature_alone_where_told():
     logits, labels = make_logits(100, 3, 4)
-    records = records_of(logits, labels)
+    records = records_of(logits, labels, cumulative_macs=[1, 4, 9])
     calibrator = MIECalibrator.fit(records, grid=None)
     assert calibrator.temperature.tolist() == [1, 1, 1]
     probs = logits.double().softmax(-1)
@@ -289,7 +277,7 @@ def test_mie_weighs_by_cost_and_leaves_the_temperature_alone_where_told():
 def test_laplace_without_prior_variance_is_the_softmax_and_far_features_are_flatter():
     logits, labels = make_logits(400, 2, 4)
     features = [torch.randn(400, 6), torch.randn(400, 3)]
-    records = records_of(logits, labels, features)
+    records = records_of(logits, labels, features=features)
     sure = LaplaceCalibrator.fit(records, prior_variances=[1e-12], temperatures=[1.0])
     torch.testing.assert_close(sure.calibrate(logits, features).exp(), logits.softmax(-1), rtol=1e-3, atol=1e-4)
     fitted = LaplaceCalibrator.fit(records, prior_variances=[4.0], temperatures=[1.0])
@@ -305,7 +293,7 @@ def test_laplace_without_prior_variance_is_the_softmax_and_far_features_are_flat
 def test_laplace_joint_choice_is_the_best_of_the_grid():
     logits, labels = make_logits(200, 2, 3, spread=3.0)
     features = [torch.randn(200, 4), torch.randn(200, 4)]
-    records = records_of(logits, labels, features)
+    records = records_of(logits, labels, features=features)
     grid = {"temperatures": [0.7, 1.0, 2.0], "prior_variances": [0.5, 4.0]}
     best = nlpd(LaplaceCalibrator.fit(records, **grid).calibrate(logits, features), labels)
     for temperature in grid["temperatures"]:
@@ -462,10 +450,7 @@ def test_onnx_answers_with_calibrated_logits(model, tmp_path):
 ])  # fmt: skip
 def test_arguments_of_a_fit_that_make_no_sense_are_refused(name, args, error, message):
     logits, labels = make_logits(60)
-    records = ExitRecords(
-        logits, labels, torch.arange(60), ["a", "b", "c"], [1, 2, 3], [str(k) for k in range(10)],
-        features=[torch.randn(60, 4) for _ in range(3)],
-    )  # fmt: skip
+    records = records_of(logits, labels, features=[torch.randn(60, 4) for _ in range(3)])
     with pytest.raises(error, match=message):
         get_calibrator(name).cls.fit(records, **args)
     if "training_records" in args:

@@ -31,11 +31,11 @@ from erde_hub.errors import (
     ThresholdError,
     UnknownNameError,
 )
-from erde_hub.evaluation import ExitRecords, collect_exit_records, curve_area, route_records
+from erde_hub.evaluation import collect_exit_records, curve_area, route_records
 from erde_hub.policies import EEFPPolicy, EENetPolicy, SetSizePolicy
 from erde_hub.prediction_sets import AVCSClassifier, ConformalClassifier
 from tests.fakes.networks import resnet8
-from tests.fakes.records import make_records
+from tests.fakes.records import make_records, records_of
 
 RECORDS = make_records(400)
 
@@ -63,7 +63,7 @@ def test_advice_contradicts_neither_itself_nor_the_choice():
     logits[0, :, 0], logits[1, :, 0] = 5.0, 3.0
     logits[1, :4] = torch.tensor([0.0, 3.0])  # the last exit is wrong where the first one is right
     logits[:, 100:] = logits[:, 100:].flip(-1)
-    records = ExitRecords(logits, torch.arange(200) // 100, torch.arange(200), ["a", "b"], [1, 2], ["x", "y"])
+    records = records_of(logits, torch.arange(200) // 100)
     args = {"max_accuracy_drop": 0.01, "confidence": 0.9}
     better = choose_threshold(records, candidates=[0.5], method="exact", **args)
     assert better.saving == 0.5, "gains make up for what 200 samples without a loss could not show"

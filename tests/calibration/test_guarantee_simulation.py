@@ -14,10 +14,9 @@ from erde_hub.calibration import choose_threshold
 from erde_hub.calibration.guarantees import LossTest, candidate_losses, candidate_sums
 from erde_hub.calibration.outcomes import ExitOutcomes, exit_losses
 from erde_hub.calibration.threshold_path import first_steps, step_sums, threshold_path
-from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
-from tests.fakes.records import make_logits, make_records
+from tests.fakes.records import make_logits, make_records, records_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::erde_hub.errors.RepeatedSamplesWarning")  # with replacement
 
@@ -47,14 +46,7 @@ class Population:
         return torch.randint(len(self.labels), (samples,), generator=generator)
 
     def select(self, rows):
-        return ExitRecords(
-            logits=self.logits[:, rows],
-            labels=self.labels[rows],
-            index=torch.arange(len(rows)),
-            exit_names=["a", "b", "classifier"],
-            cumulative_macs=[300, 650, 1000],
-            class_names=[str(k) for k in range(10)],
-        )
+        return records_of(self.logits[:, rows], self.labels[rows], cumulative_macs=[300, 650, 1000])
 
     def counts(self, rows):
         return torch.bincount(self.kind[rows], minlength=len(self.kinds)).double()

@@ -1,6 +1,5 @@
 """Metrics: golden numbers, torchmetrics and sklearn-like loops as independent references, edges, bad input."""
 
-import json
 import math
 
 import pytest
@@ -14,11 +13,11 @@ from erde_hub.evaluation import calibration_error, exit_metrics
 from erde_hub.evaluation.metrics import sample_metrics
 
 
-def test_golden_numbers_in_float64(shared):
-    golden = json.loads((shared / "reference" / "golden" / "metrics.json").read_text())
-    tolerance = golden["tolerance"]
-    assert {case["name"] for case in golden["cases"]} >= {"ordinary", "with_saturated"}
-    for case in golden["cases"]:
+def test_golden_numbers_in_float64(golden):
+    data = golden("metrics")
+    tolerance = data["tolerance"]
+    assert {case["name"] for case in data["cases"]} >= {"ordinary", "with_saturated"}
+    for case in data["cases"]:
         logits = torch.tensor(case["inputs"]["logits"], dtype=torch.float64)
         labels = torch.tensor(case["inputs"]["labels"])
         found = exit_metrics(logits, labels)
@@ -37,9 +36,9 @@ def test_golden_numbers_in_float64(shared):
         assert confidence == pytest.approx(expected["mean_confidence"], rel=1e-9)
 
 
-def test_float32_logits_are_good_to_float32(shared):
-    golden = json.loads((shared / "reference" / "golden" / "metrics.json").read_text())
-    case = next(case for case in golden["cases"] if case["name"] == "with_saturated")
+def test_float32_logits_are_good_to_float32(golden):
+    data = golden("metrics")
+    case = next(case for case in data["cases"] if case["name"] == "with_saturated")
     found = exit_metrics(torch.tensor(case["inputs"]["logits"]), torch.tensor(case["inputs"]["labels"]))
     assert found["nll"] == pytest.approx(case["expected"]["nlpd"], rel=1e-4)
     assert found["ece"] == pytest.approx(case["expected"]["ece15_right_closed"], rel=1e-4)

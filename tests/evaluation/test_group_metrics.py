@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from erde_hub.errors import InputTypeError, ShapeError
-from erde_hub.evaluation import ExitRecords, group_accuracies, group_metrics
+from erde_hub.evaluation import group_accuracies, group_metrics
+from tests.fakes.records import records_of
 
 
 def test_by_hand():
@@ -21,14 +22,7 @@ def test_metrics_of_records():
     right = torch.nn.functional.one_hot(labels, 2).float()
     logits = torch.stack([right, right.flip(-1)])
     logits[1, 0] = right[0]
-    records = ExitRecords(
-        logits=logits,
-        labels=labels,
-        index=torch.arange(4),
-        exit_names=["early", "classifier"],
-        cumulative_macs=[1, 2],
-        class_names=["no", "yes"],
-    )
+    records = records_of(logits, labels, exit_names=["early", "classifier"])
     early, last = group_metrics(records, torch.tensor([0, 0, 1, 1]), ["a", "b", "empty"])
     assert early == {
         "exit": "early", "accuracy": 1.0, "groups": {"a": 1.0, "b": 1.0}, "worst_group": 1.0, "mean_of_groups": 1.0,

@@ -22,7 +22,6 @@ from erde_hub.errors import (
     UnknownNameError,
 )
 from erde_hub.evaluation import (
-    ExitRecords,
     accuracy_at_cost,
     area_difference,
     aurc,
@@ -39,6 +38,7 @@ from erde_hub.evaluation import (
 )
 from erde_hub.evaluation.diagnostics import plot_contact_sheet, plot_fractions, plot_reliability, plot_scores
 from erde_hub.evaluation.ranking import mean_of_defined
+from tests.fakes.records import records_of
 
 
 def make_records(samples=400, exits=3, classes=6, seed=0, harder=0.0):
@@ -50,11 +50,9 @@ def make_records(samples=400, exits=3, classes=6, seed=0, harder=0.0):
         z = common + (2.0 - 0.5 * e) * torch.randn(samples, classes, generator=generator)
         z[torch.arange(samples), labels] += 1.5 + 2.5 * e - harder
         logits.append(1.5 * z)
-    return ExitRecords(
-        torch.stack(logits), labels, torch.arange(samples), [*[f"layer{e}" for e in range(exits - 1)], "classifier"],
-        [100 * (e + 1) for e in range(exits)], [str(k) for k in range(classes)], fingerprint="a" * 32,
-        info={"split": "validation"},
-    )  # fmt: skip
+    names = [*(f"layer{e}" for e in range(exits - 1)), "classifier"]
+    macs = [100 * (e + 1) for e in range(exits)]
+    return records_of(torch.stack(logits), labels, exit_names=names, cumulative_macs=macs, fingerprint="a" * 32)
 
 
 def test_aurc_is_the_mean_over_orders_of_ties():
@@ -95,9 +93,9 @@ def test_rows_hold_the_new_metrics():
     assert "aurc" in sweep_thresholds(records, [0.5])[0]
 
 
-def test_golden_metrics(shared):
-    golden = json.loads((shared / "reference" / "golden" / "metrics.json").read_text())
-    for case in golden["cases"]:
+def test_golden_metrics(golden):
+    data = golden("metrics")
+    for case in data["cases"]:
         logits = torch.tensor(case["inputs"]["logits"], dtype=torch.float64)
         labels, expected = torch.tensor(case["inputs"]["labels"]), case["expected"]
         found = exit_metrics(logits, labels)

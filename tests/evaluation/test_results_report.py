@@ -15,7 +15,6 @@ import torch
 import erde_hub
 from erde_hub.errors import CheckpointWriteError, RecordsError, ResultsError
 from erde_hub.evaluation import (
-    ExitRecords,
     build_results,
     describe_data,
     describe_model,
@@ -26,6 +25,7 @@ from erde_hub.evaluation import (
     validate_results,
 )
 from erde_hub.prediction_sets import ConformalClassifier
+from tests.fakes.records import records_of
 
 
 def make_records(exits=3, seed=0, info=None):
@@ -33,16 +33,12 @@ def make_records(exits=3, seed=0, info=None):
     labels = torch.randint(10, (60,), generator=generator)
     logits = 2 * torch.randn(exits, 60, 10, generator=generator)
     logits[:, torch.arange(60), labels] += 2 * torch.arange(1, exits + 1)[:, None]
-    return ExitRecords(
-        logits=logits,
-        labels=labels,
-        index=torch.arange(60),
-        exit_names=[*(f"layer{e + 1}" for e in range(exits - 1)), "classifier"],
-        cumulative_macs=[1_000_000 * (e + 1) for e in range(exits)],
-        class_names=[str(k) for k in range(10)],
-        fingerprint="f00d",
-        info=info or {},
-    )
+    names = [*(f"layer{e + 1}" for e in range(exits - 1)), "classifier"]
+    macs = [1_000_000 * (e + 1) for e in range(exits)]
+    return records_of(
+        logits, labels, exit_names=names, cumulative_macs=macs, class_names=[str(k) for k in range(10)],
+        fingerprint="f00d", info=info or {},
+    )  # fmt: skip
 
 
 def make_model(threshold=0.4, exits=("layer1", "layer2"), policy="entropy"):

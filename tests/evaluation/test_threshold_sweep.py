@@ -19,7 +19,6 @@ from erde_hub.errors import (
     UnknownNameError,
 )
 from erde_hub.evaluation import (
-    ExitRecords,
     accuracy_at_cost,
     default_thresholds,
     exit_metrics,
@@ -33,6 +32,7 @@ from erde_hub.evaluation import (
 )
 from erde_hub.policies import ExitPolicy, create_policy, list_policies
 from tests.fakes.policies import PLAIN, make_policy
+from tests.fakes.records import records_of
 
 
 def make_records(seed=0, exits=3, samples=40, classes=7, scale=2.0, sharper=1.0):
@@ -40,14 +40,7 @@ def make_records(seed=0, exits=3, samples=40, classes=7, scale=2.0, sharper=1.0)
     labels = torch.randint(classes, (samples,), generator=generator)
     logits = scale * torch.randn(exits, samples, classes, generator=generator)
     logits[:, torch.arange(samples), labels] += sharper * torch.arange(1, exits + 1)[:, None]
-    return ExitRecords(
-        logits=logits,
-        labels=labels,
-        index=torch.arange(samples),
-        exit_names=[f"stage{e}" for e in range(exits - 1)] + ["classifier"],
-        cumulative_macs=[1000 * (e + 1) ** 2 for e in range(exits)],
-        class_names=[str(k) for k in range(classes)],
-    )
+    return records_of(logits, labels, cumulative_macs=[1000 * (e + 1) ** 2 for e in range(exits)])
 
 
 def slow_route(records, name, thresholds):
@@ -128,23 +121,17 @@ def test_rows_of_a_sweep_are_metrics_of_the_routed_logits(case):
     json.dumps(row, allow_nan=False)
 
 
-def test_golden_threshold_policies(shared):
-    golden = json.loads((shared / "reference" / "golden" / "exit_policy.json").read_text())
-    case = next(case for case in golden["cases"] if case["name"] == "threshold_policies")
+def test_golden_threshold_policies(golden):
+    data = golden("exit_policy")
+    case = next(case for case in data["cases"] if case["name"] == "threshold_policies")
     logits = torch.tensor(case["inputs"]["logits"], dtype=torch.float64)
     costs = case["inputs"]["cumulative_cost"]
     exits, samples, classes = logits.shape
-    records = ExitRecords(
-        logits=logits,
-        labels=torch.zeros(samples, dtype=torch.int64),
-        index=torch.arange(samples),
-        exit_names=[str(e) for e in range(exits)],
-        cumulative_macs=[round(100 * cost) for cost in costs],
-        class_names=[str(k) for k in range(classes)],
-    )
+    labels = torch.zeros(samples, dtype=torch.int64)
+    records = records_of(logits, labels, cumulative_macs=[round(100 * cost) for cost in costs])
     names = {"entropy": "entropy", "max_prob": "confidence", "margin": "margin", "normalised_confidence": "entropy"}
     scores = case["expected"]["scores"]
-    tolerance = golden["tolerance"]
+    tolerance = data["tolerance"]
     for key in ("entropy", "max_prob", "margin"):
         expected = torch.tensor(scores[key], dtype=torch.float64)
         policy = create_policy(names[key])
@@ -172,7 +159,7 @@ def test_golden_threshold_policies(shared):
 
 def test_rules_at_equality():
     logits = torch.tensor([[[0.0, 0.0]], [[3.0, 0.0]]])  # entropy log 2, confidence 0.5, margin 0 at exit 0
-    records = ExitRecords(logits, torch.tensor([0]), torch.tensor([0]), ["a", "b"], [1, 2], ["x", "y"])
+    records = records_of(logits, torch.tensor([0]))
     entropy = exit_scores(records, "entropy").item()
     assert route_records(records, "entropy", entropy)[0].tolist() == [1]  # strictly below
     assert route_records(records, "entropy", entropy + 1e-6)[0].tolist() == [0]
@@ -279,7 +266,7 @@ def test_fine_thresholds_of_other_policies():
 def test_saturated_scores_still_have_both_ends():
     logits = torch.zeros(2, 6, 3)
     logits[0, :, 0] = 1000.0  # entropy exactly 0, confidence exactly 1
-    records = ExitRecords(logits, torch.zeros(6).long(), torch.arange(6), ["a", "classifier"], [1, 2], ["x", "y", "z"])
+    records = records_of(logits, torch.zeros(6).long())
     for name in ("entropy", "confidence", "margin"):
         shares = {tuple(row["exit_share"]) for row in sweep_thresholds(records, fine_thresholds(records, name), name)}
         assert shares == {(1, 0), (0, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -171,6 +172,7 @@ def group(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # each training ends with a collection of garbage
     mode, target = sys.argv[1], Path(sys.argv[2])
     if mode == "train":
         train(target, [Report()])

@@ -10,21 +10,26 @@ from torch import nn
 from erde_hub.evaluation import ExitRecords
 from erde_hub.scripts.common.patterns import make_logits
 
-__all__ = ["FakeExits", "batches", "make_logits", "make_records"]
+__all__ = ["FakeExits", "batches", "make_logits", "make_records", "records_of"]
+
+
+def records_of(logits, labels, **changes):
+    """Records of a validation split with these logits (E, N, C); names and costs that are not given are made up."""
+    exits, samples, classes = logits.shape
+    values = {
+        "index": torch.arange(samples),
+        "exit_names": [*(f"stage{e}" for e in range(exits - 1)), "classifier"],
+        "cumulative_macs": [1000 * (e + 1) for e in range(exits)],
+        "class_names": [f"c{k}" for k in range(classes)],
+        "info": {"split": "validation"},
+    }
+    return ExitRecords(logits, labels, **{**values, **changes})
 
 
 def make_records(samples=400, exits=3, classes=10, seed=0, **info):
     logits, labels = make_logits(samples, exits, classes, seed)
-    return ExitRecords(
-        logits=logits,
-        labels=labels,
-        index=torch.arange(samples),
-        exit_names=[f"stage{e}" for e in range(exits - 1)] + ["classifier"],
-        cumulative_macs=[1000 * (e + 2) for e in range(exits)],
-        class_names=[f"c{k}" for k in range(classes)],
-        fingerprint="f" * 32,
-        info={"split": "validation", **info},
-    )
+    macs = [1000 * (e + 2) for e in range(exits)]
+    return records_of(logits, labels, cumulative_macs=macs, fingerprint="f" * 32, info={"split": "validation", **info})
 
 
 class FakeExits(nn.Module):

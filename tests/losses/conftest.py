@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-
-@pytest.fixture
-def golden(shared: Path) -> Callable[[str], dict[str, Any]]:
-    """Reads one file of golden vectors by name."""
-
-    def read(name: str) -> dict[str, Any]:
-        return json.loads((shared / "reference" / "golden" / f"{name}.json").read_text())
-
-    return read
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, InputTypeError, ShapeError, ThresholdError
-from erde_hub.evaluation import ExitRecords, collect_exit_records, exit_metrics, route_records
+from erde_hub.evaluation import collect_exit_records, exit_metrics, route_records
 from erde_hub.evaluation.ranking import auroc, eefp, mean_of_defined
 from erde_hub.policies import EEFPPolicy, EENetPolicy, create_policy
 from erde_hub.policies.eefp import (
@@ -27,18 +26,14 @@ from erde_hub.policies.eefp import (
 from erde_hub.policies.eenet import _end, _Scheduler, fraction_thresholds, head_inputs
 from erde_hub.policies.recorded import exit_indices, score_exits
 from tests.fakes.networks import resnet8
-
-
-def golden(shared, name):
-    content = json.loads((shared / "reference" / "golden" / f"{name}.json").read_text())
-    return {case["name"]: case for case in content["cases"]}
+from tests.fakes.records import records_of
 
 
 def f64(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-def records_of(samples=600, exits=3, classes=4, seed=0):
+def make_records(samples=600, exits=3, classes=4, seed=0):
     """The first exit is sure and wrong about class 0; the others are right about most samples, whatever they say."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (samples,), generator=generator)
@@ -48,14 +43,11 @@ def records_of(samples=600, exits=3, classes=4, seed=0):
     logits[0, torch.arange(samples), answer] += torch.where(answer == 1, 6.0, 3.0)
     for e in range(1, exits):
         logits[e, torch.arange(samples), labels] += 3.0 + e
-    return ExitRecords(
-        logits, labels, torch.arange(samples), [str(e) for e in range(exits)], [100 * (e + 1) for e in range(exits)],
-        [str(k) for k in range(classes)], info={"split": "validation"},
-    )  # fmt: skip
+    return records_of(logits, labels, cumulative_macs=[100 * (e + 1) for e in range(exits)])
 
 
-def test_golden_eefp(shared):
-    for case in golden(shared, "eefp").values():
+def test_golden_eefp(golden):
+    for case in golden("eefp")["cases"]:
         logits, labels = f64(case["inputs"]["logits"]), torch.tensor(case["inputs"]["labels"])
         expected = case["expected"]
         correct = logits.argmax(-1) == labels
@@ -111,7 +103,7 @@ def test_platt_turns_gates_into_honest_odds():
 
 
 def test_folds_are_even_and_a_gate_has_not_seen_what_it_scores():
-    records = records_of(103)
+    records = make_records(103)
     target = should_exit(records.logits.argmax(-1) == records.labels)[0]
     fold = _folds(target, 5, torch.Generator().manual_seed(0))
     for part in (fold, fold[target], fold[~target]):
@@ -132,7 +124,7 @@ def test_folds_are_even_and_a_gate_has_not_seen_what_it_scores():
 def test_cross_fitted_scores_do_not_flatter():
     seen, unseen = [], []
     for seed in range(8):
-        records = records_of(60, seed=seed)
+        records = make_records(60, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(60, generator=generator)  # labels that have nothing to do with the logits
         noise = dataclasses.replace(records, labels=records.labels[order])
@@ -145,15 +137,15 @@ def test_cross_fitted_scores_do_not_flatter():
     assert policy.cross_fitted_scores.shape == (2, 60)
     assert policy.fitted_weight_decay == 1e-4
     assert EEFPPolicy.fit(noise).fitted_weight_decay == WEIGHT_DECAYS[0], "nothing to learn"
-    large = EEFPPolicy.fit(records_of(3000))
+    large = EEFPPolicy.fit(make_records(3000))
     assert large.fitted_weight_decay <= 0.1, "much to learn"
-    again = EEFPPolicy.fit(records_of(3000))
+    again = EEFPPolicy.fit(make_records(3000))
     assert torch.equal(large.cross_fitted_scores, again.cross_fitted_scores)
     assert EEFPPolicy(3).cross_fitted_scores.shape == (2, 0)
 
 
 def test_one_threshold_means_the_same_at_every_exit():
-    records, fresh = records_of(2000), records_of(4000, seed=1)
+    records, fresh = make_records(2000), make_records(4000, seed=1)
     policy = EEFPPolicy.fit(records)
     targets = should_exit(fresh.logits.argmax(-1) == fresh.labels).double()
     for e, score in enumerate(score_exits(fresh.logits, policy)):
@@ -165,7 +157,7 @@ def test_one_threshold_means_the_same_at_every_exit():
 
 @pytest.mark.parametrize("weight_decay", [None, 100.0])
 def test_the_gates_that_are_kept_score_like_those_that_had_not_seen_the_samples(weight_decay):
-    records = records_of(2000)
+    records = make_records(2000)
     policy = EEFPPolicy.fit(records, weight_decay)
     kept = score_exits(records.logits, policy)
     assert (kept - policy.cross_fitted_scores).abs().mean(1).max() < 0.01
@@ -173,7 +165,7 @@ def test_the_gates_that_are_kept_score_like_those_that_had_not_seen_the_samples(
 
 @pytest.mark.parametrize("wrong", [0, 1, 20])
 def test_few_samples_and_exits_that_are_always_right(wrong):
-    records = records_of(20, classes=4)
+    records = make_records(20, classes=4)
     logits = 0.3 * records.logits
     logits[:, torch.arange(20), records.labels] += 4.0
     logits[0, torch.arange(wrong), (records.labels[:wrong] + 1) % 4] += 9.0
@@ -199,7 +191,7 @@ def test_gate_features_by_hand():
 
 
 def test_a_fitted_gate_sees_what_confidence_does_not():
-    records, fresh = records_of(), records_of(seed=1)
+    records, fresh = make_records(), make_records(seed=1)
     policy = EEFPPolicy.fit(records)
     targets = should_exit(fresh.logits.argmax(-1) == fresh.labels)
     log_probs = fresh.logits.log_softmax(-1)
@@ -213,8 +205,8 @@ def test_a_fitted_gate_sees_what_confidence_does_not():
     assert auroc(policy.score(log_probs[:1]), targets[0]) > auroc(log_probs[0].amax(-1), targets[0]) + 0.05
 
 
-def test_golden_eenet(shared):
-    cases = golden(shared, "eenet")
+def test_golden_eenet(golden):
+    cases = {case["name"]: case for case in golden("eenet")["cases"]}
     for name in ("three_exits", "two_classes"):
         inputs, expected = cases[name]["inputs"], cases[name]["expected"]
         exits = inputs["n_exits"]
@@ -261,8 +253,8 @@ def test_golden_eenet(shared):
             assert torch.bincount(taken, minlength=len(found)).tolist() == case["expected"]["exit_counts"]
 
 
-def test_golden_budget_thresholds(shared):
-    for case in golden(shared, "exit_policy").values():
+def test_golden_budget_thresholds(golden):
+    for case in golden("exit_policy")["cases"]:
         for budget in case["expected"].get("budgets", []):
             scores = f64(case["inputs"]["val_logits"]).softmax(-1).amax(-1).T
             found = fraction_thresholds(scores, budget["exit_fractions"])
@@ -281,7 +273,7 @@ def test_golden_budget_thresholds(shared):
 
 
 def test_eenet_keeps_its_budget_about():
-    records = records_of(800)
+    records = make_records(800)
     for budget in (150.0, 240.0):
         policy = EENetPolicy.fit(records, budget, epochs=20, restarts=1)
         index, logits = route_records(records, policy, policy.fitted_thresholds)
@@ -304,7 +296,7 @@ def test_eenet_keeps_its_budget_about():
 
 
 def test_several_starts_are_trained_side_by_side():
-    records = records_of(200)
+    records = make_records(200)
     inputs = head_inputs(records.logits.softmax(-1))
     right = (records.logits.argmax(-1) == records.labels).float()
     terms = (right, torch.tensor([1.0, 2.0, 3.0]), 2.0, 1.0, 1e-3, 1.0)
@@ -335,7 +327,7 @@ def test_the_best_start_is_kept(monkeypatch):
     for best in range(3):
         ends = iter([((float(start != best), 0.0), [0.1 * start, 0.5]) for start in range(3)])
         monkeypatch.setattr("erde_hub.policies.eenet._end", lambda *given, ends=ends: next(ends))
-        found.append(EENetPolicy.fit(records_of(100), epochs=1))
+        found.append(EENetPolicy.fit(make_records(100), epochs=1))
         assert found[-1].fitted_thresholds == [0.1 * best, 0.5]
     assert len({float(policy.q_prob.sum()) for policy in found}) == 3
     assert len({float(policy.q_extra.sum()) for policy in found}) == 3
@@ -376,7 +368,7 @@ def test_misuse():
         EENetPolicy(3, 4).score(torch.zeros(1, 2, 5).log_softmax(-1))
     with pytest.raises(ConfigError, match="num_exits must be an integer of at least 2, got 1"):
         create_policy("eefp", num_exits=1)
-    records = records_of(30)
+    records = make_records(30)
     for options, message in (
         ({"folds": 1}, "folds must be at least 2, got 1"),
         ({"folds": 31}, "folds must be at most the number of samples, 30, got 31"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
 
@@ -301,12 +300,12 @@ def test_the_constant_ones():
 # Golden vectors
 
 
-def test_golden_threshold_policies(shared):
-    golden = json.loads((shared / "reference" / "golden" / "exit_policy.json").read_text())
-    case = next(c for c in golden["cases"] if c["name"] == "threshold_policies")
+def test_golden_threshold_policies(golden):
+    data = golden("exit_policy")
+    case = next(c for c in data["cases"] if c["name"] == "threshold_policies")
     logits = torch.tensor(case["inputs"]["logits"], dtype=torch.float64)
     cost = torch.tensor(case["inputs"]["cumulative_cost"], dtype=torch.float64)
-    rtol, atol = golden["tolerance"]["float64_rtol"], golden["tolerance"]["float64_atol"]
+    rtol, atol = data["tolerance"]["float64_rtol"], data["tolerance"]["float64_atol"]
     names = {"entropy": "entropy", "max_prob": "confidence", "margin": "margin"}
     log_probs = logits.log_softmax(-1)
     for golden_name, name in names.items():
@@ -331,10 +330,10 @@ def test_golden_threshold_policies(shared):
     assert checked == 6
 
 
-def test_golden_budget_thresholds_route_as_recorded(shared):
-    golden = json.loads((shared / "reference" / "golden" / "exit_policy.json").read_text())
+def test_golden_budget_thresholds_route_as_recorded(golden):
+    data = golden("exit_policy")
     policy = create_policy("confidence")
-    for case in golden["cases"]:
+    for case in data["cases"]:
         if "test_logits" not in case["inputs"]:
             continue
         log_probs = torch.tensor(case["inputs"]["test_logits"], dtype=torch.float64).log_softmax(-1)

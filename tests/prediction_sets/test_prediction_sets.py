@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from erde_hub.errors import ConfigError, DataError, ShapeError, UnknownNameError
-from erde_hub.evaluation import ExitRecords
 from erde_hub.policies import SetSizePolicy
 from erde_hub.prediction_sets import (
     AVCSClassifier,
@@ -30,10 +28,7 @@ from erde_hub.prediction_sets import (
     set_metrics,
     solve_intervals,
 )
-
-
-def golden(shared, name):
-    return json.loads((shared / "reference" / "golden" / f"{name}.json").read_text())["cases"]
+from tests.fakes.records import records_of
 
 
 def f64(value):
@@ -50,14 +45,11 @@ def make_records(samples=800, exits=3, classes=6, seed=0):
     logits = torch.randn(exits, samples, classes, generator=generator)
     for e in range(exits):
         logits[e, torch.arange(samples), labels] += 2.0 + e
-    return ExitRecords(
-        1.5 * logits, labels, torch.arange(samples), [str(e) for e in range(exits)], [e + 1 for e in range(exits)],
-        [str(k) for k in range(classes)], info={"split": "validation"},
-    )  # fmt: skip
+    return records_of(1.5 * logits, labels)
 
 
-def test_golden_avcs_classification(shared):
-    cases = [c for c in golden(shared, "avcs_classification") if c["name"] != "threshold_search"]
+def test_golden_avcs_classification(golden):
+    cases = [c for c in golden("avcs_classification")["cases"] if c["name"] != "threshold_search"]
     assert len(cases) == 7
     for case in cases:
         inputs, expected = case["inputs"], case["expected"]
@@ -82,8 +74,8 @@ def test_golden_avcs_classification(shared):
         assert torch.equal(classifier.sets(logits, draws), nested)
 
 
-def test_golden_threshold_search(shared):
-    case = next(c for c in golden(shared, "avcs_classification") if c["name"] == "threshold_search")
+def test_golden_threshold_search(golden):
+    case = next(c for c in golden("avcs_classification")["cases"] if c["name"] == "threshold_search")
     inputs, expected = case["inputs"], case["expected"]
     logits, labels = f64(inputs["logits"]), torch.tensor(inputs["labels"])
 
@@ -109,8 +101,8 @@ def test_golden_threshold_search(shared):
     assert metrics.size == pytest.approx(expected["mean_size"])
 
 
-def test_golden_avcs_regression(shared):
-    for case in golden(shared, "avcs_regression"):
+def test_golden_avcs_regression(golden):
+    for case in golden("avcs_regression")["cases"]:
         inputs, expected = case["inputs"], case["expected"]
         exits = inputs["n_exits"]
         fits = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 from benchmarks import calibration
@@ -11,15 +10,14 @@ from benchmarks import calibration
 from erde_hub.errors import ConfigError, UnknownNameError
 
 
-def test_both_parts_are_measured_and_kept(tmp_path, capsys, monkeypatch):
+def test_both_parts_are_measured_and_kept(tmp_path, capsys, call):
     file = tmp_path / "b.json"
     small = ["--samples", "60", "--exits", "2", "--classes", "3", "--width", "4", "--output", str(file)]
     for flags in (
         ["--parts", "laplace", "--batch_size", "2", "--draws", "2", "--rounds", "1"],
         ["--parts", "functions"],
     ):
-        monkeypatch.setattr(sys, "argv", ["calibration.py", *small, *flags])
-        calibration.main()
+        call(calibration, *small, *flags)
     results = json.loads(file.read_text())
     assert [row["classes"] for row in results["laplace"]] == [10, 3]
     assert all(row["share"] == row["calibrator_seconds"] / row["forward_seconds"] for row in results["laplace"])

@@ -61,11 +61,10 @@ def test_it_measures_and_writes_what_it_found(measured):
         assert picture.size == (1280, 1240)
 
 
-def test_one_checkpoint_is_measured_next_to_the_ideal(tmp_path, monkeypatch, capsys):
+def test_one_checkpoint_is_measured_next_to_the_ideal(tmp_path, call, capsys):
     output = tmp_path / "new" / "b.json"
     small = [*SMALL[:-2], "--batch_size", "1", "8", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *small])
-    benchmark.main()
+    call(benchmark, *small)
     results = json.loads(output.read_text())
     single, several = results["settings"]
     assert {"bare", "never", "exit 0 by hand", "static 1"} <= set(single["seconds"])
@@ -187,11 +186,10 @@ def test_a_picture_of_nothing_is_refused(tmp_path):
         draw_saving(results, str(tmp_path / "x.png"))
 
 
-def test_memory_is_measured_apart(capsys, monkeypatch):
+def test_memory_is_measured_apart(capsys, call):
     if not inference.Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is measured on Linux only")
-    monkeypatch.setattr(sys, "argv", ["inference.py", *SMALL, "--batch_size", "8", "--only_memory"])
-    inference.main()
+    call(inference, *SMALL, "--batch_size", "8", "--only_memory")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["batch"] == 8
     assert set(found["mib"]) == {"bare", "routed"}
@@ -206,19 +204,17 @@ def test_memory_is_measured_apart(capsys, monkeypatch):
         (["--seconds", "0"], "seconds above 0"),
     ],
 )
-def test_bad_input_is_refused(script, argv, says, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--model", "test_resnet", *argv])
+def test_bad_input_is_refused(script, argv, says, call):
     with pytest.raises(ConfigError, match=says):
-        script.main()
+        call(script, "--model", "test_resnet", *argv)
 
 
-def test_networks_measured_before_stay_in_the_file(measured, tmp_path, monkeypatch):
+def test_networks_measured_before_stay_in_the_file(call, measured, tmp_path, monkeypatch):
     folder, results = measured
     output = tmp_path / "b.json"
     output.write_text((folder / "new" / "b.json").read_text())
     monkeypatch.setattr(inference, "_measure", lambda subject, name, args: {"settings": []})
-    monkeypatch.setattr(sys, "argv", ["inference.py", "--model", "test_vit", "--exits", "2", "--output", str(output)])
-    inference.main()
+    call(inference, "--model", "test_vit", "--exits", "2", "--output", str(output))
     both = json.loads(output.read_text())["networks"]
     assert both == {**results["networks"], "test_vit": {"settings": []}}
     output.write_text(output.read_text().replace('"cores": ', '"cores": 9'))

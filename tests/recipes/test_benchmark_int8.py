@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import timm
@@ -16,15 +15,13 @@ from erde_hub.errors import ConfigError
 
 
 @pytest.mark.slow
-def test_both_files_answer_the_same_images(tmp_path, monkeypatch):
+def test_both_files_answer_the_same_images(tmp_path, call):
     backbone = timm.create_model("resnet8_cifar", width=8, num_classes=10)
     model = EarlyExitWrapper(backbone, exits=["layer1"], threshold=2.3, backbone_kwargs={"width": 8})
     model.eval().save_pretrained(tmp_path / "model")
     output = tmp_path / "new" / "int8.json"
     flags = ["--calibration_samples", "32", "--max_eval_samples", "40", "--timed_images", "2", "--rounds", "2"]
-    argv = ["int8.py", "--model", str(tmp_path / "model"), *flags, "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", argv)
-    int8.main()
+    call(int8, "--model", tmp_path / "model", *flags, "--output", output)
     results = json.loads(output.read_text())
     entry = results["models"]["model"]
     never, stored = entry["rows"]
@@ -39,7 +36,6 @@ def test_both_files_answer_the_same_images(tmp_path, monkeypatch):
     assert str(tmp_path) not in output.read_text()
 
 
-def test_numbers_are_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["int8.py", "--model", str(tmp_path), "--rounds", "0"])
+def test_numbers_are_checked(tmp_path, call):
     with pytest.raises(ConfigError, match="rounds must be at least 1, got 0"):
-        int8.main()
+        call(int8, "--model", str(tmp_path), "--rounds", "0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,10 @@ def test_passing_and_lasting_memory_are_told_apart():
 
 @linux
 @pytest.mark.slow
-def test_a_checkpoint_is_loaded_within_its_own_size(tmp_path, monkeypatch):
+def test_a_checkpoint_is_loaded_within_its_own_size(call, tmp_path, monkeypatch):
     output = tmp_path / "new" / "loading.json"
     flags = ["--rounds", "1", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["loading.py", "--model", "resnet18", *flags])
-    loading.main()
+    call(loading, "--model", "resnet18", *flags)
     results = json.loads(output.read_text())
     assert list(results["networks"]) == ["resnet18"]
     found = results["networks"]["resnet18"]
@@ -44,8 +42,7 @@ def test_a_checkpoint_is_loaded_within_its_own_size(tmp_path, monkeypatch):
     assert "`resnet18`" in loading_table(results)
     monkeypatch.setattr(loading, "_network", lambda name, rounds: {**found, "ratio": rounds})
     for rounds, kept in ((1, ["resnet18", "a"]), (2, ["a"])):  # numbers of other settings are not mixed in
-        monkeypatch.setattr(sys, "argv", ["loading.py", "--model", "a", "--rounds", str(rounds), *flags[2:]])
-        loading.main()
+        call(loading, "--model", "a", "--rounds", str(rounds), *flags[2:])
         assert list(json.loads(output.read_text())["networks"]) == kept
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import make_tables
 import pytest
@@ -15,9 +14,8 @@ from erde_hub.losses import get_loss, list_additions, list_losses
 TINY = ["--widths", "4", "--batch_size", "4", "--rounds", "2", "--repeats", "1"]
 
 
-def test_every_loss_is_timed_beside_a_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["losses.py", *TINY, "--output", str(tmp_path / "b.json")])
-    benchmark.main()
+def test_every_loss_is_timed_beside_a_step(tmp_path, call, capsys):
+    call(benchmark, *TINY, "--output", str(tmp_path / "b.json"))
     results = json.loads((tmp_path / "b.json").read_text())
     (student,) = results["students"]
     assert [row["loss"] for row in student["losses"]] == list_losses()
@@ -41,10 +39,9 @@ def test_shares_are_medians_of_rounds(monkeypatch):
     ("flags", "message"),
     [(["--losses", "kdd"], "unknown loss 'kdd'; did you mean 'kd'"), (["--rounds", "0"], "rounds must be at least 1")],
 )
-def test_what_it_refuses(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["losses.py", *flags])
+def test_what_it_refuses(call, flags, message):
     with pytest.raises(ConfigError, match=message):
-        benchmark.main()
+        call(benchmark, *flags)
 
 
 def test_the_page_lists_every_loss_with_its_formula():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_both_loops_are_timed_in_turns_and_the_numbers_written(tmp_path, monkeypatch, capsys):
+def test_both_loops_are_timed_in_turns_and_the_numbers_written(call, tmp_path, monkeypatch, capsys):
     sides = []
     monkeypatch.setattr(training, "_in_a_process_of_its_own", lambda argv, side: sides.append(side) or 100.0)
-    monkeypatch.setattr(sys, "argv", ["training.py", *SMALL, "--output", str(tmp_path / "new" / "b.json")])
-    training.main()
+    call(training, *SMALL, "--output", str(tmp_path / "new" / "b.json"))
     results = json.loads((tmp_path / "new" / "b.json").read_text())
     assert sides == ["by_hand", "distiller"]
     assert results["dataset"] == "digits"
@@ -45,11 +43,10 @@ def test_ratios_are_those_of_the_rounds():
 
 
 @pytest.mark.parametrize("side", ["distiller", "by_hand"])
-def test_one_side_alone_prints_what_it_needs(side, capsys, monkeypatch):
+def test_one_side_alone_prints_what_it_needs(side, capsys, call):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("memory is measured on Linux only")
-    monkeypatch.setattr(sys, "argv", ["training.py", *SMALL, "--memory_steps", "2", "--only", side])
-    training.main()
+    call(training, *SMALL, "--memory_steps", "2", "--only", side)
     assert float(capsys.readouterr().out.split()[-1]) >= 0
 
 
@@ -61,7 +58,6 @@ def test_one_side_alone_prints_what_it_needs(side, capsys, monkeypatch):
         (["--optimizer", "adamw"], "SGD"),
     ],
 )
-def test_bad_input_is_refused(argv, says, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["training.py", *argv])
+def test_bad_input_is_refused(argv, says, call):
     with pytest.raises(ConfigError, match=says):
-        training.main()
+        call(training, *argv)

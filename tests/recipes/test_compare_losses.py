@@ -1,11 +1,9 @@
 """The comparison of losses: methods as text, results that are added to, groups of coloured digits."""
 
 import json
-import sys
 
 import compare_losses
 import pytest
-from accelerate.state import AcceleratorState
 
 from erde_hub.errors import ConfigError, ResultsError
 
@@ -15,10 +13,9 @@ FAST = [
 ]  # fmt: skip
 
 
-def call(monkeypatch, *flags):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *FAST, *map(str, flags)])
-    compare_losses.main()
+@pytest.fixture
+def compare(call):
+    return lambda *flags: call(compare_losses, *FAST, *flags)
 
 
 def test_a_method_is_a_loss_and_what_joins_it():
@@ -38,12 +35,12 @@ def test_a_method_is_a_loss_and_what_joins_it():
 
 
 @pytest.mark.slow
-def test_coloured_digits_have_groups_and_a_file_is_added_to(monkeypatch, tmp_path, capsys):
+def test_coloured_digits_have_groups_and_a_file_is_added_to(compare, tmp_path, capsys):
     output = tmp_path / "results.json"
     flags = ["--dataset", "coloured_digits", "--seeds", "3", "--output", output, "--methods"]
-    call(monkeypatch, *flags, "kd")
+    compare(*flags, "kd")
     first = json.loads(output.read_text())
-    call(monkeypatch, *flags, "kd", "erde+dedier")
+    compare(*flags, "kd", "erde+dedier")
     results = json.loads(output.read_text())
     assert results["runs"][0] == first["runs"][0], "what was there is not trained again"
     assert [(run["method"], run["seed"]) for run in results["runs"]] == [("kd", 3), ("erde+dedier", 3)]
@@ -59,28 +56,28 @@ def test_coloured_digits_have_groups_and_a_file_is_added_to(monkeypatch, tmp_pat
     assert "worst group last exit" in capsys.readouterr().out
     assert str(tmp_path) not in output.read_text()
     with pytest.raises(ResultsError, match=r"holds results of other settings .lr differs."):
-        call(monkeypatch, *flags, "kd", "--lr", "0.01")
+        compare(*flags, "kd", "--lr", "0.01")
     with pytest.raises(ResultsError, match=r"exits differs: \['layer1'\] there, \['layer2'\] now"):
-        call(monkeypatch, *flags, "kd", "--exits", "layer2")
+        compare(*flags, "kd", "--exits", "layer2")
     output.write_text(json.dumps(results | {"dataset": {"name": "coloured shoes"}}))
     with pytest.raises(ResultsError, match=r"holds results of coloured shoes, and this is coloured digits \(0.95\)"):
-        call(monkeypatch, *flags, "erde")
+        compare(*flags, "erde")
     output.write_text("[1, 2]")
     with pytest.raises(ResultsError, match=r"results.json holds something else than this recipe's results"):
-        call(monkeypatch, *flags, "kd")
+        compare(*flags, "kd")
     output.write_text("{")
     with pytest.raises(ResultsError, match=r"results.json is no JSON file"):
-        call(monkeypatch, *flags, "kd")
+        compare(*flags, "kd")
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_who_learns_from_what_and_what_is_measured(monkeypatch, tmp_path, split):
+def test_who_learns_from_what_and_what_is_measured(compare, monkeypatch, tmp_path, split):
     trained = []
     monkeypatch.setattr(compare_losses, "_train", trained.append)
     output = tmp_path / "results.json"
     colours = ["--correlation", "0.9", "--teacher_correlation", "0.6"]
     flags = ["--split", split, "--seeds", "3", "--output", output, "--methods", "kd"]
-    call(monkeypatch, "--dataset", "coloured_digits", *colours, *flags)
+    compare("--dataset", "coloured_digits", *colours, *flags)
     assert [run.data.name for run in trained] == ["coloured digits (0.6)", "coloured digits (0.9)"]
     assert trained[1].teacher is trained[0].student
     results = json.loads(output.read_text())
@@ -103,26 +100,26 @@ def test_who_learns_from_what_and_what_is_measured(monkeypatch, tmp_path, split)
         (["--dataset", "digits", "--teacher_correlation", "0.9"], "--teacher_correlation 0.9 is for --dataset"),
     ],
 )
-def test_flags_about_data_that_would_change_nothing_are_refused(monkeypatch, flags, message):
+def test_flags_about_data_that_would_change_nothing_are_refused(compare, monkeypatch, flags, message):
     monkeypatch.setattr(compare_losses, "create_accelerator", lambda _: pytest.fail("it goes on"))
     with pytest.raises(ConfigError, match=message):
-        call(monkeypatch, "--dataset", "coloured_digits", *flags)
+        compare("--dataset", "coloured_digits", *flags)
 
 
 @pytest.mark.parametrize(
     ("method", "message"),
     [("egad", "EGADLoss is for causal language models"), ("kd+dedier:readout_exit=7", "reads early exit 7")],
 )
-def test_methods_that_cannot_train_are_refused_before_the_teacher_trains(monkeypatch, method, message):
+def test_methods_that_cannot_train_are_refused_before_the_teacher_trains(compare, monkeypatch, method, message):
     monkeypatch.setattr(compare_losses, "_train", lambda _: pytest.fail("something trains"))
     with pytest.raises(ConfigError, match=message):
-        call(monkeypatch, "--methods", "kd", method)
+        compare("--methods", "kd", method)
 
 
 @pytest.mark.parametrize("flag", ["--loss", "--teacher", "--sample_weight", "--train_static"])
-def test_flags_that_would_change_nothing_are_refused(monkeypatch, capsys, flag):
+def test_flags_that_would_change_nothing_are_refused(compare, capsys, flag):
     with pytest.raises(SystemExit) as ended:
-        call(monkeypatch, flag, "kd")
+        compare(flag, "kd")
     assert ended.value.code == 2
     assert f"unknown argument '{flag}'" in capsys.readouterr().err
 

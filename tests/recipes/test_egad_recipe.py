@@ -1,7 +1,6 @@
 """The recipe of EGAD on a text made for the test."""
 
 import json
-import sys
 
 import egad
 import pytest
@@ -24,16 +23,11 @@ def text(tmp_path):
     return folder
 
 
-def call(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["egad.py", *FAST, *map(str, flags)])
-    egad.main()
-
-
-def test_every_variant_trains_and_a_file_is_added_to(monkeypatch, text, tmp_path, capsys):
+def test_every_variant_trains_and_a_file_is_added_to(call, text, tmp_path, capsys):
     output = tmp_path / "results.json"
-    call(monkeypatch, "--data", text, "--output", output, "--variants", "ce", "egad")
+    call(egad, *FAST, "--data", text, "--output", output, "--variants", "ce", "egad")
     first = json.loads(output.read_text())["runs"]
-    call(monkeypatch, "--data", text, "--output", output)
+    call(egad, *FAST, "--data", text, "--output", output)
     results = json.loads(output.read_text())
     assert results["runs"][:2] == first
     assert [run["variant"] for run in results["runs"]] == [
@@ -44,7 +38,7 @@ def test_every_variant_trains_and_a_file_is_added_to(monkeypatch, text, tmp_path
     assert "egad_without_features" in capsys.readouterr().out
     assert str(tmp_path) not in output.read_text()
     with pytest.raises(ResultsError, match="other settings"):
-        call(monkeypatch, "--data", text, "--output", output, "--max_temperature", "3")
+        call(egad, *FAST, "--data", text, "--output", output, "--max_temperature", "3")
 
 
 def test_a_student_learns(text):
@@ -74,9 +68,9 @@ def test_a_student_learns(text):
         (["--exit_weights", "linaer"], ConfigError, "unknown exit_weights preset 'linaer'"),
     ],
 )
-def test_what_it_refuses(monkeypatch, flags, error, message):
+def test_what_it_refuses(call, flags, error, message):
     with pytest.raises(error, match=message):
-        call(monkeypatch, *flags)
+        call(egad, *FAST, *flags)
 
 
 def test_texts_that_do_not_fit(text):

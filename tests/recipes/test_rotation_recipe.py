@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import make_tables
 import pytest
@@ -19,14 +18,9 @@ FAST = [
 ]  # fmt: skip
 
 
-def call(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["rotation.py", *map(str, flags)])
-    rotation.main()
-
-
-def test_it_trains_fits_and_measures(monkeypatch, tmp_path, capsys):
+def test_it_trains_fits_and_measures(call, tmp_path, capsys):
     flags = [*FAST, "--output", tmp_path / "r.json", "--output_dir", tmp_path / "run", "--draws", "2"]
-    call(monkeypatch, *flags, "--widths", "0", "360")
+    call(rotation, *flags, "--widths", "0", "360")
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["dataset"]["samples"] == {"train": 64, "validation": 40, "test": 40}
     assert [row["exit"] for row in results["per_exit"]] == ["layer1", "classifier"]
@@ -60,9 +54,9 @@ def test_it_trains_fits_and_measures(monkeypatch, tmp_path, capsys):
         (["--degrees", "200"], "degrees must be above 0 and at most 180, got 200"),
     ],
 )
-def test_what_it_refuses(monkeypatch, flags, message):
+def test_what_it_refuses(call, flags, message):
     with pytest.raises(ConfigError, match=message):
-        call(monkeypatch, *FAST, *flags)
+        call(rotation, *FAST, *flags)
 
 
 def test_the_tables_are_those_of_the_results():

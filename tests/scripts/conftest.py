@@ -1,11 +1,9 @@
 """What tests of recipes share."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from erde_hub.data.images import BatchLoader, load_image_data
@@ -29,19 +27,6 @@ def _blank_figures(request, monkeypatch):
     if "drawn_figures" not in request.fixturenames:
         monkeypatch.setattr("erde_hub.evaluation.plots.save_figure", write)
         monkeypatch.setattr("erde_hub.evaluation.diagnostics.save_figure", write)
-
-
-@pytest.fixture
-def call(monkeypatch, tmp_path):
-    """Runs a recipe in this process, as if from a shell in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def _call(recipe, *flags: object) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier call of the same test has set
-        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *map(str, flags)])
-        recipe.main()
-
-    return _call
 
 
 @pytest.fixture

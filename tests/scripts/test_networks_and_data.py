@@ -25,6 +25,7 @@ from erde_hub.scripts.common.arguments import (
 )
 from erde_hub.scripts.common.resuming import check_finished
 from erde_hub.training import DistillationArguments
+from tests.fakes.records import records_of
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,7 @@ def make_records(confident_right: int, confident_wrong: int, unsure: int) -> Exi
     wrong = slice(unsure, unsure + confident_wrong)
     first[wrong] = first[wrong].flip(1)
     last = torch.tensor([[8.0, 0.0]]).repeat(samples, 1)
-    return ExitRecords(
-        torch.stack([first, last]), labels, torch.arange(samples), ["layer1", "classifier"], [10, 100], ["a", "b"]
-    )
+    return records_of(torch.stack([first, last]), labels, cumulative_macs=[10, 100])
 
 
 def accuracy_loss(records: ExitRecords, threshold: float) -> float:

@@ -13,10 +13,11 @@ from erde_hub.calibration import check_calibration_data
 from erde_hub.data.images import load_image_data
 from erde_hub.data.texts import TextSplit
 from erde_hub.errors import ConfigError, DataError
-from erde_hub.evaluation import ExitRecords, save_results
+from erde_hub.evaluation import save_results
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common import phases, run_data
 from erde_hub.scripts.common.arguments import TrainedDataArguments
+from tests.fakes.records import records_of
 from tests.fakes.texts import make_tokenizer
 
 
@@ -43,15 +44,7 @@ def make_records(data, split, rows=None, **info):
     index = part.indices if rows is None else rows
     labels = torch.arange(len(index)) % 10
     told = {"fingerprint": data.fingerprint, "split": split, "source": data.split_info[split]["source"], **info}
-    return ExitRecords(
-        torch.zeros(2, len(index), 10),
-        labels,
-        index,
-        ["a", "classifier"],
-        [1, 2],
-        [str(k) for k in range(10)],
-        info=told,
-    )
+    return records_of(torch.zeros(2, len(index), 10), labels, index=index, info=told)
 
 
 def test_the_data_of_a_run_are_found_again(tmp_path, data):

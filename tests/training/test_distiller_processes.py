@@ -47,7 +47,7 @@ def wait_for_step(process, step):
     pytest.fail(f"ended before step {step}:\n{''.join(seen[-30:])}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_orphaned_and_resumed_it_is_the_run_that_never_stopped(tmp_path):
     """SIGKILL to the training process, then SIGTERM to a launcher, which dies and leaves its child behind."""
     folder = tmp_path / "run"
@@ -140,13 +140,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param(["--num_processes", "2"], id="alone", marks=pytest.mark.slow),
-        pytest.param(["--multi_gpu", "--num_processes", "2"], id="strangers", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [["--num_processes", "2"], ["--multi_gpu", "--num_processes", "2"]])
 def test_spellings_that_start_lonely_processes_are_refused_with_the_right_one(tmp_path, flags):
     if torch.cuda.is_available():
         pytest.skip("with GPUs these spellings start what they say")
