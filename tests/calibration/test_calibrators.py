@@ -309,7 +309,7 @@ def test_bad_data_are_refused():
         LaplaceCalibrator.fit(records)
     with pytest.raises(DataError, match="1 of 100 samples were trained on"):
         TemperatureCalibrator.fit(records, training_index=[5, 400])
-    with pytest.raises(DataError, match="class '2' has no sample"):
+    with pytest.raises(DataError, match="class 'c2' has no sample"):
         MIECalibrator.fit(records.select(labels != 2))
     with pytest.raises(ConfigError, match="positive numbers"):
         MIECalibrator.fit(records, grid=[0.0])

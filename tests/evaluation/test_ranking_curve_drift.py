@@ -341,7 +341,7 @@ def test_a_contact_sheet_shows_images_of_every_exit_with_wrong_predictions_named
         assert taken[rows].tolist() == [e] * 4
     rows = torch.tensor([i for index in asked for i in index]) - 1000
     for text, prediction, label in zip(titles, logits.argmax(-1)[rows], records.labels[rows], strict=True):
-        assert text == (f"{prediction}" if prediction == label else f"{prediction}\nnot {label}")
+        assert text == (f"c{prediction}" if prediction == label else f"c{prediction}\nnot c{label}")
     with Image.open(tmp_path / "sheet.png") as figure:
         assert figure.width > figure.height
     nobody = plot_contact_sheet(records, "entropy", 0.0, images, tmp_path / "sheet.png", per_exit=4)
