@@ -83,7 +83,7 @@ class TokenData(LabelledData):
         block_size: Tokens of a block.
     """
 
-    kind: ClassVar[str] = "text"
+    kind: ClassVar[str] = "token"
 
     tokenizer: PreTrainedTokenizerBase | None = field(repr=False)
     vocab_size: int

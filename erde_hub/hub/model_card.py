@@ -191,18 +191,21 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
 
 def _kind(results: Mapping[str, Any]) -> str:
     """What one sample is called."""
-    return "text" if results["dataset"].get("kind") == "text" else "image"
+    kind = results["dataset"].get("kind")
+    return kind if kind in ("text", "token") else "image"
 
 
 def _task(results: Mapping[str, Any]) -> str:
     """As the Hub and pipelines call it."""
-    return f"{_kind(results)}-classification"
+    return "text-generation" if _kind(results) == "token" else f"{_kind(results)}-classification"
 
 
 def _size_words(results: Mapping[str, Any]) -> str:
     size = results["dataset"].get("input_size")
     if not size:
         return ""
+    if _kind(results) == "token":
+        return f", blocks of {size[0]} tokens"
     if _kind(results) == "text":
         return f", texts of up to {size[0]} tokens"
     return f", images of {' x '.join(map(str, size[1:]))} pixels"
@@ -277,6 +280,11 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
     kind = _kind(results)
     if kind == "text":
         lines.append("Cost is counted for texts of the greatest length. Shorter ones cost less, at every exit alike.")
+    if kind == "token":
+        lines.append(
+            "Accuracy, NLL and operating points are of next tokens in given text. What early exits do to text that the"
+            " model writes itself was not measured."
+        )
     lines.append(
         f"Tested on {kind}s of {_text(results['dataset']['name'])} only. The model answers every {kind} with one of its"
         f" {classes} classes; other kinds of {kind}s{', corruptions' * (kind == 'image')} and unknown classes were not"

@@ -20,6 +20,8 @@ from . import functional
 
 #: Logits in a chunk, 8 MiB of float32 each time they are copied, where no chunk size is given.
 CHUNK_ELEMENTS = 2**21
+#: The same where a head computes them: each chunk also gives a gradient as large as the output embedding.
+HEAD_CHUNK_ELEMENTS = 2**23
 
 
 @dataclass
@@ -115,7 +117,7 @@ def token_losses(
             kl, ce = TokenLosses.apply(logits, target, labels, temperature, vocab_size, None, reverse)
         return kl, ce, _predicts(logits, labels, vocab_size)
 
-    size = chunk_size or max(1, CHUNK_ELEMENTS // (2 * vocab_size))
+    size = chunk_size or max(1, HEAD_CHUNK_ELEMENTS // (2 * vocab_size))
     found = in_chunks(of_chunk, (student.states, teacher.states, labels, temperature), size)
     kl, ce, predicts = (torch.cat(values) for values in zip(*found, strict=True))
     return kl, ce, predicts

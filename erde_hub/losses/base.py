@@ -22,7 +22,7 @@ from erde_hub.tasks import REGRESSION
 
 from ._checks import check_exit_logits, check_features, check_index, check_labels, check_same_classes
 from ._token_inputs import counted_tokens
-from ._tokens import CHUNK_ELEMENTS, TokenLogits, in_chunks
+from ._tokens import HEAD_CHUNK_ELEMENTS, TokenLogits, in_chunks
 from .additions import Addition, SampleWeight, check_addition
 from .batch import ExitBatch, LossResult, Term, check_per_sample, check_terms
 from .exit_weights import check_epoch, check_exit_weights, weights_per_exit
@@ -87,6 +87,7 @@ class ExitLoss(nn.Module):
         self.extra_terms = nn.ModuleList()
         self.sample_weights = nn.ModuleList()
         self._epoch: tuple[int, int] | None = None
+        self._enabled: list[bool] | None = None
         self._checked_labels: set[int] = set()
         self._added: list[Addition] = []
 
@@ -199,7 +200,7 @@ class ExitLoss(nn.Module):
             student: Per exit the logits of N tokens.
             teacher: Those of the teacher; None for a loss without one.
             labels: (N,), the token that follows each.
-            chunk_size: Tokens at a time; None is about two million logits.
+            chunk_size: Tokens at a time; None is about eight million logits.
 
         Raises:
             ConfigError: A loss that :meth:`check_tokens` refuses.
@@ -224,7 +225,7 @@ class ExitLoss(nn.Module):
 
         with torch.no_grad():
             vocabulary = every[0][:1].shape[-1]
-        size = chunk_size or max(1, CHUNK_ELEMENTS // (vocabulary * len(every)))
+        size = chunk_size or max(1, HEAD_CHUNK_ELEMENTS // (vocabulary * len(every)))
         found = in_chunks(of_chunk, (labels, *(one.states for one in every)), size)
         loss, terms, exit_terms, correct = (torch.stack(values).sum(0) for values in zip(*found, strict=True))
         return LossResult(
@@ -272,7 +273,14 @@ class ExitLoss(nn.Module):
         Raises:
             ConfigError: The weights given are not one per exit.
         """
-        return weights_per_exit(self.exit_weights, num_exits, *(self._epoch or ()))
+        weights = weights_per_exit(self.exit_weights, num_exits, *(self._epoch or ()))
+        if self._enabled is None:
+            return weights
+        return [weight * enabled for weight, enabled in zip(weights, self._enabled, strict=True)]
+
+    def enable_exits(self, enabled: Sequence[bool] | None) -> None:
+        """Gives the other exits weight 0 until the next call; None enables all."""
+        self._enabled = None if enabled is None else list(enabled)
 
     def teacher_exit_map(self, num_student: int, num_teacher: int) -> list[int]:
         """Returns which teacher exit each student exit learns from (:func:`~erde_hub.losses.map_teacher_exits`)."""

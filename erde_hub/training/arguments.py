@@ -165,6 +165,19 @@ class DistillationArguments:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations in the backward pass: less memory, more time"}
     )
+    layer_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "language models: probability, 0 to 1, that a text skips the last layer; it grows from 0 at the"
+            " first layer, as in LayerSkip (arXiv 2404.16710)"
+        },
+    )
+    rotate_exits: int = field(
+        default=0,
+        metadata={
+            "help": "train every n-th early exit and the last one at a step, in turn, as in LayerSkip; 0: all of them"
+        },
+    )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "train the exits only; the backbone's norm layers stay in eval mode"}
     )
@@ -237,7 +250,7 @@ class DistillationArguments:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "cpu_threads", "checkpoint_steps", "num_workers"):
+        for name in ("max_steps", "cpu_threads", "checkpoint_steps", "num_workers", "rotate_exits"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -248,7 +261,7 @@ class DistillationArguments:
         for name in ("lr", "decay_epochs"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"{name} must be finite and above 0, got {getattr(self, name)}")
-        for name in ("momentum", "warmup", "label_smoothing", "ema_decay"):
+        for name in ("momentum", "warmup", "label_smoothing", "ema_decay", "layer_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if any(not 0 < fraction < 1 for fraction in self.decay_milestones):

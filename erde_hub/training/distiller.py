@@ -51,6 +51,7 @@ from ._setup import adopt_data, count_steps, create_loader, create_optimizer, pl
 from .arguments import DistillationArguments
 from .checkpointing import CHECKPOINTS, load_checkpoint, save_checkpoint
 from .exit_states import ExitStates
+from .layerskip import check_layers, enabled_exits, layer_dropout
 from .run_folder import check_run_folder, warn_from_start
 from .run_identity import describe_run
 from .schedules import create_schedule
@@ -160,6 +161,8 @@ class Distiller:
             )
         check_models(student, teacher, data)
         check_data(data)
+        if args.layer_dropout:
+            check_layers(student)
         self.teacher_exits = check_loss(
             self.loss, student, teacher, args.label_smoothing, has_targets(data), tokens=isinstance(data, TokenData)
         )
@@ -207,7 +210,7 @@ class Distiller:
     def _train(self) -> TrainResult:
         args, accelerator, position = self.args, self.accelerator, self.position
         self.loss_inputs.check_epochs(self.epochs)
-        with self._prepared() as student, self.loss_inputs.watching(), StopRequest() as stop, self._bar() as bar:
+        with self._prepared() as student, self._hooks(), StopRequest() as stop, self._bar() as bar:
             started = time.perf_counter() - position.seconds
             while position.step < self.total_steps and position.epoch < self.epochs:
                 self.loss.set_epoch(position.epoch + 1, self.epochs)
@@ -258,6 +261,8 @@ class Distiller:
 
         The logits of tokens are not kept: none are returned for a language model.
         """
+        if self.args.rotate_exits:
+            self.loss.enable_exits(enabled_exits(self.position.step, len(self.exit_names), self.args.rotate_exits))
         if self.tokens:
             return self._token_step(student, batch), ()
         accelerator = self.accelerator
@@ -346,6 +351,12 @@ class Distiller:
             result = CELoss().eval().over_tokens(logits, None, next_token_labels(labels).flatten())
         count = torch.full_like(result.exit_terms["ce"], result.tokens or 0)
         return torch.stack([torch.as_tensor(result.correct), result.exit_terms["ce"] * count, count])
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """What is hooked into the models while they are trained."""
+        with self.loss_inputs.watching(), layer_dropout(self.student, self.args.layer_dropout):
+            yield
 
     def _bar(self) -> tqdm[Any]:
         shown = self.args.progress_bar and self.accelerator.is_main_process

@@ -62,6 +62,7 @@ def shrink(architecture: str) -> list[str]:
 
 
 TEXT_CONFIGS = [path for path in CONFIGS if "MiniLM" in path.read_text()]
+LANGUAGE_CONFIGS = [path for path in CONFIGS if "_llama" in path.stem]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,33 @@ def test_configuration_of_texts_runs(config, call, tmp_path, drawn_figures):
     assert check["dataset"]["split"] == results["dataset"]["split"]
 
 
-@pytest.mark.parametrize("config", sorted({*CONFIGS} - {*TEXT_CONFIGS}), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", LANGUAGE_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.slow
+def test_configuration_of_a_language_model_runs(config, call, tmp_path):
+    """Ends in a checkpoint that generates, with the tokenizer of its text, and in a card that says so."""
+    (tmp_path / "shakespeare").mkdir()
+    (tmp_path / "shakespeare" / "train.txt").write_text("To be, or not to be, that is the question.\n" * 60)
+    sizes = ["hidden_size=16", "intermediate_size=16", "num_attention_heads=2"]
+    flags = ["--dataset", tmp_path / "shakespeare", "--block_size", "16", "--max_steps", "2", "--batch_size", "4",
+             "--no_progress_bar", "--cpu_threads", "1", "--max_eval_samples", "6"]  # fmt: skip
+    settings = yaml.safe_load(config.read_text())
+    for role, key in (("teacher", "teacher_exit_points"), ("student", "exits")):
+        if f"{role}_kwargs" in settings:
+            layers = 2 + max(int(name.rpartition(".")[2]) for name in settings[key])
+            flags += [f"--{role}_kwargs", f"num_hidden_layers={layers}", *sizes]
+    call(distill, "--config", config, *flags, "--output_dir", "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["dataset"]["kind"] == "token"
+    assert len(results["per_exit"]) == len(settings["exits"]) + 1
+    assert (results["teacher"] is not None) == ("teacher_kwargs" in settings)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert "image" not in card.split("## Training")[0]
+    (answer,) = pipeline("text-generation", model="out")("To be", max_new_tokens=5, threshold=9.0)
+    assert answer["generated_text"].startswith("To be")
+
+
+@pytest.mark.parametrize("config", sorted({*CONFIGS} - {*TEXT_CONFIGS, *LANGUAGE_CONFIGS}), ids=lambda path: path.stem)
 @pytest.mark.slow
 def test_configuration_runs(config, call, tmp_path):
     settings = yaml.safe_load(config.read_text())

@@ -17,6 +17,8 @@ from erde_hub.losses import ExitLoss, create_loss, next_token_labels
 from erde_hub.losses._tokens import TokenLogits
 from erde_hub.training import DistillationArguments, Distiller
 from erde_hub.training.exit_states import ExitStates
+from erde_hub.training.layerskip import layer_dropout
+from tests.fakes import training as images
 from tests.fakes.memory import PeakMemory
 from tests.fakes.training import assert_same, weights
 from tests.fakes.transformers_models import CAUSAL, causal
@@ -210,3 +212,46 @@ def test_a_step_with_three_exits_takes_little_more_memory_than_with_two():
     """One exit more is the logits of all tokens more where they are kept: 128 tokens of 2,000 numbers, 1 MB."""
     assert peak_of_a_step(3) < 1.15 * peak_of_a_step(2)
     assert peak_of_a_step(3, kept=True) > 1.5 * peak_of_a_step(3)
+
+
+def test_layers_are_skipped_as_often_as_they_should_be():
+    """In train mode a text skips layer 2 with probability 0.5, so that its states there are those of layer 1."""
+    model = llama(exits=("model.layers.1",)).train()
+    ids = data().train.labels[:1].expand(400, 16)[:, :4]
+    seen = {}
+    for name in ("model.layers.1", "model.layers.2"):
+        layer = model.backbone.get_submodule(name)
+        layer.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0], out)}))
+    torch.manual_seed(0)
+    with layer_dropout(model, 0.5):
+        model(input_ids=ids)
+        for name, expected in (("model.layers.1", 0.5 * (2**0.5 - 1)), ("model.layers.2", 0.5)):
+            before, after = seen[name]
+            skipped = (before == after).flatten(1).all(1).float().mean().item()
+            assert skipped == pytest.approx(expected, abs=0.07)
+        model.eval()(input_ids=ids)
+        assert not (seen["model.layers.2"][0] == seen["model.layers.2"][1]).all()
+    model.train()(input_ids=ids)
+    assert not (seen["model.layers.2"][0] == seen["model.layers.2"][1]).flatten(1).all(1).any()
+
+
+def test_exits_take_turns():
+    model = llama(head_kwargs={"own_norm": True})
+    distiller = Distiller(model, data(), make_args(rotate_exits=2), "ce")
+    batch = next(iter(distiller.train_loader))
+    for step, trained in ((0, [True, False]), (1, [False, True])):
+        distiller.position.step = step
+        model.zero_grad()
+        distiller.training_step(model.train(), dict(batch))
+        assert [bool(head.norm.weight.grad.abs().sum()) for head in model.heads] == trained
+
+
+@pytest.mark.parametrize(("name", "value"), [("layer_dropout", 1.0), ("layer_dropout", -0.1), ("rotate_exits", -1)])
+def test_bad_arguments_of_layerskip(name, value):
+    with pytest.raises(ConfigError, match=name):
+        make_args(**{name: value})
+
+
+def test_layer_dropout_is_for_language_models():
+    with pytest.raises(ConfigError, match="layer_dropout is for language models"):
+        Distiller(images.network(), images.make_data(), images.make_args(layer_dropout=0.1), "ce")

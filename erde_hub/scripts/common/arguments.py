@@ -52,6 +52,14 @@ class DataArguments:
         default=None,
         help="longest text (tokens), longer ones are cut; default: the teacher's, or 128",
     )
+    block_size: int | None = HfArg(
+        default=None, help="language models: tokens of a block; default: the teacher's, or 256"
+    )
+    tokenizer_size: int | None = HfArg(
+        default=None,
+        help="language models built from a name: tokens of the tokenizer that is trained on the text; default: 257,"
+        " the bytes",
+    )
     streaming: bool = HfArg(default=False, help="read rows one after another, for sets larger than the disk")
     check_images: Literal["all", "headers", "none"] = HfArg(
         default="all",
@@ -125,7 +133,7 @@ class TeacherArguments:
     teacher_architecture: str = HfArg(
         default="resnet18_cifar",
         help="timm name of the teacher that is trained; for texts a folder or Hub repository with a transformers"
-        " encoder, whose tokenizer is used",
+        " encoder, or with a causal language model, whose tokenizer is used, or the type of one, such as llama",
     )
     teacher_kwargs: dict[str, Any] = HfArg(
         default_factory=dict,

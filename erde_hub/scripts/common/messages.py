@@ -14,10 +14,13 @@ from transformers.utils import logging as hf_logging
 from erde_hub._tables import format_table
 from erde_hub.backbones import get_adapter
 from erde_hub.calibration.choice import describe_bound
+from erde_hub.config import EarlyExitConfig
 from erde_hub.data.base import LabelledData
 from erde_hub.data.decoding import evenly_spaced
 from erde_hub.data.loader import EncodedSplit
 from erde_hub.data.preprocessing import SMALL_IMAGE_PIXELS
+from erde_hub.data.splits import SPLIT_NAMES
+from erde_hub.data.tokens import TokenData
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -103,7 +106,13 @@ def how_to_load(folder: Path) -> str:
         f'model = EarlyExitWrapper.from_pretrained("{folder}")',
         'out = model(model.image_processor()(images, return_tensors="pt")["pixel_values"])',
     ]
-    if (folder / "tokenizer_config.json").is_file():
+    if _is_causal(folder):
+        lines[0] += "; from transformers import AutoTokenizer"
+        lines[2:] = [
+            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+            'ids = model.generate(**tokenizer("To be", return_tensors="pt"), threshold=1.0, max_new_tokens=50)',
+        ]
+    elif (folder / "tokenizer_config.json").is_file():
         lines[0] += "; from transformers import AutoTokenizer"
         lines.insert(2, f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
         lines[3] = 'out = model(**tokenizer(texts, padding=True, return_tensors="pt"))'
@@ -111,10 +120,16 @@ def how_to_load(folder: Path) -> str:
     last = "push --model {} --repo_id org/name" if len(lines) > 3 else "export --model {} --output model.onnx"
     commands = ("latency --model {}", "calibrate --model {} --max_accuracy_drop 0.02", last)
     following = "\n".join(f"    erde-hub {command.format(folder)}" for command in commands)
+    if _is_causal(folder):
+        return f"checkpoint, model card and picture: {folder}\n\n{code}"
     return (
         f"checkpoint, model card and picture: {folder}\n\n{code}  # out.logits, out.exit_index\n\n"
         f"next, for example:\n{following}"
     )
+
+
+def _is_causal(folder: Path) -> bool:
+    return EarlyExitConfig.read(folder / "config.json").get("task") == "causal_lm"
 
 
 def describe_network(
@@ -154,6 +169,9 @@ def describe_data(data: LabelledData, trained: str | None = None) -> str:
         trained: The model whose run says which data these are; None where the user named them.
     """
     shape = data.input_size
+    if isinstance(data, TokenData):
+        sizes = ", ".join(f"{len(getattr(data, name)):,} {name}" for name in SPLIT_NAMES)
+        return f"data: {data.name}, {sizes} blocks of {data.block_size} tokens, vocabulary of {data.vocab_size:,}"
     size = f"up to {shape[0]} tokens" if data.kind == "text" else f"{shape[1]}x{shape[2]}"
     counts = {name: getattr(data, name).num_samples for name in ("train", "validation", "test")}
     known = None not in counts.values()

@@ -13,12 +13,14 @@ from torch import nn
 from erde_hub.backbones.timm import nearest_argument
 from erde_hub.data.base import LabelledData
 from erde_hub.data.texts import TextData
+from erde_hub.data.tokens import TokenData
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError, nearest
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.training.arguments import DistillationArguments
 
 from .arguments import ExitArguments, StudentArguments, StudentNetworkArguments, TeacherArguments, exit_places
 from .encoders import create_encoder, is_encoder
+from .language_models import create_language_model, is_language_model
 
 
 def check_architecture(name: str) -> None:
@@ -56,7 +58,8 @@ def existing_preprocessing(
     """Returns how inputs are made for the weights that training starts from; None where images start from scratch.
 
     For images it is what :func:`~erde_hub.preprocessing.check_preprocessing` describes, for texts ``{"tokenizer":
-    folder or repository, "max_length": tokens or None}``, also where an encoder starts from scratch.
+    folder or repository, "max_length": tokens or None}``, also where an encoder starts from scratch. For language
+    models it is ``{"tokenizer": folder, repository or None, "block_size": tokens or None}``.
     """
     if teacher is not None:
         place = student_args.teacher if isinstance(student_args, StudentArguments) else None
@@ -65,6 +68,8 @@ def existing_preprocessing(
     if student_args is not None:
         networks.append((student_args.student_architecture, student_args.student_pretrained))
     for architecture, pretrained in networks:
+        if is_language_model(architecture):
+            return {"tokenizer": architecture if is_encoder(architecture) else None, "block_size": None}
         if is_encoder(architecture):
             return {"tokenizer": architecture, "max_length": None}
         if pretrained:
@@ -81,6 +86,8 @@ def preprocessing_of(model: EarlyExitWrapper, name: str) -> dict[str, Any] | Non
     """
     if model.main_input_name == "input_ids":
         size = model.config.input_size
+        if model.config.task == "causal_lm":
+            return {"tokenizer": name, "block_size": size[0] if size else None}
         return {"tokenizer": name, "max_length": size[0] if size else None}
     return model.config.preprocessing
 
@@ -114,6 +121,9 @@ def build_model(
     kwargs = dict(kwargs or {})
     torch.manual_seed(seed)
     texts = isinstance(data, TextData)
+    if isinstance(data, TokenData):
+        backbone = create_language_model(architecture, data, kwargs, pretrained)
+        return add_exits(backbone, data, exits, places=places)
     create = _create_encoder if texts else create_backbone
     backbone = create(architecture, data, kwargs, pretrained)
     return add_exits(backbone, data, exits, places=places, backbone_kwargs=None if texts else kwargs)
@@ -139,17 +149,18 @@ def add_exits(
     Raises:
         ExitPointError, ThresholdError: See :class:`~erde_hub.EarlyExitWrapper`.
     """
+    tokens = isinstance(data, TokenData)
     model = EarlyExitWrapper(
         backbone,
         exits=exit_places(places or exits.exits),
-        head=exits.head,
+        head=None if tokens and exits.head == ExitArguments.head else exits.head,
         head_kwargs=exits.head_kwargs,
         policy=exits.policy,
         policy_kwargs=exits.policy_kwargs,
         threshold=exits.stored_threshold(),
         input_size=data.input_size,
         backbone_kwargs=backbone_kwargs,
-        id2label=data.class_names,
+        id2label=None if tokens else data.class_names,
     )
     if data.kind == "image":  # texts: the tokenizer is saved next to the config
         model.set_preprocessing(**data.preprocessing)

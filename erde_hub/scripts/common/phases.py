@@ -18,6 +18,7 @@ from erde_hub.data.base import LabelledData
 from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.data.splits import StoredSplit
 from erde_hub.data.texts import load_text_data
+from erde_hub.data.tokens import BLOCK_SIZE, TokenData, load_token_data
 from erde_hub.errors import ConfigError, DataError, ResultsError
 from erde_hub.evaluation import ExitRecords, collect_exit_records, load_results
 from erde_hub.losses import ExitLoss
@@ -30,6 +31,7 @@ from erde_hub.training.distiller import Distiller, TrainResult
 from erde_hub.training.run_folder import find_checkpoint, has_begun, warn_from_start
 
 from .arguments import DataArguments
+from .language_models import TokenExits, token_batches
 from .resuming import check_finished
 from .run_data import SPLIT_FILE, data_of_run, run_file
 
@@ -105,6 +107,22 @@ def load_data(
             :func:`~erde_hub.data.texts.load_text_data`; also an argument for data of the other kind.
     """
     texts = bool(preprocessing) and "tokenizer" in dict(preprocessing or {})
+    if preprocessing is not None and "block_size" in preprocessing:
+        given = preprocessing["tokenizer"]
+        return load_token_data(
+            args.dataset,
+            given,
+            block_size=args.block_size or preprocessing["block_size"] or BLOCK_SIZE,
+            vocab_size=None if given else args.tokenizer_size,
+            text_column=args.text_column,
+            config_name=args.dataset_config,
+            cache_dir=args.cache_dir,
+            max_train_samples=args.max_train_samples,
+            max_eval_samples=args.max_eval_samples,
+        )
+    for name in ("block_size", "tokenizer_size"):
+        if getattr(args, name, None):
+            raise ConfigError(f"{name}={getattr(args, name)!r} is for language models: leave it out")
     for name in ("image_column", "image_size", "streaming") if texts else ("text_column", "max_length"):
         if getattr(args, name):
             raise ConfigError(
@@ -317,5 +335,9 @@ def collect(
     if source is not None:
         info["source"] = source
     model.to(run.accelerator.device)
+    if isinstance(run.data, TokenData):
+        loader.batch_size = min(8, batch_size)
+        batches = token_batches(loader, run.data.vocab_size, model.num_exits)
+        return collect_exit_records(TokenExits(model), batches, progress=False, accelerator=run.accelerator, info=info)
     seen = sys.stderr.isatty()  # a bar in a log file is noise
     return collect_exit_records(model, loader, features, progress=seen, accelerator=run.accelerator, info=info)

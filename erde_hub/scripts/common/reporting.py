@@ -13,6 +13,7 @@ from erde_hub._files import write_text
 from erde_hub.data.loader import ImageSplit, Split
 from erde_hub.data.streaming import StreamSplit
 from erde_hub.data.texts import TextData
+from erde_hub.data.tokens import TokenData
 from erde_hub.evaluation import (
     ExitRecords,
     build_results,
@@ -76,7 +77,7 @@ def report(
             model,
             run.data,
             run.settings,
-            held_out=records["validation"],
+            held_out=None if isinstance(run.data, TokenData) else records["validation"],
             teacher=teacher,
             teacher_records=teacher_records,
             teacher_exits=result.teacher_exits,
@@ -91,7 +92,7 @@ def report(
             results["static_student"] = dict(static)
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
-        if isinstance(run.data, TextData):
+        if isinstance(run.data, (TextData, TokenData)) and run.data.tokenizer is not None:
             run.data.tokenizer.save_pretrained(folder)
         if run.data.plan is not None:
             run.data.save_split(folder / SPLIT_FILE)
