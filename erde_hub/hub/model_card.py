@@ -20,8 +20,14 @@ from erde_hub.evaluation.results_file import mean_milliseconds, validate_results
 #: Accuracy that a cheap operating point may lose against the full network, as a fraction.
 TOLERANCE = 0.01
 
-#: Numbers of a row that say how far its probabilities can be trusted; reports of earlier versions lack some.
-_TRUST = ("top5", "nll", "brier", "ece", "aurc", "eefp", "coverage", "set_size")
+#: Operating points in the table; sweep.csv has all.
+ROWS = 5
+
+#: Numbers of an exit that reports of earlier versions lack.
+_TRUST = ("nll", "ece")
+
+#: For the widget on the Hub: a sentence that topics and sentiments both fit.
+_TEXT = "The home team won an exciting final."
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
@@ -54,7 +60,7 @@ _BRANCHYNET = """\
 def render_model_card(
     results: Mapping[str, Any], *, repo_id: str | None = None, license: str | None = "apache-2.0"
 ) -> str:
-    """Renders the README.md of a checkpoint: Hub metadata, tables, how to load it, limits, citation.
+    """Renders the README.md of a checkpoint: Hub metadata, results, how to load it, training, limits, citation.
 
     Args:
         results: Contents of ``results.json``; see :func:`~erde_hub.evaluation.build_results`.
@@ -103,9 +109,8 @@ _FIGURES = {
 def _context(results: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
     student, teacher, per_exit = results["student"], results.get("teacher"), results["per_exit"]
     cheap = _cheapest(results)
-    matched: dict[str, dict[float, Any]] = {}
-    for row in results.get("matched_cost", []):
-        matched.setdefault(row["of"], {})[row["share"]] = row["accuracy"]
+    latency = _latency(results)
+    times = [] if latency is None else latency["times"]
     loss = results.get("loss")
     static = results.get("static_student")
     names = {"teacher": teacher, "student": student, "student without exits": static}
@@ -125,23 +130,21 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
         "task": _task(results),
         "size_words": _size_words(results),
         "metrics": {"split": "test", "samples": None, "ece_bins": "", "ece_binning": "", **results.get("metrics", {})},
-        "per_exit": [{**dict.fromkeys(_TRUST), **row} for row in per_exit],
-        "top5": "top5" in per_exit[-1],
-        "sets": results.get("metrics", {}).get("sets"),
+        "per_exit": [
+            {**dict.fromkeys(_TRUST), **row, "times": [own[e] for own in times]} for e, row in enumerate(per_exit)
+        ],
         "exits": len(per_exit),
         "final": per_exit[-1],
         "sweep": [
-            {**dict.fromkeys(_TRUST), **row, "mark": " \\*" * stored}
-            for row, stored in with_point(results["sweep"], results.get("operating_point"))
+            {**row, "mark": " \\*" * stored, "times": [mean_milliseconds(row["exit_share"], own) for own in times]}
+            for row, stored in _rows(results)
         ],
         "figures": [entry for entry in _FIGURES.items() if entry[0] in results.get("figures", [])],
         "point": results.get("operating_point"),
         "choice": results.get("threshold_choice"),
         "cheap": cheap,
         "example_threshold": _literal(cheap["threshold"] if cheap else 0.5, thresholds_of(results)),
-        "matched": [(of, list(values.values())) for of, values in matched.items()],
-        "matched_shares": list(next(iter(matched.values()))) if matched else [],
-        "latency": _latency(results),
+        "latency": latency,
         "loss": loss,
         "training": results.get("training"),
         "trained_with": _trained_with(loss, teacher),
@@ -155,6 +158,7 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
     task = _task(results)
     policy, among = student.get("policy"), thresholds_of(results)
     on_hub = _HUB_DATA.fullmatch(data_name) is not None
+    point, full = results.get("operating_point"), max(results["sweep"], key=lambda row: row["mean_macs"])
     evaluations = [
         EvalResult(
             task_type=task,
@@ -168,7 +172,7 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
             f" {mmacs(row['mean_macs'])} MMACs",
             metric_args={"threshold": row["threshold"], "mean_macs": round(row["mean_macs"])},
         )
-        for row in results["sweep"]
+        for row in (full, *([] if point is None or point["threshold"] == full["threshold"] else [point]))
     ]
     loss = results.get("loss") or {}
     tags = ["erde_hub", "early-exit", task, "dynamic-neural-networks"]
@@ -184,6 +188,7 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
         datasets=[data_name] if on_hub else None,
         metrics=["accuracy"],
         tags=tags,
+        **({"widget": [{"text": _TEXT}]} if _kind(results) == "text" else {}),
         model_name=repo_id.split("/")[-1] if repo_id else _plain(student["architecture"]),
         eval_results=evaluations,
     )
@@ -305,19 +310,27 @@ def _citation(results: Mapping[str, Any]) -> str:
     return "\n\n".join(entries)
 
 
+def _rows(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], bool]]:
+    """Rows of the table, and of each whether it is stored: that one, both ends, and others far apart in cost."""
+    rows = with_point(results["sweep"], results.get("operating_point"))
+    costs = [row["mean_macs"] for row, _ in rows]
+    kept = {i for i, (_, stored) in enumerate(rows) if stored} | {costs.index(min(costs)), costs.index(max(costs))}
+    while len(kept) < min(ROWS, len(rows)):
+        others = [i for i in range(len(rows)) if i not in kept]
+        kept.add(max(others, key=lambda i: min(abs(costs[i] - costs[j]) for j in kept)))
+    return [rows[i] for i in sorted(kept)]
+
+
 def _latency(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Milliseconds of one sample per call: at each exit, and on average at the stored threshold."""
+    """Milliseconds of one sample per call: of each exit, and on average at the stored threshold."""
     latency, point = results.get("latency"), results.get("operating_point")
     if not latency:
         return None
     settings = latency["settings"]
-    columns = [row["exit_milliseconds"] for row in settings]
-    rows = [(name, [times[e] for times in columns]) for e, name in enumerate(latency["exits"])]
-    if point is not None:
-        means = [mean_milliseconds(point["exit_share"], times) for times in columns]
-        rows.append(("mean at the stored threshold", means))
-    names = [f"{row['runtime']}, {row['threads']} thread(s)" for row in settings]
-    return {"cpu": latency["cpu"], "names": names, "rows": rows}
+    times = [row["exit_milliseconds"] for row in settings]
+    names = [f"{row['runtime']}, {row['threads']} thread{'s' if row['threads'] != 1 else ''}" for row in settings]
+    mean = None if point is None else mean_milliseconds(point["exit_share"], times[0])
+    return {"cpu": latency["cpu"], "names": names, "times": times, "point": mean, "full": times[0][-1]}
 
 
 def _plain(value: Any) -> str:
@@ -380,9 +393,6 @@ _FILTERS = {
     "mmacs": mmacs,
     "number": _number,
     "percent": percent,
-    "percent_or_dash": lambda fraction: "-" if fraction is None else percent(fraction),
-    "percent_whole": lambda fraction: f"{100 * fraction:.0f}",
-    "size_or_dash": lambda size: "-" if size is None else f"{size:.2f}",
     "text": _text,
     "tick": _tick,
     "value": _value,

@@ -106,7 +106,7 @@ def test_metadata():
     (result,) = index["results"]
     assert result["task"]["type"] == "image-classification"
     assert result["dataset"] == {"name": "uoft-cs/cifar10", "type": "uoft-cs/cifar10", "split": "test"}
-    assert [metric["value"] for metric in result["metrics"]] == [0.92, 0.915, 0.88]
+    assert [metric["value"] for metric in result["metrics"]] == [0.92, 0.915], "all layers, and the stored threshold"
     assert result["metrics"][1]["args"] == {"threshold": 0.4, "mean_macs": 24_000_000}
     assert result["metrics"][1]["name"] == "Accuracy, threshold 0.4, 24.0 MMACs"
 
@@ -114,7 +114,7 @@ def test_metadata():
 def test_the_hub_client_reads_it_back():
     card = ModelCard(render_model_card(make_results()))
     assert card.data.library_name == "erde_hub"
-    assert len(card.data.eval_results) == 3
+    assert len(card.data.eval_results) == 2
     assert card.data.eval_results[0].metric_value == 0.92
 
 
@@ -132,22 +132,22 @@ def test_local_data_and_a_known_base_model():
 
 def test_text_holds_the_numbers_in_one_format():
     _, text = split_card(render_model_card(make_results(), repo_id="org/name"))
-    assert "| layer2 | 87.0 | 22.0 | 0.500 | - | 0.040 | - | - |" in text
+    assert "| layer2 | 87.0 | 22.0 | 0.500 | 0.040 |" in text
     assert "| 0.4 \\* | 91.5 | 24.0 | 48.0 | 50.0 / 25.0 / 25.0 |" in text
-    assert "| 0.4 \\* | 0.250 | 0.100 | 0.031 | - | - |" in text
     assert "**91.5 % accuracy at 24.0 MMACs**" in text
     # From the fine sweep: 0.9104 loses less than a point, 0.88 more.
     assert "threshold 0.53: 91.0 % at 20.0 MMACs, 40.0 % of the full cost" in text
-    assert "| teacher | resnet18_cifar (width=32) | 2 | 94.5 | 553.0 | 2,800,000 |" in text
-    assert "| student | resnet10_cifar | 2 | 92.0 | 50.0 | 323,450 |" in text
+    parts = "2 early exits, 94.5 % at 553.0 MMACs in all layers, 2,800,000 parameters"
+    assert f"- teacher: `resnet18_cifar` (width=32), {parts}\n" in text
+    assert (
+        "- student: `resnet10_cifar`, 2 early exits, 92.0 % at 50.0 MMACs in all layers, 323,450 parameters\n" in text
+    )
     assert "learned from the teacher's exits 0, 1, 2" in text
-    assert "| student | - | 91.5 |" in text
     assert "ECE has 15 right-closed bins" in text
     assert "10,000 images of the test split" in text
     assert "by distillation (`erde`) from `resnet18_cifar`" in text
     assert "- validation: 5,000 images, rule stratified part of train, fraction 0.1, seed 0" in text
     assert "- duration: 12 min 5 s" in text
-    assert "| note | a\\|b |" in text
     assert "unset" not in text
     assert "![" in text
     assert "](frontier.png)" in text
@@ -158,18 +158,38 @@ def test_text_holds_the_numbers_in_one_format():
     assert "Latency was not measured" in text
 
 
-def test_every_metric_is_shown_per_exit_and_per_threshold():
-    more = {"top5": 0.987, "brier": 0.2, "aurc": 0.061, "eefp": 0.81, "coverage": 0.905, "set_size": 2.345}
+def test_the_table_keeps_five_rows_and_the_stored_one():
+    rows = make_results()["sweep"]
+    costs = [50e6, 49e6, 40e6, 30e6, 29e6, 20e6, 12e6]
+    sweep = [{**rows[1], "threshold": n / 10, "mean_macs": cost} for n, cost in enumerate(costs)]
+    text = render_model_card(make_results(sweep=sweep, operating_point=sweep[4], fine_sweep=[]))
+    labels = re.findall(r"^\| ([\d.]+(?: \\\*)?) \| 91\.5 \|", text, flags=re.MULTILINE)
+    assert labels == ["0", "0.2", "0.4 \\*", "0.5", "0.6"], "both ends, and what lies far from the others in cost"
+
+
+def test_milliseconds_come_first():
+    settings = [
+        {"runtime": "torch", "threads": 1, "exit_milliseconds": [1.0, 2.0, 4.0]},
+        {"runtime": "onnxruntime", "threads": 8, "exit_milliseconds": [0.5, 1.0, 2.0]},
+    ]
+    latency = {"cpu": "a|b", "exits": ["layer1", "layer2", "classifier"], "settings": settings}
+    _, text = split_card(render_model_card(make_results(latency=latency)))
+    assert "In time: **2.000 ms** instead of 4.000 ms (torch, 1 thread, one image per call, a\\|b)." in text
+    assert text.index("**2.000 ms**") < text.index("frontier.png")
+    assert "| threshold | accuracy % | ms, torch, 1 thread | ms, onnxruntime, 8 threads | mean MMACs |" in text
+    assert "| 0.4 \\* | 91.5 | 2.000 | 1.000 | 24.0 |" in text  # 0.5 x 1 + 0.25 x 2 + 0.25 x 4
+    assert "| layer2 | 87.0 | 2.000 | 1.000 | 22.0 |" in text
+    assert "Latency was not measured" not in text
+
+
+def test_a_text_gets_a_widget_and_results_come_before_use():
     results = make_results()
-    results["per_exit"] = [row | more for row in results["per_exit"]]
-    results["sweep"] = [row | more | {"eefp": None} for row in results["sweep"]]
-    results["operating_point"] = results["sweep"][1]
-    facts = {"method": "split conformal, APS", "alpha": 0.1, "split": "validation", "samples": 5000}
-    results["metrics"]["sets"] = facts
-    text = render_model_card(results)
-    assert "| layer2 | 87.0 | 98.7 | 22.0 | 0.500 | 0.200 | 0.040 | 0.061 | 0.810 | 90.5 | 2.35 |" in text
-    assert "| 0.4 \\* | 98.7 | 0.250 | 0.200 | 0.031 | 0.061 | - | 90.5 | 2.35 |" in text
-    assert "(split conformal, APS, fitted on 5,000 validation images so that each exit alone reaches 90.0 %)" in text
+    results["dataset"] |= {"kind": "text", "input_size": [64]}
+    results["student"]["input_size"] = [64]
+    data, text = split_card(render_model_card(results))
+    assert list(data["widget"][0]) == ["text"]
+    assert text.index("## Results") < text.index("## Use") < text.index("## Each exit alone")
+    assert "widget" not in split_card(render_model_card(make_results()))[0]
 
 
 def test_says_how_the_stored_threshold_was_chosen():
@@ -190,9 +210,9 @@ def test_a_threshold_at_which_nobody_leaves_says_why_and_warnings_are_limits():
 def test_the_stored_threshold_is_a_marked_row():
     point = {**make_results()["sweep"][1], "threshold": 0.7, "accuracy": 0.905}
     text = render_model_card(make_results(operating_point=point))
-    assert "`entropy`; \\* is the stored threshold; the shares" in text
+    assert "`entropy`; \\* is the stored threshold." in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 0.")]
-    assert [row[0] for row in rows] == ["| 0.4", "| 0.7 \\*"] * 2
+    assert [row[0] for row in rows] == ["| 0.4", "| 0.7 \\*"]
     assert rows[1][1] == "90.5"
     without = render_model_card({**make_results(), "operating_point": None})
     assert "\\*" not in without
@@ -201,7 +221,7 @@ def test_the_stored_threshold_is_a_marked_row():
 def test_tables_are_well_formed():
     _, text = split_card(render_model_card(make_results()))
     tables = re.findall(r"(?:^\|.*\|$\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 6
+    assert len(tables) == 2
     for table in tables:
         rows = [re.split(r"(?<!\\)\|", row) for row in table.splitlines()]
         assert len({len(row) for row in rows}) == 1, table
@@ -248,7 +268,7 @@ def test_the_least_that_results_may_hold():
 def test_static_student_and_other_losses():
     static = {"architecture": "resnet10_cifar", "macs": 49_000_000, "accuracy": 0.91, "params": 310_000}
     text = render_model_card(make_results(static_student=static, loss={"name": "kd"}))
-    assert "| student without exits | resnet10_cifar | 0 | 91.0 | 49.0 | 310,000 |" in text
+    assert "- student without exits: `resnet10_cifar`, 0 early exits, 91.0 % at 49.0 MMACs" in text
     assert "trained without exits was run" not in text
     assert "hinton2015distilling" in text
     text = render_model_card(make_results(teacher=None, loss={"name": "ce"}))
@@ -299,7 +319,7 @@ def test_thresholds_near_one_are_told_apart_and_the_example_gives_its_row():
     sweep = [{**row, "threshold": t} for row, t in zip(rows, (1.0, 0.999934, 0.99981), strict=True)]
     student = {**make_results()["student"], "policy": "eefp", "threshold": 0.999934}
     card = render_model_card(make_results(sweep=sweep, operating_point=sweep[1], fine_sweep=[], student=student))
-    for line in ("| 1 |", "| 0.999934 \\* |", "| 0.99981 |", "threshold=0.999934)", "threshold 0.99981, 12.0 MMACs"):
+    for line in ("| 1 |", "| 0.999934 \\* |", "| 0.99981 |", "threshold=0.999934)", "threshold 0.999934, 24.0 MMACs"):
         assert line in card
 
 

@@ -68,7 +68,9 @@ def test_times_are_kept_and_used(run, call, capsys):
     assert "saved)" in said
     kept = json.loads((run / "results.json").read_text())["latency"]
     assert len(kept["settings"][0]["exit_milliseconds"]) == 3
-    assert "mean at the stored threshold" in (run / "README.md").read_text()
+    card = (run / "README.md").read_text()
+    assert "In time: **" in card
+    assert "| ms, torch, 1 thread |" in card
     budget = 1.01 * kept["settings"][0]["exit_milliseconds"][-1]
     call(calibrate, "--model", run, "--max_mean_milliseconds", budget, "--cpu_threads", 1)
     assert "measuring" not in capsys.readouterr().out
