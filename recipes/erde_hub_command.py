@@ -23,6 +23,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "measure the routed model next to its bare backbone"),
     "export": ("export_onnx", "write a checkpoint into one ONNX file"),
     "demo": ("demo", "open a page to play with: an image, a threshold, what each exit says"),
+    "serve": ("serve", "answer over HTTP, on this machine, with a checkpoint or an ONNX file"),
     "push": ("push", "publish a checkpoint on the Hugging Face Hub"),
 }
 #: Commands with --resume.

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from erde_hub.errors import CheckpointError
+from erde_hub._arguments import plain_threshold
+from erde_hub.errors import CheckpointError, ThresholdError
 from erde_hub.preprocessing import check_preprocessing
 
 #: Characters of a name.
@@ -67,6 +68,25 @@ class FileInfo:
     def num_early_exits(self) -> int:
         """Number of exits before the classifier."""
         return len(self.exit_names) - 1
+
+    def check_threshold(self, threshold: Any) -> list[float]:
+        """Returns one number per early exit.
+
+        Raises:
+            ThresholdError: NaN, out of the policy's range, or of the wrong length.
+        """
+        plain, early = plain_threshold(threshold), self.num_early_exits
+        values: list[float] = plain if isinstance(plain, list) else [plain] * early
+        if len(values) != early:
+            raise ThresholdError(f"got {len(plain)} thresholds for {early} early exits: give one number, or {early}")
+        low, high = self.threshold_range
+        for value in values:
+            if math.isnan(value) or not low <= value <= high:
+                raise ThresholdError(
+                    f"threshold {value!r} is not allowed for policy {self.policy!r}: give a number in"
+                    f" [{low:g}, {high:g}]"
+                )
+        return values
 
     def to_metadata(self) -> dict[str, str]:
         """Returns what the file stores."""

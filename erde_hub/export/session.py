@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from erde_hub._arguments import plain_threshold, threshold_rows
-from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError, ThresholdError
+from erde_hub._arguments import threshold_rows
+from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError
 
 from ._inputs import as_array, file_path
 from ._requirements import require
@@ -140,13 +139,13 @@ class EarlyExitSession:
         count = len(arrays[self.info.input_names[0]])
         rows = threshold_rows(threshold, count, self.info.num_early_exits)
         if rows is None:
-            shared = self._thresholds(threshold)
+            shared = self.info.threshold if threshold is None else self.info.check_threshold(threshold)
             if count > 0:
                 return self._run(arrays, count, shared)
         logits, exit_index = np.zeros((count, len(self.info.id2label)), np.float32), np.zeros(count, np.int64)
         same: dict[tuple[float, ...], list[int]] = {}
         for sample, own in enumerate(rows or ()):
-            same.setdefault(tuple(self._thresholds(own)), []).append(sample)
+            same.setdefault(tuple(self.info.check_threshold(own)), []).append(sample)
         for thresholds, samples in same.items():
             out = self._run({name: array[samples] for name, array in arrays.items()}, len(samples), thresholds)
             logits[samples], exit_index[samples] = out.logits, out.exit_index
@@ -216,22 +215,6 @@ class EarlyExitSession:
             pixels[row] = _resize_and_crop(image, (height, width), preprocessing)
         values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
         return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-
-    def _thresholds(self, threshold: Any) -> list[float]:
-        if threshold is None:
-            return self.info.threshold
-        plain, early = plain_threshold(threshold), self.info.num_early_exits
-        values = plain if isinstance(plain, list) else [plain]
-        if isinstance(plain, list) and len(plain) != early:
-            raise ThresholdError(f"got {len(plain)} thresholds for {early} early exits: give one number, or {early}")
-        low, high = self.info.threshold_range
-        for value in values:
-            if math.isnan(value) or not low <= value <= high:
-                raise ThresholdError(
-                    f"threshold {value!r} is not allowed for policy {self.info.policy!r}: give a number in"
-                    f" [{low:g}, {high:g}]"
-                )
-        return values
 
 
 def _as_batch(images: Any) -> Any:
