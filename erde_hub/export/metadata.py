@@ -78,7 +78,7 @@ class FileInfo:
         plain, early = plain_threshold(threshold), self.num_early_exits
         values: list[float] = plain if isinstance(plain, list) else [plain] * early
         if len(values) != early:
-            raise ThresholdError(f"got {len(plain)} thresholds for {early} early exits: give one number, or {early}")
+            raise ThresholdError(f"got {len(values)} thresholds for {early} early exits: give one number, or {early}")
         low, high = self.threshold_range
         for value in values:
             if math.isnan(value) or not low <= value <= high:
