@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erde_hub import EarlyExitWrapper
+from erde_hub.backbones.transformers_preprocessing import known_preprocessing
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError
+from erde_hub.preprocessing import check_preprocessing
 from tests.fakes import transformers_models
 from tests.fakes.networks import CLASSES, wrap
 
@@ -124,6 +127,51 @@ def test_what_would_be_costly_or_dangerous(changes, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises((ConfigError, CheckpointError), match=words):
         EarlyExitWrapper.from_pretrained(tmp_path)
+
+
+def _vit_from(folder: Path) -> transformers.ViTConfig:
+    """The config of a model that was loaded from a folder."""
+    config = transformers.ViTConfig(image_size=32)
+    config._name_or_path = str(folder)
+    return config
+
+
+@pytest.fixture(scope="module")
+def processor_of_a_vit(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder, json.loads((folder / "preprocessor_config.json").read_text())
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_one_field_of_the_image_processor_says_something_else(processor_of_a_vit, data):
+    """A wrapped model takes its preprocessing from it: one that a config can hold, or none."""
+    folder, stored = processor_of_a_vit
+    places = [*((key,) for key in stored), ("size", "height"), ("size", "shortest_edge")]
+    more = [("crop_size",), ("crop_pct",), ("do_center_crop",), ("include_top",), ("auto_map",), ("rescale_offset",)]
+    place = data.draw(st.sampled_from(places + more))
+    (folder / "preprocessor_config.json").write_text(json.dumps(_changed(stored, place, data.draw(_VALUES))))
+    found = known_preprocessing(_vit_from(folder))
+    assert found is None or check_preprocessing(found) == found
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "3", "{", "[" * 5000, '{"image_processor_type": "Absent"}', "null"])
+def test_an_image_processor_that_cannot_be_read(text, tmp_path, caplog):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with caplog.at_level(logging.WARNING, "erde_hub"):
+        assert known_preprocessing(_vit_from(tmp_path)) is None
+    assert "preprocessor_config.json of" in caplog.text
+
+
+def test_code_of_an_image_processor_is_not_run(tmp_path, monkeypatch):
+    """Nobody is asked either: transformers would wait for an answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    (tmp_path / "config.json").write_text('{"model_type": "of_their_own"}')
+    (tmp_path / "preprocessor_config.json").write_text('{"auto_map": {"AutoImageProcessor": "code.Processor"}}')
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    assert known_preprocessing(_vit_from(tmp_path)) is None
 
 
 LONG = [pytest.param(name, "all", marks=pytest.mark.long) for name in ("resnet", "bert", "swin")]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from erde_hub.errors import ConfigError
 from erde_hub.preprocessing import check_preprocessing
 
+logger = logging.getLogger(__name__)
+
+#: What values of another kind than expected raise.
+_DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 #: Pillow's numbers to the names that configs use.
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
@@ -36,8 +42,14 @@ def _stored_processor(source: str) -> Any | None:
     if Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").is_file():
         return None
     try:
-        return AutoImageProcessor.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError):
+        return AutoImageProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except ImportError:
+        return None
+    except (*_DAMAGED, OSError, StrictDataclassError) as error:
+        if Path(source).is_dir():
+            logger.warning(
+                "preprocessor_config.json of %s cannot be used: %s", source, " ".join(str(error).split())[:200]
+            )
         return None
 
 
@@ -55,9 +67,17 @@ def as_preprocessing(processor: Any, size: list[int] | None = None) -> dict[str,
     """Returns what an image processor does in the words of a config, None where they have none for it.
 
     Args:
-        processor: Of transformers.
+        processor: Of transformers; its values are those of a file, and may be anything.
         size: Replaces that of its output.
     """
+    try:
+        values = _read(processor, size)
+        return None if values is None else check_preprocessing(values)
+    except (*_DAMAGED, ConfigError):
+        return None
+
+
+def _read(processor: Any, size: list[int] | None) -> dict[str, Any] | None:
     p = processor.to_dict()
     if p.get("do_flip_channel_order") or not p.get("do_resize", True) or not p.get("do_rescale", True):
         return None
@@ -89,16 +109,11 @@ def as_preprocessing(processor: Any, size: list[int] | None = None) -> dict[str,
         return None
     if share > 1:  # padding around a smaller image
         return None
-    try:
-        return check_preprocessing(
-            {
-                "mean": mean,
-                "std": std,
-                "size": size or target,
-                "interpolation": interpolation,
-                "crop_pct": share,
-                "crop_mode": mode,
-            }
-        )
-    except ConfigError:
-        return None
+    return {
+        "mean": mean,
+        "std": std,
+        "size": size or target,
+        "interpolation": interpolation,
+        "crop_pct": share,
+        "crop_mode": mode,
+    }
