@@ -122,7 +122,8 @@ def text_arrays(given: Mapping[str, Any], info: FileInfo) -> dict[str, NDArray[n
             raise InputTypeError(f"{name} must hold integers, got {array.dtype}")
         if array.ndim != 2 or array.shape != ids.shape:
             raise ShapeError(f"{name} must be (N, L) as input_ids, got {array.shape} next to {ids.shape}")
-    length, longest = ids.shape[1], info.input_size[0] if info.batch_size else info.max_length
+    length, fixed = ids.shape[1], info.input_size[0] if info.batch_size else None
+    longest = min((limit for limit in (fixed, info.max_length) if limit is not None), default=None)
     if length == 0 or (longest is not None and length > longest):
         most = "at least 1" if longest is None else f"1 to {longest}"
         raise ShapeError(f"texts must have {most} tokens, got {length}: tokenizer(texts, truncation=True) cuts them")
@@ -133,10 +134,10 @@ def text_arrays(given: Mapping[str, Any], info: FileInfo) -> dict[str, NDArray[n
         )
     arrays.setdefault("attention_mask", np.ones_like(ids))
     arrays.setdefault("token_type_ids", np.zeros_like(ids))
-    if info.batch_size and longest is not None:
+    if fixed is not None:
         padding = {"input_ids": info.pad_token_id or 0}
         arrays = {
-            name: np.pad(array, ((0, 0), (0, longest - length)), constant_values=padding.get(name, 0))
+            name: np.pad(array, ((0, 0), (0, fixed - length)), constant_values=padding.get(name, 0))
             for name, array in arrays.items()
         }
     return {name: np.ascontiguousarray(arrays[name], np.int64) for name in info.input_names}

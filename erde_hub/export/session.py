@@ -44,7 +44,7 @@ class EarlyExitSession:
     never leaves early and gets NaN logits; nor does one leave at an exit whose logits overflowed to NaN or infinity, so
     only the classifier, behind which nothing is left to ask, can answer with such.
 
-    A file for one sample runs the samples of a batch one after the other.
+    A file for one sample runs the samples of a batch one after the other, as OpenVINO does with any int8 file.
 
     Args:
         path: The ONNX file; one above 2 GB needs its ``.data`` file beside it.
@@ -154,7 +154,8 @@ class EarlyExitSession:
     def _run(self, arrays: Mapping[str, NDArray[Any]], count: int, thresholds: Sequence[float]) -> SessionOutput:
         with np.errstate(over="ignore"):  # what lies above float32 is infinite, as in torch
             own = np.broadcast_to(np.asarray(thresholds, np.float32), (self.info.num_early_exits,))
-        step = self.info.batch_size or count
+        apart = self.info.quantization is not None and not self._session.batches_int8
+        step = 1 if apart else self.info.batch_size or count
         parts = [
             self._session.run({**{name: array[i : i + step] for name, array in arrays.items()}, "threshold": own})
             for i in range(0, count, step)
