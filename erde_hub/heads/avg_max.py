@@ -12,7 +12,8 @@ from .base import ExitHead, FeatureSpec, GlobalPool, check_dropout, run_layers, 
 class AvgMaxHead(ExitHead):
     """Mean and maximum of every channel, batch norm, one hidden layer with batch norm and dropout, one linear layer.
 
-    Tokens are pooled as the backbone itself does it, and vectors are read as they are.
+    This is for feature maps: tokens are pooled as the backbone itself does it, of signals (N, C, L) the mean is read,
+    and vectors are read as they are.
 
     Args:
         spec: What the exit reads.
@@ -32,11 +33,11 @@ class AvgMaxHead(ExitHead):
         if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
             raise ConfigError(f"hidden must be an integer of at least 1, got {hidden!r}")
         pool = vector_pool(spec)
-        if isinstance(pool, GlobalPool):
-            pool = GlobalPool(pool.axes, with_max=True)
+        inputs = spec.width
+        if isinstance(pool, GlobalPool) and spec.format != "NCL":
+            pool, inputs = GlobalPool(pool.axes, with_max=True), 2 * spec.width
         elif spec.pool == "none":
             raise ConfigError("the head 'avg_max' gives one answer per sample, and this exit answers for every token")
-        inputs = 2 * spec.width if isinstance(pool, GlobalPool) else spec.width
         self.layers = nn.Sequential(
             pool,
             nn.BatchNorm1d(inputs),

@@ -17,6 +17,7 @@ def test_images_are_not_enlarged_without_a_word(tmp_path, side, image_size, said
 
 
 def test_three_commands_that_can_follow(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     *_, first, second, third = how_to_load(tmp_path).splitlines()
     assert first.split() == ["erde-hub", "latency", "--model", str(tmp_path)]
     assert second.split()[:4] == ["erde-hub", "calibrate", "--model", str(tmp_path)]

@@ -173,7 +173,7 @@ def test_every_data_argument_reaches_the_data(monkeypatch):
     seen = {}
     monkeypatch.setattr(phases, "load_image_data", lambda dataset, **given: seen.update(given, dataset=dataset))
     names = {"dataset_config": "config_name", "image_size": "input_size"}
-    of_texts = ("text_column", "max_length")  # see test_recipe_text.py
+    of_texts = ("text_column", "max_length", "block_size", "tokenizer_size")  # tests of recipes with texts
     for number, field in enumerate(f for f in dataclasses.fields(DataArguments) if f.name not in of_texts):
         value = "headers" if field.name == "check_images" else f"value {number}"
         recipe.load_data(DataArguments(**{field.name: value}))
