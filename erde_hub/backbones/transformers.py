@@ -330,7 +330,7 @@ class TransformersAdapter(BackboneAdapter):
         if main is None or main.is_meta or not hasattr(module, "get_input_embeddings"):
             return None
         positions, types = _table(module, _POSITIONS), _table(module, ("token_type_embeddings",))
-        rows = 0 if positions is None else positions.num_embeddings - getattr(positions, "offset", 0)
+        rows, first = (0, 0) if positions is None else _places(positions)
         words = module.get_input_embeddings().num_embeddings  # type: ignore[operator]
         own_tokenizer = "use its own tokenizer, or model.resize_token_embeddings(len(tokenizer))"
         held = [
@@ -349,8 +349,6 @@ class TransformersAdapter(BackboneAdapter):
                     )
         if positions is None or inputs.get("position_ids") is not None:
             return None
-        # RoBERTa counts positions from the one behind its padding, and padding has none.
-        first = 0 if positions.padding_idx is None else positions.padding_idx + 1
         tokens = main.shape[1]
         if first and ids is not None and tokens <= rows:
             tokens = int((ids != positions.padding_idx).sum(1).max())
@@ -441,6 +439,21 @@ def _table(module: nn.Module, names: Sequence[str]) -> nn.Embedding | None:
     """Returns the first table of vectors that has one of these names."""
     tables = (m for n, m in module.named_modules() if n.rpartition(".")[2] in names and isinstance(m, nn.Embedding))
     return next(tables, None)
+
+
+def _places(positions: nn.Embedding) -> tuple[int, int]:
+    """Returns how many positions a table has, and the first that a token gets: RoBERTa's is behind that of padding."""
+    first = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    return positions.num_embeddings - getattr(positions, "offset", 0), first
+
+
+def longest_text(module: nn.Module) -> int | None:
+    """Returns how many tokens a text may have: by the table of positions, else by the config; None where any number."""
+    positions = _table(module, _POSITIONS)
+    if positions is None:
+        return getattr(module.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+    rows, first = _places(positions)
+    return rows - first
 
 
 def _known_classes() -> list[str]:

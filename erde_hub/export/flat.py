@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from erde_hub.backbones.transformers import longest_text
 from erde_hub.engine.routing import AllExits, pools_tokens
 from erde_hub.errors import ExportError
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 
-from .signature import input_names, longest_text, reads_texts
+from .signature import input_names, reads_texts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -181,7 +182,7 @@ def _dynamic_shapes(module: _EveryExit, batch_size: int | None) -> Any:
     if batch_size is None:
         axes[0] = torch.export.Dim(BATCH)
         if reads_texts(module.model):
-            axes[1] = torch.export.Dim(LENGTH, max=longest_text(module.model))
+            axes[1] = torch.export.Dim(LENGTH, max=longest_text(module.model.backbone))
     return ((*({**axes} for _ in module.names), {}),)
 
 

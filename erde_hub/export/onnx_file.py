@@ -17,6 +17,7 @@ from torch import Tensor
 
 from erde_hub._files import disk_errors, replacing_all
 from erde_hub._version import __version__
+from erde_hub.backbones.transformers import longest_text
 from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.engine.inputs import check_pixel_values
 from erde_hub.errors import ConfigError, ExportError, InputTypeError, ShapeError
@@ -29,7 +30,7 @@ from ._requirements import require
 from ._texts import tokenizer_json
 from .metadata import FileInfo
 from .session import EarlyExitSession
-from .signature import input_names, longest_text, padding_token, reads_texts, vocabulary
+from .signature import input_names, padding_token, reads_texts, vocabulary
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -282,7 +283,7 @@ def _file_info(model: EarlyExitWrapper, batch_size: int | None, tokenizer: Any, 
         quantization=quantization,
         input_names=tuple(input_names(model)),
         batch_size=batch_size,
-        max_length=longest_text(model) if texts else None,
+        max_length=longest_text(model.backbone) if texts else None,
         vocab_size=vocabulary(model) if texts else None,
         pad_token_id=padding_token(model) if texts else None,
     )

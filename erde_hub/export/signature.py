@@ -1,11 +1,9 @@
-"""What a model's file takes: names of its inputs, and how long a text may be."""
+"""What a model's file takes: names of its inputs, and its tokens."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
-
-from torch import nn
 
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 
@@ -23,14 +21,6 @@ def input_names(model: EarlyExitWrapper) -> list[str]:
     types = getattr(config, "type_vocab_size", None) or 0
     takes_types = "token_type_ids" in inspect.signature(type(model.backbone).forward).parameters
     return ["input_ids", "attention_mask", *(["token_type_ids"] if takes_types and types > 1 else [])]
-
-
-def longest_text(model: EarlyExitWrapper) -> int | None:
-    """Returns how many tokens a text may have, None where any number; tables may keep places for padding."""
-    for name, module in model.backbone.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(model.backbone.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
 
 
 def vocabulary(model: EarlyExitWrapper) -> int:

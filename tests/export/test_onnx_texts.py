@@ -13,6 +13,7 @@ import transformers
 from support_models import transformers_model
 
 from erde_hub import EarlyExitWrapper
+from erde_hub.backbones.transformers import longest_text
 from erde_hub.errors import (
     CheckpointError,
     ConfigError,
@@ -23,7 +24,6 @@ from erde_hub.errors import (
     ShapeError,
 )
 from erde_hub.export import EarlyExitSession, check_onnx, export_onnx, flat
-from erde_hub.export.signature import longest_text
 from tests.fakes.onnx_models import dynamic_parts, levels, safe_thresholds
 from tests.fakes.texts import make_tokenizer
 from tests.fakes.transformers_models import lively_texts
@@ -78,7 +78,7 @@ def test_families(family, tmp_path):
     path = export_onnx(model, tmp_path / "model.onnx")
     one = export_onnx(model, tmp_path / "one.onnx", batch_size=1)
     assert dynamic_parts(one) == []
-    whole = padded(model, length=min(model.config.input_size[0], longest_text(model)))
+    whole = padded(model, length=min(model.config.input_size[0], longest_text(model.backbone)))
     for runtime in RUNTIMES:
         assert_same(model, path, inputs, thresholds, runtime)
         assert_same(model, one, whole, safe_thresholds(model, whole), runtime)
@@ -100,16 +100,14 @@ def test_what_the_file_takes(text_file):
 
 @pytest.mark.parametrize("name", ["Roberta", "MPNet", "Bert", "DebertaV2", "ModernBert", "DistilBert"])
 def test_longest_text(name):
-    class Model:
-        backbone = transformers_model(name)
-
-    longest = longest_text(Model)
+    backbone = transformers_model(name)
+    longest = longest_text(backbone)
     assert longest == {"Roberta": 38, "MPNet": 38}.get(name, 40)  # two places are for padding
     ids = torch.full((1, longest), 7)
-    Model.backbone.eval()(input_ids=ids)
+    backbone.eval()(input_ids=ids)
     if name not in ("ModernBert", "DebertaV2"):  # whose positions are relative, or computed
         with pytest.raises((IndexError, RuntimeError)):
-            Model.backbone(input_ids=torch.full((1, longest + 1), 7))
+            backbone(input_ids=torch.full((1, longest + 1), 7))
 
 
 # Sentences
