@@ -80,16 +80,21 @@ register_loss(
     "erde", ERDELoss, "distils where the teacher is right, raises entropy where it is wrong", "arXiv 2510.04856"
 )
 register_loss(
-    "ea_kd", EAKDLoss, "distillation that weighs samples by the entropies of teacher and student", "arXiv 2311.13621"
+    "ea_kd",
+    EAKDLoss,
+    "distillation with weights per sample from the entropies of teacher and student",
+    "arXiv 2311.13621",
 )
 register_loss(
     "dedier",
     DEDIERLoss,
-    "distillation that weighs up what an early read-out gets wrong with confidence",
+    "distillation with more weight on what an early read-out gets confidently wrong",
     "arXiv 2310.18590",
 )
-register_loss("dkd", DKDLoss, "distillation with target class and other classes apart", "arXiv 2203.08679")
-register_loss("feature_kd", FeatureKDLoss, "distillation of answers and of features", "arXiv 1412.6550")
+register_loss(
+    "dkd", DKDLoss, "distillation with separate terms for the target class and the other classes", "arXiv 2203.08679"
+)
+register_loss("feature_kd", FeatureKDLoss, "distillation of logits and of features", "arXiv 1412.6550")
 register_loss("self", SelfDistillationLoss, "earlier exits learn from the last one, no teacher", "arXiv 1905.08094")
 register_loss(
     "egad",

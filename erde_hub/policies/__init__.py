@@ -56,11 +56,16 @@ list_policies = _POLICIES.names
 register_policy("entropy", EntropyPolicy, "softmax entropy below the threshold (nats)", "arXiv 1709.01686, 2510.04856")
 register_policy("confidence", ConfidencePolicy, "largest probability at or above the threshold", "arXiv 1703.09844")
 register_policy("margin", MarginPolicy, "best minus second probability at or above the threshold")
-register_policy("patience", PatiencePolicy, "k consecutive exits agree with the one before", "arXiv 2006.04152")
-register_policy("eefp", EEFPPolicy, "fitted gate: correct here, or at no later exit", "arXiv 2508.21495")
+register_policy(
+    "patience", PatiencePolicy, "k consecutive exits repeat the answer of the exit before", "arXiv 2006.04152"
+)
+register_policy("eefp", EEFPPolicy, "fitted gate: right here, or wrong at every later exit too", "arXiv 2508.21495")
 register_policy("eenet", EENetPolicy, "fitted scores under a budget", "arXiv 2301.07099")
 register_policy(
-    "set_size", SetSizePolicy, "fewer classes than the threshold in the conformal sets so far", "arXiv 2006.02544"
+    "set_size",
+    SetSizePolicy,
+    "fewer classes than the threshold in the intersection of the conformal sets so far",
+    "arXiv 2006.02544",
 )
 register_policy("never", NeverPolicy, "runs to the last exit")
 register_policy("always", AlwaysPolicy, "takes the first exit")

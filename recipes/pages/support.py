@@ -53,9 +53,11 @@ def supported() -> str:
     """The same in one sentence each, for the README."""
     timm, transformers = (f"{passed(name)} of {len(rows_with(name))}" for name in ("timm", "transformers"))
     return (
-        f"One network of each family was tried. {timm} families of timm and {transformers} of transformers can be"
-        " wrapped, trained, routed, saved and copied ([support matrix](docs/support_matrix.md)). Wrapping checks each"
-        " network anew, and says why if it refuses one. Your own module needs `input_size=` or `example_inputs=`."
+        "One network of each family was tried: wrapped, trained for a step, run with early exits, saved and loaded."
+        f" {timm} families of timm and {transformers} of transformers passed"
+        " ([support matrix](docs/support_matrix.md))."
+        " Wrapping checks each network anew, and says why if it refuses one. For a module of your own,"
+        " `EarlyExitWrapper` needs `input_size=` or `example_inputs=`, and `from_pretrained` needs `backbone=`."
     )
 
 
