@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from erde_hub._registry import Entry, Registry
 from erde_hub.errors import ConfigError, UnknownNameError
+from erde_hub.heads import HeadKey, get_head, list_heads
+from erde_hub.losses import LossKey, get_loss, list_losses
+from erde_hub.policies import PolicyKey, get_policy, list_policies
 
 
 class Tea:
@@ -59,3 +64,14 @@ def test_arguments_that_do_not_exist(table):
         table.create("tea", 2, suger=1)
     with pytest.raises(ConfigError, match="no argument 'size'"):  # given already
         table.create("tea", 2, size=3)
+
+
+@pytest.mark.parametrize(
+    ("alias", "names", "get"),
+    [(HeadKey, list_heads, get_head), (LossKey, list_losses, get_loss), (PolicyKey, list_policies, get_policy)],
+    ids=["head", "loss", "policy"],
+)
+def test_editors_complete_the_keys_of_each_table(alias, names, get):
+    literal, anything = get_args(alias)
+    assert list(get_args(literal)) == [name for name in names() if get(name).cls.__module__.startswith("erde_hub.")]
+    assert anything is str

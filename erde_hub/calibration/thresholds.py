@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erde_hub._arguments import check_flag
 from erde_hub.errors import ConfigError, RecordsError
-from erde_hub.policies import ExitPolicy, as_policy, policy_name
+from erde_hub.policies import ExitPolicy, PolicyKey, as_policy, policy_name
 from erde_hub.records import ExitRecords, check_calibration_data, check_kind
 
 from .choice import ThresholdChoice, describe_bound, samples_without_loss
@@ -38,7 +38,7 @@ _FINE_STEPS = 4 * STEPS
 
 def choose_threshold(
     records: ExitRecords,
-    policy: str | ExitPolicy = "entropy",
+    policy: PolicyKey | ExitPolicy = "entropy",
     *,
     max_accuracy_drop: float | None = None,
     max_disagreement: float | None = None,

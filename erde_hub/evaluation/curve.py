@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError
-from erde_hub.policies import ExitPolicy, as_policy
+from erde_hub.policies import ExitPolicy, PolicyKey, as_policy
 from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords, check_kind, distinct_samples
 
@@ -42,7 +42,7 @@ class CurveArea:
 
 def curve_area(
     records: ExitRecords,
-    policy: str | ExitPolicy = "entropy",
+    policy: PolicyKey | ExitPolicy = "entropy",
     low: float | None = None,
     high: float = 1.0,
     *,
@@ -82,9 +82,9 @@ def curve_area(
 
 def area_difference(
     records: ExitRecords,
-    policy: str | ExitPolicy,
+    policy: PolicyKey | ExitPolicy,
     other_records: ExitRecords,
-    other_policy: str | ExitPolicy,
+    other_policy: PolicyKey | ExitPolicy,
     low: float | None = None,
     high: float = 1.0,
     *,
@@ -116,7 +116,9 @@ def area_difference(
     return _summary(areas, low, high, level)
 
 
-def lowest_cost(records: ExitRecords, policy: str | ExitPolicy = "entropy", full_macs: float | None = None) -> float:
+def lowest_cost(
+    records: ExitRecords, policy: PolicyKey | ExitPolicy = "entropy", full_macs: float | None = None
+) -> float:
     """Returns the lowest mean cost that a policy reaches with a shared threshold, a fraction of the full cost.
 
     Args:
@@ -146,7 +148,9 @@ def _check_resampling(resamples: int, level: float, seed: int) -> None:
     check_whole("seed", seed, 0)
 
 
-def _curves(records: ExitRecords, policy: str | ExitPolicy, full_macs: float | None) -> tuple[Tensor, Tensor, float]:
+def _curves(
+    records: ExitRecords, policy: PolicyKey | ExitPolicy, full_macs: float | None
+) -> tuple[Tensor, Tensor, float]:
     """Correct predictions (T, N) and fractions of cost (T, N) at every threshold, and the cost that these refer to."""
     records.require_classes("the area under a curve of accuracy")
     policy = as_policy(policy)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from erde_hub._arguments import check_whole
-from erde_hub.policies import ExitPolicy, as_policy, policy_name
+from erde_hub.policies import ExitPolicy, PolicyKey, as_policy, policy_name
 from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords
 
@@ -79,7 +79,7 @@ def plot_reliability(records: ExitRecords, path: str | os.PathLike[str], bins: i
 
 def plot_scores(
     records: ExitRecords,
-    policy: str | ExitPolicy,
+    policy: PolicyKey | ExitPolicy,
     threshold: float | Sequence[float],
     path: str | os.PathLike[str],
     bins: int = 30,
@@ -135,7 +135,7 @@ def plot_scores(
     save_figure(draw, path, (3.1 * early + 0.9, 3.8))
 
 
-def plot_fractions(records: ExitRecords, policy: str | ExitPolicy, path: str | os.PathLike[str]) -> None:
+def plot_fractions(records: ExitRecords, policy: PolicyKey | ExitPolicy, path: str | os.PathLike[str]) -> None:
     """Draws the fraction of samples that takes each exit, against the cost that a shared threshold saves.
 
     Args:
@@ -175,7 +175,7 @@ def plot_fractions(records: ExitRecords, policy: str | ExitPolicy, path: str | o
 
 def plot_contact_sheet(
     records: ExitRecords,
-    policy: str | ExitPolicy,
+    policy: PolicyKey | ExitPolicy,
     threshold: float | Sequence[float],
     images: Callable[[list[int]], Sequence[Any]],
     path: str | os.PathLike[str],

@@ -14,7 +14,7 @@ from erde_hub.calibration.guarantees import LossTest
 from erde_hub.calibration.outcomes import exit_losses
 from erde_hub.errors import RecordsError
 from erde_hub.fingerprint import check_fingerprint
-from erde_hub.policies import ExitPolicy, as_policy
+from erde_hub.policies import ExitPolicy, PolicyKey, as_policy
 from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords, check_kind, distinct_samples
 
@@ -137,7 +137,7 @@ class Drift:
 def compare_records(
     before: ExitRecords,
     now: ExitRecords,
-    policy: str | ExitPolicy,
+    policy: PolicyKey | ExitPolicy,
     threshold: float | list[float],
     bound: float | None = None,
     confidence: float = 0.9,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from erde_hub.errors import ConfigError, MissingDependencyError
-from erde_hub.policies import ExitPolicy
+from erde_hub.policies import ExitPolicy, PolicyKey
 from erde_hub.records import ExitRecords, check_kind
 
 from .figures import BLUE, GREEN, ORANGE, PURPLE, RED, save_figure
@@ -127,7 +127,7 @@ def _outline(line: Line2D, dpi: float) -> np.ndarray:
 def plot_curves(
     methods: Mapping[str, ExitRecords | Sequence[ExitRecords]],
     ax: Axes | None = None,
-    policy: str | ExitPolicy = "entropy",
+    policy: PolicyKey | ExitPolicy = "entropy",
 ) -> Axes:
     """Draws accuracy against mean cost of several methods, each with a band over its seeds.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from erde_hub._arguments import check_whole, plain_threshold
 from erde_hub._files import write_text
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.policies import ExitPolicy, NeverPolicy, as_policy
+from erde_hub.policies import ExitPolicy, NeverPolicy, PolicyKey, as_policy
 from erde_hub.policies.recorded import exit_indices, features_of, score_exits, score_features
 from erde_hub.records import ExitRecords, check_kind
 
@@ -27,7 +27,7 @@ from .ranking import Decisions, eefp
 DEFAULT_STEPS, _CANDIDATES = 11, 200
 
 
-def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
+def exit_scores(records: ExitRecords, policy: PolicyKey | ExitPolicy) -> Tensor:
     """Scores every sample at every early exit, as the running model would: in float32.
 
     Shape:
@@ -45,7 +45,7 @@ def exit_scores(records: ExitRecords, policy: str | ExitPolicy) -> Tensor:
 
 
 def route_records(
-    records: ExitRecords, policy: str | ExitPolicy, threshold: float | Sequence[float]
+    records: ExitRecords, policy: PolicyKey | ExitPolicy, threshold: float | Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Routes recorded samples as the model would route them live.
 
@@ -71,7 +71,7 @@ def route_records(
 def sweep_thresholds(
     records: ExitRecords,
     thresholds: Iterable[float | Sequence[float]] | None = None,
-    policy: str | ExitPolicy = "entropy",
+    policy: PolicyKey | ExitPolicy = "entropy",
     bins: int = ECE_BINS,
     sets: Tensor | None = None,
 ) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def _samples(records: ExitRecords, sets: Tensor | None) -> SampleMetrics:
 
 
 def default_thresholds(
-    records: ExitRecords, policy: str | ExitPolicy = "entropy", n: int = DEFAULT_STEPS
+    records: ExitRecords, policy: PolicyKey | ExitPolicy = "entropy", n: int = DEFAULT_STEPS
 ) -> list[float]:
     """Returns up to ``n`` rising thresholds whose mean costs are evenly spaced, from no early exit to all.
 
@@ -203,7 +203,7 @@ def default_thresholds(
     return sorted(found.values())
 
 
-def fine_thresholds(records: ExitRecords, policy: str | ExitPolicy = "entropy", n: int = 100) -> list[float]:
+def fine_thresholds(records: ExitRecords, policy: PolicyKey | ExitPolicy = "entropy", n: int = 100) -> list[float]:
     """Returns about ``n`` rising thresholds, from never exiting to always exiting or the other way round.
 
     They are quantiles of all exits' scores, so that neighbours differ for an equal fraction of samples and a curve

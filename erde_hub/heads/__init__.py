@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
@@ -21,6 +21,7 @@ __all__ = [
     "ExitHeads",
     "FCHead",
     "FeatureSpec",
+    "HeadKey",
     "LMHead",
     "LinearHead",
     "MLPHead",
@@ -29,6 +30,9 @@ __all__ = [
     "list_heads",
     "register_head",
 ]
+
+#: Keys of the table, so that editors complete ``head=``; any other text is the key of a head that you registered.
+HeadKey = Literal["fc", "linear", "mlp", "avg_max", "lm"] | str
 
 _HEADS: Registry[ExitHead] = Registry("head")
 register_head = _HEADS.register
@@ -42,6 +46,6 @@ register_head("avg_max", AvgMaxHead, "mean and maximum, batch norm, hidden layer
 register_head("lm", LMHead, "the language model's own final norm and output embedding, shared", "arXiv 2404.16710")
 
 
-def create_head(name: str, spec: FeatureSpec, num_labels: int, **kwargs: Any) -> ExitHead:
+def create_head(name: HeadKey, spec: FeatureSpec, num_labels: int, **kwargs: Any) -> ExitHead:
     """Builds a head by name; an unknown name or argument raises :class:`erde_hub.errors.ConfigError`."""
     return _HEADS.create(name, spec, num_labels, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
 
@@ -36,6 +38,7 @@ __all__ = [
     "FeatureKDLoss",
     "FeatureTerm",
     "KDLoss",
+    "LossKey",
     "LossResult",
     "MSELoss",
     "ReadoutWeight",
@@ -67,6 +70,9 @@ __all__ = [
     "register_loss",
     "self_distillation_loss",
 ]
+
+#: Keys of the table, so that editors complete ``loss=``; any other text is the key of a loss that you registered.
+LossKey = Literal["ce", "kd", "erde", "ea_kd", "dedier", "dkd", "feature_kd", "self", "egad", "mse"] | str
 
 _LOSSES: Registry[ExitLoss] = Registry("loss")
 register_loss = _LOSSES.register

@@ -37,12 +37,13 @@ from erde_hub.errors import (
     ThresholdError,
     nearest,
 )
-from erde_hub.heads import ExitHead, ExitHeads, FeatureSpec
+from erde_hub.heads import ExitHead, ExitHeads, FeatureSpec, HeadKey
 from erde_hub.losses.exit_weights import weights_per_exit
 from erde_hub.outputs import EarlyExitOutput
 from erde_hub.policies import (
     ExitPolicy,
     IntervalWidthPolicy,
+    PolicyKey,
     check_answers,
     check_no_early_exit,
     plain_threshold,
@@ -139,8 +140,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         model: nn.Module | EarlyExitConfig,
         exits: Sequence[str] | int | str = "auto",
         *,
-        head: str | None = None,
-        policy: str | None = None,
+        head: HeadKey | None = None,
+        policy: PolicyKey | None = None,
         threshold: float | Sequence[float] | None = None,
         input_size: Sequence[int] | None = None,
         example_inputs: Sequence[Tensor] | Tensor | None = None,

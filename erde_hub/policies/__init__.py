@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
@@ -31,6 +31,7 @@ __all__ = [
     "MarginPolicy",
     "NeverPolicy",
     "PatiencePolicy",
+    "PolicyKey",
     "SetSizePolicy",
     "as_policy",
     "check_answers",
@@ -46,6 +47,9 @@ __all__ = [
     "register_policy",
     "register_regression_policy",
 ]
+
+#: Keys of the table, so that editors complete ``policy=``; any other text is the key of a policy that you registered.
+PolicyKey = Literal["entropy", "confidence", "margin", "patience", "eefp", "eenet", "set_size", "never", "always"] | str
 
 _POLICIES: Registry[ExitPolicy] = Registry("policy")
 register_policy = _POLICIES.register
@@ -82,7 +86,7 @@ register_regression_policy(
 )
 
 
-def as_policy(policy: str | ExitPolicy) -> ExitPolicy:
+def as_policy(policy: PolicyKey | ExitPolicy) -> ExitPolicy:
     """Returns a policy as it is, and builds one that is named by its key in the table.
 
     Raises:

@@ -30,7 +30,7 @@ from erde_hub.data.loader import network_inputs
 from erde_hub.data.tokens import TokenData
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
 from erde_hub.evaluation.signatures import collapse_signature, teacher_signature
-from erde_hub.losses import CELoss, EGADLoss, ExitLoss, LossResult, create_loss, next_token_labels
+from erde_hub.losses import CELoss, EGADLoss, ExitLoss, LossKey, LossResult, create_loss, next_token_labels
 from erde_hub.tasks import REGRESSION
 
 from ._checks import all_exits, check_data, check_finite, check_kinds, check_loss, check_models, exit_names, has_targets
@@ -143,7 +143,7 @@ class Distiller:
         student: nn.Module,
         data: LabelledData,
         args: DistillationArguments,
-        loss: ExitLoss | str = "erde",
+        loss: ExitLoss | LossKey = "erde",
         teacher: nn.Module | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[DistillerCallback] = (),

@@ -14,7 +14,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from erde_hub.backbones.transformers_preprocessing import as_preprocessing
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.losses import ExitLoss, create_loss
+from erde_hub.losses import ExitLoss, LossKey, create_loss
 from erde_hub.losses.exit_weights import check_exit_weights, weights_per_exit
 from erde_hub.tasks import REGRESSION
 
@@ -102,7 +102,7 @@ class EarlyExitTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments | None = None,
         *,
-        loss: ExitLoss | str = "ce",
+        loss: ExitLoss | LossKey = "ce",
         teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
