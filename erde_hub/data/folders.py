@@ -21,9 +21,8 @@ import datasets
 import pandas as pd
 from PIL import Image
 
+from erde_hub._image_files import is_image, raster_formats
 from erde_hub.errors import DataError, LabelError, nearest
-
-from .decoding import is_image, raster_formats
 
 _logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde_hub._cores import available_cores
+from erde_hub._image_files import header_size
 from erde_hub._progress import passing_bar
 
-from .decoding import EncodedImages, evenly_spaced, header_size
+from .decoding import EncodedImages, evenly_spaced
 
 _logger = logging.getLogger(__name__)
 

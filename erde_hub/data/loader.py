@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from erde_hub._image_files import decode
 from erde_hub.errors import ConfigError
 
 from .augment import (
@@ -27,7 +28,7 @@ from .augment import (
     get_augmentation,
     isolated_rng,
 )
-from .decoding import EncodedImages, decode, row_hashes
+from .decoding import EncodedImages, row_hashes
 from .preprocessing import Preprocessing
 from .streaming import StreamSplit
 

@@ -12,11 +12,12 @@ from typing import Any
 import datasets
 from torch import Tensor
 
+from erde_hub._image_files import decode
 from erde_hub.errors import DataError, InputTypeError, LabelError
 
 from .augment import epoch_order
 from .columns import find_columns
-from .decoding import HASHED_ROWS, content_digest, decode, stored_bytes
+from .decoding import HASHED_ROWS, content_digest, stored_bytes
 from .opening import open_dataset
 from .preprocessing import LARGE_IMAGE_DEFAULTS, SMALL_IMAGE_PIXELS, Preprocessing, channel_statistics, complete
 from .splits import EVERY_BUCKET, SPLIT_NAMES, Buckets, SplitPlan, StoredSplit, bucket_info, bucket_of, split_buckets

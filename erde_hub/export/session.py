@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,11 +14,16 @@ from numpy.typing import ArrayLike, NDArray
 from erde_hub._arguments import threshold_rows
 from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, ShapeError
 
-from ._inputs import as_array, file_path
+from ._inputs import as_array, file_path, is_picture, read_picture
 from ._requirements import require
 from ._texts import read_tokenizer, text_arrays, tokenize
 from .metadata import FileInfo
 from .runtimes import CPU_PROVIDER, find_runtime
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Picture = str | os.PathLike[str] | Image
 
 #: Channels of the images that Pillow can resize.
 _RESIZABLE = (1, 3)
@@ -64,7 +69,7 @@ class EarlyExitSession:
 
     Example:
         >>> session = EarlyExitSession("model.onnx")  # doctest: +SKIP
-        >>> out = session(images, threshold=0.3)  # doctest: +SKIP
+        >>> out = session(["a.jpg", "b.jpg"], threshold=0.3)  # doctest: +SKIP
         >>> [session.info.id2label[i] for i in out.logits.argmax(1)]  # doctest: +SKIP
     """
 
@@ -113,17 +118,17 @@ class EarlyExitSession:
 
     def __call__(
         self,
-        inputs: ArrayLike | Sequence[ArrayLike] | Sequence[str] | Mapping[str, ArrayLike],
+        inputs: ArrayLike | Picture | Sequence[ArrayLike | Picture] | Mapping[str, ArrayLike],
         threshold: float | Sequence[float] | NDArray[np.floating] | None = None,
     ) -> SessionOutput:
         """Answers for a batch.
 
         Args:
-            inputs: Of images normalised floats (N, C, H, W), or uint8 pixels (N, H, W, C), or a list of uint8 images
-                (H, W, C) of any size. Pixels are resized, cropped and normalised as the model expects. Of texts a list
-                of strings, or of pairs of strings, where the file has a tokenizer, which cuts those that are too long;
-                or a dict of ``input_ids`` (N, L), ``attention_mask`` and ``token_type_ids``. Arrays, or tensors of any
-                kind.
+            inputs: Of images the path of a file, an image of Pillow, or a list of these; uint8 pixels (N, H, W, C), or
+                a list of uint8 images (H, W, C) of any size; or normalised floats (N, C, H, W). All but floats are
+                resized, cropped and normalised as the model expects. Of texts a list of strings, or of pairs of
+                strings, where the file has a tokenizer, which cuts those that are too long; or a dict of ``input_ids``
+                (N, L), ``attention_mask`` and ``token_type_ids``. Arrays, or tensors of any kind.
             threshold: One number for all early exits, or one per early exit; None takes the one stored in the file. As
                 an array also one number per sample, (N, 1) or (N,), or one per sample and early exit; samples of one
                 threshold run together.
@@ -131,9 +136,10 @@ class EarlyExitSession:
         Raises:
             ShapeError: Wrong number of axes, channels, pixels or tokens.
             InputTypeError: Neither floats nor uint8; not texts, or tokens that the model does not know.
+            DataError: No such file, or no image that can be read.
             ThresholdError: NaN, out of the policy's range, or of the wrong length.
             ConfigError: uint8 images for a file without preprocessing, texts for one without tokenizer.
-            MissingDependencyError: Images must be resized and Pillow is not installed, or tokenizers for texts.
+            MissingDependencyError: Images must be read or resized and Pillow is not installed, or tokenizers for texts.
         """
         arrays = self.tokenize(inputs) if self.info.reads_texts else {"pixel_values": self.preprocess(inputs)}
         count = len(arrays[self.info.input_names[0]])
@@ -180,7 +186,7 @@ class EarlyExitSession:
 
     def preprocess(self, images: Any) -> NDArray[np.float32]:
         """Returns ``pixel_values`` (N, C, H, W); see :meth:`__call__` for what it takes and raises."""
-        batch = _as_batch(images)
+        batch = _as_batch(images, self.info.input_size[0])
         if isinstance(batch, list) or batch.dtype == np.uint8:
             return self._preprocess_pixels(batch)
         if not np.issubdtype(batch.dtype, np.floating):
@@ -218,11 +224,16 @@ class EarlyExitSession:
         return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
 
-def _as_batch(images: Any) -> Any:
+def _as_batch(images: Any, channels: int) -> Any:
     """Returns one array, or a list of uint8 images (H, W, C)."""
+    if is_picture(images):
+        images = [images]
     if not isinstance(images, (list, tuple)) or not images:
         return as_array(images, "images")
-    arrays = [as_array(image, f"image {number}") for number, image in enumerate(images)]
+    arrays = [
+        read_picture(image, channels, number) if is_picture(image) else as_array(image, f"image {number}")
+        for number, image in enumerate(images)
+    ]
     if all(array.dtype == np.uint8 and array.ndim == 3 for array in arrays):
         return arrays
     try:
@@ -230,7 +241,8 @@ def _as_batch(images: Any) -> Any:
     except (ValueError, TypeError) as error:
         kinds = ", ".join(sorted({f"{array.dtype} {array.shape}" for array in arrays})[:4])
         raise ShapeError(
-            f"a list of images must hold uint8 images (H, W, C), or floats (C, H, W) of one shape, got {kinds}"
+            "a list of images must hold files, images of Pillow or uint8 images (H, W, C), or floats (C, H, W) of one"
+            f" shape, got {kinds}"
         ) from error
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from erde_hub.data.decoding import decode
+from erde_hub._image_files import decode
 from erde_hub.data.folders import list_files
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import (

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from erde_hub._image_files import decode
 from erde_hub.data import decoding as data_images
-from erde_hub.data.decoding import decode
 from erde_hub.data.images import BatchLoader, image_data_from_arrays, load_image_data
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError, UnknownNameError
 from erde_hub.scripts.common import build_model

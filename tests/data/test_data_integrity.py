@@ -6,8 +6,9 @@ import datasets
 import numpy as np
 import pytest
 
+from erde_hub._image_files import decode, header_size
 from erde_hub.data import integrity as data_integrity
-from erde_hub.data.decoding import EncodedImages, decode, evenly_spaced, header_size
+from erde_hub.data.decoding import EncodedImages, evenly_spaced
 from erde_hub.errors import DataError, UnknownNameError
 from tests.fakes.images import rows, write_parquet
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from transformers.image_utils import load_image
 
-from erde_hub.data.decoding import decode
+from erde_hub._image_files import decode
 from erde_hub.errors import DataError
 from tests.fakes.images import encode, picture, rows, write_parquet
 

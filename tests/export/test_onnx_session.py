@@ -16,12 +16,14 @@ from PIL import Image
 from erde_hub.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     InputTypeError,
     MissingDependencyError,
     ShapeError,
     ThresholdError,
 )
 from erde_hub.export import EarlyExitSession, export_onnx, runtimes
+from erde_hub.export._inputs import read_picture
 from tests.fakes.onnx_models import images, tiny
 
 
@@ -70,6 +72,32 @@ def test_images_of_several_sizes(session):
         np.testing.assert_allclose(session(photo[None], 0.0).logits[0], logits, atol=1e-5)
 
 
+def test_files_and_images_of_pillow(session, tmp_path):
+    (photo,) = photos((40, 30))
+    expected = session([photo], 0.0).logits
+    image, path = Image.fromarray(photo), tmp_path / "a.png"
+    image.save(path)
+    palette = image.quantize(64)
+    for given in (str(path), path, image, [path], (image,)):
+        np.testing.assert_array_equal(session(given, 0.0).logits, expected)
+    mixed = session([path, image.convert("L"), palette, np.zeros((5, 9, 3), np.uint8)], 0.0).logits
+    np.testing.assert_allclose(mixed[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(mixed[2], session(palette.convert("RGB"), 0.0).logits[0], atol=1e-5)
+    turned = image.getexif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=turned)
+    np.testing.assert_array_equal(
+        session(tmp_path / "turned.png", 0.0).logits, session(image.rotate(-90, expand=True), 0.0).logits
+    )
+
+
+def test_files_for_models_of_other_channels():
+    image = Image.fromarray(photos((4, 5))[0])
+    np.testing.assert_array_equal(read_picture(image, 1, 0)[..., 0], np.asarray(image.convert("L")))
+    with pytest.raises(ShapeError, match="takes images of 4 channels, which files do not have"):
+        read_picture(image, 4, 0)
+
+
 def test_floats_of_every_kind(tiny_file, session):
     model, _ = tiny_file
     x = images(model, 2)
@@ -98,7 +126,9 @@ def test_no_image(session):
         (np.zeros((1, 1, 16, 16), np.float32), ShapeError, r"got \(1, 1, 16, 16\)"),
         (np.zeros((1, 3, 16, 16), np.int64), InputTypeError, "got int64"),
         (np.zeros((1, 3, 16, 16), bool), InputTypeError, "got bool"),
-        ("cat.png", InputTypeError, "got <U7"),
+        ("cat.png", DataError, r"image 0, 'cat\.png', cannot be read: No such file"),
+        ([Image.new("RGB", (9, 9)), Path(__file__)], DataError, r"the image in '.*\.py' cannot be read"),
+        ([Image.new("F", (9, 9))], DataError, "the image in the batch, number 0, cannot be read .*floating-point"),
         (np.zeros((16, 16, 3), np.uint8), ShapeError, r"for one image: images\[None\]"),
         (np.zeros((2, 3, 16, 16), np.uint8), ShapeError, r"channels last, got \(3, 16, 16\)"),
         (np.zeros((1, 0, 16, 3), np.uint8), ShapeError, r"got \(0, 16, 3\)"),
@@ -281,6 +311,8 @@ def test_exact_products_where_they_would_saturate(monkeypatch, flags, overflows)
 def test_missing_packages(tiny_file, session, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     (photo,) = photos((40, 40))
+    with pytest.raises(MissingDependencyError, match="reading an image needs PIL: pip install pillow; or pass arrays"):
+        session("a.jpg")
     with pytest.raises(MissingDependencyError, match="40x40 pixels to 18x18 needs PIL: pip install pillow"):
         session(photo[None])
     instead = r"or pass normalised floats \(3, 16, 16\), or pixels of 18x18, whose centre is taken \(crop_pct is 0.875"

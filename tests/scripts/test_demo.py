@@ -18,7 +18,7 @@ from erde_hub.export import EarlyExitSession, export_onnx
 from erde_hub.policies import get_policy, list_policies
 from erde_hub.scripts import demo
 from erde_hub.scripts.playground.checkpoint import open_checkpoint
-from erde_hub.scripts.playground.networks import SCORES, Answers, Network, open_onnx, promise_of, read_image, slider
+from erde_hub.scripts.playground.networks import SCORES, Answers, Network, open_onnx, promise_of, slider
 from erde_hub.scripts.playground.samples import SHIPPED, Item, Shown, first_samples
 from erde_hub.scripts.playground.views import frontier, views
 from tests.fakes.networks import resnet8
@@ -205,12 +205,12 @@ def test_policies_without_threshold_have_no_slider(tmp_path, policy, taken):
     assert ("exits" if policy == "always" else "goes on") in views([network], shown, 0, [0.0])[2]
 
 
-def test_what_is_no_image_is_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(DataError, match=r"broken\.png"):
-        read_image(tmp_path / "broken.png")
+def test_what_is_no_image_is_named(shipped, tmp_path):
     Image.new("L", (5, 4), 9).save(tmp_path / "grey.png")
-    assert read_image(tmp_path / "grey.png").mode == "RGB"
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    assert [item.name for item in Shown([], []).add_files([shipped], [tmp_path / "grey.png"]).items] == ["grey.png"]
+    with pytest.raises(DataError, match=r"broken\.png"):
+        first_samples([shipped], str(tmp_path))
 
 
 def test_images_of_a_folder(shipped, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from erde_hub.data.decoding import decode
+from erde_hub._image_files import decode
 from erde_hub.data.texts import load_tokenizer
 from erde_hub.errors import DataError, NotSupportedError
 from erde_hub.export import EarlyExitSession

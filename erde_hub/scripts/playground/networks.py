@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from erde_hub.errors import DataError, MissingDependencyError, NotSupportedError
+from erde_hub.errors import NotSupportedError
 from erde_hub.export.session import EarlyExitSession
 
 #: Calls whose median is the time of an exit of an ONNX file.
@@ -126,7 +125,7 @@ def open_onnx(path: str | os.PathLike[str]) -> Network:
     plans = [[never] * e + [now] * (early - e) for e in range(early + 1)]
 
     def answer(images: Sequence[Any]) -> Answers:
-        pixels = session.preprocess([np.asarray(image) for image in images])
+        pixels = session.preprocess(images)
         probs = np.stack([_softmax(session(pixels, plan).logits) for plan in plans])
         return Answers(probs, SCORES[info.policy](probs[:-1]))
 
@@ -195,23 +194,3 @@ def _report_of(folder: Path, exit_names: Sequence[str], macs: Sequence[int]) -> 
         return results if rows == list(zip(exit_names, macs, strict=True)) and results["sweep"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image as training reads it; without torch, with Pillow alone.
-
-    Raises:
-        DataError: No image, or a damaged one; the message names the file.
-    """
-    content = Path(path).read_bytes()
-    try:
-        from erde_hub.data.decoding import decode  # noqa: PLC0415 - needs torch
-
-        return decode(content, Path(path).name)
-    except MissingDependencyError:
-        pass
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{Path(path).name} is no image that can be read ({error})") from error

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from erde_hub._image_files import decode
 from erde_hub.errors import ConfigError
 
-from .networks import Answers, Network, read_image
+from .networks import Answers, Network
 
 #: A checkpoint of `make demo`, its report, and images of its test set; recipes/ship_digits.py makes it.
 SHIPPED = Path(__file__).parent / "digits"
@@ -57,7 +58,7 @@ class Shown:
 
     def add_files(self, networks: Sequence[Network], paths: Sequence[str | Path]) -> Shown:
         """Returns these images and more; raises :class:`DataError` for a file that is none."""
-        images = [read_image(path) for path in paths]
+        images = [decode(Path(path).read_bytes(), Path(path).name) for path in paths]
         items = [Item(Path(path).name, _picture(image)) for path, image in zip(paths, images, strict=True)]
         return self.add(networks, items, images) if items else self
 
