@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from erde_hub.config import EarlyExitConfig
 from erde_hub.engine.routing import RoutingPlan, exit_mask
-from erde_hub.errors import ConfigError, ExitPointError, InputTypeError, ShapeError, nearest
+from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, nearest
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 
 from ._transformers import DraftGenerationMixin, check_version, merged_config
@@ -137,14 +137,26 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
         if plan is not None and drafting is not None:
             raise ConfigError("threshold and assistant_early_exit exclude each other: give one of them")
         settings = merged_config(self, generation_config, dict(kwargs))
-        self._check_length(ids, settings)
+        self._check_length(kwargs.get("inputs_embeds") if ids is None else ids, settings)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        with unchanged_on_error(cache):
-            if plan is None and drafting is None:
-                output = self.backbone.generate(inputs, generation_config, *args, **kwargs)  # type: ignore[operator]
-                return self._with_exits(output, ids, None)
-            self._check_exits_can_be_taken(settings, ids, kwargs, drafting)
-            return self._generate(inputs, generation_config, args, kwargs, plan, drafting, skipped)
+        try:
+            with unchanged_on_error(cache):
+                if plan is None and drafting is None:
+                    output = self.backbone.generate(inputs, generation_config, *args, **kwargs)  # type: ignore[operator]
+                    return self._with_exits(output, ids, None)
+                self._check_exits_can_be_taken(settings, ids, kwargs, drafting)
+                return self._generate(inputs, generation_config, args, kwargs, plan, drafting, skipped)
+        except (ErdeError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError) as error:
+            typed = self._adapter.explain_failure(self.backbone, {"input_ids": ids})
+            if typed is None and isinstance(cache, DynamicCache) and cache.get_seq_length():
+                shapes = [tuple(layer.keys.shape) for layer in cache.layers[:1]]
+                typed = ConfigError(
+                    f"the cache is not one of this model and these texts: it has {len(cache.layers)} layers,"
+                    f" the first with keys of shape {shapes[0]}; leave it out"
+                )
+            raise typed or error from error
 
     def _generate(
         self,
@@ -212,17 +224,23 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
         raise ExitPointError(f"assistant_early_exit={exit_!r} is no early exit{hint} (exits: {listed})")
 
-    def _check_length(self, ids: Any, settings: GenerationConfig) -> None:
-        longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
-        if longest is None or not isinstance(ids, Tensor) or ids.ndim != 2:
+    def _check_length(self, prompt: Any, settings: GenerationConfig) -> None:
+        if not isinstance(prompt, Tensor):
             return
+        if prompt.is_floating_point() != (prompt.ndim == 3) or prompt.ndim < 2 or not prompt.shape[1]:
+            raise ShapeError(
+                f"a prompt must be token ids (N, L), int64, of at least one token, got {prompt.dtype}"
+                f" {tuple(prompt.shape)}"
+            )
+        longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
         tables = [m for m in self.backbone.modules() if isinstance(m, nn.Embedding)]
         learned = any(table is not self.backbone.get_input_embeddings() for table in tables)  # type: ignore[operator]
-        total = ids.shape[1] + (settings.max_new_tokens or 0) - 1
-        if ids.shape[1] > longest or (learned and total > longest):
+        length, new = prompt.shape[1], settings.max_new_tokens
+        new = max(0, (settings.max_length or 0) - length) if new is None else new
+        if longest is not None and (length > longest or (learned and length + new - 1 > longest)):
             raise ShapeError(
-                f"a prompt of {ids.shape[1]} tokens and {settings.max_new_tokens} new ones do not fit the {longest}"
-                f" positions of {type(self.backbone).__name__}: shorten the prompt, or lower max_new_tokens"
+                f"a prompt of {length} tokens and {new} new ones do not fit the {longest} positions of"
+                f" {type(self.backbone).__name__}: shorten the prompt, or lower max_new_tokens"
             )
 
     def _check_exits_can_be_taken(

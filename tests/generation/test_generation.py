@@ -338,7 +338,6 @@ def test_other_heads_draft_as_well(llama):
     [
         ({"threshold": math.nan}, ThresholdError, "is not allowed for EntropyPolicy"),
         ({"threshold": [0.5, 0.5]}, ThresholdError, "2 thresholds for 3 early exits"),
-        ({"threshold": 0.5, "num_beams": 2}, ConfigError, "greedy search and sampling only, not with beam search"),
         ({"threshold": 0.5, "prompt_lookup_num_tokens": 2}, ConfigError, "not with assisted generation"),
         ({"threshold": 0.5, "assistant_early_exit": 1}, ConfigError, "exclude each other"),
         ({"threshold": 0.5, "skipped_states": "invent"}, ConfigError, "one of owed, copy, got 'invent'"),
@@ -348,7 +347,6 @@ def test_other_heads_draft_as_well(llama):
         ({"assistant_early_exit": 3}, ExitPointError, "is no early exit.*0 model.layers.0, 1 model"),
         ({"assistant_early_exit": True}, ExitPointError, "True is no early exit"),
         ({"assistant_early_exit": "model.layers.5"}, ExitPointError, "did you mean 'model.layers"),
-        ({"assistant_early_exit": 1, "num_beams": 2}, ConfigError, "not with beam search"),
         ({"assistant_early_exit": 1, "do_sample": True, "num_return_sequences": 2}, ShapeError, "one text at a time"),
     ],
 )
@@ -360,22 +358,11 @@ def test_bad_arguments(options, error, words, llama):
 def test_bad_prompts_and_caches(llama):
     with pytest.raises(ShapeError, match="drafts for one text at a time, got 2"):
         llama.generate(prompts(2), assistant_early_exit=1)
-    for options in ({}, {"threshold": 0.5}):
-        with pytest.raises(ShapeError, match="a prompt of 65 tokens and 4 new ones do not fit the 64 positions"):
-            llama.generate(prompts(1, 65), max_new_tokens=4, **options)
-    with pytest.raises(ShapeError, match="62 tokens and 4 new ones do not fit the 64"):
-        wrapped("gpt2").generate(prompts(1, 62), max_new_tokens=4)
     long = llama.generate(prompts(1), **GREEDY, threshold=0.5, return_dict_in_generate=True)
     with pytest.raises(ShapeError, match="the whole text, of more than the 26 tokens in the cache, got 9"):
         llama.generate(prompts(1), assistant_early_exit=1, cache=long.cache)
     with pytest.raises(InputTypeError, match="needs input_ids"):
         llama.generate(inputs_embeds=torch.zeros(1, 3, 16).double(), threshold=0.5)
-    other = causal("llama", num_key_value_heads=2).double()
-    for made, words in ((other, "keeps 1 heads of 8 numbers"), (causal("gemma2"), "a DynamicCache with the 5 layers")):
-        cache = DynamicCache(config=made.config)
-        made(prompts(1).to(torch.int64), cache=cache, use_cache=True)
-        with pytest.raises(ConfigError, match=f"another model's.*{words}"):
-            llama.generate(torch.cat([prompts(1)] * 2, 1), threshold=0.5, cache=cache)
 
 
 def test_models_that_cannot(llama, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from erde_hub.data.loader import BatchLoader
+from erde_hub.data.texts import load_tokenizer
 from erde_hub.data.tokens import TokenData
 from erde_hub.errors import ConfigError
 from erde_hub.losses import next_token_labels
@@ -65,6 +66,7 @@ def create_language_model(source: str, data: TokenData, kwargs: Mapping[str, Any
             if unknown:
                 raise ConfigError(f"the config of {source!r} ({type(config).__name__}) has no {unknown[0]!r}")
             if pretrained:
+                _check_tokenizer(place, data)
                 return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **kwargs)
             config = (
                 AutoConfig.from_pretrained(place, **kwargs)
@@ -79,6 +81,19 @@ def create_language_model(source: str, data: TokenData, kwargs: Mapping[str, Any
             raise ConfigError(f"no causal language model could be made of {source!r}: {reason}") from error
     model.config._name_or_path = ""  # its weights come from nowhere
     return model
+
+
+def _check_tokenizer(place: str, data: TokenData) -> None:
+    """Raises :class:`ConfigError` where weights belong to another tokenizer than that of the data."""
+    try:
+        own = load_tokenizer(place)
+    except ConfigError:  # there is none
+        return
+    if data.tokenizer is not None and own.get_vocab() != data.tokenizer.get_vocab():
+        raise ConfigError(
+            f"the tokenizer of {place!r} ({len(own)} tokens) is not that of {data.name!r} ({len(data.tokenizer)}):"
+            " teacher, student and data need one vocabulary"
+        )
 
 
 class TokenExits(nn.Module):
