@@ -69,7 +69,7 @@ except DataError as error:
     index, said, message = run(code, tiny_file[1], tmp_path)
     expected = EarlyExitSession(tiny_file[1], threads=1)(np.full((1, 30, 20, 3), (255, 0, 0), np.uint8), 1.0)
     assert (index, said) == (str(expected.exit_index.tolist()), "True")
-    assert message.startswith("broken.png is no image")
+    assert message.startswith("the image in broken.png cannot be read")
 
 
 @pytest.mark.parametrize(
