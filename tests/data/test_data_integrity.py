@@ -46,7 +46,8 @@ def test_what_is_wrong_with_an_image_is_said_without_addresses_in_memory():
         with pytest.raises(DataError) as error:
             read(b"no image", "row 3")
         assert str(error.value) == (
-            "the image in row 3 cannot be read (UnidentifiedImageError: cannot identify image file): repair or remove it"
+            "the image in row 3 cannot be read (UnidentifiedImageError: cannot identify image file): repair or"
+            " remove it"
         )
 
 
