@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +19,12 @@ from transformers.utils import logging
 
 from ._files import parse_json, read_json, write_text
 from ._published_weights import check_backbone_weights
+from ._registry import Entry
 from .calibration import get_calibrator
-from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, nearest
+from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, UnknownNameError, nearest
 from .heads import FeatureSpec, get_head
 from .losses.exit_weights import check_exit_weights, weights_per_exit
-from .policies import check_no_early_exit, plain_threshold, policy_for
+from .policies import check_no_early_exit, get_policy, get_regression_policy, plain_threshold, policy_for
 from .preprocessing import check_preprocessing
 from .tasks import REGRESSION, refuse_regression
 
@@ -109,6 +110,8 @@ class EarlyExitConfig(PreTrainedConfig):
         preprocessing: ``{"mean", "std", "interpolation", "crop_pct", "size"}`` of the images the model was trained on.
         backbone_weights: Where the backbone's weights are published, in a checkpoint of the heads alone; see
             :func:`~erde_hub._published_weights.check_backbone_weights`.
+        plugins: Module of each head, policy or calibrator that is not of this package, by its key. Where the key is
+            unknown the error names the module; nothing imports it. Written when the config is.
         rotary_dtype: Type of a transformers backbone's rotary frequencies, which ``.to(torch.bfloat16)`` rounds and
             loading computes in float32; None where they are in float32.
         save_id: Hash of the tensors that the config was saved with, and their variant; the weights' files hold it too.
@@ -144,6 +147,7 @@ class EarlyExitConfig(PreTrainedConfig):
     input_size: list[int] | tuple[int, ...] | None = None
     preprocessing: dict[str, Any] | None = None
     backbone_weights: dict[str, Any] | None = None
+    plugins: dict[str, str] | None = None
     rotary_dtype: str | None = None
     save_id: str | None = None
     erde_hub_version: str | None = None
@@ -236,16 +240,18 @@ class EarlyExitConfig(PreTrainedConfig):
             raise ConfigError(f"rotary_dtype must be 'bfloat16', 'float16' or None, got {self.rotary_dtype!r}")
         if self.preprocessing is not None:
             self.preprocessing = check_preprocessing(self.preprocessing)
-        get_head(self.head)
+        with self._plugin_named(self.head):
+            get_head(self.head)
         if self.calibrator is not None:
             refuse_regression(self.problem_type, f"calibrator {self.calibrator!r}", "take it off, calibrator=None")
-            get_calibrator(self.calibrator)
+            with self._plugin_named(self.calibrator):
+                get_calibrator(self.calibrator)
         if self.exit_weights is not None:
             try:
                 self.exit_weights = weights_per_exit(check_exit_weights(self.exit_weights), self.num_exits)
             except InputTypeError as error:  # whatever is wrong with a config is a ValueError
                 raise ConfigError(str(error)) from error
-        with torch.device("meta"):  # it may be as large as a file says
+        with torch.device("meta"), self._plugin_named(str(self.policy)):  # it may be as large as a file says
             policy = policy_for(self.problem_type, str(self.policy), **(self.policy_kwargs or {}))
         if getattr(policy, "num_exits", self.num_exits) != self.num_exits:
             raise ConfigError(
@@ -259,6 +265,20 @@ class EarlyExitConfig(PreTrainedConfig):
         if (self.threshold_profile or {}).get("threshold") != self.threshold:
             self.threshold_profile = None  # it speaks of another threshold
 
+    @contextlib.contextmanager
+    def _plugin_named(self, key: str) -> Iterator[None]:
+        """Names the module that registers a key, if the key is unknown and a stored config says it."""
+        try:
+            yield
+        except UnknownNameError as error:
+            module = (self.plugins or {}).get(key)
+            if module is None:
+                raise
+            raise UnknownNameError(
+                f"{error}; the config says that {key!r} comes from the module {module!r:.80}, which is not imported for"
+                f" you: if you trust it, import it first (commands: --import {module:.80})"
+            ) from error
+
     def _index_labels(self) -> None:
         """Makes class indices integers: transformers does so for those of its files and not for arguments."""
         names, indices = getattr(self, "id2label", None), getattr(self, "label2id", None)
@@ -266,6 +286,19 @@ class EarlyExitConfig(PreTrainedConfig):
             self.id2label = {as_index(key): label for key, label in names.items()}
         if isinstance(indices, dict):
             self.label2id = {label: as_index(index) for label, index in indices.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, with the modules of methods that are not of this package."""
+        values: dict[str, Any] = super().to_dict()
+        values["plugins"] = {}
+        tables: Sequence[Callable[[str], Entry[Any]]] = (get_head, get_policy, get_regression_policy, get_calibrator)
+        for get, key in zip(tables, (self.head, self.policy, self.policy, self.calibrator), strict=True):
+            with contextlib.suppress(UnknownNameError):  # no calibrator, or a policy of the other table
+                module = get(str(key)).cls.__module__
+                if module.split(".")[0] != __package__:
+                    values["plugins"][key] = module
+        values["plugins"] = values["plugins"] or None
+        return values
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Writes the file whole or not at all: a config that is rewritten next to its weights survives a kill.

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from erde_hub import EarlyExitConfig, EarlyExitWrapper
+from erde_hub import EarlyExitConfig, EarlyExitWrapper, heads
 from erde_hub.config import FORMAT_VERSION
 from erde_hub.errors import ConfigError, ExitPointError, ThresholdError, UnknownNameError
 
@@ -84,6 +84,21 @@ def test_an_unknown_key_in_a_stored_file_warns_and_names_its_writer(log):
     assert not hasattr(read, "thresholdd")
     assert "'thresholdd'; did you mean 'threshold'" in log.text
     assert "erde_hub 7.1" in log.text
+
+
+def test_the_module_of_an_unknown_head_is_named_and_not_imported(monkeypatch, tmp_path):
+    assert config().to_dict()["plugins"] is None
+    monkeypatch.setattr(heads.get_head("linear").cls, "__module__", "my_heads")
+    config(head="linear").save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["plugins"] == {"linear": "my_heads"}
+    (tmp_path / "my_heads.py").write_text("raise AssertionError")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"head": "mine", "plugins": {"mine": "my_heads"}}))
+    with pytest.raises(UnknownNameError, match="'mine' comes from the module 'my_heads', which is not imported"):
+        EarlyExitConfig.from_pretrained(tmp_path)
+    with pytest.raises(UnknownNameError, match=r"available: [a-z_, ]+\)$"):
+        config(head="other", plugins={"mine": "my_heads"})
 
 
 def test_reading_a_file_does_not_forgive_typing_mistakes_afterwards(log):

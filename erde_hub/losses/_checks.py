@@ -164,3 +164,10 @@ def check_labels(labels: object, logits: Tensor, *, values: bool) -> Tensor:
     if isinstance(labels, Tensor) and labels.device != logits.device:
         raise InputTypeError(f"labels are on {labels.device} and the logits on {logits.device}")
     return check_class_labels(labels, *logits.shape, values=values)
+
+
+def without_teacher(loss: object) -> str:
+    """Says how to train without a teacher, for errors: by another loss or, in a class of your own, by declaring it."""
+    own = type(loss).__module__.split(".")[0] != "erde_hub"
+    declare = f", or set needs_teacher = False in the class {type(loss).__name__} if its terms read no teacher"
+    return f"train with the loss 'ce'{declare if own else ''}"

@@ -20,7 +20,14 @@ from erde_hub._arguments import check_choice
 from erde_hub.errors import ConfigError, InputTypeError
 from erde_hub.tasks import REGRESSION
 
-from ._checks import check_exit_logits, check_features, check_index, check_labels, check_same_classes
+from ._checks import (
+    check_exit_logits,
+    check_features,
+    check_index,
+    check_labels,
+    check_same_classes,
+    without_teacher,
+)
 from ._token_inputs import counted_tokens
 from ._tokens import HEAD_CHUNK_ELEMENTS, TokenLogits, in_chunks
 from .additions import Addition, SampleWeight, check_addition
@@ -352,7 +359,7 @@ class ExitLoss(nn.Module):
         if teacher_logits is None:
             raise InputTypeError(
                 f"{type(self).__name__} learns from a teacher, got teacher_logits=None; pass the logits of its exits,"
-                ' or train without one by the loss "ce"'
+                f" or {without_teacher(self)}"
             )
         teacher = check_exit_logits("teacher_logits", teacher_logits)
         check_same_classes(student[0], teacher[0])

@@ -14,6 +14,7 @@ from erde_hub.data.base import LabelledData
 from erde_hub.data.tokens import TokenData
 from erde_hub.errors import ConfigError, InputTypeError, NonFiniteLossError
 from erde_hub.losses import ExitLoss
+from erde_hub.losses._checks import without_teacher
 from erde_hub.modeling.pretrained import EarlyExitPreTrainedModel
 from erde_hub.tasks import REGRESSION, check_class_labels, check_targets
 
@@ -206,7 +207,7 @@ def check_loss(
         instead = "regression: choose 'mse'" if regression else "classification: choose 'erde' or 'kd', say"
         raise ConfigError(f"{name} is for {loss.task}, not for {instead}")
     if loss.reads_teacher and teacher is None:
-        raise ConfigError(f"{name} learns from a teacher and there is none: pass teacher=, or train with loss 'ce'")
+        raise ConfigError(f"{name} learns from a teacher and there is none: pass teacher=, or {without_teacher(loss)}")
     if not loss.reads_teacher and teacher is not None:
         raise ConfigError(f"{name} does not use a teacher: leave teacher out, or choose a loss such as 'erde' or 'kd'")
     if label_smoothing:

@@ -60,6 +60,16 @@ def test_bad_teacher_logits(teacher, error, message):
         ERDELoss()(logits(), teacher, LABELS)
 
 
+def test_a_loss_of_ones_own_without_a_teacher_is_told_how_to_say_so():
+    class Own(CELoss):
+        needs_teacher = True
+
+    with pytest.raises(InputTypeError, match="or set needs_teacher = False in the class Own"):
+        Own()(logits(), None, LABELS)
+    with pytest.raises(InputTypeError, match=r"train with the loss 'ce'$"):
+        ERDELoss()(logits(), None, LABELS)
+
+
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
