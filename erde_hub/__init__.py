@@ -8,6 +8,7 @@ from typing import Any
 
 from ._version import __version__ as __version__
 from .allocator import keep_freed_memory
+from .budget import BudgetController
 
 _NEEDED = ("torch", "torchvision", "timm", "transformers", "safetensors", "huggingface_hub", "accelerate", "datasets")
 _missing: str | None = None
@@ -44,6 +45,7 @@ else:
     register_pipelines()
 
 __all__ = [
+    "BudgetController",
     "EarlyExitConfig",
     "EarlyExitForCausalLM",
     "EarlyExitOutput",

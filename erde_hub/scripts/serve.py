@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
+from erde_hub.budget import BudgetController
 from erde_hub.errors import ConfigError, MissingDependencyError
 from erde_hub.scripts.common import configure_logging
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
-from erde_hub.scripts.common.served import open_served
+from erde_hub.scripts.common.served import measure_exits, open_served
 
 
 @dataclass
@@ -32,6 +33,12 @@ class ServeArguments:
     max_body_megabytes: float = HfArg(default=10.0, help="larger requests get status 413")
     cpu_threads: int = HfArg(default=0, help="CPU threads of the network, 0: one per core")
     device: str = HfArg(default="cpu", help="where a checkpoint runs, cuda for example")
+    target_macs: float | None = HfArg(
+        default=None, help="mean MACs per request that thresholds keep to while the images or texts change"
+    )
+    target_milliseconds: float | None = HfArg(
+        default=None, help="the same in milliseconds of one request alone, which are measured before the server starts"
+    )
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -57,7 +64,12 @@ def main() -> None:
     configure_logging(True)
     served = open_served(args.model, args.cpu_threads, args.device)
     limits = {"batch_size": args.batch_size, "max_waiting": args.max_waiting}
-    app = create_app(served, max_body_bytes=int(args.max_body_megabytes * 1e6), **limits)
+    controller = None
+    if args.target_macs is not None or args.target_milliseconds is not None:
+        times = None if args.target_milliseconds is None else measure_exits(served)
+        targets = {"target_macs": args.target_macs, "target_milliseconds": args.target_milliseconds}
+        controller = BudgetController(served.model, exit_milliseconds=times, **targets)
+    app = create_app(served, max_body_bytes=int(args.max_body_megabytes * 1e6), controller=controller, **limits)
     print(f"{served.name} answers at http://{args.host}:{args.port}/predict (/health, /metrics; Ctrl-C ends it)")
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 

@@ -92,8 +92,24 @@ def points(won: int, lost: int) -> str:
     return f"{100 * (won - lost) / TEST_IMAGES:+.1f} ± {196 * math.sqrt(won + lost) / TEST_IMAGES:.1f}"
 
 
+def budget_table() -> str:
+    """One row per budget and kind of corruption: how far cost is from the target, and accuracy, of each method."""
+    (result,) = results("budget")
+    found = {(row["budget"], row["kind"], row["method"]): row for row in result["rows"]}
+    rows = []
+    for budget, kind in dict.fromkeys((budget, kind) for budget, kind, _ in found):
+        frozen, moved, best = (found[budget, kind, method] for method in ("frozen", "controller", "oracle"))
+        cells = [f"{100 * row[key]:+.1f}" for row in (frozen, moved) for key in ("missed", "missed_by_worst_window")]
+        rows.append((f"{100 * budget:.0f}", kind, *cells, *(percent(row["accuracy"]) for row in (frozen, moved, best))))
+    return table(
+        ("budget, % of the MACs", "corruption", "frozen: cost off by %", "worst 500 %", "controller: cost off by %",
+         "worst 500 %", "accuracy: frozen %", "controller %", "oracle %"), rows,
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "frozen_places": places_table,
     "frozen_points": points_table,
     "finetuned": finetuned_table,
+    "budget_drift": budget_table,
 }

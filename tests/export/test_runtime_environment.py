@@ -103,7 +103,7 @@ def test_session_in_an_environment_without_torch(python, tiny_file, given):
     assert not absent & set(without["installed"])
     assert not {"torch", "onnx", "PIL"} & set(without["loaded"])
 
-    free = {"keep_freed_memory"}
+    free = {"keep_freed_memory", "BudgetController"}
     for name, message in {**without["names"], **without["parts"], "export_onnx": without["export"]}.items():
         assert ("needs " in message and "pip install" in message) != (name in free), (name, message)
 

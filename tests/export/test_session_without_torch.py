@@ -50,6 +50,19 @@ print(np.round(out.logits, 3).tolist())
     assert logits == str(expected.logits.round(3).tolist())
 
 
+def test_a_budget_is_kept_without_torch(tiny_file):
+    code = """
+session = EarlyExitSession(sys.argv[1], threads=1)
+costs, noise = session.info.cumulative_macs, np.random.default_rng(0).normal(size=(16, 3, 16, 16))
+controller = erde_hub.BudgetController(session, target_macs=costs[1], threshold=2.0)
+for _ in range(5):
+    before = controller.thresholds
+    assert controller(noise).exit_index.tolist() == session(noise, before).exit_index.tolist()
+print(controller.samples, controller.thresholds != before)
+"""
+    assert run(code, tiny_file[1]) == ["80 True"]
+
+
 def test_a_file_is_shown_without_torch(tiny_file, tmp_path):
     Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
     (tmp_path / "broken.png").write_bytes(b"no image")

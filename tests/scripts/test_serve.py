@@ -16,11 +16,11 @@ import uvicorn
 from serving import ask_all, png
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from erde_hub import EarlyExitWrapper
+from erde_hub import BudgetController, EarlyExitWrapper
 from erde_hub.errors import ConfigError, NotSupportedError
 from erde_hub.export import export_onnx
 from erde_hub.scripts import serve
-from erde_hub.scripts.common.served import Served, open_served
+from erde_hub.scripts.common.served import Served, measure_exits, open_served
 from erde_hub.scripts.common.server import create_app
 from tests.fakes.onnx_models import build
 from tests.fakes.texts import text, write_encoder
@@ -168,6 +168,27 @@ def test_a_picture_that_would_fill_the_memory_is_refused(served):
         status, answer = ask(port, "POST", "/predict", bytes(body))
     assert status == 400
     assert "image" in json.loads(answer)["error"]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "file"])
+def test_a_budget_holds_for_requests_without_a_threshold(served, kind):
+    own = served[kind]
+    times = measure_exits(own, calls=2)
+    assert len(times) == 3
+    assert times == sorted(times)
+    target = (own.macs[0] + own.macs[2]) / 2
+    controller = BudgetController(own.model, target_macs=target, threshold=2.296, step=1.0)
+    _, _, questions = questions_of(6)
+    with listening(own, controller=controller) as port:
+        for _ in range(20):
+            assert ask(port, "POST", "/predict", questions[0][2])[0] == 200
+        assert ask(port, "POST", "/predict?threshold=0", questions[0][2])[0] == 200
+        metrics = ask(port, "GET", "/metrics")[1]
+    assert controller.samples == 20  # whoever asks for a threshold is not counted
+    assert f'erde_hub_budget_target{{unit="macs"}} {target:.9g}' in metrics
+    assert f'erde_hub_budget_recent_cost{{unit="macs"}} {controller.recent_cost:.9g}' in metrics
+    assert f'erde_hub_threshold{{exit="layer1"}} {controller.thresholds[0]:.9g}' in metrics
+    assert own.macs[0] < controller.recent_cost < own.macs[2]
 
 
 def stub(answer):

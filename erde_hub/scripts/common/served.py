@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ class Served:
         prepare: Turns a request's content type and body into a row of a batch; raises an error of ours for a bad one.
         check_threshold: Returns one number per early exit, raises :class:`~erde_hub.errors.ThresholdError`.
         answer: Takes N rows and thresholds (N, E - 1); returns logits (N, K) and exit indices (N,).
+        input_size: Shape of one image, (C, H, W).
+        model: What answers, EarlyExitWrapper or EarlyExitSession; for a controller of its budget.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Served:
     prepare: Callable[[str, bytes], Any]
     check_threshold: Callable[[float | list[float]], list[float]]
     answer: Callable[[list[Any], NDArray[np.float64]], tuple[NDArray[Any], NDArray[np.int64]]]
+    input_size: Sequence[int] = ()
+    model: Any = None
 
 
 def open_served(model: str, cpu_threads: int = 0, device: str = "cpu") -> Served:
@@ -117,6 +123,8 @@ def _open_checkpoint(source: str, cpu_threads: int, device: str) -> Served:
         prepare=prepare,
         check_threshold=check,
         answer=answer,
+        input_size=config.input_size,
+        model=model,
     )
 
 
@@ -141,7 +149,34 @@ def _open_file(path: str, cpu_threads: int) -> Served:
         prepare=_read_text if info.reads_texts else _image_reader(tuple(info.input_size), pixels),
         check_threshold=info.check_threshold,
         answer=answer,
+        input_size=info.input_size,
+        model=session,
     )
+
+
+def measure_exits(served: Served, calls: int = 20) -> list[float]:
+    """Returns the milliseconds of one sample that takes each exit, (E,): a black image, or a text of 32 words.
+
+    For the policies that a :class:`~erde_hub.BudgetController` knows; what another one takes longer is not in it.
+    """
+    row: Any = " ".join(["word"] * 32)
+    if served.kind == "image":
+        row = np.zeros([*served.input_size], np.float32)
+    early = len(served.exit_names) - 1
+
+    def run(plan: list[float]) -> int:
+        return int(served.answer([row], np.array([plan], np.float64))[1][0])
+
+    exit_now, go_on = (0.0, math.inf) if run([0.0] * early) == 0 else (math.inf, 0.0)
+    medians = []
+    for e in range(early + 1):
+        times = []
+        for _ in range(calls):
+            began = time.perf_counter()
+            run([go_on] * e + [exit_now] * (early - e))
+            times.append(1e3 * (time.perf_counter() - began))
+        medians.append(float(np.median(times)))
+    return [max(medians[: e + 1]) for e in range(early + 1)]  # a deeper exit is not quicker but by noise
 
 
 def _read_json(body: bytes, key: str) -> Any:

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
+from erde_hub.budget import BudgetController
 from erde_hub.errors import ErdeError, ThresholdError
 
 from .served import Served
@@ -78,8 +79,9 @@ class Batcher:
 class Metrics:
     """What /metrics tells: exits taken, their mean cost, latencies of the last answers, and refusals."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, controller: BudgetController | None = None) -> None:
         self.served = served
+        self.controller = controller
         self.exits = [0] * len(served.exit_names)
         self.refused: Counter[int] = Counter()
         self.seconds: deque[float] = deque(maxlen=KEPT)
@@ -114,11 +116,31 @@ class Metrics:
             f"erde_hub_latency_seconds_sum {self.total_seconds:.6f}",
             f"erde_hub_latency_seconds_count {answered}",
         ]
+        if self.controller is not None:
+            lines += _budget_lines(self.controller, names)
         return "\n".join(lines) + "\n"
 
 
+def _budget_lines(controller: BudgetController, names: Sequence[str]) -> list[str]:
+    """Metrics of a controller; its samples are the requests without a threshold of their own."""
+    recent = math.nan if controller.recent_cost is None else controller.recent_cost
+    lines = ["# HELP erde_hub_budget_target Mean cost per sample that is kept.", "# TYPE erde_hub_budget_target gauge"]
+    lines += [f'erde_hub_budget_target{{unit="{controller.unit}"}} {controller.target:.9g}']
+    lines += ["# HELP erde_hub_budget_recent_cost Mean cost of about the last 500 samples without a threshold."]
+    lines += ["# TYPE erde_hub_budget_recent_cost gauge"]
+    lines += [f'erde_hub_budget_recent_cost{{unit="{controller.unit}"}} {recent:.9g}'.replace("nan", "NaN")]
+    lines += ["# HELP erde_hub_threshold Threshold of an exit now.", "# TYPE erde_hub_threshold gauge"]
+    pairs = zip(names, controller.thresholds, strict=False)
+    return lines + [f'erde_hub_threshold{{exit="{name}"}} {value:.9g}'.replace("inf", "+Inf") for name, value in pairs]
+
+
 def create_app(
-    served: Served, *, batch_size: int = 32, max_waiting: int = 1024, max_body_bytes: int = 10_000_000
+    served: Served,
+    *,
+    batch_size: int = 32,
+    max_waiting: int = 1024,
+    max_body_bytes: int = 10_000_000,
+    controller: BudgetController | None = None,
 ) -> Starlette:
     """Makes the application.
 
@@ -127,16 +149,20 @@ def create_app(
         batch_size: Largest batch.
         max_waiting: Requests that may wait; further ones get status 503.
         max_body_bytes: Larger bodies get status 413.
+        controller: Gives the threshold of requests without one of their own, and learns from what they cost.
     """
-    batcher, metrics = Batcher(served.answer, batch_size, max_waiting), Metrics(served)
+    batcher, metrics = Batcher(served.answer, batch_size, max_waiting), Metrics(served, controller)
 
     async def predict(request: Request) -> JSONResponse:
         try:
-            threshold = _threshold(request, served)
+            own = _threshold(request, served)
             body = await _body(request, max_body_bytes)
             began = time.perf_counter()
             row = await run_in_threadpool(_prepare, served, request.headers.get("content-type", ""), body)
-            logits, index = await batcher.ask(row, threshold)
+            default = served.threshold if controller is None else controller.thresholds
+            logits, index = await batcher.ask(row, [*default] if own is None else own)
+            if controller is not None and own is None:
+                controller.update([index])
             answer = _describe(served, logits, index)
         except HTTPException as error:
             metrics.refused[error.status_code] += 1
@@ -180,10 +206,10 @@ async def _body(request: Request, limit: int) -> bytes:
     raise HTTPException(400, "the connection ended before the body did")
 
 
-def _threshold(request: Request, served: Served) -> list[float]:
+def _threshold(request: Request, served: Served) -> list[float] | None:
     texts = request.query_params.getlist("threshold")
     if not texts:
-        return [*served.threshold]
+        return None
     try:
         numbers = [float(text) for text in texts]
         return served.check_threshold(numbers[0] if len(numbers) == 1 else numbers)
