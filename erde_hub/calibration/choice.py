@@ -16,6 +16,7 @@ from erde_hub.fingerprint import check_fingerprint
 TARGETS = {
     "accuracy_drop": "loss of accuracy against the full model",
     "disagreement": "fraction of samples whose prediction differs from the full model's",
+    "selective_risk": "error among the samples that exit early",
     "brier_increase": "rise of the Brier score against the full model",
     "mean_macs": "mean multiply-accumulates per sample",
     "mean_milliseconds": "mean measured time per sample",
@@ -46,7 +47,8 @@ class ThresholdChoice:
         per_exit: One threshold was searched for each exit.
         samples: Number of calibration samples.
         tested: Number of these that the guarantee rests on; the others found the candidates.
-        value: Mean of the target over the samples, below 0 where exiting early is better.
+        value: Mean of the target over the samples, below 0 where exiting early is better; for ``selective_risk`` the
+            error among those that exit early, with ``per_exit`` at the worst exit.
         upper_bound: Smallest bound that a test of this threshold alone accepts on the samples, at this confidence; for
             ``ltt`` without counting gains, for ``crc`` the estimate that it compares with the bound. What is promised
             is ``bound``: the same samples picked the threshold, so that this number says no more than how much of the
@@ -178,7 +180,7 @@ def describe_bound(target: str, bound: float) -> str:
         return f"{bound:,.0f}"
     if target == "mean_milliseconds":
         return f"{bound:g} ms"
-    return f"{100 * bound:.4g} %" if target == "disagreement" else f"{bound:g}"
+    return f"{100 * bound:.4g} %" if target in ("disagreement", "selective_risk") else f"{bound:g}"
 
 
 def describe_confidence(confidence: float) -> str:

@@ -50,8 +50,8 @@ class Objective:
 
     @property
     def loss_bound(self) -> float:
-        """The bound on the losses in [-1, 1]."""
-        return self.bound / self.scale
+        """The bound on the mean of the losses in [-1, 1]; 0 for the selective risk, whose losses contain it."""
+        return 0.0 if self.target == "selective_risk" else self.bound / self.scale
 
     def rank(self, loss: Tensor, cost: Tensor) -> Tensor:
         """Returns a number per operating point; the best point has the smallest, points above the bound infinity.
@@ -87,7 +87,7 @@ def read_objective(targets: Mapping[str, float | None]) -> Objective:
     name, bound = next(iter(given.items()))
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound) or bound < 0:
         raise ConfigError(f"max_{name} must be a number of at least 0, got {bound!r}")
-    highest = {"accuracy_drop": 1, "disagreement": 1, "brier_increase": 2}.get(name, math.inf)
+    highest = {"accuracy_drop": 1, "disagreement": 1, "selective_risk": 1, "brier_increase": 2}.get(name, math.inf)
     if bound >= highest:
         raise ConfigError(f"max_{name} must be below {highest}, got {bound!r}: it is a fraction, 0.01 is one point")
     return Objective(name, float(bound))
@@ -142,6 +142,8 @@ def read_method(method: str | None, confidence: float | None, objective: Objecti
             f"max_{objective.target} is a budget, which has no guarantee: leave {' and '.join(given)} out; the mean"
             " cost on the records is reported"
         )
+    if objective.target == "selective_risk" and chosen not in ("search", "ltt"):
+        raise ConfigError(f"max_selective_risk has one test, an exact one: leave method {chosen!r} out")
     if chosen == "exact" and not objective.counts_samples:
         raise ConfigError(f"method 'exact' counts samples, which max_{objective.target} does not: use 'ltt' or 'ucb'")
     if chosen in ("ltt", "exact", "ucb") and confidence is None:

@@ -39,6 +39,8 @@ class ExitOutcomes:
     def of(cls, records: ExitRecords, policy: ExitPolicy, objective: Objective, costs: Tensor) -> ExitOutcomes:
         """Scores records with a policy and measures what an objective bounds."""
         losses = exit_losses(records.logits, records.labels, objective.target) / objective.scale
+        if objective.target == "selective_risk":  # above 0 on average where the error of those that exit early is
+            losses[:-1] -= objective.bound
         return cls(policy, score_exits(records.logits, policy), losses, costs)
 
     @property
@@ -110,7 +112,7 @@ def exit_losses(logits: Tensor, labels: Tensor, target: str) -> Tensor:
         labels: Class indices.
         target: ``accuracy_drop`` and budgets: the last exit is correct and this one is not (1), or the other way round
             (-1). ``disagreement``: the prediction differs from the last exit's (1). ``brier_increase``: difference of
-            the Brier scores, in [-2, 2].
+            the Brier scores, in [-2, 2]. ``selective_risk``: an early exit is wrong (1), whatever the last one says.
 
     Shape:
         logits: (E, N, K). labels: (N,). Returns (E, N) float64, the last row 0.
@@ -120,6 +122,8 @@ def exit_losses(logits: Tensor, labels: Tensor, target: str) -> Tensor:
         return brier - brier[-1]
     predictions = logits.argmax(-1)
     wrong = (predictions != (predictions[-1] if target == "disagreement" else labels)).double()
+    if target == "selective_risk":
+        wrong[-1] = 0
     return wrong - wrong[-1]
 
 

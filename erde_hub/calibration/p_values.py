@@ -99,8 +99,8 @@ def difference_p_value(lost: int, won: int, samples: int, bound: float, level: f
         return 1.0
     score = max((lost - won - samples * bound) / float(_deviation(torch.tensor(lost + won), samples, bound)), _LOWEST)
     missed = min(_NUISANCE_LEVEL, level / 50)
-    highest = min(_upper_limit(won, samples, missed / 2), (1 - bound) / 2)
-    lowest = min(_upper_limit(won - 1, samples, 1 - missed / 2), highest) if won else 0.0  # the lower limit
+    highest = min(upper_limit(won, samples, missed / 2), (1 - bound) / 2)
+    lowest = min(upper_limit(won - 1, samples, 1 - missed / 2), highest) if won else 0.0  # the lower limit
     wins = torch.linspace(lowest, highest, 16, dtype=torch.float64)
     return min(1.0, missed + float(_tails(score, samples, bound, wins).max()))
 
@@ -167,7 +167,7 @@ _NUISANCE_LEVEL = 0.002
 _LOWEST = -7.0
 
 
-def _upper_limit(count: int, samples: int, level: float) -> float:
+def upper_limit(count: int, samples: int, level: float) -> float:
     """Clopper and Pearson's upper confidence limit of a probability, from ``count`` of so many samples."""
     from scipy.stats import beta  # noqa: PLC0415
 

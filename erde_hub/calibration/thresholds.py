@@ -26,6 +26,7 @@ from .objective import (
 )
 from .outcomes import ExitOutcomes, expected_losses
 from .search import best_on_grids, best_per_exit, shared_curve
+from .selective import count_early_exits, last_supported, selective_risk, supported_risk, thresholds_at_risks
 from .threshold_path import STEPS, fit_exit_speeds, threshold_path
 
 #: Fraction of the samples that the speeds of a path per exit are fitted on, and the seed of that split.
@@ -43,6 +44,7 @@ def choose_threshold(
     max_accuracy_drop: float | None = None,
     max_disagreement: float | None = None,
     max_brier_increase: float | None = None,
+    max_selective_risk: float | None = None,
     max_mean_macs: float | None = None,
     max_mean_milliseconds: float | None = None,
     exit_milliseconds: Sequence[float] | None = None,
@@ -75,6 +77,8 @@ def choose_threshold(
         max_accuracy_drop: Accuracy that may be lost against the last exit, a fraction such as 0.01.
         max_disagreement: Fraction of samples whose prediction may differ from the last exit's.
         max_brier_increase: How much the Brier score (0 to 2) may exceed the last exit's.
+        max_selective_risk: Error among the samples that exit early, a fraction such as 0.02; with ``per_exit`` among
+            those that take each exit. What the other samples get is not bounded.
         max_mean_macs: Budget of mean multiply-accumulates per sample.
         max_mean_milliseconds: Budget of mean time per sample; needs ``exit_milliseconds``.
         exit_milliseconds: Measured time of a sample that takes each exit, last exit included. With a bound on a loss
@@ -111,6 +115,7 @@ def choose_threshold(
             "accuracy_drop": max_accuracy_drop,
             "disagreement": max_disagreement,
             "brier_increase": max_brier_increase,
+            "selective_risk": max_selective_risk,
             "mean_macs": max_mean_macs,
             "mean_milliseconds": max_mean_milliseconds,
         }
@@ -123,14 +128,17 @@ def choose_threshold(
     grid = None if candidates is None else read_candidates(candidates, policy, records.num_exits - 1)
     outcomes = ExitOutcomes.of(records, policy, objective, costs)
     if requested == "search":
-        found = _Found(_best_thresholds(outcomes, objective, per_exit, grid), len(records))
+        found = _Found(_best_thresholds(records, outcomes, objective, per_exit, grid), len(records))
         return _report(records, outcomes, objective, found, None, per_exit)
-    rows = _split(len(records), per_exit)
+    selective = objective.target == "selective_risk"
+    rows = _split(len(records), per_exit or selective)
     if method is None and objective.counts_samples and len(rows[1]) * objective.bound >= _MANY:
         requested = "exact"  # the number of samples decides, not what they show
     test = LossTest(requested, confidence, outcomes.binary)
     if objective.bound == 0:
         found = _Found([policy.never_threshold] * outcomes.early, len(records))
+    elif selective:
+        found = _last_selective(records, outcomes, objective, test, per_exit, grid, rows)
     else:
         path = _candidate_path(records, outcomes, objective, test, per_exit, grid, rows[0])
         found = _last_supported(outcomes.select(rows[1]), path, test, objective)
@@ -166,9 +174,11 @@ def _split(samples: int, per_exit: bool) -> tuple[Tensor, Tensor]:
 
 
 def _best_thresholds(
-    outcomes: ExitOutcomes, objective: Objective, per_exit: bool, grid: list[float] | None
+    records: ExitRecords, outcomes: ExitOutcomes, objective: Objective, per_exit: bool, grid: list[float] | None
 ) -> list[float]:
     """Returns the best thresholds on the records, one per early exit."""
+    if objective.target == "selective_risk" and per_exit:  # every exit keeps the bound, not only all of them together
+        return thresholds_at_risks(outcomes, _grid(records, outcomes.policy, grid), [objective.bound])[0]
     if grid is not None:
         return _best_candidates(outcomes, objective, per_exit, grid)
     ranks, early = outcomes.ranks(), outcomes.early
@@ -207,12 +217,7 @@ def _candidate_path(
 ) -> list[list[float]]:
     """Returns the candidates of a guarantee in the order of their tests, from no early exit to all."""
     policy, early, free = outcomes.policy, outcomes.early, candidates is None
-    grid = (
-        policy.grid(records.num_classes, early)
-        if candidates is None
-        else sorted(candidates, reverse=policy.leaves_above)
-    )
-    grid = [policy.never_threshold, *(threshold for threshold in grid if not policy.never_leaves(threshold))]
+    grid = _grid(records, policy, candidates)
     steps = _FINE_STEPS if test.reads_sums else STEPS
     if per_exit:
         losses = outcomes.losses[:, fitting]
@@ -238,6 +243,33 @@ def _last_supported(outcomes: ExitOutcomes, path: list[list[float]], test: LossT
         index = test.last_accepted(table, bound)
         table = table[: index + 1]
     return _Found(path[index], outcomes.samples, test.supported_bound(table) * objective.scale)
+
+
+def _grid(records: ExitRecords, policy: ExitPolicy, candidates: list[float] | None) -> list[float]:
+    """Returns candidates for one exit from no early exit to all: those that are given, or the policy's own."""
+    if candidates is None:
+        grid = policy.grid(records.num_classes, records.num_exits - 1)
+    else:
+        grid = sorted(candidates, reverse=policy.leaves_above)
+    return [policy.never_threshold, *(threshold for threshold in grid if not policy.never_leaves(threshold))]
+
+
+def _last_selective(
+    records: ExitRecords,
+    outcomes: ExitOutcomes,
+    objective: Objective,
+    test: LossTest,
+    per_exit: bool,
+    candidates: list[float] | None,
+    rows: tuple[Tensor, Tensor],
+) -> _Found:
+    """Returns the boldest thresholds whose selective risk a test in a fixed order accepts."""
+    grid, (fitting, testing) = _grid(records, outcomes.policy, candidates), map(outcomes.select, rows)
+    found = last_supported(fitting, testing, grid, objective.bound, test.level, per_exit)
+    if found is None:
+        return _Found([outcomes.policy.never_threshold] * outcomes.early, testing.samples)
+    taken, wrong = count_early_exits(testing, [found], per_exit)
+    return _Found(found, testing.samples, supported_risk(taken[0], wrong[0], test.level))
 
 
 def _smoothed(losses: Tensor, expected: Tensor) -> Tensor:
@@ -269,7 +301,12 @@ def _report(
     cost = float(costs @ fractions)
     saving = 1 - cost / float(costs[-1])
     possible = saving if objective.is_budget else max(saving, _possible_saving(outcomes, objective))
-    value = cost if objective.is_budget else float(outcomes.losses_at(thresholds).mean()) * objective.scale
+    if objective.is_budget:
+        value = cost
+    elif objective.target == "selective_risk":
+        value = selective_risk(*(count[0] for count in count_early_exits(outcomes, [thresholds], per_exit)))
+    else:
+        value = float(outcomes.losses_at(thresholds).mean()) * objective.scale
     if objective.is_budget and value > objective.bound * (1 + 1e-9):
         raise ConfigError(
             f"no threshold of the policy {policy_name(policy)!r} keeps a mean cost of"
@@ -325,8 +362,13 @@ def _advice(
     if objective.bound == 0:
         return "No sample exits early: no number of samples can guarantee a bound of 0; give a positive bound."
     parts = []
-    needed = _needed_samples(objective.loss_bound, test)
-    if never and tested < needed:
+    needed = _needed_samples(objective.bound / objective.scale, test)
+    if never and objective.target == "selective_risk":
+        parts.append(
+            f"No sample exits early: {needed:,} samples must exit early for this bound and confidence even if all of"
+            f" them are right, and {tested:,} were tested. Collect more, or give a wider bound or a lower confidence."
+        )
+    elif never and tested < needed:
         parts.append(
             f"No sample exits early: even if no sample lost anything, {needed:,} are needed for this bound and"
             f" confidence, and there are {tested:,}. Collect more, or give a wider bound or a lower confidence."

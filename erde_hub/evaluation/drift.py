@@ -20,7 +20,7 @@ from erde_hub.records import ExitRecords, check_kind, distinct_samples
 
 from .sweep import exit_scores
 
-_TARGETS = ("accuracy_drop", "disagreement", "brier_increase")
+_TARGETS = ("accuracy_drop", "disagreement", "brier_increase", "selective_risk")
 #: What each verdict means, and the next command; DIR and DATA stand for the checkpoint and the new data.
 _VERDICTS = {
     "threshold": {
@@ -75,7 +75,7 @@ class Drift:
             the target needs labels that are missing.
         model_verdict: ``same``, ``worse`` or, without labels, ``unknown``.
         input_verdict: ``same`` or ``changed``, which needs no labels.
-        target: What the bound is on: ``accuracy_drop``, ``disagreement`` or ``brier_increase``.
+        target: What the bound is on: ``accuracy_drop``, ``disagreement``, ``brier_increase`` or ``selective_risk``.
         loss: The target's mean, on either set; None where it needs labels that are missing.
         exit_names: One per exit.
     """
@@ -158,7 +158,7 @@ def compare_records(
         bound: On the loss that was promised.
         confidence: Of the statements about the new samples.
         target: What the loss is: ``accuracy_drop``, ``disagreement`` with the full model (which needs no labels) or
-            ``brier_increase``.
+            ``brier_increase``, or ``selective_risk``: the error among those that exit early.
 
     Raises:
         RecordsError: The records are of different models.
@@ -257,6 +257,9 @@ def _measure(records: ExitRecords, policy: ExitPolicy, thresholds: list[float], 
     losses = None
     if records.labelled or target == "disagreement":
         losses = exit_losses(records.logits, records.labels, target).gather(0, index[None])[0]
+        if target == "selective_risk":
+            losses = losses[index < len(thresholds)]
+            losses = losses if len(losses) else losses.new_zeros(2)  # nobody exits early: as if hardly any sample did
     correct = records.logits.argmax(-1) == records.labels if records.labelled else None
     return _Measured(
         counts=torch.bincount(index, minlength=records.num_exits).double(),

@@ -63,6 +63,9 @@ class CalibrationArguments:
     max_brier_increase: float | None = HfArg(
         default=None, help="how much the Brier score (0 to 2) may exceed the full model's"
     )
+    max_selective_risk: float | None = HfArg(
+        default=None, help="share of wrong answers among the images that exit early, with --per_exit at every exit"
+    )
     max_mean_macs: float | None = HfArg(default=None, help="budget: mean multiply-accumulates per image, e.g. 2e6")
     max_mean_milliseconds: float | None = HfArg(
         default=None, help="budget: mean time per image in ms, as latency.py measured it, or else is measured now"
@@ -254,6 +257,7 @@ def target_options(requested: CalibrationArguments) -> dict[str, Any]:
             "max_accuracy_drop",
             "max_disagreement",
             "max_brier_increase",
+            "max_selective_risk",
             "max_mean_macs",
             "max_mean_milliseconds",
             "exit_milliseconds",

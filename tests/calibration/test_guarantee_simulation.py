@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ import torch
 
 from erde_hub.calibration import choose_threshold
 from erde_hub.calibration.guarantees import LossTest, candidate_losses, candidate_sums
+from erde_hub.calibration.objective import Objective
 from erde_hub.calibration.outcomes import ExitOutcomes, exit_losses
+from erde_hub.calibration.selective import last_supported
 from erde_hub.calibration.threshold_path import first_steps, step_sums, threshold_path
+from erde_hub.errors import ConfigError
+from erde_hub.evaluation import compare_records
 from erde_hub.policies import create_policy
 from erde_hub.policies.recorded import exit_indices, score_exits
 from tests.fakes.records import make_logits, make_records, records_of
@@ -153,3 +158,88 @@ def test_thresholds_per_exit_keep_it_too_where_a_greedy_search_does_not(populati
             broken[name] += float(population.losses.gather(0, index[None]).mean()) > BOUND
     assert broken["ours"] <= draws * allowed_share(draws)
     assert broken["greedy"] >= draws / 4
+
+
+def selective_risks(population, thresholds):
+    """True errors of those that exit early: at each exit, and at all of them together."""
+    index = exit_indices(population.scores, population.policy, thresholds)
+    wrong = (population.logits.argmax(-1) != population.labels).gather(0, index[None])[0].double()
+    groups = [index == e for e in range(len(thresholds))]
+    return [float(wrong[g].mean()) if g.any() else 0.0 for g in (*groups, index < len(thresholds))]
+
+
+def check_selective_risk(population, samples, draws, per_exit, bound=0.03):
+    """Returns the mean saving after checking that the bound is kept in the promised share of draws."""
+    objective = Objective("selective_risk", bound)
+    broken, saving, grid = 0, 0.0, population.policy.grid(10, 2)
+    for seed in range(draws):
+        outcomes = ExitOutcomes.of(
+            population.select(population.draw(samples, seed)), population.policy, objective, COSTS
+        )
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+        parts = outcomes.select(order[: samples // 5]), outcomes.select(order[samples // 5 :])
+        thresholds = last_supported(*parts, grid, bound, 1 - CONFIDENCE, per_exit) or [grid[0]] * 2
+        risks = selective_risks(population, thresholds)
+        broken += max(risks if per_exit else risks[-1:]) > bound
+        saving += 1 - float(COSTS[exit_indices(population.scores, population.policy, thresholds)].mean())
+    assert broken / draws <= allowed_share(draws), (samples, broken)
+    return saving / draws
+
+
+def test_the_selective_risk_is_kept_in_the_promised_share_of_draws(population):
+    assert check_selective_risk(population, 2500, 40, per_exit=False) > 0.12
+    assert check_selective_risk(population, 2500, 15, per_exit=True) > 0.12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("per_exit", [False, True])
+@pytest.mark.parametrize("samples", [500, 1000, 2500, 10_000])
+def test_the_selective_risk_is_kept_at_every_size(population, samples, per_exit):
+    saving = check_selective_risk(population, samples, DRAWS, per_exit)
+    assert samples < 2500 or saving > 0.12
+
+
+def test_the_selective_risk_goes_the_same_way_through_the_public_function(population):
+    records = population.select(population.draw(2500, 3))
+    for per_exit in (False, True):
+        asked = {"max_selective_risk": 0.03, "per_exit": per_exit}
+        choice = choose_threshold(records, "confidence", confidence=CONFIDENCE, **asked)
+        thresholds = choice.threshold if per_exit else [choice.threshold] * 2
+        index = exit_indices(score_exits(records.logits, population.policy), population.policy, thresholds)
+        wrong = (records.logits.argmax(-1) != records.labels).gather(0, index[None])[0].double()
+        groups = [index == 0, index == 1] if per_exit else [index < 2]
+        assert choice.value == pytest.approx(max(float(wrong[g].mean()) for g in groups if g.any()))
+        assert choice.value < choice.upper_bound <= 0.03
+        assert (choice.target, choice.method, choice.tested) == ("selective_risk", "ltt", 2000)
+        assert "error among the samples that exit early at most 3 % with 90 % confidence" in str(choice)
+        best = choose_threshold(records, "confidence", **asked)
+        assert best.value <= 0.03
+        assert best.saving > choice.saving
+        given = choose_threshold(records, "confidence", candidates=[0.9, 0.99, 0.999], **asked)
+        assert set(given.threshold if per_exit else [given.threshold]) <= {0.9, 0.99, 0.999, math.inf}
+    few = choose_threshold(population.select(population.draw(60, 0)), max_selective_risk=0.02, confidence=CONFIDENCE)
+    assert few.never_exits
+    assert "114 samples must exit early" in few.advice
+    assert choose_threshold(records, max_selective_risk=0.0, confidence=0.9).never_exits
+    for method in ("crc", "exact", "ucb"):
+        with pytest.raises(ConfigError, match="has one test, an exact one"):
+            choose_threshold(
+                records, max_selective_risk=0.1, method=method, confidence=None if method == "crc" else 0.9
+            )
+    with pytest.raises(ConfigError, match="must be below 1"):
+        choose_threshold(records, max_selective_risk=2)
+
+
+def test_drift_of_a_selective_risk(population):
+    before, now = (population.select(population.draw(4000, seed)) for seed in (0, 1))
+    choice = choose_threshold(before, "confidence", max_selective_risk=0.03, confidence=CONFIDENCE)
+    asked = {"policy": "confidence", "threshold": choice.threshold, "bound": 0.03, "target": "selective_risk"}
+    kept = compare_records(before, now, **asked)
+    assert kept.loss[0] == pytest.approx(choice.value)
+    assert kept.verdict in ("holds", "open")
+    labels = torch.where(torch.arange(4000) % 10 == 0, (now.labels + 1) % 10, now.labels)
+    assert (
+        compare_records(before, records_of(now.logits, labels, cumulative_macs=[300, 650, 1000]), **asked).verdict
+        == "broken"
+    )
+    assert compare_records(before, now, **{**asked, "threshold": 2.0}).verdict == "open"
