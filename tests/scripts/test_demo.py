@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +111,8 @@ def test_the_point_on_the_frontier_is_a_measured_one(toy):
 def test_the_shipped_checkpoint_is_small_and_its_report_holds(shipped, digits):
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 500_000
     data, results = load_image_data("digits", progress=False), load_results(SHIPPED / "results.json")
+    published = load_results(Path(__file__).parents[2] / "recipes" / "results" / "digits.json")
+    assert published | {"figures": results["figures"]} == results, "the published results are of this run"
     assert data.fingerprint == results["dataset"]["fingerprint"]
     model = EarlyExitWrapper.from_pretrained(SHIPPED).eval()
     records = collect_exit_records(model, BatchLoader(data.test, 256), progress=False)
