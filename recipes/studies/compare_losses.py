@@ -6,14 +6,19 @@
 A method is a loss, what joins it, and arguments: `erde+ea_kd:temperature=3,entropy_temperature=2`. `coloured_digits`
 are digits whose colour is a misleading cue; their results hold the accuracy of every group, and their teacher learns
 from digits whose colour says nothing. A file that is there already is added to: what it holds is not trained again.
+
+Numbers, records and a picture of accuracy against cost go to runs/compare_losses-<n>.json, .records and .png; the same
+settings find their file again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,12 +31,16 @@ from erde_hub._tables import format_table
 from erde_hub.data.base import LabelledData
 from erde_hub.errors import ConfigError, ResultsError, nearest
 from erde_hub.evaluation import (
+    ExitRecords,
     accuracy_at_cost,
     fine_thresholds,
     group_metrics,
     per_exit_metrics,
+    plot_curves,
     sweep_thresholds,
 )
+from erde_hub.evaluation.figures import save_figure
+from erde_hub.evaluation.formatting import duration
 from erde_hub.evaluation.report import published_arguments
 from erde_hub.losses import ExitLoss
 from erde_hub.scripts import common as recipe
@@ -70,7 +79,9 @@ class Comparison:
     split: Literal["validation", "test"] = HfArg(
         default="test", help="what is measured on: choose settings on validation, report on test"
     )
-    output: str | None = HfArg(default=None, help="JSON file for the numbers; added to if it exists")
+    output: str | None = HfArg(
+        default=None, help="JSON file for the numbers; added to if it exists; default: runs/compare_losses-<n>.json"
+    )
 
 
 def build_method(text: str) -> ExitLoss:
@@ -141,7 +152,8 @@ def main() -> None:
     settings |= {"pretrained": pretrained} if any(pretrained) else {}
     settings |= {name: value for part in (exits, teacher_args, data_args) for name, value in _unusual(part).items()}
     preprocessing = recipe.existing_preprocessing(None, teacher_args, student_args)
-    results = open_results(comparison.output, published_arguments(settings))
+    output, results = find_results(comparison.output, published_arguments(settings))
+    say = Announcements(comparison.methods, comparison.seeds, results["runs"], accelerator.print)
     for seed in comparison.seeds:
         missing = [m for m in comparison.methods if not _find(results["runs"], m, seed)]
         if not missing:
@@ -151,7 +163,7 @@ def main() -> None:
         data = grouped.data if isinstance(grouped, GroupedImages) else grouped
         if results.get("dataset", {}).get("name", data.name) != data.name:
             raise ResultsError(
-                f"{comparison.output} holds results of {results['dataset']['name']}, and this is {data.name}: give the"
+                f"{output.name} holds results of {results['dataset']['name']}, and this is {data.name}: give the"
                 " same data, or another --output"
             )
         results["dataset"] = {
@@ -167,23 +179,90 @@ def main() -> None:
             student = recipe.build_student(student_args, exits, data, own)
             for loss in map(build_method, missing):
                 recipe.check_trainable(accelerator, student, teacher if loss.reads_teacher else None, data, loss, own)
+        say.training(f"seed {seed}, the teacher")
         _train(Distiller(teacher, teacher_data, teacher_args_of_seed, "ce", accelerator=accelerator))
         run = recipe.Run(accelerator, data, own, {})
         if not _find(results["teachers"], None, seed):
-            results["teachers"].append({"seed": seed, **_measure(run, teacher, grouped, comparison.split)})
+            results["teachers"].append({"seed": seed, **_measure(run, teacher, grouped, comparison.split)[0]})
         for method in missing:
+            say.training(f"seed {seed}, {method}")
             student = recipe.build_student(student_args, exits, data, own)
             started = time.perf_counter()
             loss = build_method(method)
             _train(Distiller(student, data, own, loss, teacher if loss.reads_teacher else None, accelerator))
-            row = {"method": method, "seed": seed, **_measure(run, student, grouped, comparison.split)}
+            measured, records = _measure(run, student, grouped, comparison.split)
+            row = {"method": method, "seed": seed, **measured}
+            if accelerator.is_main_process:
+                records.save(records_file(output, len(results["runs"])))
             results["runs"].append(row | {"seconds": round(time.perf_counter() - started, 1)})
             results["summary"] = summarize(results["runs"])
-            write_results(comparison.output, results)
+            write_results(output, results)
             accelerator.print(f"seed {seed}, {method}: {_short(row)}")
     results["summary"] = summarize(results["runs"])
-    write_results(comparison.output, results)
-    accelerator.print(f"\n{format_summary(results['summary'])}")
+    write_results(output, results)
+    if accelerator.is_main_process:
+        draw(output, results["runs"])
+    accelerator.print(f"\n{format_summary(results['summary'])}\n\n{output}, {output.with_suffix('.png').name}")
+
+
+def find_results(output: str | None, settings: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Returns the file of the results and what it holds; without a name the first in runs/ that is free or fits.
+
+    Raises:
+        ResultsError: The named file holds results of other settings.
+    """
+    if output is not None:
+        return Path(output), open_results(output, settings)
+    for n in itertools.count(1):
+        path = Path("runs", f"compare_losses-{n}.json")
+        try:
+            return path, open_results(path, settings)
+        except ResultsError:
+            continue
+    raise AssertionError
+
+
+class Announcements:
+    """Says what trains, which of how many it is, and about how long all the rest will take."""
+
+    def __init__(
+        self,
+        methods: Sequence[str],
+        seeds: Sequence[int],
+        runs: Sequence[Mapping[str, Any]],
+        say: Callable[[str], None],
+    ) -> None:
+        missing = [sum(not _find(runs, method, seed) for method in methods) for seed in seeds]
+        self.total = sum(count + 1 for count in missing if count)  # with a teacher for each seed
+        self.begun, self.started, self.say = 0, time.perf_counter(), say
+
+    def training(self, what: str) -> None:
+        """Announces the next training."""
+        left = ""
+        if self.begun:
+            passed = time.perf_counter() - self.started
+            left = f"; about {duration(passed / self.begun * (self.total - self.begun))} left in all"
+        self.begun += 1
+        self.say(f"training {self.begun} of {self.total}: {what}{left}")
+
+
+def records_file(output: Path, run: int) -> Path:
+    """Returns where the records of a run lie, by its place in the results."""
+    folder = output.with_suffix(".records")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{run}.safetensors"
+
+
+def draw(output: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Draws accuracy against cost, each method with a band over its seeds; runs without records are left out."""
+    methods: dict[str, list[ExitRecords]] = {}
+    for number, run in enumerate(runs):
+        if records_file(output, number).is_file():
+            methods.setdefault(run["method"], []).append(ExitRecords.load(records_file(output, number)))
+    if methods:
+        save_figure(
+            lambda figure: plot_curves(methods, figure.add_subplot()), output.with_suffix(".png"), size=(7.0, 4.5)
+        )
 
 
 def _unusual(arguments: Any) -> dict[str, Any]:
@@ -219,8 +298,8 @@ def _data(
 
 def _measure(
     run: recipe.Run, model: EarlyExitWrapper, grouped: GroupedImages | LabelledData, split: str
-) -> dict[str, Any]:
-    """Measures a model: every exit, accuracy at matched cost, groups."""
+) -> tuple[dict[str, Any], ExitRecords]:
+    """Measures a model: every exit, accuracy at matched cost, groups; returns its records as well."""
     records = recipe.collect(run, model, split)
     rows = per_exit_metrics(records)
     sweep = sweep_thresholds(records, fine_thresholds(records))
@@ -232,7 +311,7 @@ def _measure(
     if isinstance(grouped, GroupedImages):
         groups = grouped.groups[split][records.index]
         measured["groups"] = group_metrics(records, groups, grouped.group_names)
-    return measured
+    return measured, records
 
 
 def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

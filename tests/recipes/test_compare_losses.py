@@ -1,11 +1,14 @@
 """The comparison of losses: methods as text, results that are added to, groups of coloured digits."""
 
 import json
+from pathlib import Path
 
 import compare_losses
 import pytest
+from PIL import Image
 
 from erde_hub.errors import ConfigError, ResultsError
+from erde_hub.evaluation import ExitRecords
 
 FAST = [
     "--teacher_kwargs", "width=4", "--student_kwargs", "width=4", "--epochs", "2", "--max_steps", "3", "--cpu_threads",
@@ -55,6 +58,9 @@ def test_coloured_digits_have_groups_and_a_file_is_added_to(compare, tmp_path, c
     assert row["last_exit_std"] is None
     assert "worst group last exit" in capsys.readouterr().out
     assert str(tmp_path) not in output.read_text()
+    assert len(ExitRecords.load(tmp_path / "results.records" / "1.safetensors")) > 0
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.width > 1000
     with pytest.raises(ResultsError, match=r"holds results of other settings .lr differs."):
         compare(*flags, "kd", "--lr", "0.01")
     with pytest.raises(ResultsError, match=r"exits differs: \['layer1'\] there, \['layer2'\] now"):
@@ -122,6 +128,25 @@ def test_flags_that_would_change_nothing_are_refused(compare, capsys, flag):
         compare(flag, "kd")
     assert ended.value.code == 2
     assert f"unknown argument '{flag}'" in capsys.readouterr().err
+
+
+def test_the_same_settings_find_their_file_again_and_others_take_the_next(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path, results = compare_losses.find_results(None, {"lr": 1})
+    assert path == Path("runs/compare_losses-1.json")
+    compare_losses.write_results(path, results)
+    assert compare_losses.find_results(None, {"lr": 1})[0] == path
+    assert compare_losses.find_results(None, {"lr": 2})[0] == Path("runs/compare_losses-2.json")
+
+
+def test_what_trains_is_said_with_the_time_that_all_will_take(monkeypatch):
+    said, now = [], [0.0]
+    monkeypatch.setattr(compare_losses.time, "perf_counter", lambda: now[0])
+    say = compare_losses.Announcements(["kd", "erde"], [0, 1], [{"method": "kd", "seed": 1}], said.append)
+    say.training("seed 0, the teacher")
+    now[0] = 60.0
+    say.training("seed 0, kd")
+    assert said == ["training 1 of 5: seed 0, the teacher", "training 2 of 5: seed 0, kd; about 4 min 0 s left in all"]
 
 
 def test_summary_by_hand():

@@ -18,7 +18,7 @@ from erde_hub._files import write_text
 from erde_hub.errors import ResultsError
 
 
-def open_results(output: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+def open_results(output: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the results that a file holds, or empty ones where there is none.
 
     Raises:
@@ -63,7 +63,7 @@ def environment(*packages: str) -> dict[str, Any]:
     return {"erde_hub": __version__, **versions, "cpu": cpu, "cores": os.cpu_count()}
 
 
-def write_results(output: str | None, results: Mapping[str, Any]) -> None:
+def write_results(output: str | os.PathLike[str] | None, results: Mapping[str, Any]) -> None:
     """Writes the file whole or not at all; None writes nothing."""
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
