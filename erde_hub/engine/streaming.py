@@ -9,6 +9,7 @@ waited too long, a stage runs on the samples there are.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,17 +112,17 @@ def route_batches(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
     model.routing_plan(threshold)  # raises for a threshold that is not allowed
-    return _answers(_Stream(model, threshold, batch_size), batches, max_pending, ordered)
+    return _answers(_Stream(model, threshold, batch_size, ordered), batches, max_pending)
 
 
-def _answers(stream: _Stream, batches: Iterable[Any], max_pending: int, ordered: bool) -> Iterator[RoutedBatch]:
+def _answers(stream: _Stream, batches: Iterable[Any], max_pending: int) -> Iterator[RoutedBatch]:
     for index, batch in enumerate(batches):
         stream.feed(index, _pixel_values(batch, index))
         if len(stream.pending) > max_pending:
             stream.hurry()
-        yield from stream.complete(ordered)
+        yield from stream.complete()
     stream.drain()
-    yield from stream.complete(ordered)
+    yield from stream.complete()
 
 
 def _pixel_values(batch: Any, index: int) -> Any:
@@ -231,12 +232,16 @@ class _Stream:
     Queue 0 holds images, queue e + 1 the samples that exit e has kept.
     """
 
-    def __init__(self, model: RoutingModel, threshold: float | Sequence[float] | None, batch_size: int) -> None:
+    def __init__(
+        self, model: RoutingModel, threshold: float | Sequence[float] | None, batch_size: int, ordered: bool
+    ) -> None:
         self.model = model
         self.threshold = threshold
         self.batch_size = batch_size
+        self.ordered = ordered
         self.queues = [_Queue() for _ in range(len(model.routing_plan(threshold).thresholds) + 1)]
         self.pending: dict[int, _Pending] = {}
+        self.answered: list[int] = []  # unordered: batches of ``pending`` of which nothing is missing
         self.like: Tensor | None = None  # one empty image
 
     @torch.no_grad()
@@ -259,6 +264,8 @@ class _Stream:
         if len(images):
             tickets = torch.stack([torch.full((len(images),), index), torch.arange(len(images))], 1)
             self.queues[0].put(_Group(tickets, images, [], []))
+        elif not self.ordered:
+            self.answered.append(index)
         while self.queues[0].count >= self.batch_size:
             self.run(0)
 
@@ -276,15 +283,14 @@ class _Stream:
             while queue.count:
                 self.run(stage)
 
-    def complete(self, ordered: bool) -> Iterator[RoutedBatch]:
-        """Hands out the batches that are answered in full."""
-        for index in list(self.pending):
-            pending = self.pending[index]
-            if pending.missing:
-                if ordered:
-                    return
-                continue
-            del self.pending[index]
+    def complete(self) -> Iterator[RoutedBatch]:
+        """Hands out the batches that are answered in full; ordered, up to the first that is not."""
+        if self.ordered:
+            due = list(itertools.takewhile(lambda index: not self.pending[index].missing, self.pending))
+        else:
+            due, self.answered = sorted(self.answered), []
+        for index in due:
+            pending = self.pending.pop(index)
             logits, exit_index = pending.logits, pending.exit_index
             if logits is None:
                 out = self.model(self.like[:0] if self.like is not None else None)  # type: ignore[operator]
@@ -318,7 +324,10 @@ class _Stream:
         """Notes what samples of any batches were answered at an exit."""
         for index in tickets[:, 0].unique().tolist():
             own = (tickets[:, 0] == index).nonzero().squeeze(1)
-            self.pending[index].answer(tickets[own, 1], logits[own.to(logits.device)], exit_index)
+            pending = self.pending[index]
+            pending.answer(tickets[own, 1], logits[own.to(logits.device)], exit_index)
+            if not (pending.missing or self.ordered):
+                self.answered.append(index)
 
 
 class _StreamVisitor:

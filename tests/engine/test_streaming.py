@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 
 import pytest
 import timm
@@ -192,6 +193,34 @@ def test_freed_places_are_filled_at_once(name):
     with torch.no_grad():
         assert_same(answers[:1], model(x, threshold=cuts))
         assert_same(answers[-1:], model(x, threshold=cuts))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_work_per_batch_does_not_grow_with_what_is_pending(ordered):
+    """Counted in lines of the module that run, while every sample waits for a batch that the stream never fills."""
+    model, x = model_of("plain"), images("plain", 1)
+
+    def lines(batches: int) -> int:
+        count = 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            if not frame.f_code.co_filename.endswith("streaming.py"):
+                return None
+            count += event == "line"
+            return trace
+
+        sizes = {"batch_size": 1000, "max_pending": 1000, "ordered": ordered}
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            answers = stream(model, [x] * batches, **sizes)
+        finally:
+            sys.settrace(before)
+        assert len(answers) == batches
+        return count
+
+    assert lines(240) < 2.2 * lines(120)
 
 
 def test_complete_batches_need_not_wait_for_their_turn():
