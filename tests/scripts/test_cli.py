@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +147,16 @@ def test_booleans_as_flags():
     assert parse("--channels_last", "false")[1].channels_last is False
 
 
+#: Eight levels of ten aliases each: a few hundred characters that stand for a hundred million values.
+ALIAS_BOMB = "\n".join(
+    [
+        "student_kwargs:",
+        "  a0: &a0 [x, x, x, x, x, x, x, x, x, x]",
+        *(f"  a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 8)),
+    ]
+)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -163,6 +174,9 @@ def test_booleans_as_flags():
         ("epochs: 1\nepochs: 2", ["'epochs' occurs twice", "file.yaml"]),
         ("- epochs", ["file.yaml", "list"]),
         ("epochs: [", ["file.yaml", "not a YAML file"]),
+        (ALIAS_BOMB, ["file.yaml", "more than 10,000 values", "aliases"]),
+        ("student_kwargs: &a {inner: *a}", ["file.yaml", "more than 10,000 values"]),
+        ("student_kwargs: {a: " + "[" * 2000 + "]" * 2000 + "}", ["file.yaml", "nested too deep"]),
     ],
 )
 def test_bad_files_name_key_value_and_file(write, text, parts):
@@ -170,6 +184,28 @@ def test_bad_files_name_key_value_and_file(write, text, parts):
         parse("--config", write(text))
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_few_aliases_are_taken(write):
+    path = write("student_kwargs: {a: &sizes [16, 32], b: *sizes, c: {d: *sizes}}")
+    assert parse("--config", path)[1].student_kwargs == {"a": [16, 32], "b": [16, 32], "c": {"d": [16, 32]}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026-13-45", "9" * 5000, "a: b: c", "*a", "!!python/object/apply:os.getcwd []"],
+    ids=["date", "number", "colons", "alias", "code"],
+)
+def test_what_is_no_value_of_yaml_is_text(text):
+    assert command_line.parse_scalar(text) == text
+
+
+def test_a_flag_holds_no_alias_bomb():
+    bomb = "[&a [x, x, x, x, x, x, x, x, x, x], " + ", ".join(
+        f"&{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in pairwise("abcdefg")
+    )
+    with pytest.raises(ConfigError, match="more than 10,000 values"):
+        parse("--student_kwargs", f"width={bomb}]")
 
 
 def test_missing_file_names_the_nearest_config():

@@ -11,6 +11,8 @@ import copy
 import dataclasses
 import difflib
 import importlib
+import itertools
+import math
 import re
 import signal
 import sys
@@ -176,9 +178,41 @@ class _ScalarLoader(yaml.SafeLoader):
     """Reads ``1e-3`` as the number that YAML 1.1, which wants a dot in it, reads as text."""
 
 
+#: More values than any configuration has, an alias counted as often as it is used.
+_MAX_VALUES = 10_000
+
 _ScalarLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )
+
+
+def _load_yaml(text: str, loader_class: type[Any]) -> Any:
+    """Reads a document, unless its aliases (``*name``) stand for far more than was written.
+
+    Raises:
+        ConfigError: They do, it names itself inside of itself, or it is nested too deep to be read.
+        yaml.YAMLError: It is none.
+    """
+    loader = loader_class(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None and _count_values(node, {}) > _MAX_VALUES:
+            raise ConfigError(f"it holds more than {_MAX_VALUES:,} values, with those that aliases (*name) repeat")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise ConfigError("it is nested too deep") from error
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: Any, counted: dict[int, float]) -> float:
+    """Returns how many values a node stands for; infinitely many where it holds itself."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        pairs = itertools.chain.from_iterable(inner) if isinstance(node, yaml.MappingNode) else inner
+        counted[id(node)] = 1 + sum(_count_values(entry, counted) for entry in pairs)
+    return counted[id(node)]
 
 
 def parse_arguments(
@@ -285,16 +319,18 @@ def load_config(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file without a look at what its keys mean; every value stays the text that it is.
 
     Raises:
-        ConfigError: No such file, no mapping, or a key that occurs twice.
+        ConfigError: No such file, no mapping, a key that occurs twice, or far more values than a configuration has.
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_ConfigLoader)
+        values = _load_yaml(path.read_text(encoding="utf-8"), _ConfigLoader)
     except OSError as error:
         hint = nearest(path.stem, (known.stem for known in CONFIGS.glob("*.yaml")))
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}){hint}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from error
     if not isinstance(values or {}, dict):
         raise ConfigError(f"{path} must hold 'key: value' lines, it holds a {type(values).__name__}")
     return values or {}
@@ -303,8 +339,10 @@ def load_config(path: str | Path) -> dict[str, Any]:
 def parse_scalar(text: str) -> Any:
     """Reads ``16``, ``0.1``, ``1e-3``, ``true``, ``[1, 2]`` or plain text, as the value of ``KEY=VALUE``."""
     try:
-        return yaml.load(text, Loader=_ScalarLoader)
-    except yaml.YAMLError:
+        return _load_yaml(text, _ScalarLoader)
+    except ConfigError as error:
+        raise ConfigError(f"the value {text!r:.60} cannot be used: {error}") from error
+    except (yaml.YAMLError, ValueError):  # what looks like a date or a number and is none, such as 2026-13-45
         return text
 
 
