@@ -57,7 +57,11 @@ _TRANSFORMERS_KEYS = frozenset(
         "per_layer_config",
         "auto_map",
         "quantization_config",
-        "use_cache",  # of training arguments, written by the Trainer
+        # of training arguments and tokenizer, written by the Trainer
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
     }
 )
 

@@ -78,6 +78,23 @@ def teacher_signature(correct: float) -> str | None:
     )
 
 
+def untrained_signature(accuracy: float, largest_class: float) -> str | None:
+    """Tells where the classifier of a frozen backbone is no better than the most frequent class.
+
+    Args:
+        accuracy: Of the backbone's own classifier.
+        largest_class: Fraction of the most frequent class among the labels.
+    """
+    if accuracy > largest_class or accuracy == 1.0:
+        return None
+    return (
+        f"the backbone is frozen, and its own classifier is correct on {percent(accuracy)} % of the samples, where"
+        f" always naming the most frequent class would be on {percent(largest_class)} %: it was not trained for these"
+        " classes. Train it as well: after model.freeze_backbone(), requires_grad_(True) on it, and freeze_backbone"
+        " left out of the arguments."
+    )
+
+
 def collapse_signature(exit_name: str, accuracy: float, largest_class: float) -> str | None:
     """Tells where an exit is no better than the most frequent class.
 

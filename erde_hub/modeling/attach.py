@@ -70,6 +70,22 @@ def choose_exits(
     return points, reason
 
 
+def new_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers of a network that have no trained weights, by name: new ones around loaded ones.
+
+    transformers marks the weights that it reads, and sets the biases of others to zero, from where training moves them.
+    ``network.new_layers``, names, says it of others.
+    """
+    names = set(getattr(network, "new_layers", ()))
+    loaded = {name for name, weight in network.named_parameters() if getattr(weight, "_is_hf_initialized", False)}
+    for name, module in network.named_modules() if loaded else ():
+        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        bias = getattr(module, "bias", None)
+        if own and not own & loaded and not (isinstance(bias, Tensor) and bias.any()):
+            names.add(name)
+    return {name: module for name, module in network.named_modules() if name in names}
+
+
 def inspect_backbone(
     model: nn.Module,
     input_size: Sequence[int] | None,

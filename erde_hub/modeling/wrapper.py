@@ -52,7 +52,7 @@ from erde_hub.policies import (
 )
 from erde_hub.tasks import REGRESSION, refuse_regression
 
-from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone
+from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone, new_layers
 from .learning_check import LearningCheck
 from .pretrained import EarlyExitPreTrainedModel
 from .truncated import TruncatedModel, truncate
@@ -508,8 +508,19 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
     # Training
 
     def freeze_backbone(self) -> None:
-        """Trains the heads alone: no gradients in the backbone, and its layers stay in eval mode under ``train()``."""
+        """Trains the heads alone: no gradients in the backbone, and its layers stay in eval mode under ``train()``.
+
+        Layers of it that have no trained weights, such as the new classifier of a pretrained encoder, are trained with
+        the heads, which is logged as a warning.
+        """
         self.backbone.requires_grad_(False)
+        new = new_layers(self.backbone)
+        for layer in new.values():
+            layer.requires_grad_(True)
+        if new:
+            logger.warning(
+                "%s of the backbone have no trained weights, so that they are trained with the heads", ", ".join(new)
+            )
         self._backbone_frozen = True
         self.backbone.eval()
 

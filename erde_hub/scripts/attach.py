@@ -36,6 +36,7 @@ from erde_hub.errors import ConfigError
 from erde_hub.fingerprint import model_fingerprint
 from erde_hub.heads import list_heads
 from erde_hub.losses import create_loss
+from erde_hub.modeling.attach import new_layers
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments, ExitArguments, changed_arguments
@@ -123,7 +124,7 @@ def main() -> None:
     layers: list[Any] = []
     if new:
         classifier = list(last_linears(model).values())[-1]
-        layers = [classifier, *(layer for layer in recipe.new_layers(network) if layer is not classifier)]
+        layers = [classifier, *(layer for layer in new_layers(network).values() if layer is not classifier)]
         for layer in layers:
             layer.reset_parameters()
             layer.requires_grad_(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def adopt_data(model: nn.Module, data: LabelledData) -> None:
     if not isinstance(model, EarlyExitPreTrainedModel):
         return
     if data.kind == "image":
-        frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
+        # its last layers may be new, and trained
+        frozen = not any(parameter.requires_grad for parameter in islice(model.backbone.parameters(), 1))
         expected, given = _normalization(model.config.preprocessing), _normalization(data.preprocessing)
         if frozen and expected is not None and given is not None and expected != given:
             logger.warning(

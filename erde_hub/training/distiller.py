@@ -29,7 +29,7 @@ from tqdm import tqdm
 from erde_hub.data.loader import network_inputs
 from erde_hub.data.tokens import TokenData
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
-from erde_hub.evaluation.signatures import collapse_signature, teacher_signature
+from erde_hub.evaluation.signatures import collapse_signature, teacher_signature, untrained_signature
 from erde_hub.losses import CELoss, EGADLoss, ExitLoss, LossKey, LossResult, create_loss, next_token_labels
 from erde_hub.tasks import REGRESSION
 
@@ -470,10 +470,14 @@ class Distiller:
         correct = record["train"]["terms"].get("teacher_right")
         if self.position.epoch == 0 and correct is not None and not self.tokens:
             yield teacher_signature(correct)
-        labels = None if self.data.streamed or self.tokens else self.data.validation.labels
-        if self.position.step == self.total_steps and labels is not None and not has_targets(self.data):
-            largest = labels.bincount().max().item() / len(labels)
-            for name, accuracy in zip(self.exit_names[:-1], record["validation"]["accuracy"], strict=False):
+        if self.data.streamed or self.tokens or has_targets(self.data):
+            return
+        labels, accuracies = self.data.validation.labels, record["validation"]["accuracy"]
+        largest = labels.bincount().max().item() / len(labels)
+        if self.position.epoch == 0 and self.args.freeze_backbone:
+            yield untrained_signature(accuracies[-1], largest)
+        if self.position.step == self.total_steps:
+            for name, accuracy in zip(self.exit_names[:-1], accuracies, strict=False):
                 yield collapse_signature(name, accuracy, largest)
 
     def _save(self) -> None:

@@ -173,11 +173,22 @@ def train_heads(
 
 
 def _trained_classifier(model: Any) -> nn.Linear | None:
-    """The linear layer that gives the backbone's logits, where something of the backbone is trained, else None."""
-    if not any(parameter.requires_grad for parameter in model.backbone.parameters()):
+    """The linear layer that gives the backbone's logits, where it is trained, else None.
+
+    Raises:
+        ConfigError: Another layer of the backbone is to be trained, whose outputs would change.
+    """
+    trained = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
+    if not trained:
         return None
     classifier = list(last_linears(model).values())[-1]
-    return classifier if classifier.weight.requires_grad else None
+    if {id(parameter) for parameter in trained} - {id(parameter) for parameter in classifier.parameters()}:
+        raise ConfigError(
+            f"the backbone has {len(trained)} weights to train, more than its last linear layer: call"
+            " model.freeze_backbone(); where that leaves new layers to be trained, train in the network (Distiller with"
+            " freeze_backbone=True)"
+        )
+    return classifier
 
 
 @contextmanager

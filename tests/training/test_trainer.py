@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
@@ -11,7 +12,14 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import BitImageProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BitImageProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, InputTypeError
@@ -19,6 +27,7 @@ from erde_hub.losses import create_loss
 from erde_hub.training import EarlyExitTrainer, all_exits_loss
 from tests.fakes import transformers_models
 from tests.fakes.networks import resnet8
+from tests.fakes.texts import make_tokenizer
 from tests.fakes.training import CLASSES, assert_same, network, weights
 
 
@@ -130,6 +139,28 @@ class Killed(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 3:
             raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["image", "bert"])
+def test_what_the_trainer_saves_loads_without_a_warning(name, tmp_path, caplog):
+    """It writes use_cache and the tokenizer's special tokens into the config."""
+    model, data, tokenizer = network(), rows(8), None
+    if name == "bert":
+        model, columns, tokenizer = transformers_models.wrap(name), transformers_models.inputs(name), make_tokenizer()
+        tokenizer.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+        data = [{**{key: own[row] for key, own in columns.items()}, "labels": row % 3} for row in range(8)]
+    auto = AutoModelForImageClassification if tokenizer is None else AutoModelForSequenceClassification
+    saving = settings(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = Trainer(model, saving, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    stored = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert {"use_cache", *(["pad_token_id", "bos_token_id"] if name == "bert" else [])} <= stored.keys()
+    caplog.clear()
+    for folder in ("final", "checkpoint-1"):
+        EarlyExitWrapper.from_pretrained(tmp_path / folder)
+        auto.from_pretrained(tmp_path / folder)
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def trainer_of(name, kind, folder, **options):

@@ -27,7 +27,7 @@ from .networks import (
     preprocessing_of,
     pretrained_preprocessing,
 )
-from .own_network import fit_classifier, inputs_of, new_layers, open_network
+from .own_network import fit_classifier, inputs_of, open_network
 from .phases import (
     Interrupted,
     Run,
@@ -74,7 +74,6 @@ __all__ = [
     "load_data",
     "load_data_of",
     "load_model",
-    "new_layers",
     "open_network",
     "preprocessing_of",
     "pretrained_preprocessing",

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import nn
 
+from erde_hub.backbones import find_adapter
 from erde_hub.backbones.timm import nearest_argument
 from erde_hub.data.base import LabelledData
 from erde_hub.data.texts import TextData
@@ -200,7 +201,10 @@ def create_network(architecture: str, kwargs: Mapping[str, Any], pretrained: boo
     if ":" not in architecture:
         check_architecture(architecture)
     try:
-        return timm.create_model(architecture, pretrained=pretrained, **kwargs)
+        network = timm.create_model(architecture, pretrained=pretrained, **kwargs)
+        if pretrained and network.pretrained_cfg.get("num_classes", network.num_classes) != network.num_classes:
+            network.new_layers = find_adapter(network).classifier_names(network)
+        return network
     except TypeError as error:
         hint = nearest_argument(error, architecture)
         shown = {key: value for key, value in kwargs.items() if key != "num_classes"}

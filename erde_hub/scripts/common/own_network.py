@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -27,6 +27,7 @@ from erde_hub.backbones.transformers_preprocessing import known_preprocessing
 from erde_hub.data.base import LabelledData
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError
 from erde_hub.modeling._quiet import quiet_loading
+from erde_hub.modeling.attach import new_layers
 
 from .encoders import check_loaded
 from .networks import create_network
@@ -121,27 +122,21 @@ def fit_classifier(network: Any, source: str, data: LabelledData, anew: bool = F
     """Gives a network as many classes as the data have.
 
     Returns:
-        The network, and whether its last layer is new and has to be trained, with what :func:`new_layers` returns.
+        The network, and whether its last layer is new and has to be trained, with what
+        :func:`~erde_hub.modeling.attach.new_layers` returns.
     """
-    if isinstance(network, PreTrainedModel):
-        new = network.config.num_labels != data.num_classes or bool(getattr(network, "new_weights", ()))
-        if new:
-            network = load_transformers(source, data.num_classes)
-    else:
-        new = network.num_classes != data.num_classes
-        if new:
-            network.reset_classifier(data.num_classes)
+    known = isinstance(network, PreTrainedModel)
+    new = (network.config.num_labels if known else network.num_classes) != data.num_classes
+    if new and known:
+        network = load_transformers(source, data.num_classes)
+    elif new:
+        network.reset_classifier(data.num_classes)
+    new = new or bool(new_layers(network))
     return network, new or anew
 
 
-def new_layers(network: nn.Module) -> list[nn.Module]:
-    """Returns the layers of a network that have no trained weights, such as the dense layer of RoBERTa's classifier."""
-    names = {name.rpartition(".")[0] for name in getattr(network, "new_weights", ())}
-    return [module for name, module in network.named_modules() if name in names]
-
-
 def load_transformers(source: str, num_labels: int | None = None) -> PreTrainedModel:
-    """Loads a classifier of images or texts; its ``new_weights`` names the tensors of its last layers that are random.
+    """Loads a classifier of images or texts, whose last layers may be new.
 
     Raises:
         ConfigError: There is none, or weights are missing inside of it.
@@ -166,8 +161,6 @@ def load_transformers(source: str, num_labels: int | None = None) -> PreTrainedM
                 f"no classifier could be loaded from {source!r}: {' '.join(str(error).split())[:300]}"
             ) from error
         check_loaded(source, model, info)
-    mismatched = (name[0] if isinstance(name, tuple) else name for name in info["mismatched_keys"])
-    model.new_weights = sorted({*info["missing_keys"], *mismatched})
     return model
 
 
