@@ -133,7 +133,8 @@ def load_image_data(
             holds a rule that data which are loaded follow too; one with row numbers is of no use to a stream.
         check_images: Large images that cannot be read are found here and not in the middle of training: "all" decodes
             every image once, on all cores, and remembers in ``cache_dir`` that it did; "headers" opens up to 20,000 of
-            each split; "none" looks at nothing. Small images are decoded here in any case, streams never.
+            each split; "none" looks at nothing. Small images are decoded here in any case, streams never; of a stream
+            "all" reads given validation and test splits before training, so that copies of them are left out of train.
         seed: Of the held-out rows; 0 gives the splits that other people get.
         progress: Show progress bars.
 
@@ -163,7 +164,15 @@ def load_image_data(
             if given and name != "max_train_samples":
                 raise ConfigError(f"streaming does not go with {name}: load without streaming")
         opened = open_stream(
-            dataset, image_column, label_column, config_name, overrides, cache, max_train_samples, split_file
+            dataset,
+            image_column,
+            label_column,
+            config_name,
+            overrides,
+            cache,
+            max_train_samples,
+            split_file,
+            check_images == "all",
         )
         return ImageData(**opened)
     stored: Mapping[str, EncodedImages | NDArray[np.uint8]]

@@ -323,6 +323,7 @@ class BatchLoader:
         yield from _load(batches, range(first, len(self)), self.num_workers)
 
     def _stream_batches(self, split: StreamSplit, epoch: int, first: int) -> Iterator[Batch]:
+        _ = split.held_out_images  # here and not in each worker anew
         shuffle_seed = None
         if self.shuffle:
             shuffle_seed = int(counter_hash(self.seed, epoch, np.array([0]), ORDER_STREAM)[0] >> np.uint64(1))

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -13,11 +14,12 @@ import datasets
 from torch import Tensor
 
 from erde_hub._image_files import decode
+from erde_hub._progress import passing_bar
 from erde_hub.errors import DataError, InputTypeError, LabelError
 
 from .augment import epoch_order
 from .columns import find_columns
-from .decoding import HASHED_ROWS, content_digest, stored_bytes
+from .decoding import HASHED_ROWS, content_digest, row_hashes, stored_bytes
 from .opening import open_dataset
 from .preprocessing import LARGE_IMAGE_DEFAULTS, SMALL_IMAGE_PIXELS, Preprocessing, channel_statistics, complete
 from .splits import EVERY_BUCKET, SPLIT_NAMES, Buckets, SplitPlan, StoredSplit, bucket_info, bucket_of, split_buckets
@@ -45,6 +47,9 @@ class StreamSplit:
         num_samples: Number of rows where it is known.
         limit: Read only so many rows of the stream.
         buffer: Encoded rows that are mixed with each other.
+        held_out: Splits whose rows are left out of this one where their images are equal. They are read once, before
+            the first pass. How many are left out is known, and logged, at the end of a pass, so that ``num_samples``
+            counts them in and a pass may be shorter.
         roots: Where files that the image column names may lie; see :func:`~erde_hub.data.decoding.stored_bytes`.
     """
 
@@ -60,11 +65,13 @@ class StreamSplit:
         num_samples: int | None = None,
         limit: int | None = None,
         buffer: int = 2048,
+        held_out: Sequence[StreamSplit] = (),
         roots: Sequence[str] | None = None,
     ) -> None:
         self.name, self.preprocessing, self.num_samples, self._roots = name, preprocessing, num_samples, roots
         self._stream, self._columns, self._classes, self._dataset = stream, columns, classes, dataset
-        self._buckets, self._limit, self._buffer = buckets, limit, buffer
+        self._buckets, self._limit, self._buffer, self._held_out = buckets, limit, buffer, held_out
+        self._told_of_copies = False
 
     def __len__(self) -> int:
         if self.num_samples is None:
@@ -84,6 +91,13 @@ class StreamSplit:
     def indices(self) -> Tensor:
         """Not available: a stream is not read as a whole."""
         raise DataError(f"the streamed split {self.name!r} has no list of rows: load the data without streaming")
+
+    @cached_property
+    def held_out_images(self) -> frozenset[int]:
+        """64 bits of each image of the splits whose copies are left out, read where they are first asked for."""
+        contents = (content for split in self._held_out for _, content, _ in split.rows())
+        shown = passing_bar(contents, "looking for copies", None, shown=True) if self._held_out else contents
+        return frozenset(row_hashes(shown).tolist())
 
     def rows(self, shuffle_seed: int | None = None) -> Iterator[tuple[int, bytes, int]]:
         """Yields index, encoded image and label of every row; the order depends on ``shuffle_seed`` alone."""
@@ -115,6 +129,25 @@ class StreamSplit:
         return 1 if self._limit is not None else int(self._stream.num_shards)
 
     def _read(self, files: Iterable[int]) -> Iterator[tuple[int, bytes, int]]:
+        """Yields rows in their order, without copies of held-out ones."""
+        held_out, copies, used = self.held_out_images, 0, 0
+        try:
+            for row in self._read_all(files):
+                if held_out and int(row_hashes([row[1]])[0]) in held_out:
+                    copies += 1
+                    continue
+                used += 1
+                yield row
+            if copies and not used:
+                raise DataError(
+                    f"every row of {self.name!r} occurs in validation or test too: nothing is left to train on"
+                )
+        finally:  # also where a pass ends before the stream
+            if copies and not self._told_of_copies:
+                self._told_of_copies = True
+                _logger.warning("%d rows of %s are copies of held-out rows and are left out", copies, self.name)
+
+    def _read_all(self, files: Iterable[int]) -> Iterator[tuple[int, bytes, int]]:
         image_column, label_column = self._columns
         for file in files:
             if self._limit is not None:
@@ -144,11 +177,13 @@ def open_stream(
     cache_dir: str | None,
     max_train_samples: int | None = None,
     split_file: str | os.PathLike[str] | None = None,
+    find_copies: bool = True,
 ) -> dict[str, Any]:
     """Opens a data set as streams; returns the arguments of :class:`~erde_hub.data.images.ImageData`.
 
     Missing splits are cut as for data that are loaded (:func:`~erde_hub.data.splits.split_rules`), but by a
-    hash of the image bytes instead of row by row. Where the first image is small, mean and standard deviation are
+    hash of the image bytes instead of row by row. With ``find_copies``, copies of rows of other given splits are
+    left out of train, see :class:`StreamSplit`. Where the first image is small, mean and standard deviation are
     measured on the first 1,000 training rows.
 
     Raises:
@@ -185,14 +220,26 @@ def open_stream(
         for source in {source for source, _ in parts.values()} - streams.keys():
             raise DataError(f"split file {stored.name!r} takes rows from {source!r}, which these data do not have")
 
-    def split(part: str, preprocessing: Preprocessing, limit: int | None = None) -> StreamSplit:
+    def split(
+        part: str, preprocessing: Preprocessing, limit: int | None = None, held_out: Sequence[StreamSplit] = ()
+    ) -> StreamSplit:
         source, buckets = parts[part]
         size = sizes[source] if buckets == EVERY_BUCKET else None
         if size is not None and limit is not None:
             size = min(size, limit)
         columns, classes = (image, label), len(class_names)
         return StreamSplit(
-            part, streams[source], columns, classes, preprocessing, name, buckets, size, limit, roots=roots
+            part,
+            streams[source],
+            columns,
+            classes,
+            preprocessing,
+            name,
+            buckets,
+            size,
+            limit,
+            held_out=held_out,
+            roots=roots,
         )
 
     unset = complete(overrides, **LARGE_IMAGE_DEFAULTS)
@@ -201,9 +248,12 @@ def open_stream(
     if not sample:
         raise DataError(f"split 'train' of {name!r} is empty: give one with rows")
     preprocessing = _preprocessing(probe, sample, overrides, unset)
-    limits = {"train": max_train_samples}
-    splits = {part: split(part, preprocessing, limits.get(part)) for part in SPLIT_NAMES}
+    splits = {part: split(part, preprocessing) for part in ("validation", "test")}
+    given = [splits[part] for part in splits if find_copies and parts[part][0] != parts["train"][0]]
+    splits["train"] = split("train", preprocessing, max_train_samples, given)  # parts of one split share no image
     info = {part: {"rows": splits[part].num_samples, **bucket_info(*parts[part])} for part in SPLIT_NAMES}
+    if given:
+        info["train"]["copies"] = "left out as they are read"
     height, width = preprocessing.input_size[1:]
     return {
         "name": name,

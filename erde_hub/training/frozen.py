@@ -18,6 +18,7 @@ from erde_hub.errors import ConfigError, NonFiniteLossError
 from erde_hub.heads import ExitHead
 from erde_hub.heads.base import GlobalPool, TokenPool
 from erde_hub.losses import ExitLoss
+from erde_hub.modeling.attach import new_layers
 
 from ._checks import check_finite, check_loss
 from ._meter import StepMeter, describe_non_finite
@@ -176,19 +177,19 @@ def _trained_classifier(model: Any) -> nn.Linear | None:
     """The linear layer that gives the backbone's logits, where it is trained, else None.
 
     Raises:
-        ConfigError: Another layer of the backbone is to be trained, whose outputs would change.
+        ConfigError: A layer before it has no trained weights either, so that its outputs are still to change.
     """
-    trained = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
-    if not trained:
+    new = new_layers(model.backbone)
+    if not new and not any(parameter.requires_grad for parameter in model.backbone.parameters()):
         return None
     classifier = list(last_linears(model).values())[-1]
-    if {id(parameter) for parameter in trained} - {id(parameter) for parameter in classifier.parameters()}:
-        raise ConfigError(
-            f"the backbone has {len(trained)} weights to train, more than its last linear layer: call"
-            " model.freeze_backbone(); where that leaves new layers to be trained, train in the network (Distiller with"
-            " freeze_backbone=True)"
-        )
-    return classifier
+    for name, layer in new.items():
+        if layer is not classifier:
+            raise ConfigError(
+                f"{name} of the backbone has no trained weights and comes before its last linear layer, of which the"
+                " inputs are kept: train in the network (Distiller with freeze_backbone=True)"
+            )
+    return classifier if classifier.weight.requires_grad else None
 
 
 @contextmanager

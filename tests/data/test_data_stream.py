@@ -154,9 +154,43 @@ def test_given_splits_need_no_row_numbers(tmp_path, load):
     assert {how["rule"] for how in data.split_info.values()} == {"given"}
 
 
+@pytest.mark.parametrize("held_out", [("validation",), ("test",), ("validation", "test")], ids="-".join)
+def test_copies_across_given_splits_are_counted_and_left_out_of_train(tmp_path, held_out, load, caplog):
+    splits = {"train": rows(60), **{name: rows(12, first_seed=500 + len(name)) for name in held_out}}
+    for number, name in enumerate(held_out):  # three images of each occur in train too, one of them twice
+        for column in ("img", "label"):
+            splits["train"][column][number * 5 : number * 5 + 4] = [splits[name][column][row] for row in (0, 3, 7, 7)]
+    folder = write_parquet(tmp_path / "set", splits, shards=2)
+    data = load(folder, streaming=True)
+    data.save_split(tmp_path / "split.json")
+    assert not caplog.text, "held-out rows are read when training begins"
+    loaders = [BatchLoader(data.train, 8, shuffle=True, num_workers=workers) for workers in (0, 1)]
+    passes = [joined(loader)["index"].tolist() for loader in loaders]
+    assert passes[0] == passes[1]
+    assert f"{4 * len(held_out)} rows of train are copies of held-out rows and are left out" in caplog.text
+    assert data.split_info["train"]["copies"] == "left out as they are read"
+    loaded = load(folder, split_file=tmp_path / "split.json")  # counts them before training, and keeps the same rows
+    assert loaded.split_info["train"]["copies_left_out"] == 4 * len(held_out)
+    streamed, read = joined(BatchLoader(data.train, 50)), joined(BatchLoader(loaded.train, 50))
+    assert torch.equal(streamed["labels"], read["labels"])
+    assert len(streamed["labels"]) == len(passes[0])
+    kept = load(folder, streaming=True, check_images="none").train
+    assert len(joined(BatchLoader(kept, 50))["labels"]) == len(passes[0]) + 4 * len(held_out)
+
+
+def test_a_stream_of_copies_leaves_nothing_to_train_on(tmp_path, load):
+    data = load(write_parquet(tmp_path, {"train": rows(20), "test": rows(40)}), streaming=True)
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        list(BatchLoader(data.train, 4))
+
+
 def test_given_splits_and_large_images(tmp_path, load):
     size = {"size": (120, 100)}
-    splits = {"train": rows(20, **size), "validation": rows(6, first_seed=50, **size), "test": rows(5, **size)}
+    splits = {
+        "train": rows(20, **size),
+        "validation": rows(6, first_seed=50, **size),
+        "test": rows(5, first_seed=80, **size),
+    }
     data = load(write_parquet(tmp_path, splits), streaming=True, input_size=32)
     counts = [len(joined(BatchLoader(split, 4))["labels"]) for split in (data.train, data.validation, data.test)]
     assert counts == [20, 6, 5]
