@@ -199,10 +199,11 @@ def test_sampled_text_has_the_distribution_of_the_full_model():
     assert (early - probabilities([3])).abs().max() > 0.05
 
 
-def test_drafts_are_not_computed_twice(llama):
+@pytest.mark.parametrize(("depth", "drafts"), [(1, 4), (3, 3)])
+def test_drafts_are_not_computed_twice(depth, drafts, llama):
     """Layers x tokens next to transformers' own self-speculation with equal drafts."""
-    settings = {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0, "bos_token_id": 1, "pad_token_id": 0}
-    model = EarlyExitWrapper(copy.deepcopy(llama.backbone), exits=["model.layers.2"]).eval()
+    settings = {"num_assistant_tokens": drafts, "assistant_confidence_threshold": 0, "pad_token_id": 0}
+    model = EarlyExitWrapper(copy.deepcopy(llama.backbone), exits=[f"model.layers.{depth - 1}"]).eval()
     model.generation_config = GenerationConfig(**settings)  # where transformers' own looks for them
     counts = [0] * 5
     for number, layer in enumerate(model.backbone.model.layers):
@@ -210,13 +211,15 @@ def test_drafts_are_not_computed_twice(llama):
             lambda _module, args, number=number: counts.__setitem__(number, counts[number] + args[0].shape[1])
         )
     work = []
-    for run, k in ((model, 0), (model.backbone, 3)):
+    for run, k in ((model, 0), (model.backbone, depth)):
         run.generate(prompts(1, 2), **{**GREEDY, "max_new_tokens": 3}, assistant_early_exit=k)  # what is done once
         counts[:] = [0] * 5
         run.generate(prompts(1, 2), **{**GREEDY, "max_new_tokens": 50}, assistant_early_exit=k)
         work.append(sum(counts))
         assert len(set(counts)) == (1 if run is model else 2)
-    assert work[0] / work[1] < 1.02 / (1 + 3 / 5 * 3 / 4)
+    # transformers' drafts read n + 1 tokens a round: the n drafts, and the one that the last verification has added
+    assert work[0] / work[1] == pytest.approx(1 / (1 + depth / 5), rel=0.02)
+    assert work[0] / work[1] < 1.02 / (1 + depth / 5 * drafts / (drafts + 1))
 
 
 class Streamer(BaseStreamer):

@@ -80,14 +80,19 @@ PAIRS = (
 )
 
 
-def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians and quartiles of times, and of ratios within a round, whose two halves saw the same machine."""
+def summary(times: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """Medians and quartiles of times, and of ratios within a round, whose two halves saw the same machine.
+
+    Args:
+        times: By name, one value for each round.
+        pairs: Whose time is also divided by whose.
+    """
     exits = [(name, other) for name in times for other in (f"{name} by hand", f"earlyon {name}") if name[:5] == "exit "]
     by_hand = [(f"{key} by hand", f"earlyon {key}") for key in ("even", "one_hard")]
     by_hand.append(("even by hand", "earlyon one by one"))
     of_bare = [(name, "bare") for name in times if name != "bare"]
     ratios = {}
-    for a, b in (*PAIRS, *exits, *by_hand, *of_bare):
+    for a, b in (*PAIRS, *pairs, *exits, *by_hand, *of_bare):
         if a in times and b in times:
             ratios[f"{a} / {b}"] = _spread([p / q for p, q in zip(times[a], times[b], strict=True)])
     return {
