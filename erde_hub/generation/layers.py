@@ -128,6 +128,10 @@ class DecoderLayers:
         try:
             own = OwedCache(self.config)
             theirs = self.backbone(input_ids=ids, cache=own, use_cache=True).logits
+            again = OwedCache(self.config)  # its own answer in parts, where kernels of half precision round differently
+            parts = [
+                self.backbone(input_ids=part, cache=again, use_cache=True).logits for part in ids.split([2, 1, 2], 1)
+            ]
             cache = OwedCache(self.config)
             span = self.begin(ids[:, :2], cache, None, None)
             if not any(value is cache for value in span.arguments.values()):
@@ -142,14 +146,19 @@ class DecoderLayers:
             ours.append(self.readout(span.hidden))
         except (RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise InputTypeError(f"the layers of {name} cannot be run by themselves: {error}") from error
-        pairs = [(torch.cat(ours, 1), theirs)]
-        for mine, other in zip(cache.layers, own.layers, strict=True):
-            pairs += [(mine.keys, other.keys), (mine.values, other.values)]
-        if not all(same_values(a, b) for a, b in pairs):
+        found = [(torch.cat(ours, 1), theirs, torch.cat(parts, 1))]
+        for layers in zip(cache.layers, own.layers, again.layers, strict=True):
+            found += [tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)]
+        if not all(same_values(a, b, other=max(1e-2, 4 * _difference(c, b))) for a, b, c in found):
             raise InputTypeError(
                 f"{name} does more between its layers than handing one the state of the other, so tokens cannot skip"
                 " some of them: generate without threshold and assistant_early_exit"
             )
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Returns the largest difference as a fraction of the largest value."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-6))
 
 
 class _Reached(BaseException):

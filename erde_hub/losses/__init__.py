@@ -105,7 +105,7 @@ register_loss("self", SelfDistillationLoss, "earlier exits learn from the last o
 register_loss(
     "egad",
     EGADLoss,
-    "token by token for causal language models, led by the teacher's entropy (experimental; recipes/studies/egad.py)",
+    "token by token for causal language models, led by the teacher's entropy (experimental)",
     "arXiv 2605.01732",
 )
 register_loss("mse", MSELoss, "squared error at every exit of a regression, without a teacher", "arXiv 2311.05931")
