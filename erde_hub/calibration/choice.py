@@ -67,6 +67,8 @@ class ThresholdChoice:
         dataset: Name of the calibration data, where known.
         split: Their split, where known.
         fingerprint: Hash of the weights that gave the records; empty where unknown.
+        unsupported_slices: Slices of the samples that do not support the bound by themselves, where slices were looked
+            at: the guarantee is for all samples together.
     """
 
     threshold: float | list[float]
@@ -92,12 +94,16 @@ class ThresholdChoice:
     dataset: str = ""
     split: str = ""
     fingerprint: str = ""
+    unsupported_slices: list[str] = dataclasses.field(default_factory=list)
 
     FORMAT: ClassVar[str] = "erde_hub.threshold_profile/1"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, for the config of a checkpoint or ``results.json``."""
-        return {"format": self.FORMAT, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(self)
+        if not self.unsupported_slices:  # earlier versions do not know the name
+            del values["unsupported_slices"]
+        return {"format": self.FORMAT, **values}
 
     @classmethod
     def from_dict(cls, profile: Mapping[str, Any]) -> ThresholdChoice:
@@ -159,6 +165,8 @@ class ThresholdChoice:
             used = describe_bound(self.target, self.upper_bound)
             alone = "this threshold" if self.method == "crc" else "a test of this threshold alone"
             lines.append(f"promised is that bound; {alone} would pass down to {used}")
+        if self.unsupported_slices:
+            lines.append(f"slices that do not support the bound by themselves: {', '.join(self.unsupported_slices)}")
         if self.advice:
             lines.append(self.advice)
         return "\n".join(lines)

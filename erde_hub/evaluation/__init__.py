@@ -10,7 +10,7 @@ from .calibrated import calibrate_records
 from .collecting import collect_exit_records
 from .curve import CurveArea, area_difference, curve_area, lowest_cost
 from .drift import Drift, check_records_of, compare_records
-from .groups import group_accuracies, group_metrics
+from .groups import group_accuracies, group_metrics, slice_metrics
 from .metrics import calibration_error, exit_metrics
 from .plots import plot_curves, plot_frontier
 from .ranking import aurc, auroc, eefp
@@ -63,6 +63,7 @@ __all__ = [
     "regression_per_exit",
     "route_records",
     "save_results",
+    "slice_metrics",
     "sweep_thresholds",
     "sweep_widths",
     "validate_results",

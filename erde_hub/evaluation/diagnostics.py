@@ -6,7 +6,7 @@ Drawn from records; legible at half size, and told apart without colour.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +75,37 @@ def plot_reliability(records: ExitRecords, path: str | os.PathLike[str], bins: i
         figure.supxlabel("confidence")
 
     save_figure(draw, path, (2.4 * records.num_exits + 0.8, 4.6))
+
+
+def plot_slices(slices: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], most: int = 25) -> None:
+    """Draws accuracy per slice, with early exits and at the last exit, the worst slice on top.
+
+    Args:
+        slices: Of :func:`~erde_hub.evaluation.slice_metrics`.
+        path: The figure; the ending gives the format.
+        most: Slices that are shown, the worst ones.
+
+    Raises:
+        MissingDependencyError: matplotlib or adjustText is not installed.
+        CheckpointWriteError: The file cannot be written.
+    """
+    shown = slices[:most]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        places = range(len(shown))
+        accuracy, full = ([100 * row[key] for row in shown] for key in ("accuracy", "full_accuracy"))
+        axes.hlines(places, accuracy, full, color=GREY, linewidth=1.5, zorder=1)
+        axes.plot(full, places, "D", markerfacecolor="white", markeredgecolor=ORANGE, label="all layers")
+        axes.plot(accuracy, places, "o", color=BLUE, label="early exits on")
+        broken = {"broken": " (bound broken)", "open": " (bound not supported)"}
+        names = [f"{row['slice']}, n={row['samples']}{broken.get(row.get('promise', ''), '')}" for row in shown]
+        axes.set_yticks(places, [name.replace("$", r"\$") for name in names])  # no formula
+        axes.invert_yaxis()
+        axes.set_xlabel("accuracy (%)")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+    save_figure(draw, path, (6.4, 1.4 + 0.32 * len(shown)))
 
 
 def plot_scores(

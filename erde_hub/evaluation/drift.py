@@ -182,11 +182,7 @@ def compare_records(
     drop_p, upper, verdict = None, None, "unknown"
     if first.losses is not None and second.losses is not None:
         drop_p = _no_larger(first.losses, second.losses)
-        counted = target != "brier_increase"
-        scale = 1.0 if counted else 2.0
-        test = LossTest("exact" if counted else "ucb", confidence, counted)
-        upper = scale * test.supported_bound(second.losses[None] / scale)
-        verdict = _threshold_verdict(second.losses, bound, upper, confidence)
+        upper, verdict = check_bound(second.losses, target, bound, confidence)
         if bound is None:
             verdict = "changed" if drop_p <= 1 - confidence or share_p <= (1 - confidence) / 10 else "same"
     accuracy_p, model_verdict = None, "unknown"
@@ -256,10 +252,7 @@ def _measure(records: ExitRecords, policy: ExitPolicy, thresholds: list[float], 
     last = (records.logits[-1].amax(-1) - records.logits[-1].logsumexp(-1)).exp()
     losses = None
     if records.labelled or target == "disagreement":
-        losses = exit_losses(records.logits, records.labels, target).gather(0, index[None])[0]
-        if target == "selective_risk":
-            losses = losses[index < len(thresholds)]
-            losses = losses if len(losses) else losses.new_zeros(2)  # nobody exits early: as if hardly any sample did
+        losses = losses_taken(records, index, target)
     correct = records.logits.argmax(-1) == records.labels if records.labelled else None
     return _Measured(
         counts=torch.bincount(index, minlength=records.num_exits).double(),
@@ -271,13 +264,35 @@ def _measure(records: ExitRecords, policy: ExitPolicy, thresholds: list[float], 
     )
 
 
-def _threshold_verdict(losses: Tensor, bound: float | None, supported: float, confidence: float) -> str:
+def losses_taken(records: ExitRecords, index: Tensor, target: str) -> Tensor:
+    """Returns what each sample loses at the exit that it takes; of ``selective_risk`` those that exit early alone.
+
+    Shape:
+        index: (N,). Returns (N,), or (M,) for M samples that exit early.
+    """
+    losses = exit_losses(records.logits, records.labels, target).gather(0, index[None])[0]
+    if target == "selective_risk":
+        losses = losses[index < records.num_exits - 1]
+        return losses if len(losses) else losses.new_zeros(2)  # nobody exits early: as if hardly any sample did
+    return losses
+
+
+def check_bound(losses: Tensor, target: str, bound: float | None, confidence: float) -> tuple[float, str]:
+    """Returns the smallest bound that losses support, and whether they keep a bound: holds, broken or open.
+
+    Shape:
+        losses: (N,), of :func:`losses_taken`.
+    """
     from scipy.stats import norm  # noqa: PLC0415 - takes a second to import
 
+    counted = target != "brier_increase"
+    scale = 1.0 if counted else 2.0
+    test = LossTest("exact" if counted else "ucb", confidence, counted)
+    supported = scale * test.supported_bound(losses[None] / scale)
     if bound is None or supported <= bound + 1e-9:
-        return "holds"
-    error = float(losses.std()) / math.sqrt(len(losses))
-    return "broken" if float(losses.mean()) - float(norm.ppf(confidence)) * error > bound else "open"
+        return supported, "holds"
+    error = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else math.inf
+    return supported, "broken" if float(losses.mean()) - float(norm.ppf(confidence)) * error > bound else "open"
 
 
 def check_same_model(before: ExitRecords, now: ExitRecords) -> None:

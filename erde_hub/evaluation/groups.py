@@ -1,15 +1,20 @@
-"""Accuracy per group: how a model does on the part of the data that it does worst on."""
+"""Metrics per group of samples: how a model does on the part of the data that it does worst on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from erde_hub.errors import InputTypeError, ShapeError
+from erde_hub.policies import ExitPolicy, PolicyKey, as_policy
+from erde_hub.policies.recorded import exit_indices
 from erde_hub.records import ExitRecords
+
+from .drift import check_bound, losses_taken
+from .sweep import exit_scores, sweep_thresholds
 
 
 def group_accuracies(correct: Tensor, groups: Tensor, num_groups: int | None = None) -> Tensor:
@@ -71,3 +76,62 @@ def group_metrics(records: ExitRecords, groups: Tensor, group_names: Sequence[st
             }
         )
     return rows
+
+
+def slice_metrics(
+    records: ExitRecords,
+    groups: Tensor,
+    group_names: Sequence[str],
+    policy: PolicyKey | ExitPolicy,
+    threshold: float | Sequence[float],
+    profile: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Measures what a threshold does on every slice of the data, the slice with the lowest accuracy first.
+
+    Args:
+        records: Of a split, calibrated if the model has a calibrator.
+        groups: Group of every sample, in the order of the records.
+        group_names: In the order of their numbers.
+        policy: A key of the policies table, or a policy.
+        threshold: One for all early exits, or one per early exit.
+        profile: What the threshold was chosen for, such as ``config.threshold_profile``: where it has a confidence,
+            its bound is checked on each slice alone.
+
+    Returns:
+        Per slice ``slice``, ``samples``, ``accuracy``, ``full_accuracy`` (at the last exit), ``mean_macs``,
+        ``exit_share``, ``ece``, ``nll``, ``selective_risk`` (the error among those that exit early, None if none does).
+        With a bound also ``value`` (of the target), ``supported_bound`` and ``promise``: ``holds`` where the slice
+        alone supports the bound, ``broken`` where it speaks against it, ``open`` where too few samples tell.
+
+    Raises:
+        InputTypeError, ShapeError: Groups that do not fit the records.
+        ThresholdError: A threshold that the policy does not take.
+    """
+    records.require_classes("slice_metrics")
+    policy = as_policy(policy)
+    group_accuracies(torch.ones(len(records), dtype=torch.bool), groups, len(group_names))  # checks them
+    thresholds = policy.check_threshold(threshold, records.num_exits - 1)
+    rows = []
+    for number, name in enumerate(group_names):
+        member = groups == number
+        if not member.any():
+            continue
+        own = records.select(member)
+        metrics = sweep_thresholds(own, [threshold], policy)[0]
+        index = exit_indices(exit_scores(own, policy), policy, thresholds)
+        early = index < own.num_exits - 1
+        full = (own.logits[-1].argmax(-1) == own.labels).double().mean()
+        row = {
+            "slice": name,
+            "samples": len(own),
+            "accuracy": metrics["accuracy"],
+            "full_accuracy": float(full),
+            **{key: metrics[key] for key in ("mean_macs", "exit_share", "ece", "nll")},
+            "selective_risk": float(losses_taken(own, index, "selective_risk").mean()) if early.any() else None,
+        }
+        if profile is not None and profile["confidence"] is not None:
+            losses = losses_taken(own, index, profile["target"])
+            supported, verdict = check_bound(losses, profile["target"], profile["bound"], profile["confidence"])
+            row |= {"value": float(losses.mean()), "supported_bound": supported, "promise": verdict}
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["accuracy"])

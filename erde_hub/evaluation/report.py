@@ -28,6 +28,7 @@ from erde_hub.records import MIN_SAMPLES, ExitRecords
 
 from .calibrated import calibrate_records
 from .drift import check_same_model
+from .groups import slice_metrics
 from .metrics import ECE_BINS
 from .results_file import PLACE, validate_results
 from .signatures import failure_signatures
@@ -59,6 +60,7 @@ def build_results(
     training: Mapping[str, Any] | None = None,
     thresholds: Sequence[float | Sequence[float]] | None = None,
     fine: int = 100,
+    groups: tuple[torch.Tensor, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Assembles the contents of ``results.json``; nothing is run, everything is read off the records.
 
@@ -81,6 +83,8 @@ def build_results(
         training: Facts of the training run: epochs, steps, seconds, batch_size and so on.
         thresholds: Of the sweep; None takes the policy's default steps.
         fine: Number of thresholds of the fine sweep, 0 for none.
+        groups: Group of every sample (N,) and the names of the groups: their metrics at the stored threshold are
+            reported as ``slices``, see :func:`~erde_hub.evaluation.slice_metrics`.
 
     Returns:
         A dict of plain JSON values that passed :func:`validate_results`.
@@ -139,6 +143,9 @@ def build_results(
     }
     if described.get("threshold") is not None:
         results["operating_point"] = sweep_thresholds(records, [described["threshold"]], policy, sets=sets)[0]
+        if groups is not None:
+            profile = getattr(getattr(student, "config", None), "threshold_profile", None)
+            results["slices"] = slice_metrics(records, *groups, policy, described["threshold"], profile)
     if static_student is not None:
         results["static_student"] = _describe(static_student, static_records)
     return validate_results(_portable(results))

@@ -102,8 +102,13 @@ def render_model_card(
 _FIGURES = {
     "contact_sheet.png": "Test images that take each exit at the stored threshold, with their predictions",
     "shares.png": "Fraction of the samples that takes each exit, against the cost that a shared threshold saves",
+    "slices.png": "Accuracy per slice of the test data, with early exits and at all layers, worst first",
     "reliability.png": "Accuracy against confidence at each exit, with its expected calibration error",
 }
+
+
+#: Rows of the table of slices, the worst ones.
+_SLICES = 10
 
 
 def _context(results: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
@@ -139,6 +144,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
             {**row, "mark": " \\*" * stored, "times": [mean_milliseconds(row["exit_share"], own) for own in times]}
             for row, stored in _rows(results)
         ],
+        "slices": results.get("slices", [])[:_SLICES],
         "figures": [entry for entry in _FIGURES.items() if entry[0] in results.get("figures", [])],
         "point": results.get("operating_point"),
         "choice": results.get("threshold_choice"),
@@ -274,6 +280,12 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"The entropy of {classes} classes is at most {math.log(classes):.2f} nats: thresholds do not carry over to"
             " data with another number of classes."
+        )
+    unsupported = [row["slice"] for row in results.get("slices", []) if row.get("promise", "holds") != "holds"]
+    if unsupported:
+        names = ", ".join(_text(name) for name in unsupported[:10]) + (", ..." if len(unsupported) > 10 else "")
+        lines.append(
+            f"Slices of the test data that do not support the guarantee of the threshold by themselves: {names}."
         )
     seed = results["args"].get("seed")
     lines.append(

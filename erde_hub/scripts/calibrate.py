@@ -12,7 +12,7 @@ test.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,14 @@ from erde_hub.config import EarlyExitConfig
 from erde_hub.data.loader import Split
 from erde_hub.data.streaming import StreamSplit
 from erde_hub.errors import ConfigError
-from erde_hub.evaluation import ExitRecords, accuracy_at_cost, build_results, calibrate_records, load_results
+from erde_hub.evaluation import (
+    ExitRecords,
+    accuracy_at_cost,
+    build_results,
+    calibrate_records,
+    load_results,
+    slice_metrics,
+)
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
 from erde_hub.scripts import common as recipe
@@ -105,6 +112,11 @@ class CalibrationArguments:
     allow_missing_classes: bool = HfArg(
         default=False, help="go on where a class has no image among those that are fitted on"
     )
+    group_column: list[str] | None = HfArg(
+        default=None,
+        help="look at every value of a column of the data set, or combination of values of several, and say which of"
+        " these slices do not support the guarantee by themselves; label: per class",
+    )
     dry_run: bool = HfArg(default=False, help="print the report and write nothing")
     batch_size: int = HfArg(default=256, help="images per forward pass and process")
     num_workers: int = HfArg(default=0, help="processes that load large images")
@@ -155,6 +167,10 @@ def main() -> None:
         )
     records, fitted_on = fit_parts(requested, model, records, before)
     choice = choose_threshold(records, model.policy, **options, allow_missing_classes=requested.allow_missing_classes)
+    groups = recipe.groups_of(records, data, requested.group_column, requested.model, data_args)
+    if groups is not None and choice.confidence is not None:
+        slices = slice_metrics(records, *groups, model.policy, choice.threshold, choice.to_dict())
+        choice = replace(choice, unsupported_slices=[row["slice"] for row in slices if row["promise"] != "holds"])
     if requested.calibrator != "keep" and model.calibrator is not None and model.calibrator.report:
         accelerator.print(model.calibrator.report)
     accelerator.print(f"\n{choice}\n")
@@ -165,7 +181,8 @@ def main() -> None:
     run_on_main(accelerator, lambda: save(folder, model, keep, split, fitted_on))
     if (folder / "results.json").is_file():
         test = recipe.collect(run, model, "test", args.batch_size)
-        run_on_main(accelerator, lambda: update_report(folder, model, choice, test, records, data.test))
+        of_test = recipe.groups_of(test, data, requested.group_column, requested.model, data_args)
+        run_on_main(accelerator, lambda: update_report(folder, model, choice, test, records, data.test, of_test))
     accelerator.print(f"written into {folder}")
 
 
@@ -303,6 +320,7 @@ def update_report(
     test: ExitRecords,
     chosen_on: ExitRecords,
     split: Split | StreamSplit,
+    groups: tuple[torch.Tensor, list[str]] | None = None,
 ) -> None:
     """Measures the report of the run anew for the new threshold, and draws its figures again.
 
@@ -314,21 +332,25 @@ def update_report(
         chosen_on: Records of the choice, as the model sees them; prediction sets of the report are fitted on them
             unless they are test images.
         split: Of ``test``; its images are shown where the run showed them.
+        groups: Of ``test``, and their names; None leaves slices out.
     """
     results = load_results(folder / "results.json")
     held_out = chosen_on if chosen_on.info.get("split") != "test" else None
-    measured = build_results(test, model, results["dataset"], results["args"], held_out=held_out)
+    measured = build_results(test, model, results["dataset"], results["args"], held_out=held_out, groups=groups)
+    results.pop("slices", None)  # of the earlier threshold
     matched = [row for row in results.get("matched_cost", []) if row["of"] != "student"]
     for key in ("per_exit", "sweep", "fine_sweep", "operating_point", "metrics", "matched_cost", "warnings"):
         results[key] = measured[key]
     rows = [*results["fine_sweep"], *results["sweep"]]
     results["matched_cost"] += [row | {"accuracy": accuracy_at_cost(rows, row["macs"])} for row in matched]
+    if groups is not None:
+        results["slices"] = measured["slices"]
     for key in ("threshold", "policy", "policy_kwargs", "calibrator"):
         results["student"][key] = measured["student"][key]
     results["threshold_choice"] = {"rule": choice.rule, **choice.to_dict()}
     if drawn := results.get("figures"):
         images = split if "contact_sheet.png" in drawn else None
-        results["figures"] = recipe.draw_figures(test, model, images, folder)
+        results["figures"] = recipe.draw_figures(test, model, images, folder, measured.get("slices"))
     recipe.write_report(results, folder, card=(folder / "README.md").is_file())
 
 

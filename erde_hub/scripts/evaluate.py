@@ -70,6 +70,11 @@ class EvaluationArguments:
         default=None,
         help="folder of images without labels, in place of the second file of --compare: exits and scores need none",
     )
+    group_column: list[str] | None = HfArg(
+        default=None,
+        help="report accuracy, cost and exits per value of a column of the data set, worst first; several columns: per"
+        " combination of values; label: per class",
+    )
     output_dir: str | None = HfArg(
         default=None, help="folder of the report; default: runs/evaluate-<model>-<n>, the next free n"
     )
@@ -134,6 +139,7 @@ def main() -> None:
     held_out = recipe.collect(run, model, "validation", args.batch_size) if with_sets else None
 
     def write() -> dict[str, Any]:
+        groups = recipe.groups_of(records, data, evaluation.group_column, evaluation.model, data_args)
         results = build_results(
             records,
             model,
@@ -142,8 +148,11 @@ def main() -> None:
             held_out=held_out,
             set_alpha=evaluation.set_alpha,
             thresholds=evaluation.thresholds,
+            groups=groups,
         )
-        results["figures"] = recipe.draw_figures(records, model, getattr(data, evaluation.split), folder)
+        results["figures"] = recipe.draw_figures(
+            records, model, getattr(data, evaluation.split), folder, results.get("slices")
+        )
         recipe.write_report(results, folder, card=False)
         if evaluation.save_records:
             records.save(folder / "records.safetensors")

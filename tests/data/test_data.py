@@ -15,6 +15,7 @@ from PIL import Image
 
 from erde_hub._image_files import decode
 from erde_hub.data import decoding as data_images
+from erde_hub.data.groups import read_groups
 from erde_hub.data.images import BatchLoader, image_data_from_arrays, load_image_data
 from erde_hub.errors import ConfigError, DataError, InputTypeError, LabelError, MissingDependencyError, UnknownNameError
 from erde_hub.scripts.common import build_model
@@ -326,3 +327,27 @@ RED_AND_GREEN = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np
 def test_arrays_are_checked(args, error, message):
     with pytest.raises(error, match=message):
         image_data_from_arrays("toys", args, "ab")
+
+
+def test_groups_are_read_by_row_from_columns_of_the_data_set(tmp_path):
+    """Also where rows were dropped and splits were cut: records know their row number."""
+    columns = rows(90)
+    cameras = [["left", "right"][i % 2] for i in range(90)]
+    features = {
+        "img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"]),
+        "camera": datasets.Value("string"), "night": datasets.Value("bool"),
+        "sizes": datasets.Sequence(datasets.Value("int64")),
+    }  # fmt: skip
+    extra = {"camera": cameras, "night": [i % 4 == 0 for i in range(90)], "sizes": [[1]] * 90}
+    folder = write_parquet(tmp_path, {"train": columns | extra}, features)
+    data = load_image_data(folder, image_column="img", progress=False)
+    index = data.test.indices
+    groups, names = read_groups(data, "test", ["camera"], index, folder)
+    assert names == ["left", "right"]
+    assert [names[g] for g in groups] == [cameras[i] for i in index]
+    both, names = read_groups(data, "test", ["label", "night"], index, folder)
+    assert [names[g] for g in both] == [f"{'abc'[i % 3]} / {i % 4 == 0}" for i in index.tolist()]
+    with pytest.raises(DataError, match=r"has no column 'camra'; did you mean 'camera'.*columns: img, label, camera"):
+        read_groups(data, "test", ["camra"], index, folder)
+    with pytest.raises(DataError, match=r"column 'sizes' of .* holds list: name one of texts or numbers"):
+        read_groups(data, "test", ["sizes"], index, folder)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from erde_hub.calibration import choose_threshold
 from erde_hub.errors import InputTypeError, ShapeError
-from erde_hub.evaluation import group_accuracies, group_metrics
-from tests.fakes.records import records_of
+from erde_hub.evaluation import group_accuracies, group_metrics, slice_metrics, sweep_thresholds
+from tests.fakes.records import make_records, records_of
 
 
 def test_by_hand():
@@ -43,3 +44,39 @@ def test_metrics_of_records():
 def test_groups_that_do_not_fit(groups, error, message):
     with pytest.raises(error, match=message):
         group_accuracies(torch.tensor([True, False]), groups, 2)
+
+
+def test_slices_are_what_a_sweep_of_each_says_the_worst_first():
+    records = make_records(900, exits=3)
+    groups = torch.arange(900) % 3
+    records.logits[:, groups == 1] = records.logits[:, groups == 1].roll(1, -1)  # a slice on which every exit is wrong
+    choice = choose_threshold(records.select(groups != 1), max_accuracy_drop=0.1, confidence=0.9)
+    rows = slice_metrics(records, groups, ["a", "b", "c", "none"], "entropy", choice.threshold, choice.to_dict())
+    assert [row["samples"] for row in rows] == [300, 300, 300]
+    assert rows[0]["slice"] == "b"
+    assert [row["accuracy"] for row in rows] == sorted(row["accuracy"] for row in rows)
+    for row in rows:
+        own = records.select(groups == "abc".index(row["slice"]))
+        (alone,) = sweep_thresholds(own, [choice.threshold])
+        assert all(row[key] == alone[key] for key in ("accuracy", "mean_macs", "exit_share", "ece", "nll"))
+        assert row["full_accuracy"] == float((own.logits[-1].argmax(-1) == own.labels).double().mean())
+        early = row["full_accuracy"] - row["accuracy"]
+        assert row["value"] == pytest.approx(early)
+        assert (row["promise"] == "holds") == (row["supported_bound"] <= 0.1)
+    assert rows[0]["selective_risk"] > 0.9
+    assert "promise" not in slice_metrics(records, groups, ["a", "b", "c"], "entropy", choice.threshold)[0]
+    never = slice_metrics(records, groups, ["a", "b", "c"], "entropy", 0.0, choice.to_dict())
+    assert {row["selective_risk"] for row in never} == {None}
+
+
+def test_a_slice_that_loses_more_breaks_the_promise_of_the_whole():
+    records = make_records(2000, exits=3)
+    groups = (torch.arange(2000) % 10 == 0).long()
+    records.logits[0, groups == 1] = (
+        50 * torch.nn.functional.one_hot((records.labels[groups == 1] + 1) % 10, 10).float()
+    )
+    choice = choose_threshold(records, max_accuracy_drop=0.15, confidence=0.9)
+    assert not choice.never_exits
+    small, large = slice_metrics(records, groups, ["large", "small"], "entropy", choice.threshold, choice.to_dict())
+    assert (small["slice"], small["promise"]) == ("small", "broken")
+    assert (large["slice"], large["promise"]) == ("large", "holds")

@@ -29,6 +29,7 @@ def config_of(folder):
 def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     weights = (run / "model.safetensors").read_bytes()
     flags = ["--model", run, "--max_accuracy_drop", 0.2, "--confidence", 0.8, "--cpu_threads", 1]
+    flags += ["--group_column", "label"]
     call(calibrate, *flags, "--dry_run")
     assert "threshold_profile" not in config_of(run) or config_of(run)["threshold_profile"] is None
     call(calibrate, *flags)
@@ -43,7 +44,15 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     results = json.loads((run / "results.json").read_text())
     assert results["threshold_choice"]["confidence"] == 0.8
     assert results["operating_point"]["threshold"] == profile["threshold"]
-    assert "with 80 % confidence" in (run / "README.md").read_text()
+    card = (run / "README.md").read_text()
+    assert "with 80 % confidence" in card
+    slices = results["slices"]
+    assert sorted(row["slice"] for row in slices) == [str(digit) for digit in range(10)]
+    assert sum(row["samples"] for row in slices) == results["metrics"]["samples"]
+    assert {row["promise"] for row in slices} <= {"holds", "open", "broken"}
+    unsupported = profile["unsupported_slices"]
+    assert f"slices that do not support the bound by themselves: {', '.join(unsupported)}" in printed
+    assert f"| {slices[0]['slice']} | {slices[0]['samples']} |" in card
     loaded = EarlyExitWrapper.from_pretrained(run)
     assert loaded.threshold == profile["threshold"]
     assert loaded.config.threshold_profile == profile
@@ -53,6 +62,7 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     (run / "results.json").write_text(json.dumps(results | {"figures": ["contact_sheet.png"]}))
     call(calibrate, "--model", run, "--max_accuracy_drop", 0.001, "--cpu_threads", 1)
     assert config_of(run)["threshold"] == 0.0
+    assert "slices" not in json.loads((run / "results.json").read_text()), "those of the old threshold would stay"
     figures = json.loads((run / "results.json").read_text())["figures"]
     assert figures == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png"]
     assert all((run / name).is_file() for name in figures), "those of the old threshold would stay"
@@ -205,8 +215,14 @@ def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, 
     monkeypatch.setattr(calibrate.recipe, "rows_trained_on", lambda model, records, split: records.index[:2])
     with pytest.raises(DataError, match="2 of 144 samples were trained on"):
         call(calibrate, "--model", run, "--max_accuracy_drop", 0.2, "--cpu_threads", 1)
-    call(evaluate, "--model", run, "--cpu_threads", 1, "--output_dir", "e", "--set_alpha", 0)
-    assert f"(what {run} was trained on)" in capsys.readouterr().out
+    group = ("--group_column", "label")
+    call(evaluate, "--model", run, "--cpu_threads", 1, "--output_dir", "e", "--set_alpha", 0, *group)
+    printed = capsys.readouterr().out
+    assert f"(what {run} was trained on)" in printed
+    assert "slice, worst first" in printed
+    assert Path("e", "slices.png").is_file()
+    with pytest.raises(DataError, match=r"'digits' has no column 'camera' \(columns: none; 'label' groups by class\)"):
+        call(evaluate, "--model", run, "--cpu_threads", 1, "--output_dir", "f", "--group_column", "camera")
     with pytest.raises(ConfigError, match=r"--set_alpha must be at least 0 and below 1, got 1\.5"):
         call(evaluate, "--model", run, "--set_alpha", 1.5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,35 @@ def format_results(results: Mapping[str, Any]) -> str:
                 tables.append(how["advice"])
         elif point is not None:
             tables.append("* stored threshold")
+    if slices := results.get("slices"):
+        tables.append(_format_slices(slices))
     tables += [f"Warning: {text}" for text in results.get("warnings", [])]
     times = results.get("training") or {}
     if times.get("run_seconds") is not None:
         whole, own = duration(times["run_seconds"]), duration(times["seconds"])
         tables.append(f"time: {whole} in all, {own} of it the training of this network")
     return "\n\n".join(tables)
+
+
+def _format_slices(slices: Sequence[Mapping[str, Any]], most: int = 10) -> str:
+    """The worst slices as a table, with whether each supports the guarantee of the threshold by itself."""
+    promised = "promise" in slices[0]
+    words = {"holds": "supported", "broken": "broken", "open": "too few samples"}
+    rows = [
+        (
+            row["slice"],
+            f"{row['samples']:,}",
+            percent(row["accuracy"]),
+            percent(row["full_accuracy"]),
+            mmacs(row["mean_macs"]),
+            "-" if row["selective_risk"] is None else percent(row["selective_risk"]),
+            *([words[row["promise"]]] if promised else []),
+        )
+        for row in slices[:most]
+    ]
+    header = ("slice, worst first", "samples", "accuracy %", "all layers %", "mean MMACs", "early errors %")
+    more = f"\n... and {len(slices) - most} more in results.json" if len(slices) > most else ""
+    return format_table((*header, *(["guarantee"] if promised else [])), rows) + more
 
 
 def _guarantee(how: Mapping[str, Any]) -> str:

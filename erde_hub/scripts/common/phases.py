@@ -6,15 +6,16 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from erde_hub.data.base import LabelledData
+from erde_hub.data.groups import read_groups
 from erde_hub.data.images import BatchLoader, load_image_data
 from erde_hub.data.splits import StoredSplit
 from erde_hub.data.texts import load_text_data
@@ -208,6 +209,18 @@ def load_data_of(
             " rows do not have: leave --streaming out"
         )
     return load_data(args, preprocessing, path, progress=False)
+
+
+def groups_of(
+    records: ExitRecords, data: LabelledData, columns: Sequence[str] | None, model: str, args: DataArguments
+) -> tuple[Tensor, list[str]] | None:
+    """Returns the group of each sample of the records and the names of the groups; None without ``--group_column``."""
+    if not columns:
+        return None
+    args, _ = data_of_run(model, args)
+    split = records.info.get("split", "test")
+    where = str(args.dataset), args.dataset_config, args.cache_dir
+    return read_groups(data, split, columns, records.index, *where)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

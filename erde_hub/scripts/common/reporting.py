@@ -22,7 +22,13 @@ from erde_hub.evaluation import (
     save_results,
     write_sweep_csv,
 )
-from erde_hub.evaluation.diagnostics import plot_contact_sheet, plot_fractions, plot_reliability, plot_scores
+from erde_hub.evaluation.diagnostics import (
+    plot_contact_sheet,
+    plot_fractions,
+    plot_reliability,
+    plot_scores,
+    plot_slices,
+)
 from erde_hub.hub import render_model_card
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -107,15 +113,20 @@ def report(
 
 
 def draw_figures(
-    records: ExitRecords, model: EarlyExitWrapper, split: Split | StreamSplit | None, folder: Path
+    records: ExitRecords,
+    model: EarlyExitWrapper,
+    split: Split | StreamSplit | None,
+    folder: Path,
+    slices: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """Draws reliability, scores, exit fractions and, of a split of images, what exits early and late.
+    """Draws reliability, scores, exit fractions, slices and, of a split of images, what exits early and late.
 
     Args:
         records: Of the split, raw.
         model: Whose exits.
         split: For the contact sheet; None draws none.
         folder: Where the files go.
+        slices: Of the results; None draws none.
 
     Returns:
         The names of the files.
@@ -130,6 +141,9 @@ def draw_figures(
         plot_scores(shown, model.policy, model.threshold, folder / "scores.png")
         plot_fractions(shown, model.policy, folder / "shares.png")
         drawn += ["scores.png", "shares.png"]
+    if slices:
+        plot_slices(slices, folder / "slices.png")
+        drawn.append("slices.png")
     if shown.num_exits > 1 and isinstance(split, ImageSplit):
         place = {int(index): position for position, index in enumerate(split.indices)}
 
