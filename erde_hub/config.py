@@ -26,6 +26,7 @@ from .heads import FeatureSpec, get_head
 from .losses.exit_weights import check_exit_weights, weights_per_exit
 from .policies import check_no_early_exit, get_policy, get_regression_policy, plain_threshold, policy_for
 from .preprocessing import check_preprocessing
+from .stored_sets import StoredSets
 from .tasks import REGRESSION, refuse_regression
 
 logger = logging.get_logger(__name__)
@@ -108,6 +109,7 @@ class EarlyExitConfig(PreTrainedConfig):
             dropped where the threshold is another one.
         calibrator: Key of the calibrators table; None for raw logits.
         calibrator_kwargs: Arguments of the calibrator.
+        prediction_sets: Fitted sets of classes, see :meth:`~erde_hub.EarlyExitWrapper.set_prediction_sets`.
         exit_weights: Weight of each exit's cross-entropy in ``loss``, classifier last; None is all 1. A preset's name
             (:func:`erde_hub.losses.exit_weights_preset`) is stored as its numbers.
         input_size: Shape of one input without the batch, (C, H, W) for images.
@@ -129,7 +131,7 @@ class EarlyExitConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "early_exit"
     #: What transformers' Trainer leaves out of its predictions, which are then the logits.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_index", "exit_logits"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_index", "exit_logits", "sets"]
 
     format_version: int = FORMAT_VERSION
     library: str = "timm"
@@ -147,6 +149,7 @@ class EarlyExitConfig(PreTrainedConfig):
     threshold_profile: dict[str, Any] | None = None
     calibrator: str | None = None
     calibrator_kwargs: dict[str, Any] | None = None
+    prediction_sets: dict[str, Any] | None = None
     exit_weights: str | list[float] | tuple[float, ...] | None = None
     input_size: list[int] | tuple[int, ...] | None = None
     preprocessing: dict[str, Any] | None = None
@@ -250,6 +253,14 @@ class EarlyExitConfig(PreTrainedConfig):
             refuse_regression(self.problem_type, f"calibrator {self.calibrator!r}", "take it off, calibrator=None")
             with self._plugin_named(self.calibrator):
                 get_calibrator(self.calibrator)
+        if self.prediction_sets is not None:
+            refuse_regression(self.problem_type, "prediction_sets", "take them off, prediction_sets=None")
+            if self.task != "classification":
+                raise ConfigError(f"prediction_sets are for classification, this model's task is {self.task!r}")
+            try:
+                self.prediction_sets = StoredSets.from_dict(self.prediction_sets, self.num_exits).to_dict()
+            except (InputTypeError, OverflowError) as error:  # whatever is wrong with a config is a ValueError
+                raise ConfigError(str(error)) from error
         if self.exit_weights is not None:
             try:
                 self.exit_weights = weights_per_exit(check_exit_weights(self.exit_weights), self.num_exits)

@@ -22,6 +22,7 @@ class EarlyExitOutput(ModelOutput):
         logits: (N, K). Routed: of the exit that each sample took. All exits run: of the last exit.
         exit_index: (N,) int64, routed only: 0 is the first exit, ``num_exits - 1`` the backbone's own classifier.
         exit_logits: ``num_exits`` tensors (N, K), shallow to deep, where all exits were run.
+        sets: (N, K) bool, the classes in the prediction set of ``logits``; with ``output_sets`` only.
         num_exits: Number of exits of the model; None where it is not known. Not a key.
     """
 
@@ -29,6 +30,7 @@ class EarlyExitOutput(ModelOutput):
     logits: torch.Tensor | None = None
     exit_index: torch.Tensor | None = None
     exit_logits: tuple[torch.Tensor, ...] | None = None
+    sets: torch.Tensor | None = None
 
     def exit_counts(self) -> list[int]:
         """Returns how many samples took each exit, shallow to deep; empty where the output was not routed.
@@ -62,11 +64,12 @@ class EarlyExitOutput(ModelOutput):
         logits: torch.Tensor | None = None,
         exit_index: torch.Tensor | None = None,
         exit_logits: tuple[torch.Tensor, ...] | None = None,
+        sets: torch.Tensor | None = None,
         *,
         num_exits: int | None = None,
     ) -> None:
         self.num_exits: int | None
-        values = {"loss": loss, "logits": logits, "exit_index": exit_index, "exit_logits": exit_logits}
+        values = {"loss": loss, "logits": logits, "exit_index": exit_index, "exit_logits": exit_logits, "sets": sets}
         self.__dict__.update(values, num_exits=num_exits)
         for name, value in values.items():
             if value is not None:

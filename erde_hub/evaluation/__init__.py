@@ -16,6 +16,7 @@ from .plots import plot_curves, plot_frontier
 from .ranking import aurc, auroc, eefp
 from .report import build_results, describe_data, describe_model
 from .results_file import load_results, save_results, validate_results
+from .set_plots import plot_sets, set_curves
 from .sweep import (
     accuracy_at_cost,
     default_thresholds,
@@ -60,9 +61,11 @@ __all__ = [
     "per_exit_metrics",
     "plot_curves",
     "plot_frontier",
+    "plot_sets",
     "regression_per_exit",
     "route_records",
     "save_results",
+    "set_curves",
     "slice_metrics",
     "sweep_thresholds",
     "sweep_widths",

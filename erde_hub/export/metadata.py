@@ -12,6 +12,7 @@ from typing import Any
 from erde_hub._arguments import plain_threshold
 from erde_hub.errors import CheckpointError, ThresholdError
 from erde_hub.preprocessing import check_preprocessing
+from erde_hub.stored_sets import StoredSets
 
 #: Characters of a name.
 _LONGEST_TEXT = 1000
@@ -32,6 +33,7 @@ class FileInfo:
         id2label: Class names.
         input_size: Shape of one input without the batch; of texts the number of tokens that costs are counted at.
         preprocessing: ``mean, std, size, interpolation, crop_pct`` of images, None where the model has none.
+        prediction_sets: The model's stored sets, None where it has none.
         quantization: ``"int8"``, or None for float.
         input_names: Inputs of the graph, ``threshold`` aside.
         batch_size: 1 where nothing in the file has another shape than for one sample, texts being as long as
@@ -51,6 +53,7 @@ class FileInfo:
     id2label: dict[int, str]
     input_size: list[int]
     preprocessing: dict[str, Any] | None = None
+    prediction_sets: StoredSets | None = None
     quantization: str | None = None
     input_names: tuple[str, ...] = ("pixel_values",)
     batch_size: int | None = None
@@ -118,6 +121,8 @@ class FileInfo:
             values["id2label"] = {int(i): str(label) for i, label in values["id2label"].items()}
             if values.get("preprocessing") is not None:
                 values["preprocessing"] = check_preprocessing(values["preprocessing"])
+            if values.get("prediction_sets") is not None:
+                values["prediction_sets"] = StoredSets.from_dict(values["prediction_sets"], len(values["exit_names"]))
             info = cls(**values)
             wrong = info._wrong_field()
         except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -36,10 +37,12 @@ class SessionOutput:
     Attributes:
         logits: (N, K) float32, of the exit that each sample took; NaN for samples with NaN or infinity in the input.
         exit_index: (N,) int64, 0 = first exit, number of early exits = the backbone's own classifier.
+        sets: (N, K) bool, the classes in the prediction set of each answer; with ``output_sets`` only.
     """
 
     logits: NDArray[np.float32]
     exit_index: NDArray[np.int64]
+    sets: NDArray[np.bool_] | None = None
 
 
 class EarlyExitSession:
@@ -120,6 +123,7 @@ class EarlyExitSession:
         self,
         inputs: ArrayLike | Picture | Sequence[ArrayLike | Picture] | Mapping[str, ArrayLike],
         threshold: float | Sequence[float] | NDArray[np.floating] | None = None,
+        output_sets: bool = False,
     ) -> SessionOutput:
         """Answers for a batch.
 
@@ -132,6 +136,7 @@ class EarlyExitSession:
             threshold: One number for all early exits, or one per early exit; None takes the one stored in the file. As
                 an array also one number per sample, (N, 1) or (N,), or one per sample and early exit; samples of one
                 threshold run together.
+            output_sets: Also the prediction set of each answer.
 
         Raises:
             ShapeError: Wrong number of axes, channels, pixels or tokens.
@@ -141,6 +146,15 @@ class EarlyExitSession:
             ConfigError: uint8 images for a file without preprocessing, texts for one without tokenizer.
             MissingDependencyError: Images must be read or resized and Pillow is not installed, or tokenizers for texts.
         """
+        stored = self.info.prediction_sets
+        if output_sets and stored is None:
+            raise ConfigError("the file holds no prediction sets: call model.set_prediction_sets(...) before exporting")
+        out = self._answer(inputs, threshold)
+        if stored is None or not output_sets:
+            return out
+        return dataclasses.replace(out, sets=stored.sets(out.logits, out.exit_index))
+
+    def _answer(self, inputs: Any, threshold: Any) -> SessionOutput:
         arrays = self.tokenize(inputs) if self.info.reads_texts else {"pixel_values": self.preprocess(inputs)}
         count = len(arrays[self.info.input_names[0]])
         rows = threshold_rows(threshold, count, self.info.num_early_exits)

@@ -103,6 +103,7 @@ _FIGURES = {
     "contact_sheet.png": "Test images that take each exit at the stored threshold, with their predictions",
     "shares.png": "Fraction of the samples that takes each exit, against the cost that a shared threshold saves",
     "slices.png": "Accuracy per slice of the test data, with early exits and at all layers, worst first",
+    "sets.png": "Size, coverage and nestedness of prediction sets over their error rate; dotted: what was asked for",
     "reliability.png": "Accuracy against confidence at each exit, with its expected calibration error",
 }
 

@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 #: Fields of a routed model's config that say nothing about a network without decisions, or are set anew.
 _ROUTING_FIELDS = (
     "model_type", "architectures", "transformers_version", "exits", "exit_features", "policy", "policy_kwargs",
-    "threshold", "threshold_profile", "calibrator", "calibrator_kwargs", "exit_weights",
+    "threshold", "threshold_profile", "calibrator", "calibrator_kwargs", "prediction_sets", "exit_weights",
 )  # fmt: skip
 
 

@@ -50,6 +50,8 @@ from erde_hub.policies import (
     policy_for,
     policy_name,
 )
+from erde_hub.prediction_sets import ConformalClassifier
+from erde_hub.stored_sets import StoredSets
 from erde_hub.tasks import REGRESSION, refuse_regression
 
 from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone, new_layers
@@ -294,6 +296,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         self.routing_plan(plain_threshold(value))
         self.config.threshold = plain_threshold(value)
         self.config.threshold_profile = None  # how an earlier one was chosen
+        if (self.config.prediction_sets or {}).get("routed"):
+            self.config.prediction_sets = None  # fitted for the exits that samples took at it
 
     def routing_plan(self, threshold: float | Sequence[float] | None = None) -> RoutingPlan:
         """Returns what routing at a threshold needs: heads, policy, calibrator, checked thresholds.
@@ -382,8 +386,40 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             calibrator.check_exits(self.num_exits)
             config.calibrator, config.calibrator_kwargs = name, calibrator.settings()
             self.calibrator = calibrator.to(self.device).eval()
-        config.threshold_profile = None  # chosen on other probabilities
+        config.threshold_profile = config.prediction_sets = None  # chosen and fitted on other probabilities
         place_feature_hooks(self)
+
+    @property
+    def prediction_sets(self) -> StoredSets | None:
+        """The stored prediction sets, which ``output_sets=True`` returns; None where there are none."""
+        stored = self.config.prediction_sets
+        return None if stored is None else StoredSets.from_dict(stored, self.num_exits)
+
+    def set_prediction_sets(self, sets: ConformalClassifier | None) -> None:
+        """Stores fitted prediction sets with the model, or takes them off.
+
+        They are saved with the checkpoint, exported, and served. :meth:`set_calibrator` takes them off, and so does
+        another :attr:`threshold` if they were fitted with ``exit_index``.
+
+        Args:
+            sets: Fitted with ``randomized=False`` on records of this model, calibrated ones where it has a calibrator.
+
+        Raises:
+            InputTypeError: Not a :class:`~erde_hub.prediction_sets.ConformalClassifier`.
+            ConfigError: Sets with a random part, or a model that is no classifier.
+            ShapeError: Fitted for another number of exits.
+        """
+        if sets is not None and not isinstance(sets, ConformalClassifier):
+            raise InputTypeError(
+                f"a ConformalClassifier is needed, got {type(sets).__name__}: sets that read all exits, as AVCS do, are"
+                " not known where a sample exits early; compute them of output_all_exits=True"
+            )
+        if sets is not None:
+            refuse_regression(self.config.problem_type, "ConformalClassifier")
+            if self.config.task != "classification":
+                raise ConfigError(f"prediction sets are for classification, this model's task is {self.config.task!r}")
+        stored = None if sets is None else sets.stored().to_dict()
+        self.config.prediction_sets = None if stored is None else StoredSets.from_dict(stored, self.num_exits).to_dict()
 
     def set_policy(self, policy: ExitPolicy, threshold: float | Sequence[float] | None = None) -> None:
         """Replaces the policy, by a fitted one for example, and its threshold.
@@ -555,6 +591,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         output_all_exits: bool = False,
         return_dict: bool | None = None,
         *,
+        output_sets: bool = False,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -572,6 +609,7 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 (N, 1) or (N,), or one per sample and early exit, (N, len(exits)).
             output_all_exits: No routing: every exit, in eval mode too.
             return_dict: False returns a tuple of what is set.
+            output_sets: Also the prediction set of each answer, ``sets``; see :meth:`set_prediction_sets`.
             input_ids: (N, L) integers from the tokenizer; for text models.
             attention_mask: (N, L), 0 where a text is padded.
             token_type_ids: (N, L), for backbones that take them.
@@ -585,7 +623,13 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             LabelError: Labels outside the classes.
             ThresholdError: A threshold that the policy does not take, or one where every exit runs.
             ExitNotReachedError: An exit did not fire.
+            ConfigError: ``output_sets`` in train mode, or of a model without prediction sets.
         """
+        if output_sets and (self.training or self.prediction_sets is None):
+            raise ConfigError(
+                "output_sets=True needs eval mode and stored prediction sets:"
+                " model.set_prediction_sets(ConformalClassifier.fit(records, randomized=False))"
+            )
         texts = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -621,9 +665,20 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             raise typed from error
         if labels is not None:
             output.loss = self._loss(output, labels)
+        if output_sets:
+            output.sets = self._sets_of(output)
         if return_dict is None:
             return_dict = read_field(self.config, "return_dict")
         return output if return_dict else output.to_tuple()
+
+    def _sets_of(self, output: EarlyExitOutput) -> Tensor:
+        """Sets of the routed answers, or where every exit was run of the last exit's."""
+        logits, stored = output.logits, self.prediction_sets
+        index = output.exit_index
+        if index is None:
+            index = torch.full((len(logits),), self.num_exits - 1)  # type: ignore[arg-type]
+        found = stored.sets(logits.detach().double().cpu().numpy(), index.cpu().numpy())  # type: ignore[union-attr]
+        return torch.from_numpy(found).to(logits.device)  # type: ignore[union-attr]
 
     def _loss(self, output: EarlyExitOutput, labels: Tensor) -> Tensor:
         """Loss of the answer, or where every exit was run the weighted sum of the exits' losses."""

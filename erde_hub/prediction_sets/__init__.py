@@ -8,6 +8,7 @@ Split conformal sets hold it at one exit that is fixed beforehand, with a guaran
 from __future__ import annotations
 
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
+from erde_hub.stored_sets import StoredSets
 
 from .base import SetMetrics
 from .classes import (
@@ -40,6 +41,7 @@ __all__ = [
     "ConformalClassifier",
     "ConformalRegressor",
     "SetMetrics",
+    "StoredSets",
     "avcs_quadratics",
     "avcs_ratios",
     "avcs_sets",

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from erde_hub._arguments import check_number, check_whole
+from erde_hub._arguments import check_flag, check_number, check_whole
 from erde_hub.errors import ConfigError, RecordsError, ShapeError, unknown_name
 from erde_hub.records import ExitRecords, check_held_out, check_kind, row_chunks
+from erde_hub.stored_sets import StoredSets
 
 from .base import SetMetrics, check_alpha
 
@@ -250,6 +251,9 @@ class ConformalClassifier:
         free: Number of classes without penalty.
         seed: Of the random parts, one per sample and exit. Every call of :meth:`sets` continues the sequence, so that
             samples given one at a time have parts of their own; the same seed gives the same sequence.
+        randomized: False takes no part of the class itself. Sets are then a little larger, and the same input always
+            gives the same set: what a model stores, see :meth:`~erde_hub.EarlyExitWrapper.set_prediction_sets`.
+        routed: Quantiles are of the samples that took each exit, see :meth:`fit`.
 
     References:
         Romano et al., Classification with valid and adaptive coverage, 2020, arXiv 2006.02544; Angelopoulos et al.,
@@ -258,22 +262,49 @@ class ConformalClassifier:
     """
 
     def __init__(
-        self, quantiles: Sequence[float], alpha: float = 0.05, penalty: float = 0.0, free: int = 0, seed: int = 0
+        self,
+        quantiles: Sequence[float],
+        alpha: float = 0.05,
+        penalty: float = 0.0,
+        free: int = 0,
+        seed: int = 0,
+        randomized: bool = True,
+        routed: bool = False,
     ) -> None:
         self.quantiles = [float(value) for value in quantiles]
         self.alpha, self.penalty, self.free, self.seed = check_alpha(alpha), float(penalty), int(free), seed
+        self.randomized, self.routed = check_flag("randomized", randomized), check_flag("routed", routed)
         self._generator = torch.Generator().manual_seed(seed)
         if self.penalty < 0 or self.free < 0:
             raise ConfigError(f"penalty and free must not be negative, got {penalty!r} and {free!r}")
 
     @classmethod
     def fit(
-        cls, records: ExitRecords, alpha: float = 0.05, method: Literal["aps", "raps"] = "aps", seed: int = 0
+        cls,
+        records: ExitRecords,
+        alpha: float = 0.05,
+        method: Literal["aps", "raps"] = "aps",
+        seed: int = 0,
+        *,
+        randomized: bool = True,
+        exit_index: Tensor | None = None,
     ) -> ConformalClassifier:
         """Takes the quantiles from held-out records; ``raps`` has a penalty of 0.01 beyond five classes.
 
+        Args:
+            records: Held-out; of a model with a calibrator, calibrated.
+            alpha: Error rate.
+            method: ``aps`` or ``raps``.
+            seed: Of the random parts.
+            randomized: See the class.
+            exit_index: (N,), the exit that each sample takes at a threshold, as
+                :func:`~erde_hub.evaluation.route_records` returns it. Each exit's quantile is then that of the samples
+                that take it, and the truth is in the set with probability 1 - alpha whichever exit a sample takes at
+                that threshold, provided that the threshold was chosen on other samples. None takes all samples.
+
         Raises:
             DataError: The records are of the training split, or too few.
+            ShapeError: ``exit_index`` does not fit the records, from which repeated samples are removed first.
         """
         if method not in ("aps", "raps"):
             raise unknown_name("method", method, ("aps", "raps"))
@@ -282,20 +313,45 @@ class ConformalClassifier:
         records.require_classes("ConformalClassifier")
         records = check_held_out(records)
         samples = records.num_samples
-        rank = math.ceil((samples + 1) * (1 - check_alpha(alpha)))
-        found = cls([math.inf] * records.num_exits, alpha, penalty, free, seed + 1)
+        if exit_index is not None and exit_index.shape != (samples,):
+            raise ShapeError(
+                f"exit_index must have one exit for each of {samples} distinct samples, got {exit_index.shape}"
+            )
+        routed = exit_index is not None
+        found = cls([math.inf] * records.num_exits, alpha, penalty, free, seed + 1, randomized, routed)
         generator = torch.Generator().manual_seed(seed)
         for e, logits in enumerate(records.logits):
-            parts = torch.rand(samples, 1, generator=generator, dtype=torch.float64)
+            parts = found._parts((samples, 1), generator)
             scores = torch.cat(
                 [
                     found.scores(logits[rows], parts[rows]).gather(1, records.labels[rows, None])[:, 0]
                     for rows in row_chunks(*logits.shape)
                 ]
             )
-            if rank <= samples:
+            if exit_index is not None:
+                scores = scores[exit_index == e]
+            rank = math.ceil((len(scores) + 1) * (1 - check_alpha(alpha)))
+            if rank <= len(scores):
                 found.quantiles[e] = float(scores.sort().values[rank - 1])
         return found
+
+    def _parts(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if not self.randomized:
+            return torch.zeros(shape, dtype=torch.float64)
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def stored(self) -> StoredSets:
+        """Returns what a model stores.
+
+        Raises:
+            ConfigError: The sets are random.
+        """
+        if self.randomized:
+            raise ConfigError(
+                "these sets have a random part, so that the same input would get other answers: fit those of a model"
+                " with ConformalClassifier.fit(records, randomized=False)"
+            )
+        return StoredSets(self.alpha, list(self.quantiles), self.penalty, self.free, self.routed)
 
     def scores(self, logits: Tensor, parts: Tensor) -> Tensor:
         """How much probability is taken before a class is in, with a part of its own and penalties.
@@ -318,7 +374,7 @@ class ConformalClassifier:
             raise ShapeError(
                 f"these sets were fitted for {len(self.quantiles)} exits, got {len(logits)}: fit them anew"
             )
-        random = torch.rand(*logits.shape[:2], 1, generator=self._generator, dtype=torch.float64)
+        random = self._parts((*logits.shape[:2], 1), self._generator)
         found = torch.empty(logits.shape, dtype=torch.bool)
         for e, limit in enumerate(self.quantiles):
             for rows in row_chunks(*logits.shape[1:]):

@@ -12,6 +12,7 @@ test.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,10 +45,13 @@ from erde_hub.evaluation import (
     build_results,
     calibrate_records,
     load_results,
+    route_records,
     slice_metrics,
 )
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.policies import LearnedPolicy, create_policy, get_policy, list_policies
+from erde_hub.prediction_sets import ConformalClassifier
+from erde_hub.prediction_sets.base import check_alpha
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import TrainedDataArguments
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
@@ -105,6 +109,11 @@ class CalibrationArguments:
     fit_share: float = HfArg(
         default=0.4,
         help="share of the images that calibrator and learned policy are fitted on; the threshold gets the rest",
+    )
+    set_alpha: float | None = HfArg(
+        default=None,
+        help="also store prediction sets with this error rate for the answers at the new threshold; they are fitted on"
+        " --fit_share of the images, by the exit that each takes, and the threshold gets the rest",
     )
     split: Literal["validation", "test"] = HfArg(
         default="validation", help="images to choose on; numbers of the same images prove nothing"
@@ -166,6 +175,9 @@ def main() -> None:
             " A guarantee holds only on other samples."
         )
     records, fitted_on = fit_parts(requested, model, records, before)
+    for_sets = None
+    if requested.set_alpha is not None:
+        for_sets, records = split_at_random(records, requested.fit_share)
     choice = choose_threshold(records, model.policy, **options, allow_missing_classes=requested.allow_missing_classes)
     groups = recipe.groups_of(records, data, requested.group_column, requested.model, data_args)
     if groups is not None and choice.confidence is not None:
@@ -174,9 +186,16 @@ def main() -> None:
     if requested.calibrator != "keep" and model.calibrator is not None and model.calibrator.report:
         accelerator.print(model.calibrator.report)
     accelerator.print(f"\n{choice}\n")
+    sets = None
+    if for_sets is not None:
+        taken = route_records(for_sets, model.policy, choice.threshold)[0]
+        sets = ConformalClassifier.fit(for_sets, requested.set_alpha, randomized=False, exit_index=taken)
+        accelerator.print(describe_sets(sets, for_sets, taken))
     if requested.dry_run:
         return
     choice.store(model)
+    if sets is not None:
+        model.set_prediction_sets(sets)
     split = getattr(data, requested.split)
     run_on_main(accelerator, lambda: save(folder, model, keep, split, fitted_on))
     if (folder / "results.json").is_file():
@@ -203,6 +222,8 @@ def check_requested(requested: CalibrationArguments, options: dict[str, Any]) ->
         get_calibrator(requested.calibrator)
     if requested.policy != "keep":
         check_has_threshold(get_policy(requested.policy).cls)
+    if requested.set_alpha is not None:
+        check_alpha(requested.set_alpha)
     if not 0 < requested.fit_share < 1:
         raise ConfigError(f"--fit_share must be between 0 and 1, got {requested.fit_share}")
     objective = read_objective({key[4:]: value for key, value in options.items() if key.startswith("max_")})
@@ -238,9 +259,7 @@ def fit_parts(
     fitted_on = before if before is not None and keeps_fitted(requested, model) else records.index[:0]
     rest = records.select(~torch.isin(records.index, fitted_on))
     if fits_calibrator or learned:
-        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0))
-        cut = int(requested.fit_share * len(rest))
-        fitting, rest = rest.select(order[:cut]), rest.select(order[cut:])
+        fitting, rest = split_at_random(rest, requested.fit_share)
         fitted_on = torch.cat([fitted_on, fitting.index])
     if requested.calibrator == "none":
         model.set_calibrator(None)
@@ -256,6 +275,22 @@ def fit_parts(
     elif requested.policy != "keep":
         model.set_policy(create_policy(requested.policy))
     return rest, fitted_on
+
+
+def split_at_random(records: ExitRecords, share: float) -> tuple[ExitRecords, ExitRecords]:
+    """Returns a share of the records, and the rest."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0))
+    cut = int(share * len(records))
+    return records.select(order[:cut]), records.select(order[cut:])
+
+
+def describe_sets(sets: ConformalClassifier, records: ExitRecords, taken: torch.Tensor) -> str:
+    """Says what prediction sets were fitted on."""
+    counts = torch.bincount(taken, minlength=records.num_exits).tolist()
+    few = [name for name, q in zip(records.exit_names, sets.quantiles, strict=True) if math.isinf(q)]
+    named = ", ".join(f"{name} {count}" for name, count in zip(records.exit_names, counts, strict=True))
+    full = f" Too few for {', '.join(few)}: the sets there hold all classes." if few else ""
+    return f"prediction sets with error rate {sets.alpha:g}, images that took each exit: {named}.{full}"
 
 
 def policy_budget(requested: CalibrationArguments) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def main() -> None:
         results["figures"] = recipe.draw_figures(
             records, model, getattr(data, evaluation.split), folder, results.get("slices")
         )
+        if held_out is not None:
+            results["figures"] += recipe.draw_sets(held_out, records, model, folder)
         recipe.write_report(results, folder, card=False)
         if evaluation.save_records:
             records.save(folder / "records.safetensors")

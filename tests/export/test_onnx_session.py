@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 import sys
 import warnings
@@ -24,6 +25,7 @@ from erde_hub.errors import (
 )
 from erde_hub.export import EarlyExitSession, export_onnx, runtimes
 from erde_hub.export._inputs import read_picture
+from erde_hub.prediction_sets import ConformalClassifier
 from tests.fakes.onnx_models import images, tiny
 
 
@@ -189,6 +191,24 @@ def test_thresholds_of_every_kind(session):
         warnings.simplefilter("error")
         for above in (float("inf"), 1e39):
             assert session(x, above).exit_index.tolist() == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("flat_is_known")
+def test_sets_of_the_file_are_those_of_the_model(session, tmp_path):
+    model = tiny()
+    model.set_prediction_sets(ConformalClassifier([0.3, 0.9, math.inf], alpha=0.2, penalty=0.01, randomized=False))
+    own = EarlyExitSession(export_onnx(model, tmp_path / "model.onnx"), threads=1)
+    assert own.info.prediction_sets == model.prediction_sets
+    x = images(model, 16)
+    with torch.no_grad():
+        expected = model(x, threshold=1.0, output_sets=True)
+    out = own(x, 1.0, output_sets=True)
+    assert len({*out.exit_index.tolist()}) > 1
+    np.testing.assert_array_equal(out.sets, expected.sets.numpy())
+    np.testing.assert_array_equal(own(x, np.full((16, 1), 1.0), output_sets=True).sets, out.sets)
+    assert own(x, 1.0).sets is None
+    with pytest.raises(ConfigError, match="holds no prediction sets"):
+        session(x, output_sets=True)
 
 
 @pytest.mark.usefixtures("flat_is_known")

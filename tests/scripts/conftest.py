@@ -27,6 +27,7 @@ def _blank_figures(request, monkeypatch):
     if "drawn_figures" not in request.fixturenames:
         monkeypatch.setattr("erde_hub.evaluation.plots.save_figure", write)
         monkeypatch.setattr("erde_hub.evaluation.diagnostics.save_figure", write)
+        monkeypatch.setattr("erde_hub.evaluation.set_plots.save_figure", write)
 
 
 @pytest.fixture

@@ -69,6 +69,23 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     assert "No sample exits early" in capsys.readouterr().out
 
 
+def test_sets_of_the_answers_are_stored(call, run, capsys):
+    macs = EarlyExitWrapper.from_pretrained(run).exit_table().cumulative_macs
+    budget = ["--max_mean_macs", sum(macs[-2:]) / 2, "--cpu_threads", 1]
+    call(calibrate, "--model", run, *budget, "--set_alpha", 0.2)
+    assert "prediction sets with error rate 0.2, images that took each exit: " in capsys.readouterr().out
+    model = EarlyExitWrapper.from_pretrained(run)
+    assert model.config.threshold_profile["samples"] == 144 - 57  # two fifths are for the sets
+    assert model.prediction_sets.routed
+    assert model.prediction_sets.alpha == 0.2
+    assert min(model.prediction_sets.quantiles) < 1
+    assert model(torch.zeros(2, *model.config.input_size), output_sets=True).sets.shape == (2, 10)
+    call(calibrate, "--model", run, *budget)  # another threshold, for which they do not hold
+    assert EarlyExitWrapper.from_pretrained(run).prediction_sets is None
+    with pytest.raises(ConfigError, match="alpha"):
+        call(calibrate, "--model", run, *budget, "--set_alpha", 1)
+
+
 def test_eenet_is_trained_for_the_budget(call, run, monkeypatch):
     fit, seen = EENetPolicy.fit.__func__, []
 
@@ -101,7 +118,8 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
     for split in ("validation", "test"):
         call(evaluate, "--model", run, "--split", split, "--save_records", "--output_dir", split, "--cpu_threads", 1)
         drawn = json.loads((tmp_path / split / "results.json").read_text())["figures"]
-        assert drawn == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png"]
+        sets = ["sets.png"] if split == "test" else []  # fitted on validation images
+        assert drawn == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png", *sets]
         assert all((tmp_path / split / name).is_file() for name in drawn)
     report = json.loads((tmp_path / "test" / "results.json").read_text())
     assert report["student"]["calibrator"] == "temperature"

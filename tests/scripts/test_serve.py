@@ -3,10 +3,12 @@
 import http.client
 import json
 import logging
+import math
 import os
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from erde_hub.export import export_onnx
 from erde_hub.scripts import serve
 from erde_hub.scripts.common.served import Served, measure_exits, open_served
 from erde_hub.scripts.common.server import create_app
+from erde_hub.stored_sets import StoredSets
 from tests.fakes.onnx_models import build
 from tests.fakes.texts import text, write_encoder
 
@@ -189,6 +192,18 @@ def test_a_budget_holds_for_requests_without_a_threshold(served, kind):
     assert f'erde_hub_budget_recent_cost{{unit="macs"}} {controller.recent_cost:.9g}' in metrics
     assert f'erde_hub_threshold{{exit="layer1"}} {controller.thresholds[0]:.9g}' in metrics
     assert own.macs[0] < controller.recent_cost < own.macs[2]
+
+
+def test_answers_have_a_set_where_the_model_has(served, tiny_file):
+    assert served["checkpoint"].sets is None
+    with_sets = replace(served["checkpoint"], sets=StoredSets(0.1, [0.2, 0.5, math.inf]))
+    _, _, questions = questions_of(1)
+    with listening(with_sets) as port:
+        answers = [json.loads(ask(port, "POST", f"/predict?threshold={t}", questions[0][2])[1]) for t in (9, 0)]
+    assert answers[0]["exit_index"] == 0
+    assert answers[0]["classes"][0]["label"] in answers[0]["set"]["labels"]
+    assert 0 < len(answers[0]["set"]["labels"]) < 10
+    assert answers[1]["set"] == {"labels": [f"class {k}" for k in range(10)], "alpha": 0.1}
 
 
 def stub(answer):

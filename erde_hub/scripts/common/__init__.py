@@ -41,7 +41,7 @@ from .phases import (
     load_data_of,
     train_network,
 )
-from .reporting import draw_figures, report, write_report
+from .reporting import draw_figures, draw_sets, report, write_report
 from .run_data import extend_fitted_on, rows_fitted_on, rows_trained_on, save_fitted_on
 from .teacher import TeacherPlan, train_static_student
 
@@ -64,6 +64,7 @@ __all__ = [
     "describe_data",
     "describe_network",
     "draw_figures",
+    "draw_sets",
     "existing_preprocessing",
     "extend_fitted_on",
     "finished",

@@ -19,7 +19,9 @@ from erde_hub.evaluation import (
     build_results,
     calibrate_records,
     plot_frontier,
+    plot_sets,
     save_results,
+    set_curves,
     write_sweep_csv,
 )
 from erde_hub.evaluation.diagnostics import (
@@ -32,6 +34,7 @@ from erde_hub.evaluation.diagnostics import (
 from erde_hub.hub import render_model_card
 from erde_hub.losses import ExitLoss
 from erde_hub.modeling.wrapper import EarlyExitWrapper
+from erde_hub.records import MIN_SAMPLES
 from erde_hub.training._launch import run_on_main
 from erde_hub.training.arguments import DistillationArguments
 from erde_hub.training.distiller import TrainResult
@@ -153,6 +156,21 @@ def draw_figures(
         plot_contact_sheet(shown, model.policy, model.threshold, images, folder / "contact_sheet.png")
         drawn.append("contact_sheet.png")
     return drawn
+
+
+def draw_sets(held_out: ExitRecords, records: ExitRecords, model: EarlyExitWrapper, folder: Path) -> list[str]:
+    """Draws prediction sets over their error rate, fitted on held-out records; of too few there is no figure.
+
+    Returns:
+        The names of the files.
+    """
+    if held_out.num_samples < MIN_SAMPLES:
+        return []
+    rows = set_curves(held_out, records, methods=["avcs"])  # of raw logits
+    if model.calibrator is not None:
+        held_out, records = (calibrate_records(one, model.calibrator) for one in (held_out, records))
+    plot_sets(set_curves(held_out, records, methods=["conformal"]) + rows, folder / "sets.png")
+    return ["sets.png"]
 
 
 def write_report(results: Mapping[str, Any], folder: Path, card: bool = True) -> None:

@@ -20,6 +20,7 @@ from erde_hub._image_files import decode
 from erde_hub.data.texts import load_tokenizer
 from erde_hub.errors import DataError, NotSupportedError
 from erde_hub.export import EarlyExitSession
+from erde_hub.stored_sets import StoredSets
 from erde_hub.tasks import REGRESSION
 
 from .networks import load_model
@@ -45,6 +46,7 @@ class Served:
         prepare: Turns a request's content type and body into a row of a batch; raises an error of ours for a bad one.
         check_threshold: Returns one number per early exit, raises :class:`~erde_hub.errors.ThresholdError`.
         answer: Takes N rows and thresholds (N, E - 1); returns logits (N, K) and exit indices (N,).
+        sets: Prediction sets of the answers, None where the model has none.
         input_size: Shape of one image, (C, H, W).
         model: What answers, EarlyExitWrapper or EarlyExitSession; for a controller of its budget.
     """
@@ -58,6 +60,7 @@ class Served:
     prepare: Callable[[str, bytes], Any]
     check_threshold: Callable[[float | list[float]], list[float]]
     answer: Callable[[list[Any], NDArray[np.float64]], tuple[NDArray[Any], NDArray[np.int64]]]
+    sets: StoredSets | None = None
     input_size: Sequence[int] = ()
     model: Any = None
 
@@ -123,6 +126,7 @@ def _open_checkpoint(source: str, cpu_threads: int, device: str) -> Served:
         prepare=prepare,
         check_threshold=check,
         answer=answer,
+        sets=model.prediction_sets,
         input_size=config.input_size,
         model=model,
     )
@@ -149,6 +153,7 @@ def _open_file(path: str, cpu_threads: int) -> Served:
         prepare=_read_text if info.reads_texts else _image_reader(tuple(info.input_size), pixels),
         check_threshold=info.check_threshold,
         answer=answer,
+        sets=info.prediction_sets,
         input_size=info.input_size,
         model=session,
     )

@@ -231,10 +231,15 @@ def _describe(served: Served, logits: NDArray[Any], index: int) -> dict[str, Any
     probs = np.exp(z - z.max())
     probs /= probs.sum()
     best = np.argsort(-probs, kind="stable")[:CLASSES].tolist()
-    return {
+    answer = {
         "label": served.class_names[best[0]],
         "classes": [{"label": served.class_names[k], "probability": float(probs[k])} for k in best],
         "exit": served.exit_names[index],
         "exit_index": index,
         "macs": served.macs[index],
     }
+    if served.sets is not None:
+        (inside,) = served.sets.sets(z[None], np.array([index]))
+        labels = [served.class_names[k] for k in inside.nonzero()[0]]
+        answer["set"] = {"labels": labels, "alpha": served.sets.alpha}
+    return answer
