@@ -9,11 +9,14 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from erde_hub import EarlyExitWrapper
+from erde_hub.data import load_token_data
 from erde_hub.data.images import load_image_data
 from erde_hub.errors import NonFiniteLossError
 from erde_hub.losses import CELoss, FeatureTerm, LossResult, ReadoutWeight, create_loss
@@ -65,11 +68,31 @@ def quiet_layers(model: nn.Module) -> None:
             module.eval()
 
 
-def one_step(batch_size, accelerator=None):
+def images():
+    """Student, data, loss and teacher."""
+    return network(), digits(), "erde", trained_a_little()
+
+
+def llama(layers, seed):
+    """A language model of 50 words."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "max_position_embeddings": 16}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=layers, eos_token_id=None, **sizes))
+
+
+def texts():
+    """The same of language models; EGAD takes its means over the tokens of all processes."""
+    ids = np.random.default_rng(0).integers(3, 50, 40 * 16)
+    data = load_token_data({"train": ids, "validation": ids[:96], "test": ids[:96]}, vocab_size=50, block_size=16)
+    return EarlyExitWrapper(llama(3, 0), exits=["model.layers.0"]), data, "egad", llama(2, 1)
+
+
+def one_step(batch_size, accelerator=None, parts=images):
     """Loss, terms and gradients of the first global batch, averaged over the processes."""
     args = run_args(None, batch_size=batch_size, gradient_accumulation_steps=1, augment="none")
-    student, teacher = network(), trained_a_little()
-    distiller = Distiller(student, digits(), args, "erde", teacher, accelerator=accelerator)
+    student, data, loss, teacher = parts()
+    distiller = Distiller(student, data, args, loss, teacher, accelerator=accelerator)
     with distiller._prepared() as wrapped:
         quiet_layers(student)
         batch = next(iter(distiller.train_loader))
@@ -171,6 +194,21 @@ def group(folder: Path) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
 
 
+def group_of_texts(folder: Path) -> None:
+    """A step of two processes and a short training of language models."""
+    accelerator = create_accelerator(run_args(None))
+    rank = accelerator.process_index
+    values, gradients = one_step(4, accelerator, texts)
+    if rank == 0:
+        torch.save(gradients, folder / "gradients.pt")
+    student, data, loss, teacher = texts()
+    args = run_args(None, batch_size=4, gradient_accumulation_steps=1, lr=0.01, checkpoint_steps=0)
+    result = Distiller(student, data, args, loss, teacher, accelerator=accelerator).train()
+    history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in result.history]
+    report = {"values": values, "history": history, "weights": digest(student.parameters()), "steps": result.step}
+    (folder / f"rank{rank}.json").write_text(json.dumps(report))
+
+
 if __name__ == "__main__":
     gc.freeze()  # each training ends with a collection of garbage
     mode, target = sys.argv[1], Path(sys.argv[2])
@@ -180,6 +218,8 @@ if __name__ == "__main__":
         train(target, [Report()], resume=True)
     elif mode == "group":
         group(target)
+    elif mode == "texts":
+        group_of_texts(target)
     elif mode == "check":
         create_accelerator(run_args(target))
         target.mkdir()

@@ -19,7 +19,7 @@ from erde_hub._cores import available_cores
 from erde_hub.errors import LaunchError
 from erde_hub.training import _launch
 from tests.fakes import distiller_process
-from tests.fakes.distiller_process import one_step, train
+from tests.fakes.distiller_process import one_step, texts, train
 from tests.fakes.training import assert_same, weights
 
 SCRIPT = Path(distiller_process.__file__)
@@ -111,6 +111,23 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, alone):
     output, _ = start(command, "group", tmp_path, ACCELERATE_USE_CPU="true").communicate(timeout=280)
     assert (tmp_path / "rank1.json").exists(), output
     check_group(tmp_path, alone)
+
+
+@pytest.mark.long
+def test_two_processes_train_a_language_model_as_one_with_twice_the_batch(tmp_path):
+    command = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    output, _ = start(command, "texts", tmp_path, ACCELERATE_USE_CPU="true").communicate(timeout=280)
+    assert (tmp_path / "rank1.json").exists(), output
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    values, gradients = one_step(8, parts=texts)
+    for name, value in values.items():
+        assert first["values"][name] == second["values"][name] == pytest.approx(value, abs=1e-5), name
+    for name, gradient in torch.load(tmp_path / "gradients.pt").items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=0, atol=1e-5, msg=name)
+    assert first["steps"] == 10
+    assert first["weights"] == second["weights"]
+    assert first["history"] == second["history"]
+    assert first["history"][-1]["validation"]["perplexity"][-1] > 1
 
 
 def machine(rank):
