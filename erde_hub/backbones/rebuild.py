@@ -313,7 +313,7 @@ def _scatter_weights(module: nn.Module, generator: torch.Generator) -> None:
         if not tensor.is_floating_point():
             continue
         if tensor.ndim < 2:  # gains, biases, statistics: variances must be positive
-            values = torch.rand(tensor.shape, generator=generator) + 0.5
+            values = torch.rand(tensor.shape, generator=generator).add_(0.5)
         else:
-            values = torch.randn(tensor.shape, generator=generator) * (len(tensor) / tensor.numel()) ** 0.5
+            values = torch.randn(tensor.shape, generator=generator).mul_((len(tensor) / tensor.numel()) ** 0.5)
         tensor.copy_(values)

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperForImageClassification
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto import modeling_auto
 
 from erde_hub.config import ATTENTION
@@ -194,9 +195,13 @@ class TransformersAdapter(BackboneAdapter):
                 return torch.randint(0, vocabulary, (1, min(size[1], 16)), generator=generator)
             return torch.randn(size, generator=generator)
 
+        # Language models are large: a copy in float32 would take twice the memory of one in bfloat16.
+        own = next(module.parameters()).dtype if self.task(module) == "causal_lm" else torch.get_default_dtype()
+        with local_torch_dtype(own):
+            rebuilt = self.build(config)
         return check_same_network(
             module,
-            self.build(config),
+            rebuilt,
             make_input,
             self.logits,
             str(config.architecture),
