@@ -48,6 +48,10 @@ class Calibrator(nn.Module):
         """Returns the constructor's arguments, for the config of a checkpoint."""
         return {"num_exits": self.num_exits}
 
+    def macs(self, exit_index: int) -> int:
+        """Returns the multiply-accumulates that one sample costs at an exit; sums of products alone are counted."""
+        return 0
+
     def forward(self, exit_index: int, logits: Tensor, feature: Tensor | None, state: list[Tensor]) -> Tensor:
         """Calibrates one exit of a pass; exits come in order, shallow to deep.
 

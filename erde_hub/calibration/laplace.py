@@ -84,6 +84,11 @@ class LaplaceCalibrator(Calibrator):
         """An ensemble reads earlier exits."""
         return self.ensemble
 
+    def macs(self, exit_index: int) -> int:
+        """Half of the operations 2 K n + 2 p^2 + 5 p + 2 of K classes, n draws and p features, arXiv 2302.06359."""
+        size = self.feature_sizes[exit_index]
+        return (2 * self.num_classes * self.draws + 2 * size**2 + 5 * size + 2) // 2
+
     def settings(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
         return {

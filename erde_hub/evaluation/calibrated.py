@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from erde_hub.calibration import Calibrator, calibrator_name
 from erde_hub.errors import RecordsError
@@ -11,6 +12,8 @@ from erde_hub.records import ExitRecords
 
 def calibrate_records(records: ExitRecords, calibrator: Calibrator) -> ExitRecords:
     """Returns records whose logits are calibrated; sweeps, metrics and thresholds then describe the calibrated model.
+
+    The cost of each exit includes the calibrator.
 
     Args:
         records: Raw; with features where the calibrator reads them.
@@ -24,4 +27,6 @@ def calibrate_records(records: ExitRecords, calibrator: Calibrator) -> ExitRecor
         raise RecordsError(f"these records are calibrated already ({records.info['calibrator']}): use the raw ones")
     name = calibrator_name(calibrator) or type(calibrator).__name__
     logits = calibrator.calibrate(records.logits, records.features)
-    return dataclasses.replace(records, logits=logits, info=records.info | {"calibrator": name})
+    added = itertools.accumulate(calibrator.macs(e) for e in range(records.num_exits))
+    macs = [macs + own for macs, own in zip(records.cumulative_macs, added, strict=True)]
+    return dataclasses.replace(records, logits=logits, cumulative_macs=macs, info=records.info | {"calibrator": name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -98,12 +99,19 @@ def collect_exit_records(
     return ExitRecords(
         **everything,
         exit_names=list(core.exit_names),
-        cumulative_macs=list(core.exit_table().cumulative_macs),
+        cumulative_macs=_macs(core),
         class_names=_class_names(core, everything["logits"].shape[-1]),
         fingerprint=model_fingerprint(model, accelerator),
         info=dict(info or {}),
         problem_type=REGRESSION if regression else None,
     )
+
+
+def _macs(core: Any) -> list[int]:
+    """Cost up to each exit without the calibrator, which raw logits have not passed."""
+    macs, calibrator = core.exit_table().cumulative_macs, getattr(core, "calibrator", None)
+    own = [0] * len(macs) if calibrator is None else [calibrator.macs(e) for e in range(len(macs))]
+    return [total - before for total, before in zip(macs, itertools.accumulate(own), strict=True)]
 
 
 class _Parts:

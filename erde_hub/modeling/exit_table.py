@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ class ExitTable(PrintsAsTable, list[ExitRow]):
     def cumulative_macs(self) -> list[int]:
         """MACs per sample up to each exit."""
         return [row.cumulative_macs for row in self]
+
+    def with_costs(self, macs: Iterable[int]) -> ExitTable:
+        """Returns the table with MACs added to each exit, those of a calibrator for instance."""
+        macs = list(macs)
+        return ExitTable(
+            replace(row, macs=row.macs + own, cumulative_macs=row.cumulative_macs + before)
+            for row, own, before in zip(self, macs, itertools.accumulate(macs), strict=True)
+        )
 
     def _table(self) -> tuple[Sequence[str], Rows]:
         total = max(self[-1].cumulative_macs, 1)

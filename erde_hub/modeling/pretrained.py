@@ -125,7 +125,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         return runner
 
     def exit_table(self, input_size: Sequence[int] | None = None) -> ExitTable:
-        """Returns what each exit costs, in MACs per sample and parameters, heads included.
+        """Returns what each exit costs, in MACs per sample and parameters, heads and a stored calibrator included.
 
         Args:
             input_size: Shape of one input without the batch; None takes the config's. Results are kept per size.
@@ -139,7 +139,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         size = check_input_size(size)
         if size not in self._costs:
             self._costs[size] = count_exits(self.runner, self.exits_and_heads(), size, self.config.head)
-        return self._costs[size]
+        table = self._costs[size]
+        return table if self.calibrator is None else table.with_costs(map(self.calibrator.macs, range(len(table))))
 
     def set_preprocessing(
         self,

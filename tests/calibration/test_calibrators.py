@@ -39,7 +39,7 @@ from erde_hub.errors import (
     UnknownArgumentError,
     UnknownNameError,
 )
-from erde_hub.evaluation import collect_exit_records
+from erde_hub.evaluation import calibrate_records, collect_exit_records
 from tests.fakes.networks import resnet8
 from tests.fakes.records import make_logits, records_of
 
@@ -352,7 +352,16 @@ def test_live_equals_records(name, ensemble, model, fitted, tmp_path):
         options = {"draws": 10, "ensemble": ensemble, "temperatures": [0.7, 1.0], "prior_variances": [2.0]}
     calibrator = cls.fit(records, allow_missing_classes=True, **options)
     raw = model(images, output_all_exits=True)
+    free = model.exit_table().cumulative_macs
     model.set_calibrator(calibrator)
+    added = 0
+    for e, row in enumerate(model.exit_table()):  # sums of products are counted, as everywhere
+        size = records.features[e].shape[1]
+        added += (2 * 4 * 10 + 2 * size**2 + 5 * size + 2) // 2 if name == "laplace" else 0
+        assert row.cumulative_macs == free[e] + added
+    assert calibrate_records(records, calibrator).cumulative_macs == model.exit_table().cumulative_macs
+    collected = collect_exit_records(model, [(images, records.labels)], progress=False)
+    assert collected.cumulative_macs == list(free), "raw logits have not passed it"
     calibrated = calibrator.calibrate(records.logits, records.features)
     entropy = -(calibrated.log_softmax(-1).exp() * calibrated.log_softmax(-1)).sum(-1)
     threshold = [float(entropy[0].median()), float(entropy[1].quantile(0.3))]
@@ -376,9 +385,7 @@ def test_live_equals_records(name, ensemble, model, fitted, tmp_path):
         assert torch.equal(loaded(images, threshold=threshold).logits, model(images, threshold=threshold).logits)
         copied = copy.deepcopy(model)
         assert torch.equal(copied(images, threshold=threshold).logits, model(images, threshold=threshold).logits)
-        assert (
-            collect_exit_records(model, [(images, records.labels)], progress=False).fingerprint == records.fingerprint
-        )
+        assert collected.fingerprint == records.fingerprint
         model.set_calibrator(None)
         assert torch.equal(model(images, threshold=0.0).logits, raw.logits), "bit for bit without one"
     assert not any(m._forward_pre_hooks for m in model.modules())
