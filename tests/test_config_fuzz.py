@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.transformers_preprocessing import known_preprocessing
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError
+from erde_hub.prediction_sets import ConformalClassifier
 from erde_hub.preprocessing import check_preprocessing
 from tests.fakes import transformers_models
 from tests.fakes.networks import CLASSES, wrap
@@ -50,6 +51,7 @@ def checkpoint(request, tmp_path_factory) -> Path:
         sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
         config = transformers.BertConfig(**sizes, vocab_size=30, max_position_embeddings=16, num_labels=CLASSES)
         model = EarlyExitWrapper(transformers.BertForSequenceClassification(config), exits=["bert.encoder.layer.0"])
+    model.set_prediction_sets(ConformalClassifier([0.5] * model.num_exits, randomized=False))
     model.save_pretrained(folder)
     return folder
 
@@ -65,7 +67,9 @@ def _quiet():
 
 
 def _places(config: dict) -> list[tuple[str, ...]]:
-    inner = [(key, name) for key in ("backbone_kwargs", "preprocessing") for name in config.get(key) or {}]
+    inner = [
+        (key, name) for key in ("backbone_kwargs", "preprocessing", "prediction_sets") for name in config.get(key) or {}
+    ]
     first = [("exit_features", "0", name) for name in (config.get("exit_features") or [{}])[0]]
     return [
         *((key,) for key in config),

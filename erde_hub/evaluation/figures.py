@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Files of the figures that a run may leave in its folder.
-FIGURES = ("frontier.png", "reliability.png", "scores.png", "shares.png", "sets.png", "contact_sheet.png")
+FIGURES = (
+    "frontier.png",
+    "reliability.png",
+    "scores.png",
+    "shares.png",
+    "slices.png",
+    "sets.png",
+    "contact_sheet.png",
+)
 
 # Okabe and Ito's palette, told apart with any kind of colour vision; shapes differ as well.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#555555"
