@@ -428,7 +428,10 @@ def check_held_out(records: ExitRecords, training_index: Any | None = None) -> E
             )
     records = distinct_samples(records)
     if records.num_samples < MIN_SAMPLES:
-        raise DataError(f"{records.num_samples} samples are too few to calibrate on: at least {MIN_SAMPLES} are needed")
+        raise DataError(
+            f"{records.num_samples} samples are too few to calibrate on: at least {MIN_SAMPLES} are needed; give the"
+            " data set a validation split of its own, or more samples, of which a tenth is held out"
+        )
     return records
 
 

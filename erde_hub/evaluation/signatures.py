@@ -47,7 +47,7 @@ def failure_signatures(
         teacher_correct: Fraction of the training samples on which the teacher was correct.
     """
     correct = records.logits.argmax(-1) == records.labels
-    found = [*_collapsed(records, correct), _overtaken(records, correct)]
+    found = _at_chance(records, correct) or [*_collapsed(records, correct), _overtaken(records, correct)]
     if not never and records.num_exits > 1:
         found.append(_threshold_signature(records, sweep))
     if teacher_records is not None and teacher_records.labels.equal(records.labels):
@@ -112,6 +112,20 @@ def collapse_signature(exit_name: str, accuracy: float, largest_class: float) ->
 
 
 _COLLAPSED = "Lower the learning rate, give the exit a larger weight (exit_weights), or place it deeper."
+
+
+def _at_chance(records: ExitRecords, correct: Tensor) -> list[str | None]:
+    """One sentence where no exit is better than the most frequent class: then none of them is the cause."""
+    largest = float(records.labels.bincount().max() / records.num_samples)
+    best = float(correct.double().mean(1).max())
+    if records.num_exits == 1 or collapse_signature("", best, largest) is None:
+        return []
+    text = (
+        "no exit, nor the network's last layer, is better than always naming the most frequent class (best"
+        f" {percent(best)} %, that class {percent(largest)} %): nothing was learned yet. Train longer, with another"
+        " learning rate, or begin with pretrained weights."
+    )
+    return [text]
 
 
 def _collapsed(records: ExitRecords, correct: Tensor) -> Iterator[str | None]:

@@ -164,7 +164,7 @@ def main() -> None:
         if exits.threshold is None:
             choice = recipe.store_default_threshold(model, records["validation"])
         results = recipe.report(run, folder, model, ("self", loss), result, records, choice)
-    print(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
+    print(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder, data_args.dataset)}")
 
 
 def cached_inputs(run: recipe.Run, model: EarlyExitWrapper, cache_dir: str | None) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def main() -> None:
         results = recipe.report(
             run, folder, student, (student_args.loss, loss), result, records, choice, teacher=teacher, static=static
         )
-    say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
+    say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder, data_args.dataset)}")
 
 
 if __name__ == "__main__":

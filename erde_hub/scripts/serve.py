@@ -1,5 +1,6 @@
 """Serves a checkpoint or an ONNX file over HTTP, on this machine: batches requests, takes a threshold with each.
 
+    erde-hub serve                            # handwritten digits, with a network that comes with the package
     erde-hub serve --model runs/digits-1
     curl --data-binary @photo.jpg -H "Content-Type: image/jpeg" "http://127.0.0.1:8000/predict?threshold=0.3"
 
@@ -19,13 +20,18 @@ from erde_hub.errors import ConfigError, MissingDependencyError
 from erde_hub.scripts.common import configure_logging
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.scripts.common.served import measure_exits, open_served
+from erde_hub.scripts.playground.samples import SHIPPED
 
 
 @dataclass
 class ServeArguments:
     """What is served, where, and how much at once."""
 
-    model: str = HfArg(help="folder or Hub repository of a checkpoint, or an ONNX file of erde-hub export")
+    model: str = HfArg(
+        default=str(SHIPPED),
+        help="folder or Hub repository of a checkpoint, or an ONNX file of erde-hub export; default: handwritten"
+        " digits, which come with the package",
+    )
     host: str = HfArg(default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network of this machine")
     port: int = HfArg(default=8000, help="port")
     batch_size: int = HfArg(default=32, help="largest batch")

@@ -62,7 +62,7 @@ def main() -> None:
     say(f"{recipe.describe_data(data)}\nrun: {folder}")
     say(f"\n{recipe.describe_network('teacher', plan.model)}")
     _, results = plan.train(run, folder)
-    say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder)}")
+    say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder, data_args.dataset)}")
 
 
 if __name__ == "__main__":

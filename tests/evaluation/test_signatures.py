@@ -45,6 +45,20 @@ def test_an_exit_below_the_most_frequent_class_has_collapsed():
     assert "always naming the most frequent class would be on 50.0 %" in collapse_signature("a", 0.5, 0.5)
 
 
+def test_a_network_at_chance_gets_one_sentence_and_no_advice_for_single_exits():
+    records = make_records()
+    for exit_ in range(3):
+        sure(records, exit_, correct=30)
+    first, *others = found(records)
+    assert (
+        "no exit, nor the network's last layer, is better than always naming the most frequent class (best 7.5 %"
+        in first
+    )
+    assert not [text for text in others if "collapsed" in text]
+    sure(records, 0, correct=300)
+    assert "nothing was learned" not in " ".join(found(records)), "an early exit did learn"
+
+
 def test_a_sweep_at_which_nobody_exits_is_told_unless_the_policy_never_lets_one():
     records = make_records()
     (text,) = found(records, thresholds=[0.0, 1e-30])

@@ -19,8 +19,11 @@ def test_images_are_not_enlarged_without_a_word(tmp_path, side, image_size, said
 def test_three_commands_that_can_follow(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     *_, first, second, third = how_to_load(tmp_path).splitlines()
-    assert first.split() == ["erde-hub", "latency", "--model", str(tmp_path)]
+    assert first.split() == ["erde-hub", "demo", "--model", str(tmp_path)]
     assert second.split()[:4] == ["erde-hub", "calibrate", "--model", str(tmp_path)]
     assert third.split()[:4] == ["erde-hub", "export", "--model", str(tmp_path)]
+    assert "--dataset" not in "".join((second, *how_to_load(tmp_path, "digits").splitlines()[-2:]))
+    named = how_to_load(tmp_path, f"{tmp_path}").splitlines()[-2]
+    assert named.endswith(f"--max_accuracy_drop 0.02 --dataset {tmp_path}"), "a folder must be named again"
     (tmp_path / "tokenizer_config.json").touch()
     assert how_to_load(tmp_path).splitlines()[-1].split()[:2] == ["erde-hub", "push"]

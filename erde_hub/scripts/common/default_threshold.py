@@ -70,7 +70,7 @@ def store_default_threshold(model: EarlyExitWrapper, records: ExitRecords) -> di
         model.threshold = model.policy.never_threshold
         said |= {
             "never_exits": True,
-            "advice": f"Nobody leaves: choosing a threshold takes {MIN_SAMPLES} validation samples, and there are"
-            f" {records.num_samples}.",
+            "advice": f"No sample exits early: choosing a threshold takes {MIN_SAMPLES} validation samples, and there"
+            f" are {records.num_samples}.",
         }
     return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,8 +123,13 @@ def _guarantee(how: Mapping[str, Any]) -> str:
     return f" to lose at most {points} of accuracy with {100 * sure:.0f} % confidence"
 
 
-def how_to_load(folder: Path) -> str:
-    """Says where the files are, how they are loaded in Python, and three commands that can follow."""
+def how_to_load(folder: Path, dataset: str | None = None) -> str:
+    """Says where the files are, how they are loaded in Python, and commands that can follow.
+
+    Args:
+        folder: Of the checkpoint.
+        dataset: What it was trained on; a local folder must be named again, since reports do not keep its place.
+    """
     lines = [
         "from erde_hub import EarlyExitWrapper",
         f'model = EarlyExitWrapper.from_pretrained("{folder}")',
@@ -141,7 +147,12 @@ def how_to_load(folder: Path) -> str:
         lines[3] = 'out = model(**tokenizer(texts, padding=True, return_tensors="pt"))'
     code = "\n".join(f"    {line}" for line in lines)
     last = "push --model {} --repo_id org/name" if len(lines) > 3 else "export --model {} --output model.onnx"
-    commands = ("latency --model {}", "calibrate --model {} --max_accuracy_drop 0.02", last)
+    again = f" --dataset {shlex.quote(dataset)}" if dataset is not None and Path(dataset).expanduser().is_dir() else ""
+    commands = (
+        "demo --model {}",
+        f"calibrate --model {{}} --max_accuracy_drop 0.02{again}",
+        last,
+    )
     following = "\n".join(f"    erde-hub {command.format(folder)}" for command in commands)
     if _is_causal(folder):
         return f"checkpoint, model card and picture: {folder}\n\n{code}"
