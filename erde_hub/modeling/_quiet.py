@@ -1,10 +1,11 @@
-"""Loading without the tables that transformers prints about it."""
+"""Loading without the tables and bars that transformers prints about it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging
 
 
@@ -17,3 +18,17 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Hides the bar of loaded weights, for a caller who has mapped them: it is full in milliseconds."""
+    shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.disable_progress_bar()  # and those of the Hub
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if hub_hidden:
+            disable_progress_bars()

@@ -48,6 +48,7 @@ from erde_hub.tasks import (
     token_cross_entropy,
 )
 
+from ._quiet import without_bar
 from .checkpoint import REACHING, check_size, read_checkpoint, read_weights, remove_other_weights, write_weights
 from .exit_table import ExitTable, count_exits
 from .heads_only import published_tensors, without_published
@@ -472,9 +473,10 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             if source is not None and kwargs.get("state_dict") is None:
                 kwargs = cls._read(source, kwargs)
             # Other shapes are let through and found below, since transformers names them in its log alone.
-            model, info = super().from_pretrained(
-                None, *model_args, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            with without_bar():
+                model, info = super().from_pretrained(
+                    None, *model_args, **kwargs, output_loading_info=True, ignore_mismatched_sizes=True
+                )
         except (ErdeError, torch.OutOfMemoryError):
             raise
         except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, StrictDataclassError) as error:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers.utils import logging as transformers_logging
 
 from erde_hub import EarlyExitConfig, EarlyExitWrapper
 from erde_hub.errors import (
@@ -219,6 +220,13 @@ def test_pipelines(model, saved):
         probs = model(model.image_processor()(picture, return_tensors="pt").pixel_values).logits[0].softmax(-1)
     assert from_folder[0]["label"] == model.config.id2label[int(probs.argmax())]
     assert from_folder[0]["score"] == pytest.approx(float(probs.max()), abs=1e-6)
+
+
+def test_no_bar_is_drawn_for_weights_that_are_there(saved, capfd):
+    transformers_logging.enable_progress_bar()
+    EarlyExitWrapper.from_pretrained(saved)
+    assert capfd.readouterr().err == ""
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_overrides(saved):
