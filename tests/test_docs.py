@@ -54,11 +54,11 @@ sys.exit(code)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """Returns language and text of the blocks that run; `console` marks what needs the network or other machines."""
+    """Returns language and text of the blocks that run; `console` and `py` mark what needs more."""
     text = PAGES[page].read_text(encoding="utf-8")
     found = re.findall(r"^```(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert {language for language, _ in found} <= {"bash", "python", "console", "text", "bibtex", "", "{toctree}",
-                                                   "{eval-rst}", "{include}"}  # fmt: skip
+    assert {language for language, _ in found} <= {"bash", "python", "py", "cpp", "console", "text", "bibtex", "",
+                                                   "{toctree}", "{eval-rst}", "{include}"}  # fmt: skip
     return [(language, block) for language, block in found if language in ("bash", "python")]
 
 

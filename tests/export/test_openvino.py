@@ -1,15 +1,18 @@
 """The same files in OpenVINO: same answers, same errors, later layers inside a branch that is not run."""
 
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from erde_hub.errors import CheckpointError, ConfigError, MissingDependencyError, UnknownNameError
 from erde_hub.export import EarlyExitSession, check_onnx, export_onnx
 from erde_hub.export.runtimes import OnnxRuntime, OpenVino, find_runtime
-from tests.fakes.onnx_models import images, safe_thresholds
+from tests.fakes.onnx_models import build, images, safe_thresholds
 from tests.fakes.transformers_models import inputs, wrap
 
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'erde-hub[openvino]'")
@@ -31,6 +34,17 @@ def test_answers_are_the_models(file):
     alone = EarlyExitSession(path, threads=1, runtime="openvino")(x[:1].numpy(), thresholds)
     assert alone.exit_index.dtype == np.int64
     assert alone.logits.dtype == np.float32
+
+
+def test_the_page_shows_how_without_a_session(tmp_path, monkeypatch, capsys):
+    model = build("resnet8_cifar", 32, {"width": 8}, ["layer1"])
+    export_onnx(model, tmp_path / "model.onnx")
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    out = model(torch.zeros(1, 3, 32, 32), threshold=0.5)
+    assert capsys.readouterr().out.strip() == f"{out.logits.argmax(1).numpy()} {out.exit_index.numpy()}"
 
 
 def test_families(family_file):
