@@ -29,7 +29,7 @@ class BudgetController:
     close stays closed. Only the exits that samples took are read: scores at later exits do not exist, and are not
     needed, since the cost of a sample is known in full.
 
-    For any data, the mean cost over T samples misses the target by at most |change of the level| / (``step`` T), as
+    For any data, the mean cost over T samples misses the target by at most ``|change of the level| / (step T)``, as
     a fraction of the range of costs, while the level is within its bounds and batches have at most ``max_step / step``
     samples. Accuracy has no such bound: a promise of :func:`~erde_hub.calibration.choose_threshold` holds for the
     thresholds that it chose, not for those that have moved.
