@@ -1,4 +1,4 @@
-"""Tables of docs/experiments/speed.md: the allocator, loading and 8-bit integers, from recipes/results/."""
+"""Tables of docs/experiments/speed.md: the allocator, loading, int8 and generation, from recipes/results/."""
 
 from __future__ import annotations
 
@@ -78,8 +78,30 @@ def int8_table(results: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
+def generation_table(results: Mapping[str, Any]) -> str:
+    """Every way to generate, without transformers' own ones that have a partner, which the last columns compare."""
+    threads = results["threads"]
+    header = ["way", "layers a token", "tokens as in greedy text %"]
+    for timed in threads:
+        number = f"{timed['threads']} thread{'s' if timed['threads'] > 1 else ''}"
+        header += [f"tokens/s, {number}", "times the bare model", "times transformers' own"]
+    rows = []
+    for name, work in results["work"].items():
+        if name.startswith("transformers, "):
+            continue
+        cells = [f"{work['layers_per_token']:.2f}", f"{100 * work['same_text']:.0f}"]
+        for timed in threads:
+            cells.append(f"{timed['tokens_per_second'][name]:.1f}")
+            for other in ("bare", f"transformers, {name}"):
+                ratio = timed["ratios"].get(f"{name} / {other}")
+                cells.append("-" if ratio is None else f"{1 / ratio['median']:.2f}")
+        rows.append((name, *cells))
+    return table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "allocator": lambda: allocator_table(load("benchmark_allocator")),
     "loading": lambda: loading_table(load("benchmark_loading")),
     "int8": lambda: int8_table(load("benchmark_int8")),
+    "generation": lambda: generation_table(load("benchmark_generation")),
 }

@@ -4,10 +4,12 @@ import json
 
 import pytest
 from benchmarks import generation as benchmark
+from pages import speed
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.data import train_tokenizer
 from erde_hub.errors import ConfigError
+from erde_hub.scripts.common.turns import summary
 from tests.fakes.transformers_models import causal
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -44,6 +46,18 @@ def test_every_way_is_counted_and_timed(results):
     assert min(timed["tokens_per_second"].values()) > 0
     assert "threshold 0 / bare" in timed["ratios"]
     assert f"{early[0]} drafts 2 / transformers, {early[0]} drafts 2" in timed["ratios"]
+
+
+def test_the_table_compares_with_the_bare_model_and_transformers_own():
+    times = {"bare": [2.0, 2.0], "exit drafts 4": [1.0, 1.6], "transformers, exit drafts 4": [1.5, 1.6]}
+    work = {name: {"layers_per_token": 12.5, "same_text": 1.0} for name in times}
+    timed = {"threads": 1, "tokens_per_second": dict.fromkeys(times, 30.0)}
+    timed |= summary(times, [("exit drafts 4", "transformers, exit drafts 4")])
+    lines = speed.generation_table({"work": work, "threads": [timed]}).splitlines()
+    assert lines[2:] == [
+        "| bare | 12.50 | 100 | 30.0 | - | - |",
+        "| exit drafts 4 | 12.50 | 100 | 30.0 | 1.54 | 1.20 |",  # medians of 0.5 and 0.8, of 2 / 3 and 1
+    ]
 
 
 @pytest.mark.parametrize(
