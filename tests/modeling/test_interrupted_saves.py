@@ -75,6 +75,22 @@ def test_a_kill_at_any_point_leaves_one_of_the_two(old, before, width, after, tm
     assert point > 8
 
 
+def test_after_a_kill_the_auto_classes_load_one_of_the_two_or_say_what_does(old, new, tmp_path):
+    folder, saved, found, done, point = tmp_path / "a", tmp_path / "saved", set(), False, 0
+    old.save_pretrained(saved)
+    while not done:
+        point += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved, folder)
+        done = run_killed(lambda: new.save_pretrained(folder), point)
+        try:
+            found.add(which(folder, AutoModelForImageClassification.from_pretrained))
+        except CheckpointError as error:
+            assert "EarlyExitWrapper.from_pretrained loads what belongs together" in str(error)  # noqa: PT017
+            found.add("refused")
+    assert found == {"old", "refused", "new"}
+
+
 def read_while_saving(models: list[EarlyExitWrapper], folder: Path, reads: int) -> set[str]:
     models[0].save_pretrained(folder)
     done, failed = threading.Event(), []
