@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,6 +233,9 @@ class EarlyExitConfig(PreTrainedConfig):
         if sorted(self.id2label or {}) != list(range(max(self.num_labels or 0, 1 if regression else 2))):
             what = "targets 0 to n - 1" if regression else "classes 0 to n - 1 of at least two"
             raise ConfigError(f"id2label must name the {what}, got {self.id2label}")
+        names = (self.id2label or {}).values()
+        if not any(all(isinstance(name, kind) for name in names) for kind in (str, int)):  # as JSON can sort them
+            raise ConfigError(f"the names in id2label must be texts, got {self.id2label}")
         if "num_classes" in (self.backbone_kwargs or {}):
             raise ConfigError("backbone_kwargs must not hold 'num_classes': the number of classes is num_labels")
         if self.exit_features is not None:
@@ -410,6 +414,8 @@ _FIELDS.remove("model_type")
 
 def as_index(key: Any) -> Any:
     """Returns a class index, which JSON and people write as text too, as an integer."""
+    if isinstance(key, Integral):  # of NumPy too
+        return int(key)
     return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
 
 

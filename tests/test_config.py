@@ -179,6 +179,8 @@ def test_a_stored_config_of_version_1_keeps_loading():
         ({"num_labels": None}, ConfigError, "how many classes"),
         ({"id2label": {0: "a", 1: "b"}}, ConfigError, "num_labels=10 contradicts id2label, which names 2 classes"),
         ({"id2label": {0: "a", 2: "b"}, "num_labels": None}, ConfigError, "classes 0 to n - 1"),
+        ({"id2label": {0: "a", 1: None}, "num_labels": None}, ConfigError, "names in id2label must be texts"),
+        ({"id2label": {0: "a", 1: 7}, "num_labels": None}, ConfigError, "names in id2label must be texts"),
     ],
 )
 def test_bad_values_are_refused_when_the_config_is_made(changes, error, words):

@@ -121,7 +121,8 @@ def load_into(module: nn.Module, given: Mapping[str, Tensor]) -> Iterator[Tensor
             continue
         first = names.setdefault(id(own), name) if name in stored else None
         if first == name:
-            if own.shape != loaded.shape or own.dtype != loaded.dtype or own.device != loaded.device:
+            alike = own.shape == loaded.shape and own.dtype == loaded.dtype and own.device == loaded.device
+            if not alike or 0 in own.stride():  # an expanded tensor takes no values
                 own.data = loaded.data.clone(memory_format=torch.preserve_format)
             elif own is not loaded:
                 own.copy_(loaded)

@@ -32,8 +32,8 @@ from .tracing import copy_around, example_batch, weightless_copy
 _FAILURES = (RuntimeError, IndexError, ValueError, AssertionError, TypeError)
 
 
-class _DropLast:
-    """Takes one sample out at every exit."""
+class _DropOneEach:
+    """Takes one sample out at every exit, the first and the last one in turn."""
 
     def __init__(self, batch: int, specs: Sequence[FeatureSpec], device: torch.device) -> None:
         self.batch = self.count = batch
@@ -43,17 +43,26 @@ class _DropLast:
         self.active_by_size: dict[int, Tensor] = {}
 
     def on_exit(self, exit_index: int, output: Any) -> Any:
-        self.active_by_size[self.count] = torch.arange(self.count, device=self.device)
+        return self.drop(exit_index, output, first=exit_index % 2 == 0)
+
+    def drop(self, exit_index: int, output: Any, first: bool) -> Any:
+        rows = torch.arange(self.count, device=self.device)
+        before = self.active_by_size[self.count] = rows if self.active is None else self.active
+        rows = rows[1:] if first else rows[:-1]
+        self.active = before.index_select(0, rows)
         self.count -= 1
-        rows = self.active = torch.arange(self.count, device=self.device)
         return shrink(output, rows, self.count + 1, self.specs[exit_index].batch_outputs)
 
 
-class _DropOne(_DropLast):
-    """Takes one sample out at the first exit."""
+class _DropOne(_DropOneEach):
+    """Takes one of two samples out at the first exit."""
+
+    def __init__(self, specs: Sequence[FeatureSpec], device: torch.device, first: bool) -> None:
+        super().__init__(2, specs, device)
+        self.first = first
 
     def on_exit(self, exit_index: int, output: Any) -> Any:
-        return super().on_exit(exit_index, output) if exit_index == 0 else output
+        return self.drop(exit_index, output, self.first) if exit_index == 0 else output
 
 
 class _KeepAll:
@@ -155,7 +164,7 @@ def _run_copy(
     exit_hooks = add_exit_hooks(clone, exits)
     runner = HookRunner(clone, exit_hooks, adapter.add_sync_hooks(clone, exits))
     with device:
-        output = runner.run(_DropLast(batch, specs, device), example_batch(inputs, batch, device), {})
+        output = runner.run(_DropOneEach(batch, specs, device), example_batch(inputs, batch, device), {})
     return int(adapter.logits(output).shape[0])
 
 
@@ -176,10 +185,9 @@ def _run_texts(
     sync_hooks = adapter.add_sync_hooks(clone, exits)
     with without_recomputation(clone):
         whole = adapter.logits(clone(**kwargs))
-        left = adapter.logits(
-            adapter.hook_runner(clone, exit_hooks, sync_hooks).run(_DropLast(batch, specs, device), (), kwargs)
-        )
-    if not _alike(left, whole[: len(left)]):
+        dropping = _DropOneEach(batch, specs, device)
+        left = adapter.logits(adapter.hook_runner(clone, exit_hooks, sync_hooks).run(dropping, (), kwargs))
+    if len(left) == dropping.count and not _alike(left, whole[dropping.active]):
         raise _reads_the_batch(module, exits)
     return len(left)
 
@@ -259,18 +267,20 @@ def _check_samples_are_apart(
     samples: tuple[Tensor, ...],
     hooked: bool,
 ) -> None:
-    """Lets one of two samples exit first; the other must get the answer that it gets next to it."""
+    """Lets either of two samples exit first; the other must get the answer that it gets next to it."""
     run = functools.partial(_answer, adapter, network, exits, samples, hooked)
     try:
         whole = run(_KeepAll())
     except _FAILURES:  # as a type for which this device has no kernels
         return
-    try:
-        left = run(_DropOne(2, specs, whole.device))
-    except _FAILURES as error:
-        raise _reads_the_batch(network, exits, f" ({type(error).__name__}: {error})") from error
-    if not _alike(left, whole[:1]) and torch.equal(run(_KeepAll()), whole):  # else it draws random numbers
-        raise _reads_the_batch(network, exits)
+    for first in (False, True):  # a network may read those before a sample, or the first one, alone
+        dropping = _DropOne(specs, whole.device, first)
+        try:
+            left = run(dropping)
+        except _FAILURES as error:
+            raise _reads_the_batch(network, exits, f" ({type(error).__name__}: {error})") from error
+        if not _alike(left, whole[dropping.active]) and torch.equal(run(_KeepAll()), whole):  # else it draws at random
+            raise _reads_the_batch(network, exits)
 
 
 def _padded_texts(config: Any, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:

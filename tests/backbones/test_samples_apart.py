@@ -30,6 +30,9 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "batch norm without statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
     "mean": lambda: Call(lambda x: x - x.mean(0)),
     "softmax over the batch": lambda: Call(lambda x: x * x.softmax(0)),
+    "running sum": lambda: Call(lambda x: x.cumsum(0)),
+    "first sample": lambda: Call(lambda x: x - 0.5 * x[:1]),
+    "last sample": lambda: Call(lambda x: x - 0.5 * x[-1:]),
     "neighbour": lambda: Call(lambda x: x + x.flip(0)),
     "once it is trained": ZeroGate,
 }  # fmt: skip

@@ -183,6 +183,17 @@ def test_every_way_of_sharing(way, shards, tmp_path):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_number_that_stands_for_many_is_replaced(tmp_path):
+    """An expanded tensor, which torch neither writes to nor trains."""
+    nets = [Net(), Net()]
+    for net in nets:
+        net.a.bias = nn.Parameter(torch.randn(1).expand(6))
+    model, x = EarlyExitWrapper(nets[0], exits=["a", "b"], input_size=(6,)).eval(), torch.randn(8, 6)
+    model.save_pretrained(tmp_path)
+    again = EarlyExitWrapper.from_pretrained(tmp_path, backbone=nets[1])
+    assert all(torch.equal(a, b) for a, b in zip(_answers(again, x), _answers(model, x), strict=True))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("exit_name", [0, "classifier"])
 def test_truncated_models(way, exit_name, tmp_path):

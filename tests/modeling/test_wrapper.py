@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import math
 
@@ -314,9 +315,19 @@ def test_a_miss_among_a_thousand_names_stays_readable():
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("names", [[*"abcde"], dict(enumerate("abcde")), dict(zip("01234", "abcde", strict=True))])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [*"abcde"],
+        [*np.array([*"abcde"])],
+        dict(enumerate("abcde")),
+        dict(zip("01234", "abcde", strict=True)),
+        dict(zip(np.arange(5), "abcde", strict=True)),
+    ],
+)
 def test_class_names(names):
     config = resnet(id2label=names).config
+    json.loads(config.to_json_string())
     assert config.id2label == {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}
     assert config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
 
