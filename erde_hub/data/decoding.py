@@ -127,7 +127,9 @@ def stored_bytes(cell: Mapping[str, Any] | None, where: object, roots: Sequence[
         if not place.is_file():
             raise FileNotFoundError("there is no such file")
         return place.read_bytes()
-    except OSError as error:
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # a zero byte is in no path
         raise DataError(f"the image file {Path(path).name!r} of {where} cannot be read: {error}") from error
 
 
