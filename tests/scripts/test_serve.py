@@ -16,6 +16,7 @@ import timm
 import torch
 import uvicorn
 from serving import ask_all, png
+from starlette.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from erde_hub import BudgetController, EarlyExitWrapper
@@ -261,7 +262,9 @@ def test_texts_of_any_length_share_a_batch(tmp_path):
     with torch.no_grad():
         alone = [model(**tokenizer(own, return_tensors="pt")) for own in texts]
     questions = [("", "application/json", json.dumps({"text": own}).encode()) for own in texts]
-    with listening(open_served(str(tmp_path / "model"), 1)) as port:
+    own = open_served(str(tmp_path / "model"), 1)
+    assert len(measure_exits(own, calls=1)) == 3
+    with listening(own) as port:
         replies = ask_all(port, 4, 12, questions)
         refused = [
             ask(port, "POST", "/predict", body, "application/json")[0] for body in (b'{"text": 3}', b'{"text": ""}')
@@ -281,6 +284,20 @@ def test_a_regression_is_not_served(tmp_path):
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(NotSupportedError, match="no classifier of images or texts"):
         open_served(str(tmp_path / "model"))
+
+
+def test_the_command_keeps_a_target(call, tiny_file, monkeypatch):
+    model, file = tiny_file
+    apps = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **_: apps.append(app))
+    macs = model.exit_table().cumulative_macs
+    call(serve, "--model", file, "--target_macs", macs[1])
+    metrics = TestClient(apps[0]).get("/metrics").text
+    assert f'erde_hub_budget_target{{unit="macs"}} {macs[1]}' in metrics
+    with pytest.raises(ConfigError, match="give one target"):
+        call(serve, "--model", file, "--target_macs", macs[1], "--target_milliseconds", 1)
+    with pytest.raises(ConfigError, match="cannot be met"):
+        call(serve, "--model", file, "--target_milliseconds", 1e9)
 
 
 @pytest.mark.parametrize("flags", [["--port", "0"], ["--batch_size", "0"], ["--max_body_megabytes", "0"]])
