@@ -208,8 +208,9 @@ def peak_of_a_step(exits: int, kept: bool = False) -> int:
     return memory.peak
 
 
-def test_a_step_with_three_exits_takes_little_more_memory_than_with_two():
+def test_a_step_with_three_early_exits_takes_little_more_memory_than_with_one():
     """One exit more is the logits of all tokens more where they are kept: 128 tokens of 2,000 numbers, 1 MB."""
+    assert peak_of_a_step(4) < 1.3 * peak_of_a_step(2)
     assert peak_of_a_step(3) < 1.15 * peak_of_a_step(2)
     assert peak_of_a_step(3, kept=True) > 1.5 * peak_of_a_step(3)
 
