@@ -46,16 +46,20 @@ def points_table() -> str:
         ways = {"its own classifier": last | {"macs": full}, f"everybody exits after `{early['exit']}`": early}
         for name, row in ways.items():
             rows.append((size, name, percent(row["accuracy"]), "-", mmacs(row["macs"]), percent(row["macs"] / full)))
-        by_threshold: dict[str, list[str]] = {}
-        for name, point in result["points"].items():
-            by_threshold.setdefault(str(point["threshold"]), []).append(name)
-        for names in by_threshold.values():
-            point = result["points"][names[0]]
+        for names, point in distinct_points(result):
             test, won, lost = point["test"], point["only_routed_right"], point["only_last_exit_right"]
             cost = mmacs(test["mean_macs"]), percent(test["mean_macs"] / full)
             rows.append((size, f"threshold: {', '.join(names)}", percent(test["accuracy"]), points(won, lost), *cost))
     header = ("pixels", "how", "test %", "against the classifier, points", "mean MMACs", "of the network's MACs %")
     return table(header, rows)
+
+
+def distinct_points(result: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Returns the operating points of a run, each with the names of all wishes that the same thresholds fulfil."""
+    names: dict[str, list[str]] = {}
+    for name, point in result.get("points", {}).items():
+        names.setdefault(str(point["threshold"]), []).append(name)
+    return [(same, result["points"][same[0]]) for same in names.values()]
 
 
 def finetuned_table() -> str:
@@ -75,15 +79,15 @@ def finetuned_table() -> str:
         size, seed, last = result["arguments"]["size"], result["arguments"]["seed"], result["per_exit"][-1]
         kind = "exits, all layers" if "points" in result else f"{last['exit']}, no exits".replace("_", " ")
         rows.append((f"{size}", kind, f"{seed}", percent(last["accuracy"]), mmacs(last["macs"]), "-"))
-        for wish, point in result.get("points", {}).items():
+        for wishes, point in distinct_points(result):
             against = [
                 f"{points(pair['only_right']['routed'], pair['only_right']['static'])} ({labels[static]})"
                 for (exits, name, static), pair in compared.items()
-                if exits == result["name"] and name == wish
+                if exits == result["name"] and name == wishes[0]
             ]
             test = point["test"]
             cost = mmacs(test["mean_macs"]), "; ".join(against) or "-"
-            rows.append((f"{size}", f"exits, {wish}", f"{seed}", percent(test["accuracy"]), *cost))
+            rows.append((f"{size}", f"exits, {', '.join(wishes)}", f"{seed}", percent(test["accuracy"]), *cost))
     return table(("pixels", "how", "seed", "test %", "mean MMACs", "against, points"), rows)
 
 
@@ -107,9 +111,25 @@ def budget_table() -> str:
     )  # fmt: skip
 
 
+def calibrated_table() -> str:
+    """One row per calibrator and budget, and one at all layers."""
+    (result,) = results("calibrated")
+    rows = []
+    for name, found in result["calibrators"].items():
+        last = found["per_exit"][-1]
+        points = [*found["points"], last | {"budget": None, "mean_macs": last["macs"]}]
+        for point in points:
+            budget = "all layers" if point["budget"] is None else f"{100 * point['budget']:.0f}"
+            cells = percent(point["accuracy"]), percent(point["top5"]), f"{point['nll']:.3f}", f"{point['ece']:.3f}"
+            rows.append((name, budget, mmacs(point["mean_macs"]), *cells))
+    header = ("calibrator", "budget, % of the MACs", "mean MMACs", "accuracy %", "top-5 %", "NLPD", "ECE")
+    return table(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "frozen_places": places_table,
     "frozen_points": points_table,
     "finetuned": finetuned_table,
     "budget_drift": budget_table,
+    "calibrated_exits": calibrated_table,
 }

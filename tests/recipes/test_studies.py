@@ -116,3 +116,24 @@ def test_exits_on_a_pretrained_network(run, tmp_path, monkeypatch):
         routed = results[1]["points"][pair["point"]]["test"]["accuracy"]
         gain = (pair["only_right"]["routed"] - pair["only_right"]["static"]) / 30
         assert gain == pytest.approx(routed - static[-1]["accuracy"], abs=1e-5)
+
+
+def test_calibrators_are_compared_at_equal_budgets_with_their_cost(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(STUDIES)
+    torch.manual_seed(0)
+    noise = {split: (torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8), torch.arange(60) % 7)
+             for split in ("train", "validation", "test")}  # fmt: skip
+    monkeypatch.setattr(importlib.import_module("calibrated_exits"), "load_images", lambda *_: dict(noise))
+    backbone = timm.create_model("resnet8_cifar", num_classes=7, width=8)
+    model = EarlyExitWrapper(backbone, exits=["layer1", "layer2"], head="linear", backbone_kwargs={"width": 8})
+    model.save_pretrained(tmp_path / "model")
+    run("calibrated_exits", tmp_path / "out", "--model", tmp_path / "model", "--size", 32)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    found = result["calibrators"]
+    assert list(found) == ["none", "laplace", "mie", "laplace + mie"]
+    assert [row["added_macs"] > 0 for row in found.values()] == [False, True, False, True]
+    assert result["arguments"]["model"] == "model", "no path"
+    for row in found.values():
+        assert [own["exit"] for own in row["per_exit"]] == ["layer1", "layer2", "classifier"]
+        for point in row["points"]:
+            assert point["mean_macs"] <= 1.25 * point["budget"] * result["full_macs"]  # chosen on other images
