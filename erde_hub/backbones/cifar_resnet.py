@@ -71,6 +71,7 @@ class CifarResNet(ResNet):
             **kwargs,
         )
         like = next(self.parameters())
+        self.in_chans = kwargs.get("in_chans", 3)  # older releases of timm do not keep it
         self.conv1 = nn.Conv2d(
             self.in_chans, width, kernel_size=3, padding=1, bias=False, device=like.device, dtype=like.dtype
         )
