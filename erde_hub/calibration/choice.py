@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from erde_hub._arguments import check_number, check_whole
 from erde_hub.errors import ConfigError, nearest
 from erde_hub.fingerprint import check_fingerprint
+from erde_hub.policies import ExitPolicy
 
 #: What a target bounds, in words, by its name.
 TARGETS = {
@@ -118,7 +119,12 @@ class ThresholdChoice:
         values = {key: value for key, value in profile.items() if key != "format"}
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [key for key in values if key not in names]
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        missing = [name for name in required if name not in values]
         if unknown or missing:
             what = f"unknown key {unknown[0]!r}{nearest(unknown[0], names)}" if unknown else f"no {missing[0]!r}"
             raise ConfigError(f"a threshold profile of {cls.FORMAT!r} is damaged: {what}")
@@ -152,8 +158,10 @@ class ThresholdChoice:
     def __str__(self) -> str:
         where = f" of {self.split}" if self.split else ""
         rests = f" (guarantee from {self.tested:,})" if self.tested != self.samples else ""
+        given = self.threshold if isinstance(self.threshold, list) else [self.threshold]
+        shown = " / ".join("never" if abs(value) >= ExitPolicy.never_threshold else f"{value}" for value in given)
         lines = [
-            f"threshold: {self.threshold}{' (no sample exits early)' if self.never_exits else ''}",
+            f"threshold: {shown}{' (no sample exits early)' if self.never_exits else ''}",
             f"objective: {self.rule}",
             (
                 f"on {self.samples:,} samples{where}{rests}: accuracy {100 * self.accuracy:.2f} % (full model"

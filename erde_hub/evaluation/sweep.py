@@ -173,12 +173,16 @@ def default_thresholds(
     """Returns up to ``n`` rising thresholds whose mean costs are evenly spaced, from no early exit to all.
 
     They lie in the range of the policy's own scores (entropy: up to log K), have few digits, and no two of them act
-    alike on the records. Where no sample exits the threshold is infinity, or 0 for policies that exit below it.
+    alike on the records. Where no sample exits the threshold is infinity, or 0 for policies that exit below it. For a
+    policy that reads none there is one.
 
     Raises:
         ConfigError: ``n`` is below 2.
     """
     policy = as_policy(policy)
+    if not policy.uses_threshold:
+        check_whole("n", n, 2)
+        return [policy.default_threshold]
     candidates = fine_thresholds(records, policy, max(check_whole("n", n, 2), _CANDIDATES))
     if len(candidates) == 1:
         return candidates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from erde_hub import _needs_torch  # noqa: F401 - without it, an error that says what to install
 from erde_hub._registry import Registry
@@ -76,9 +76,19 @@ LossKey = Literal["ce", "kd", "erde", "ea_kd", "dedier", "dkd", "feature_kd", "s
 
 _LOSSES: Registry[ExitLoss] = Registry("loss")
 register_loss = _LOSSES.register
-create_loss = _LOSSES.create
 get_loss = _LOSSES.get
 list_losses = _LOSSES.names
+
+
+def create_loss(name: LossKey, *args: Any, **kwargs: Any) -> ExitLoss:
+    """Builds a loss of the table.
+
+    Raises:
+        UnknownNameError: No such loss.
+        ConfigError: An argument that it does not take.
+    """
+    return _LOSSES.create(name, *args, **kwargs)
+
 
 register_loss("ce", CELoss, "cross-entropy at every exit, without a teacher", "arXiv 1709.01686")
 register_loss("kd", KDLoss, "Hinton's distillation on all samples at every exit", "arXiv 1503.02531")

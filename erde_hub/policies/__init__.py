@@ -53,9 +53,19 @@ PolicyKey = Literal["entropy", "confidence", "margin", "patience", "eefp", "eene
 
 _POLICIES: Registry[ExitPolicy] = Registry("policy")
 register_policy = _POLICIES.register
-create_policy = _POLICIES.create
 get_policy = _POLICIES.get
 list_policies = _POLICIES.names
+
+
+def create_policy(name: PolicyKey, *args: Any, **kwargs: Any) -> ExitPolicy:
+    """Builds a policy of the table.
+
+    Raises:
+        UnknownNameError: No such policy.
+        ConfigError: An argument that it does not take.
+    """
+    return _POLICIES.create(name, *args, **kwargs)
+
 
 register_policy("entropy", EntropyPolicy, "softmax entropy below the threshold (nats)", "arXiv 1709.01686, 2510.04856")
 register_policy("confidence", ConfidencePolicy, "largest probability at or above the threshold", "arXiv 1703.09844")

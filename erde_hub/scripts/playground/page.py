@@ -132,7 +132,7 @@ def _threshold(network: Network) -> tuple[gr.Slider, gr.Button]:
         visible=used,
         buttons=[],
     )
-    label = " / ".join(f"{value:.3g}" for value in np.atleast_1d(network.threshold))
+    label = " / ".join("never" if abs(value) >= 1e8 else f"{value:.3g}" for value in np.atleast_1d(network.threshold))
     return slider, gr.Button(f"Back to the stored threshold, {label}", size="sm", visible=used)
 
 
