@@ -173,10 +173,11 @@ def test_a_file_is_shown_as_its_session_answers(tmp_path, policy, thresholds):
     assert open_onnx(path).results is None, "a report of another network"
 
 
-def test_a_file_without_preprocessing_is_refused(monkeypatch):
-    bare = SimpleNamespace(info=SimpleNamespace(preprocessing=None))
+@pytest.mark.parametrize(("texts", "lacks"), [(False, "preprocessing"), (True, "tokenizer")])
+def test_a_file_that_cannot_read_samples_is_refused(monkeypatch, texts, lacks):
+    bare = SimpleNamespace(info=SimpleNamespace(reads_texts=texts, preprocessing=None, tokenizer=None))
     monkeypatch.setattr("erde_hub.scripts.playground.networks.EarlyExitSession", lambda path: bare)
-    with pytest.raises(NotSupportedError, match=r"bare\.onnx holds no preprocessing"):
+    with pytest.raises(NotSupportedError, match=rf"bare\.onnx holds no {lacks}"):
         open_onnx("bare.onnx")
 
 
@@ -193,6 +194,14 @@ def test_texts_are_shown(tmp_path):
     assert shown.answers[0].probs.shape == (2, 3, 2)
     assert "the film &lt;was&gt;" in views([network], shown, 2, [1.0])[0]
     assert network.promise == promise_of(None)
+
+    model.set_policy(get_policy("entropy").cls())
+    file = open_onnx(export_onnx(model, tmp_path / "texts.onnx", tokenizer=make_tokenizer()))
+    shown = first_samples([file]).add_text([file], "a film")
+    assert (file.kind, shown.answers[0].probs.shape) == ("text", (2, 3, 2))
+    expected = network.answer(["a film"]).probs
+    np.testing.assert_allclose(shown.answers[0].probs[:, 2:], expected, atol=1e-5)
+    assert "a film" in views([file], shown, 2, [0.3])[0]
 
 
 @pytest.mark.parametrize(("policy", "taken"), [("always", [0, 0]), ("never", [2, 2])])

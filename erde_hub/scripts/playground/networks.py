@@ -109,24 +109,26 @@ def open_onnx(path: str | os.PathLike[str]) -> Network:
 
     Raises:
         CheckpointError: No such file, a damaged one, or not one of erde_hub's.
+        NotSupportedError: It holds no preprocessing for images, or no tokenizer for texts.
         MissingDependencyError: onnxruntime is not installed.
     """
     session = EarlyExitSession(path)
     info = session.info
-    if info.preprocessing is None:
-        raise NotSupportedError(
-            f"{Path(path).name} holds no preprocessing, so it cannot be shown images: export it again"
-        )
-    early = info.num_early_exits
-    blank = np.zeros((1, *info.input_size), np.float32)
+    kind, needed = ("text", "tokenizer") if info.reads_texts else ("image", "preprocessing")
+    if getattr(info, needed) is None:
+        raise NotSupportedError(f"{Path(path).name} holds no {needed}, so it cannot be shown {kind}s: export it again")
+    early, read = info.num_early_exits, session.tokenize if info.reads_texts else session.preprocess
+    blank: Any = np.zeros((1, *info.input_size), np.float32)
+    if info.reads_texts:
+        blank = {"input_ids": np.zeros((1, min(info.input_size[0], info.max_length or info.input_size[0])), np.int64)}
     low, high = info.threshold_range
     above = bool(session(blank, low).exit_index[0] == 0)  # at its lowest threshold all samples exit at once
     now, never = (low, high) if above else (high, low)
     plans = [[never] * e + [now] * (early - e) for e in range(early + 1)]
 
-    def answer(images: Sequence[Any]) -> Answers:
-        pixels = session.preprocess(images)
-        probs = np.stack([_softmax(session(pixels, plan).logits) for plan in plans])
+    def answer(samples: Sequence[Any]) -> Answers:
+        inputs = read(samples)
+        probs = np.stack([_softmax(session(inputs, plan).logits) for plan in plans])
         return Answers(probs, SCORES[info.policy](probs[:-1]))
 
     def milliseconds(plan: Sequence[float]) -> float:
@@ -142,7 +144,7 @@ def open_onnx(path: str | os.PathLike[str]) -> Network:
     top = math.log(len(info.id2label)) if math.isinf(high) else high
     return Network(
         name=Path(path).name,
-        kind="image",
+        kind=kind,
         exit_names=info.exit_names,
         macs=info.cumulative_macs,
         milliseconds=[milliseconds(plan) for plan in plans],
