@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 #: Files of the figures that a run may leave in its folder.
 FIGURES = (
     "frontier.png",
+    "frontier_ms.png",
     "reliability.png",
     "scores.png",
     "shares.png",

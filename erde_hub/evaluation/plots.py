@@ -15,7 +15,7 @@ from erde_hub.records import ExitRecords, check_kind
 
 from .figures import BLUE, GREEN, ORANGE, PURPLE, RED, save_figure
 from .formatting import mmacs, percent, threshold_label, thresholds_of
-from .results_file import validate_results
+from .results_file import mean_milliseconds, validate_results
 from .sweep import fine_thresholds, pareto_front, sweep_thresholds
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _METHODS = (BLUE, ORANGE, GREEN, RED, PURPLE)
 _TEACHER_ON_AXIS = 1.5
 
 
-def plot_frontier(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def plot_frontier(results: Mapping[str, Any], path: str | os.PathLike[str], *, in_time: bool = False) -> None:
     """Draws accuracy against mean cost: the threshold sweep, each exit alone, the teacher and the full student.
 
     The fine sweep is the line, the thresholds of the table are dots on it. A ring marks the operating point of the
@@ -44,43 +44,53 @@ def plot_frontier(results: Mapping[str, Any], path: str | os.PathLike[str]) -> N
     Args:
         results: Contents of ``results.json``.
         path: The figure; the ending gives the format, ``.png`` say.
+        in_time: Milliseconds in place of MACs, the first setting of ``results["latency"]``. Teacher and network without
+            exits have no times and are left out.
 
     Raises:
+        ConfigError: ``in_time``, and the results hold no times.
         ResultsError: See :func:`~erde_hub.evaluation.validate_results`.
         MissingDependencyError: matplotlib or adjustText is not installed.
         CheckpointWriteError: The file cannot be written.
     """
     results = validate_results(results)
-    save_figure(lambda figure: draw_frontier(figure, results), path, (6.4, 4.4))
+    if in_time and not results.get("latency"):
+        raise ConfigError("the results hold no times: `erde-hub latency --model FOLDER` measures them")
+    save_figure(lambda figure: draw_frontier(figure, results, in_time), path, (6.4, 4.4))
 
 
-def draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
+def draw_frontier(figure: Figure, results: Mapping[str, Any], in_time: bool = False) -> None:
     """Draws what :func:`plot_frontier` writes."""
     axes = figure.add_subplot()
+    mean, own, cost, unit = "mean_macs", "macs", "cost", "MMACs"
+    if in_time:
+        results, mean, own, cost = _with_times(results), "mean_milliseconds", "milliseconds", "time"
+        setting = results["latency"]["settings"][0]
+        unit = f"ms; {setting['runtime']}, {setting['threads']} thread{'s' if setting['threads'] != 1 else ''}"
     per_exit, steps, final = results["per_exit"], results["sweep"], results["per_exit"][-1]
     teacher, static, point = (results.get(key) for key in ("teacher", "static_student", "operating_point"))
-    line = sorted([*results.get("fine_sweep", []), *steps], key=lambda row: row["mean_macs"])
+    line = sorted([*results.get("fine_sweep", []), *steps], key=lambda row: row[mean])
     policy, among = results["student"].get("policy", "entropy"), thresholds_of(results)
     white: dict[str, Any] = {"markeredgecolor": "white", "zorder": 5}
-    axes.plot(*_points(line, "mean_macs"), color=BLUE, linewidth=2.2, zorder=3)
-    ends = (f(steps, key=lambda row: row["mean_macs"])["threshold"] for f in (min, max))
+    axes.plot(*_points(line, mean), color=BLUE, linewidth=2.2, zorder=3)
+    ends = (f(steps, key=lambda row: row[mean])["threshold"] for f in (min, max))
     label = f"θ = {' … '.join(threshold_label(end, policy, among) for end in ends)} ({policy})"
-    axes.plot(*_points(steps, "mean_macs"), "o", color=BLUE, markersize=6.5, zorder=4, label=label)
-    axes.plot(*_points(per_exit[:-1], "macs"), "s", color=ORANGE, label="all samples take one exit", **white)
-    axes.plot(*_points([final], "macs"), "D", color=GREEN, markersize=9, label="student run to its last exit", **white)
+    axes.plot(*_points(steps, mean), "o", color=BLUE, markersize=6.5, zorder=4, label=label)
+    axes.plot(*_points(per_exit[:-1], own), "s", color=ORANGE, label="all samples take one exit", **white)
+    axes.plot(*_points([final], own), "D", color=GREEN, markersize=9, label="student run to its last exit", **white)
     if static is not None:
         label = "student trained without exits"
-        axes.plot(*_points([static], "macs"), "^", color=PURPLE, markersize=10, label=label, **white)
+        axes.plot(*_points([static], own), "^", color=PURPLE, markersize=10, label=label, **white)
     if point is not None and len(per_exit) > 1:
         ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 2.2}
         label = f"stored threshold, θ={threshold_label(point['threshold'], policy, among)}"
-        axes.plot(*_points([point], "mean_macs"), "o", markersize=15, zorder=6, label=label, **ring)
-    axes.set_xlabel(f"mean cost per {results.get('dataset', {}).get('kind', 'image')} (MMACs)")
+        axes.plot(*_points([point], mean), "o", markersize=15, zorder=6, label=label, **ring)
+    axes.set_xlabel(f"mean {cost} per {results.get('dataset', {}).get('kind', 'image')} ({unit})")
     axes.set_ylabel("accuracy (%)")
     axes.margins(x=0.1, y=0.15)  # room for labels
     if teacher is not None:
         if teacher["macs"] <= _TEACHER_ON_AXIS * final["macs"]:
-            axes.plot(*_points([teacher], "macs"), "*", color=RED, markersize=15, label="teacher", **white)
+            axes.plot(*_points([teacher], own), "*", color=RED, markersize=15, label="teacher", **white)
         else:
             ratio = teacher["macs"] / max(final["macs"], 1)
             label = (
@@ -94,21 +104,42 @@ def draw_frontier(figure: Figure, results: Mapping[str, Any]) -> None:
         axes.set_xlim(0, right)
     figure.legend(loc="outside lower center", ncols=2)
     if len(per_exit) > 1:
-        _name_exits(figure, axes, per_exit[:-1])
+        _name_exits(figure, axes, [row["exit"] for row in per_exit[:-1]], *_points(per_exit[:-1], own))
 
 
-def _name_exits(figure: Figure, axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _with_times(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results whose rows have milliseconds, of what was measured: the network with exits."""
+    times = results["latency"]["settings"][0]["exit_milliseconds"]
+
+    def timed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{**row, "mean_milliseconds": mean_milliseconds(row["exit_share"], times)} for row in rows]
+
+    point = results.get("operating_point")
+    return {
+        **results,
+        "per_exit": [{**row, "milliseconds": time} for row, time in zip(results["per_exit"], times, strict=True)],
+        "sweep": timed(results["sweep"]),
+        "fine_sweep": timed(results.get("fine_sweep", [])),
+        "operating_point": None if point is None else timed([point])[0],
+        "teacher": None,
+        "static_student": None,
+    }
+
+
+def _name_exits(
+    figure: Figure, axes: Axes, names: Sequence[str], costs: Sequence[float], heights: Sequence[float]
+) -> None:
     """Writes the names of exits next to their points and clear of the data."""
     from adjustText import adjust_text  # noqa: PLC0415 - an extra
 
     style: dict[str, Any] = {"color": _ORANGE_TEXT, "fontsize": 10, "ha": "center", "va": "center", "zorder": 7}
-    names = [axes.text(row["macs"] / 1e6, 100 * row["accuracy"], row["exit"], **style) for row in rows]
+    texts = [axes.text(*place, **style) for place in zip(costs, heights, names, strict=True)]
     figure.draw_without_rendering()  # the layout is final from here on
     figure.set_layout_engine("none")
     data = np.concatenate([_outline(line, figure.dpi) for line in axes.lines])
     lead = {"arrowstyle": "-", "color": _ORANGE_TEXT, "linewidth": 0.8}
     adjust_text(
-        names, *axes.transData.inverted().transform(data).T, ax=axes, expand=(1.2, 1.4), iter_lim=500, arrowprops=lead
+        texts, *axes.transData.inverted().transform(data).T, ax=axes, expand=(1.2, 1.4), iter_lim=500, arrowprops=lead
     )
 
 
@@ -179,5 +210,7 @@ def plot_curves(
     return ax
 
 
-def _points(rows: Sequence[Mapping[str, Any]], cost: str, unit: float = 1e6) -> tuple[list[float], list[float]]:
+def _points(rows: Sequence[Mapping[str, Any]], cost: str, unit: float | None = None) -> tuple[list[float], list[float]]:
+    """Costs, MACs in millions unless ``unit`` says otherwise, and accuracies in percent."""
+    unit = unit or (1 if "milliseconds" in cost else 1e6)
     return [row[cost] / unit for row in rows], [100 * row["accuracy"] for row in rows]

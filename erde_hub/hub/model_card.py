@@ -100,6 +100,7 @@ def render_model_card(
 
 #: Figures of a run that a card shows where they were drawn, with what is said in their place.
 _FIGURES = {
+    "frontier_ms.png": "Accuracy against mean milliseconds of one sample per call: threshold sweep and single exits",
     "contact_sheet.png": "Test images that take each exit at the stored threshold, with their predictions",
     "shares.png": "Fraction of the samples that takes each exit, against the cost that a shared threshold saves",
     "slices.png": "Accuracy per slice of the test data, with early exits and at all layers, worst first",

@@ -4,7 +4,8 @@
     erde-hub latency --model runs/digits-1 --runtime onnxruntime --cpu_threads 4
 
 One image per call, with torch and onnxruntime, with one thread and with all. The time of a threshold is the mean over
-the test images, of which results.json tells how many leave at each exit. The times are kept there, and in the card.
+the test images, of which results.json tells how many leave at each exit. The times are kept there, in the card and in
+frontier_ms.png; a checkpoint without results.json keeps none.
 Run it on a machine that does nothing else.
 """
 
@@ -64,6 +65,8 @@ def main() -> None:
             {**results, "latency": latency}, report.parent, card=(report.parent / "README.md").is_file()
         )
         print(f"\nwritten into {report}")
+    elif results is None:
+        print(f"\nthe times are not kept: there is no report {report} that could hold them")
 
 
 def format_latency(latency: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:

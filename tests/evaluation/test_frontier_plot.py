@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from erde_hub.errors import CheckpointWriteError, MissingDependencyError, ResultsError
+from erde_hub.errors import CheckpointWriteError, ConfigError, MissingDependencyError, ResultsError
 from erde_hub.evaluation import plot_frontier
 from erde_hub.evaluation.plots import draw_frontier
 
@@ -66,6 +66,22 @@ def test_the_cost_of_a_text_is_no_images():
     results = make_results()
     _, axes = draw(results | {"dataset": {**results["dataset"], "kind": "text"}})
     assert axes.get_xlabel() == "mean cost per text (MMACs)"
+
+
+def test_costs_are_drawn_in_milliseconds(tmp_path):
+    with pytest.raises(ConfigError, match="hold no times: `erde-hub latency"):
+        plot_frontier(make_results(), tmp_path / "a.png", in_time=True)
+    settings = [{"runtime": "torch", "threads": 1, "exit_milliseconds": [1.0, 2.0, 4.0]}]
+    results = {**make_results(static=True), "latency": {"settings": settings}}
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    draw_frontier(figure, {**results, "operating_point": results["sweep"][5]}, in_time=True)
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "mean time per image (ms; torch, 1 thread)"
+    lines = {line.get_label(): line.get_xdata().tolist() for line in axes.lines}
+    assert lines["all samples take one exit"] == [1, 2]
+    assert lines["student run to its last exit"] == [4]
+    assert lines["stored threshold, θ=1"] == [2.5], "half of the samples at the first exit"
+    assert not any("teacher" in label or "without exits" in label for label in lines), "they were not timed"
 
 
 def test_shows_everything_that_was_run():

@@ -183,7 +183,7 @@ def test_a_file_that_cannot_read_samples_is_refused(monkeypatch, texts, lacks):
 
 @pytest.mark.slow
 def test_texts_are_shown(tmp_path):
-    encoder = write_encoder(tmp_path / "encoder")
+    encoder = write_encoder(tmp_path / "encoder", layers=2)
     backbone = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     model = EarlyExitWrapper(backbone, exits=["bert.encoder.layer.0"], input_size=(8,), policy="patience")
     model.save_pretrained(tmp_path / "run")

@@ -181,7 +181,7 @@ def draw_sets(held_out: ExitRecords, records: ExitRecords, model: EarlyExitWrapp
 
 
 def write_report(results: Mapping[str, Any], folder: Path, card: bool = True) -> None:
-    """Writes sweep.csv, frontier.png, README.md (the model card) and, last, results.json.
+    """Writes sweep.csv, frontier.png, README.md (the model card) and, last, results.json; with times frontier_ms.png.
 
     Raises:
         CheckpointWriteError: A file cannot be written.
@@ -189,6 +189,9 @@ def write_report(results: Mapping[str, Any], folder: Path, card: bool = True) ->
     rows = [*results["sweep"], *results.get("fine_sweep", [])]
     write_sweep_csv(rows, folder / "sweep.csv", [row["exit"] for row in results["per_exit"]])
     plot_frontier(results, folder / "frontier.png")
+    if results.get("latency"):
+        plot_frontier(results, folder / "frontier_ms.png", in_time=True)
+        results = {**results, "figures": list(dict.fromkeys([*results.get("figures", []), "frontier_ms.png"]))}
     if card:
         write_text(folder / "README.md", render_model_card(results))
     save_results(results, folder / "results.json")
