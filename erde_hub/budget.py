@@ -84,6 +84,7 @@ class BudgetController:
         max_step: float = 4.0,
     ) -> None:
         facts = _read(model)
+        self._policy = facts.policy
         if (target_macs is None) == (target_milliseconds is None):
             raise ConfigError("give one target, target_macs= or target_milliseconds=")
         if (target_milliseconds is None) != (exit_milliseconds is None):
@@ -102,6 +103,10 @@ class BudgetController:
         opened = [level for level in levels if level is not None]
         if not opened:
             raise ConfigError(f"the thresholds {self._first} let no sample exit early: give threshold= others")
+        low, high = self._scale.bounds
+        moving = [value for value, level in zip(self._first, levels, strict=True) if level is not None]
+        if bounds is not None and not all(low <= value <= high for value in moving):
+            raise ConfigError(f"bounds {[low, high]} leave out the first thresholds {moving}")
         cheapest, dearest = self._costs[levels.index(opened[0])], self._costs[-1]
         self.target = check_number(name, target, zero=False)
         if not cheapest <= self.target <= dearest or cheapest == dearest:
@@ -123,6 +128,15 @@ class BudgetController:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model at the present thresholds, then moves them; arguments and output are the model's."""
+        if "threshold" in kwargs or kwargs.get("return_dict") is False:
+            raise ConfigError(
+                "a controller gives the threshold and reads exit_index: leave threshold= and return_dict= out"
+            )
+        policy = _read(self._model).policy
+        if policy != self._policy:
+            raise ConfigError(
+                f"the model's policy is {policy!r} now, the controller was made for {self._policy!r}: make a new one"
+            )
         out = self._model(*args, **kwargs, threshold=self.thresholds)
         self.update(out.exit_index)
         return out
@@ -192,6 +206,12 @@ class BudgetController:
             self._shift = min(max(shift, self._shifts[0]), self._shifts[1])
             self.samples, self.recent_cost = samples, recent
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BudgetController:
+        raise NotSupportedError("a controller belongs to one model: make another, and pass it state_dict()")
+
+    def __reduce__(self) -> Any:
+        raise NotSupportedError("a controller is not pickled: store state_dict() and make another from it")
+
     def __repr__(self) -> str:
         spent = "" if self.recent_cost is None else f", recent cost {self.recent_cost:.4g}"
         return f"{type(self).__name__}(target {self.target:.4g}{spent}, thresholds {self.thresholds})"
@@ -260,6 +280,9 @@ class _Facts:
             raise ConfigError(f"policy {self.policy!r} has scores of no known range: give bounds=(lowest, highest)")
         for bound in given or ():
             self.check_threshold([bound] * (len(self.macs) - 1))
+        if given is not None and not (scores[0] <= given[0] and given[1] <= scores[1]):
+            known_range = f"{scores[0]:.4g} to {scores[1]:.4g}"
+            raise ConfigError(f"bounds {list(given)} are outside the scores of policy {self.policy!r}, {known_range}")
         return _Scale(scores, above, given or scores)
 
 

@@ -290,12 +290,13 @@ class EarlyExitConfig(PreTrainedConfig):
         try:
             yield
         except UnknownNameError as error:
-            module = (self.plugins or {}).get(key)
+            module = self.plugins.get(key) if isinstance(self.plugins, dict) else None
             if module is None:
                 raise
+            shown = repr(str(module)[:80])  # it may hold anything: line ends and codes for terminals are escaped
             raise UnknownNameError(
-                f"{error}; the config says that {key!r} comes from the module {module!r:.80}, which is not imported for"
-                f" you: if you trust it, import it first (commands: --import {module:.80})"
+                f"{error}; the config says that {key!r} comes from the module {shown}, which is not imported for you:"
+                f" if you trust it, import it first (commands: --import {shown})"
             ) from error
 
     def _index_labels(self) -> None:

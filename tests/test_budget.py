@@ -1,7 +1,9 @@
 """A controller keeps the mean cost at its target, whatever happens to the scores."""
 
+import copy
 import json
 import math
+import pickle
 import threading
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import torch
 from erde_hub import BudgetController
 from erde_hub.errors import CheckpointError, ConfigError, InputTypeError, NotSupportedError, ShapeError, ThresholdError
 from erde_hub.export.metadata import FileInfo
-from erde_hub.policies import SetSizePolicy
+from erde_hub.policies import SetSizePolicy, create_policy
 from tests.fakes.networks import images, wrap
 
 COSTS = [30, 55, 80, 100]
@@ -175,8 +177,17 @@ def test_model_is_called_at_the_present_thresholds():
     assert controller.samples == 30 * 16
     assert controller.thresholds != [2.29] * len(controller.thresholds)
     assert model.threshold != controller.thresholds  # the stored one stays
+    for given in ({"threshold": 0.3}, {"return_dict": False}):
+        with pytest.raises(ConfigError, match="leave threshold= and return_dict= out"):
+            controller(x, **given)
+    for copies in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(NotSupportedError, match=r"state_dict\(\)"):
+            copies(controller)
     model.train()
     with pytest.raises(ThresholdError, match=r"model.eval\(\)"):
+        controller(x)
+    model.eval().set_policy(create_policy("confidence"))
+    with pytest.raises(ConfigError, match="policy is 'confidence' now, the controller was made for 'entropy'"):
         controller(x)
 
 
@@ -207,6 +218,8 @@ def test_milliseconds_in_place_of_macs():
         ({"target_macs": 60, "bounds": (0.5, math.inf)}, ConfigError, "two finite"),
         ({"target_macs": 60, "bounds": 0.5}, ConfigError, "two finite"),
         ({"target_macs": 60, "bounds": (-1.0, 0.5)}, ThresholdError, "-1.0"),
+        ({"target_macs": 60, "bounds": (0.5, 9.0)}, ConfigError, "outside the scores of policy 'entropy', 0 to 2.303"),
+        ({"target_macs": 60, "bounds": (1.5, 2.0)}, ConfigError, "leave out the first thresholds"),
         ({"target_macs": 60, "threshold": [1.0, 2.0]}, ThresholdError, "3 early exits"),
         ({"target_macs": 60, "threshold": 0.0}, ConfigError, "no sample exit early"),
     ],

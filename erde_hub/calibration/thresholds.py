@@ -333,7 +333,7 @@ def _report(
         possible_saving=possible,
         exit_share=fractions.tolist(),
         never_exits=never,
-        advice=_advice(objective, found.tested, len(records), test, never, saving, possible),
+        advice=_advice(objective, found.tested, len(records), test, never, saving, possible, per_exit),
         dataset=records.info.get("dataset", ""),
         split=records.info.get("split", ""),
         fingerprint=records.fingerprint,
@@ -355,6 +355,7 @@ def _advice(
     never: bool,
     saving: float,
     possible: float,
+    per_exit: bool,
 ) -> str:
     """Says what is missing, in one or two sentences."""
     if test is None:
@@ -364,9 +365,11 @@ def _advice(
     parts = []
     needed = _needed_samples(objective.bound / objective.scale, test)
     if never and objective.target == "selective_risk":
+        which = "each exit" if per_exit else "an early exit"
         parts.append(
-            f"No sample exits early: {needed:,} samples must exit early for this bound and confidence even if all of"
-            f" them are right, and {tested:,} were tested. Collect more, or give a wider bound or a lower confidence."
+            f"No sample exits early: the {tested:,} samples that were tested cannot show the bound. Even where all"
+            f" early answers are right, {needed:,} samples must take {which}, and"
+            " several times as many where some are wrong. Collect more, or give a wider bound or a lower confidence."
         )
     elif never and tested < needed:
         parts.append(

@@ -49,22 +49,27 @@ def read_groups(
     rows = getattr(data, split)
     if not isinstance(rows, Split):
         raise DataError("groups are read by row number, which streamed data do not have: leave streaming out")
+    if not columns:
+        raise DataError("no column is named to group by: name one or more, or 'label'")
     values = [_column(data, rows, column, index, dataset, config_name, cache_dir) for column in columns]
-    names = [" / ".join(parts) for parts in zip(*values, strict=True)]
-    found = sorted(set(names))
+    cells = list(zip(*values, strict=True))
+    found = sorted(set(cells), key=lambda parts: [(value is None, str(value)) for value in parts])
     if len(found) > MAX_GROUPS:
         raise DataError(
-            f"{' and '.join(map(repr, columns))} of {data.name!r} make {len(found):,} groups of {len(names):,} samples;"
+            f"{' and '.join(map(repr, columns))} of {data.name!r} make {len(found):,} groups of {len(cells):,} samples;"
             f" at most {MAX_GROUPS:,} can be compared: name columns with few values"
         )
-    numbers = {name: number for number, name in enumerate(found)}
-    return torch.tensor([numbers[name] for name in names]), found
+    numbers = {parts: number for number, parts in enumerate(found)}
+    names = [" / ".join("(none)" if value is None else str(value) for value in parts) for parts in found]
+    if len(set(names)) < len(names):  # values with a slash in them
+        names = [" / ".join("(none)" if value is None else repr(value) for value in parts) for parts in found]
+    return torch.tensor([numbers[parts] for parts in cells]), names
 
 
 def _column(
     data: LabelledData, rows: Split, column: str, index: Tensor, dataset: str, config: str | None, cache: str | None
-) -> list[str]:
-    """Returns the value of each sample in a column, as text."""
+) -> list[Any]:
+    """Returns the value of each sample in a column, of a class its name; None where there is none."""
     if column == "label":
         place = {int(number): position for position, number in enumerate(rows.indices)}
         classes = rows.labels[[place[int(number)] for number in index]]
@@ -82,6 +87,7 @@ def _column(
         raise DataError(
             f"column {column!r} of {data.name!r} holds {type(wrong).__name__}: name one of texts or numbers"
         )
-    return [
-        feature.int2str(cell) if hasattr(feature, "int2str") and isinstance(cell, int) else str(cell) for cell in cells
-    ]
+    names = getattr(feature, "names", None)
+    if names is None:
+        return cells
+    return [names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else None for cell in cells]

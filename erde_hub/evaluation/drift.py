@@ -20,7 +20,7 @@ from erde_hub.records import ExitRecords, check_kind, distinct_samples
 
 from .sweep import exit_scores
 
-_TARGETS = ("accuracy_drop", "disagreement", "brier_increase", "selective_risk")
+TARGETS = ("accuracy_drop", "disagreement", "brier_increase", "selective_risk")
 #: What each verdict means, and the next command; DIR and DATA stand for the checkpoint and the new data.
 _VERDICTS = {
     "threshold": {
@@ -174,7 +174,7 @@ def compare_records(
     check_same_model(before, now)
     policy = as_policy(policy)
     thresholds = policy.check_threshold(threshold, before.num_exits - 1)
-    check_choice("target", target, _TARGETS)
+    check_choice("target", target, TARGETS)
     confidence = check_confidence(confidence)
     bound = None if bound is None else check_number("bound", bound, zero=True)
     first, second = (_measure(records, policy, thresholds, target) for records in (before, now))
@@ -292,7 +292,8 @@ def check_bound(losses: Tensor, target: str, bound: float | None, confidence: fl
     if bound is None or supported <= bound + 1e-9:
         return supported, "holds"
     error = float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else math.inf
-    return supported, "broken" if float(losses.mean()) - float(norm.ppf(confidence)) * error > bound else "open"
+    below = max(float(norm.ppf(confidence)), 0.0)  # a mean within the bound never breaks it
+    return supported, "broken" if float(losses.mean()) - below * error > bound else "open"
 
 
 def check_same_model(before: ExitRecords, now: ExitRecords) -> None:

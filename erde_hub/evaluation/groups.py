@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erde_hub._arguments import check_choice
+from erde_hub.calibration import ThresholdChoice
 from erde_hub.errors import InputTypeError, ShapeError
 from erde_hub.policies import ExitPolicy, PolicyKey, as_policy
 from erde_hub.policies.recorded import exit_indices
-from erde_hub.records import ExitRecords
+from erde_hub.records import ExitRecords, check_kind
 
-from .drift import check_bound, losses_taken
+from .drift import TARGETS, check_bound, losses_taken
 from .sweep import exit_scores, sweep_thresholds
 
 
@@ -107,7 +109,13 @@ def slice_metrics(
         InputTypeError, ShapeError: Groups that do not fit the records.
         ThresholdError: A threshold that the policy does not take.
     """
+    check_kind(records)
     records.require_classes("slice_metrics")
+    if not isinstance(groups, Tensor):
+        raise InputTypeError(f"groups must be a tensor of whole numbers, one per sample, got {type(groups).__name__}")
+    if profile is not None and profile.get("confidence") is not None:
+        profile = ThresholdChoice.from_dict(profile).to_dict()  # raises where it is damaged
+        check_choice("target", profile["target"], TARGETS)
     policy = as_policy(policy)
     group_accuracies(torch.ones(len(records), dtype=torch.bool), groups, len(group_names))  # checks them
     thresholds = policy.check_threshold(threshold, records.num_exits - 1)
@@ -129,7 +137,7 @@ def slice_metrics(
             **{key: metrics[key] for key in ("mean_macs", "exit_share", "ece", "nll")},
             "selective_risk": float(losses_taken(own, index, "selective_risk").mean()) if early.any() else None,
         }
-        if profile is not None and profile["confidence"] is not None:
+        if profile is not None and profile.get("confidence") is not None:
             losses = losses_taken(own, index, profile["target"])
             supported, verdict = check_bound(losses, profile["target"], profile["bound"], profile["confidence"])
             row |= {"value": float(losses.mean()), "supported_bound": supported, "promise": verdict}

@@ -35,7 +35,7 @@ def as_array(value: Any, name: str) -> NDArray[Any]:
         InputTypeError: It holds nothing that an array can hold, or no values at all; the message begins with ``name``.
     """
     try:
-        if hasattr(value, "detach"):
+        if hasattr(value, "is_floating_point"):  # a tensor; torch need not be here
             value = value.detach().cpu()
             value = value.float() if value.is_floating_point() else value
         return np.asarray(value)

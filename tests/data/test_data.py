@@ -336,18 +336,28 @@ def test_groups_are_read_by_row_from_columns_of_the_data_set(tmp_path):
     features = {
         "img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"]),
         "camera": datasets.Value("string"), "night": datasets.Value("bool"),
-        "sizes": datasets.Sequence(datasets.Value("int64")),
+        "sizes": datasets.Sequence(datasets.Value("int64")), "side": datasets.Value("string"),
+        "grade": datasets.ClassLabel(names=["low", "high"]),
     }  # fmt: skip
     extra = {"camera": cameras, "night": [i % 4 == 0 for i in range(90)], "sizes": [[1]] * 90}
+    extra["side"] = ["y / z" if i % 2 else None for i in range(90)]
+    extra["grade"] = [-1 if i % 3 == 0 else i % 2 for i in range(90)]
     folder = write_parquet(tmp_path, {"train": columns | extra}, features)
-    data = load_image_data(folder, image_column="img", progress=False)
+    data = load_image_data(folder, image_column="img", label_column="label", progress=False)
     index = data.test.indices
     groups, names = read_groups(data, "test", ["camera"], index, folder)
     assert names == ["left", "right"]
     assert [names[g] for g in groups] == [cameras[i] for i in index]
     both, names = read_groups(data, "test", ["label", "night"], index, folder)
     assert [names[g] for g in both] == [f"{'abc'[i % 3]} / {i % 4 == 0}" for i in index.tolist()]
+    with pytest.raises(DataError, match="no column is named to group by"):
+        read_groups(data, "test", [], index, folder)
     with pytest.raises(DataError, match=r"has no column 'camra'; did you mean 'camera'.*columns: img, label, camera"):
         read_groups(data, "test", ["camra"], index, folder)
+    groups, names = read_groups(data, "test", ["side", "grade"], index, folder)
+    assert [names[g] for g in groups] == [
+        f"{'y / z' if i % 2 else '(none)'} / {'(none)' if i % 3 == 0 else ['low', 'high'][i % 2]}"
+        for i in index.tolist()
+    ]
     with pytest.raises(DataError, match=r"column 'sizes' of .* holds list: name one of texts or numbers"):
         read_groups(data, "test", ["sizes"], index, folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from erde_hub.calibration import choose_threshold
-from erde_hub.errors import InputTypeError, ShapeError
+from erde_hub.errors import ConfigError, InputTypeError, ShapeError, UnknownNameError
 from erde_hub.evaluation import group_accuracies, group_metrics, slice_metrics, sweep_thresholds
 from tests.fakes.records import make_records, records_of
 
@@ -80,3 +80,18 @@ def test_a_slice_that_loses_more_breaks_the_promise_of_the_whole():
     small, large = slice_metrics(records, groups, ["large", "small"], "entropy", choice.threshold, choice.to_dict())
     assert (small["slice"], small["promise"]) == ("small", "broken")
     assert (large["slice"], large["promise"]) == ("large", "holds")
+
+
+def test_what_slices_refuse():
+    records, groups = make_records(60), torch.arange(60) % 2
+    with pytest.raises(InputTypeError, match="groups must be a tensor of whole numbers"):
+        slice_metrics(records, [0] * 60, ["a"], "entropy", 0.5)
+    profile = choose_threshold(records, max_accuracy_drop=0.2, confidence=0.9).to_dict()
+    with pytest.raises(UnknownNameError, match="unknown target 'mean_macs'"):
+        slice_metrics(records, groups, ["a", "b"], "entropy", 0.5, profile | {"target": "mean_macs"})
+    with pytest.raises(ConfigError, match="a threshold profile must have the format"):
+        slice_metrics(records, groups, ["a", "b"], "entropy", 0.5, {"confidence": 0.9})
+    assert slice_metrics(records, groups, ["a", "b"], "entropy", 0.5, {})
+    unsure = profile | {"confidence": 0.3}
+    lone = slice_metrics(records, torch.arange(60).clamp(max=1), ["one", "rest"], "entropy", 0.0, unsure)
+    assert {row["slice"]: row["promise"] for row in lone}["one"] != "broken", "it lost nothing"
