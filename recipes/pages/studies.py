@@ -117,9 +117,12 @@ def calibrated_table() -> str:
     rows = []
     for name, found in result["calibrators"].items():
         last = found["per_exit"][-1]
-        points = [*found["points"], last | {"budget": None, "mean_macs": last["macs"]}]
-        for point in points:
-            budget = "all layers" if point["budget"] is None else f"{100 * point['budget']:.0f}"
+        shares: dict[float, list[str]] = {}  # budgets at which the same thresholds are the best
+        for point in found["points"]:
+            shares.setdefault(point["mean_macs"], []).append(f"{100 * point['budget']:.0f}")
+        distinct = {point["mean_macs"]: point for point in found["points"]}
+        for point in (*distinct.values(), last | {"mean_macs": last["macs"]}):
+            budget = ", ".join(shares.get(point["mean_macs"], ["all layers"]))
             cells = percent(point["accuracy"]), percent(point["top5"]), f"{point['nll']:.3f}", f"{point['ece']:.3f}"
             rows.append((name, budget, mmacs(point["mean_macs"]), *cells))
     header = ("calibrator", "budget, % of the MACs", "mean MMACs", "accuracy %", "top-5 %", "NLPD", "ECE")

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="folder or Hub name of CIFAR-10 or CIFAR-100")
     parser.add_argument("--output", type=Path, required=True, help="folder for records and the result file")
     parser.add_argument("--size", type=int, default=128, help="pixels to which images are upscaled")
-    parser.add_argument("--factors", type=int, default=5000, help="training images that Laplace's factors come from")
+    parser.add_argument("--factors", type=int, default=45_000, help="training images that Laplace's factors come from")
     parser.add_argument("--limit", type=int, help="number of training images, for a quick look")
     args = parser.parse_args()
     keep_freed_memory()
