@@ -41,6 +41,8 @@ from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.scripts import common as recipe
 from erde_hub.scripts.common.arguments import DataArguments, ExitArguments, changed_arguments
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
+from erde_hub.scripts.common.exit_times import measure_exits
+from erde_hub.scripts.latency import format_latency
 from erde_hub.training import DistillationArguments, create_accelerator, open_run_folder
 from erde_hub.training.frozen import collect_head_inputs, pooling_of, train_heads
 
@@ -75,6 +77,9 @@ class AttachArguments:
     )
     self_weight: float = HfArg(default=1.0, help="factor of the divergence of the exits from the last one")
     self_temperature: float = HfArg(default=1.0, help="softens both sides of that divergence")
+    measure_latency: bool = HfArg(
+        default=True, help="measure the milliseconds of every exit for a second: torch, one thread; latency does more"
+    )
 
 
 @dataclass
@@ -136,7 +141,7 @@ def main() -> None:
     public = {"model": name, "weights": own.weights and Path(own.weights).name}
     settings = recipe.settings_dict(name, own, data_args, exits, args) | public
     run = recipe.Run(accelerator, data, args, settings, started)
-    print(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_network('network', model)}")
+    print(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_networks({'network': model})}")
     print(f"last layer: {'new, it is trained' if new else 'that of the weights, it stays as it is'}")
     if len(layers) > 1:
         print(f"{len(layers)} new layers are trained, so that the network runs in every epoch (--epochs {args.epochs})")
@@ -163,8 +168,24 @@ def main() -> None:
         choice: Mapping[str, Any] = recipe.GIVEN_THRESHOLD
         if exits.threshold is None:
             choice = recipe.store_default_threshold(model, records["validation"])
-        results = recipe.report(run, folder, model, ("self", loss), result, records, choice)
-    print(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder, data_args.dataset)}")
+        latency = measured_times(model) if own.measure_latency else None
+        results = recipe.report(run, folder, model, ("self", loss), result, records, choice, latency=latency)
+    print(f"\n{recipe.format_results(results)}\n")
+    if results.get("latency"):
+        print(f"{format_latency(results['latency'], None)}\n")
+    print(f"{recipe.how_to_load(folder, data_args.dataset)}")
+
+
+def measured_times(model: EarlyExitWrapper) -> dict[str, Any] | None:
+    """Returns how long each exit takes with torch and one CPU thread, as `erde-hub latency` does; None where it cannot.
+
+    What cannot be measured is said, and ends no run.
+    """
+    try:
+        return measure_exits(model, ["torch"], [1], seconds=1.0)
+    except ConfigError as error:
+        logger.warning("the milliseconds were not measured: %s", error)
+        return None
 
 
 def cached_inputs(run: recipe.Run, model: EarlyExitWrapper, cache_dir: str | None) -> dict[str, Tensor]:

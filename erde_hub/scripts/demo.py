@@ -32,9 +32,15 @@ def main() -> None:
     parser.add_argument("--images", metavar="FOLDER", help=f"images to begin with, {MOST_IMAGES} at most")
     parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860")
     parser.add_argument("--no_browser", action="store_true", help="only print the address")
+    plugins = "Python modules that register heads, policies or calibrators of your own"
+    parser.add_argument("--import", dest="plugins", nargs="+", metavar="MODULE", help=plugins)
     args = parser.parse_args()
     try:
         page = import_page()
+        if args.plugins:
+            from erde_hub.scripts.common.command_line import import_plugins  # noqa: PLC0415 - needs torch
+
+            import_plugins(args.plugins)
         networks = [open_network(model) for model in args.model]
         address = page.serve(page.build_page(networks, args.images), args.port, browser=not args.no_browser)
     except (ErdeError, OSError) as error:  # OSError: the port is taken

@@ -72,15 +72,19 @@ def main() -> None:
 
     results = recipe.finished_before(run, folder)
     if results is None:
+        known = teacher or (plan.model if plan else None)
+        networks = {"student": student} if known is None else {"teacher": known, "student": student}
+        say(f"\n{recipe.describe_networks(networks, loss)}")
+
         # Training: the Distiller's loop, from its newest checkpoint with --resume
         if plan is not None:
-            say(f"\n{recipe.describe_network('teacher', plan.model)}")
+            say("\ntraining the teacher")
             teacher, _ = plan.train(run, folder / "teacher")
         static = None
         if student_args.train_static:
-            say("\nstatic student: the student's network without exits, for comparison")
+            say("\ntraining a static student: the student's network without exits, for comparison")
             static = recipe.train_static_student(run, recipe.build_student(student_args, exits, data, args))
-        say(f"\n{recipe.describe_network('student', student, loss, teacher)}")
+        say("\ntraining the student")
         result = recipe.train_network(run, folder, student, loss, teacher)
 
         # Records of every exit, the threshold from those of validation, and the checkpoint with its report on test

@@ -60,7 +60,7 @@ def main() -> None:
     settings = recipe.settings_dict(name, data_args, teacher_args, exits, args)
     run = recipe.Run(accelerator, data, args, settings, started)
     say(f"{recipe.describe_data(data)}\nrun: {folder}")
-    say(f"\n{recipe.describe_network('teacher', plan.model)}")
+    say(f"\n{recipe.describe_networks({'teacher': plan.model})}")
     _, results = plan.train(run, folder)
     say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder, data_args.dataset)}")
 

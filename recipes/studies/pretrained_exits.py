@@ -91,7 +91,7 @@ def main() -> None:
     args = dataclasses.replace(args, output_dir=str(folder))
     settings = recipe.settings_dict(name, own, data_args, exits, args)
     run = recipe.Run(accelerator, data, args, settings, started)
-    say(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_network('network', model)}")
+    say(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_networks({'network': model})}")
     before = frozen_tensors(model)
     result = recipe.train_network(run, folder, model, loss, role="network")
     records = {split: recipe.collect(run, model, split) for split in ("validation", "test")}

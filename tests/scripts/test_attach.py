@@ -17,7 +17,7 @@ from erde_hub.scripts.common.own_network import fit_classifier, inputs_of, open_
 from tests.fakes.texts import columns, make_tokenizer, write_encoder, write_texts
 from tests.fakes.training import make_data, weights
 
-FAST = ("--cache_dir", "cache", "--cpu_threads", 1, "--no_progress_bar", "--epochs", 2)
+FAST = ("--cache_dir", "cache", "--cpu_threads", 1, "--no_progress_bar", "--epochs", 2, "--measure_latency", "false")
 DIGITS = ("--dataset", "digits", "--max_train_samples", 100, "--max_eval_samples", 60)
 
 
@@ -99,8 +99,12 @@ def test_a_folder_of_timm(network, tmp_path):
 @pytest.mark.slow
 def test_a_run_leaves_a_whole_checkpoint_and_keeps_the_backbone(network, tmp_path, call, capsys):
     own = ("--model", "resnet8_cifar", "--weights", tmp_path / "my.pth", "--model_kwargs", "width=4", *DIGITS, *FAST)
-    call(attach, *own, "--output_dir", "out")
+    call(attach, *own, "--output_dir", "out", "--measure_latency")
     said = capsys.readouterr().out
+    (times,) = json.loads((tmp_path / "out" / "results.json").read_text())["latency"]["settings"]
+    assert (times["runtime"], times["threads"], len(times["exit_milliseconds"])) == ("torch", 1, 4)
+    assert "one image per call; milliseconds" in said
+    assert "torch, 1 thread" in (tmp_path / "out" / "README.md").read_text()
     assert "last layer: that of the weights, it stays as it is" in said
     model = EarlyExitWrapper.from_pretrained("out")
     for key, tensor in network.state_dict().items():
@@ -112,6 +116,7 @@ def test_a_run_leaves_a_whole_checkpoint_and_keeps_the_backbone(network, tmp_pat
     (kept,) = (tmp_path / "cache" / "features").iterdir()
     assert len(load_file(kept)["labels"]) == 100, "digits are not mirrored"
     call(attach, *own, "--output_dir", "again")
+    assert "latency" not in json.loads((tmp_path / "again" / "results.json").read_text())
     assert "read from" in capsys.readouterr().out
     again = EarlyExitWrapper.from_pretrained("again")
     assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())

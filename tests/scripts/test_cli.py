@@ -128,6 +128,7 @@ def test_mappings_are_added_to_key_by_key(write):
     [
         ([], {"width": 16}),
         (["--student_architecture", "other"], {}),
+        (["--student-architecture", "other"], {}),
         (["--student_architecture=other", "--student_kwargs", "depth=3"], {"depth": 3}),
         (["--student_architecture", "elsewhere/usual"], {"width": 16}),
         (["--student_kwargs", "none"], {}),

@@ -242,11 +242,15 @@ def test_the_range_of_a_slider_reads_well():
 
 def test_a_network_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "import_page", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["erde-hub demo", "--model", str(tmp_path / "none.onnx")])
-    with pytest.raises(SystemExit) as stop:
-        demo.main()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("erde-hub demo: CheckpointError: no file")
+    (tmp_path / "my_heads.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, said in (("my_heads", "CheckpointError: no file"), ("my_haeds", "ConfigError: --import my_haeds: ")):
+        monkeypatch.setattr(sys, "argv", ["erde-hub demo", "--import", module, "--model", str(tmp_path / "none.onnx")])
+        with pytest.raises(SystemExit) as stop:
+            demo.main()
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith(f"erde-hub demo: {said}")
+    assert "my_heads" in sys.modules
     with pytest.raises(CheckpointError):
         demo.open_network(str(tmp_path / "nowhere"))
 

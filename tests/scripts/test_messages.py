@@ -1,5 +1,7 @@
 """What the scripts print: what the data are, and what can follow."""
 
+import dataclasses
+
 import pytest
 
 from erde_hub.data import load_image_data
@@ -14,6 +16,8 @@ def test_images_are_not_enlarged_without_a_word(tmp_path, side, image_size, said
     text = describe_data(data)
     assert ("the images are smaller (128x128) and are enlarged; --image_size 128" in text) is said
     assert text.startswith("data: images, ")
+    files = {"seen": 9, "used": 6, "left_out": {"hidden": 1, "no image": 2}}
+    assert "; 6 of 9 files are used (left out: 2 no image)" in describe_data(dataclasses.replace(data, files=files))
 
 
 def test_three_commands_that_can_follow(tmp_path):

@@ -140,11 +140,12 @@ def test_teacher_training_takes_training_arguments_only():
     ("architecture", "kwargs", "message"),
     [
         ("resnet10_cifr", {}, r"no model 'resnet10_cifr'; did you mean 'resnet10_cifar'"),
-        ("resnet10_cifar", {"widht": 8}, r"cannot be created with \{'widht': 8\}.*widht"),
+        ("resnet10_cifar", {"widht": 8}, r"cannot be created with \{'widht': 8\}.*widht.*kwargs and mine\.yaml say"),
         ("resnet10_cifar", {"num_classes": 8}, r"'num_classes' cannot be a creation argument"),
     ],
 )
-def test_networks_that_cannot_be_built_say_why(data, architecture, kwargs, message):
+def test_networks_that_cannot_be_built_say_why(data, architecture, kwargs, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["distill", "--config", "mine.yaml"])
     with pytest.raises(ConfigError, match=message):
         recipe.build_model(architecture, data, ExitArguments(), kwargs=kwargs)
 

@@ -293,10 +293,13 @@ def base_config(argv: Sequence[str] | None = None) -> Path:
 
 def describe_settings(base: Path, argv: Sequence[str] | None = None) -> str:
     """One line that says which file the settings come from that no flag gave."""
+    return f"settings: {named_config(argv) or f'{base.name} of erde_hub, as there is no --config'}"
+
+
+def named_config(argv: Sequence[str] | None = None) -> str | None:
+    """Returns the file that ``--config`` names, as messages show it; None where there is no such flag."""
     given = _given("--config", sys.argv[1:] if argv is None else argv)
-    if given:
-        return f"settings: {shown_path(find_config(given[0]))}"
-    return f"settings: {base.name} of erde_hub, as there is no --config"
+    return shown_path(find_config(given[0])) if given else None
 
 
 def shown_path(path: str | Path) -> str:
@@ -363,9 +366,9 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
 
 
 def _given(flag: str, argv: Sequence[str]) -> list[str]:
-    """Returns the values of one flag, without a look at the others."""
+    """Returns the values of one flag, in either spelling (``--a_b``, ``--a-b``), without a look at the others."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument(flag, dest="values", nargs="*", default=[])
+    finder.add_argument(flag, "--" + flag[2:].replace("_", "-"), dest="values", nargs="*", default=[])
     return finder.parse_known_args(argv)[0].values
 
 

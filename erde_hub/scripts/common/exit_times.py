@@ -58,7 +58,7 @@ def measure_exits(
     regression = model.config.problem_type == REGRESSION
     if not early or regression or model.config.task != "classification":
         raise ConfigError("times of exits are for classifiers with early exits")
-    routed = copy.deepcopy(model).eval()
+    routed = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
     routed.set_calibrator(None)
     routed.set_policy(create_policy("entropy"))
     plans = [[NOBODY] * k + [math.inf] * (early - k) for k in range(early + 1)]

@@ -166,33 +166,35 @@ def _is_causal(folder: Path) -> bool:
     return EarlyExitConfig.read(folder / "config.json").get("task") == "causal_lm"
 
 
-def describe_network(
-    role: str, model: EarlyExitWrapper, loss: ExitLoss | None = None, teacher: EarlyExitWrapper | None = None
-) -> str:
-    """Says what is about to be trained, in a line each: network, why its exits sit there, which exits teach which.
+def describe_networks(networks: Mapping[str, EarlyExitWrapper], loss: ExitLoss | None = None) -> str:
+    """Says what is about to be trained: the networks as a table, why their exits sit there, which exits teach which.
 
     Args:
-        role: "student" or "teacher".
-        model: The network; a line is added where it is none for such images.
-        loss: What a student learns from.
-        teacher: Whom it learns from.
+        networks: By role: "teacher", "student"; a line is added for one that is not made for such images.
+        loss: What the student learns from the teacher.
     """
-    config, table = model.config, model.exit_table()
-    kwargs = "".join(f", {key}={value}" for key, value in get_adapter(config.library).notable_arguments(config).items())
-    costs = ", ".join(f"{row.exit} {mmacs(row.cumulative_macs)}" for row in table)
-    text = f"{role}: {config.architecture}{kwargs}; MMACs up to each exit: {costs}"
-    if model.exits_reason is not None:
-        text += f"\nexits of the {role}: {model.exits_reason}"
-    if loss is not None and teacher is not None:
-        pairs = loss.teacher_exit_map(len(model.exit_names), len(teacher.exit_names))
-        text += f"\nexit of the {role} <- exit of the teacher: {describe_exit_map(model, teacher, pairs)}"
-    height, width = (config.input_size or (3, 32, 32))[1:] if model.main_input_name == "pixel_values" else (1, 1)
-    if str(config.architecture).endswith("_cifar") and height * width > SMALL_IMAGE_PIXELS:
-        text += (
-            f"\n{role}: {config.architecture} is made for images of about 32x32 and costly at {height}x{width};"
-            f" --{role}_architecture resnet18, say, or a smaller --image_size would suit these"
-        )
-    return text
+    rows, lines = [], []
+    for role, model in networks.items():
+        config, table = model.config, model.exit_table()
+        notable = get_adapter(config.library).notable_arguments(config)
+        name = ", ".join((str(config.architecture), *(f"{key}={value}" for key, value in notable.items())))
+        exits = " / ".join(row.exit for row in table)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        macs = " / ".join(mmacs(row.cumulative_macs) for row in table)
+        rows.append((role, name, exits, f"{parameters:,}", macs))
+        if model.exits_reason is not None:
+            lines.append(f"exits of the {role}: {model.exits_reason}")
+        height, width = (config.input_size or (3, 32, 32))[1:] if model.main_input_name == "pixel_values" else (1, 1)
+        if str(config.architecture).endswith("_cifar") and height * width > SMALL_IMAGE_PIXELS:
+            lines.append(
+                f"{role}: {config.architecture} is made for images of about 32x32 and costly at {height}x{width};"
+                f" --{role}_architecture resnet18, say, or a smaller --image_size would suit these"
+            )
+    if loss is not None and {"teacher", "student"} <= networks.keys():
+        teacher, student = networks["teacher"], networks["student"]
+        pairs = loss.teacher_exit_map(len(student.exit_names), len(teacher.exit_names))
+        lines.append(f"exit of the student <- exit of the teacher: {describe_exit_map(student, teacher, pairs)}")
+    return "\n".join((format_table(("role", "network", "exits", "parameters", "MMACs up to each"), rows), *lines))
 
 
 def describe_data(data: LabelledData, trained: str | None = None) -> str:
@@ -211,11 +213,19 @@ def describe_data(data: LabelledData, trained: str | None = None) -> str:
     known = None not in counts.values()
     sizes = ", ".join(f"{count:,} {name}" for name, count in counts.items()) if known else "streamed"
     origin = "" if trained is None else f" (what {trained} was trained on)"
-    files = f"; {data.files['used']:,} of {data.files['seen']:,} files are used" if data.files else ""
     return (
-        f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes{origin}{files}"
+        f"data: {data.name}, {sizes} {data.kind}s of {size}, {data.num_classes} classes{origin}{_files(data.files)}"
         f"{_enlargement(data)}"
     )
+
+
+def _files(files: Mapping[str, Any] | None) -> str:
+    """How many files of a folder are used, and how many are left out for which reason; hidden ones are not named."""
+    if not files:
+        return ""
+    reasons = [f"{count:,} {reason}" for reason, count in files.get("left_out", {}).items() if reason != "hidden"]
+    left_out = f" (left out: {', '.join(reasons)})" if reasons else ""
+    return f"; {files['used']:,} of {files['seen']:,} files are used{left_out}"
 
 
 def _enlargement(data: LabelledData) -> str:

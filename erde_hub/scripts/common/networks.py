@@ -20,6 +20,7 @@ from erde_hub.modeling.wrapper import EarlyExitWrapper
 from erde_hub.training.arguments import DistillationArguments
 
 from .arguments import ExitArguments, StudentArguments, StudentNetworkArguments, TeacherArguments, exit_places
+from .command_line import named_config
 from .encoders import create_encoder, is_encoder
 from .language_models import create_language_model, is_language_model
 
@@ -209,8 +210,8 @@ def create_network(architecture: str, kwargs: Mapping[str, Any], pretrained: boo
         hint = nearest_argument(error, architecture)
         shown = {key: value for key, value in kwargs.items() if key != "num_classes"}
         raise ConfigError(
-            f"{architecture!r} cannot be created with {shown}: {error}{hint}; they are what its --..._kwargs and the"
-            " configuration say, and `none` in the flag clears them"
+            f"{architecture!r} cannot be created with {shown}: {error}{hint}; they are what its --..._kwargs and"
+            f" {named_config() or 'the configuration'} say, and `none` in the flag clears them"
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         if not pretrained:

@@ -59,6 +59,7 @@ def report(
     teacher: EarlyExitWrapper | None = None,
     static: Mapping[str, Any] | None = None,
     args: DistillationArguments | None = None,
+    latency: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the checkpoint of a trained model and everything that describes it.
 
@@ -76,6 +77,7 @@ def report(
         teacher: Measured on the same test samples.
         static: Part ``static_student`` of the results, see :func:`train_static_student`.
         args: Training arguments of this model; those of the run if None.
+        latency: How long each exit takes, see :func:`~erde_hub.scripts.common.exit_times.measure_exits`.
 
     Raises:
         CheckpointWriteError: A file cannot be written.
@@ -100,6 +102,8 @@ def report(
         base = published_base(model)
         if base is not None:
             results["student"]["base_model"] = base
+        if latency is not None:
+            results["latency"] = dict(latency)
         if static is not None:
             results["static_student"] = dict(static)
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from .arguments import DataArguments, ExitArguments, StudentArguments, TeacherAr
 _PARTS = (DataArguments, StudentArguments, ExitArguments, TeacherArguments, DistillationArguments)
 
 #: Settings that change no result: names, places, what is looked at before training. The data are compared as such.
-_FREE = FREE_ON_RESUME | {"config", "cache_dir", "check_images", "dataset"}
+_FREE = FREE_ON_RESUME | {"config", "cache_dir", "check_images", "dataset", "measure_latency"}
 
 
 def _names(*parts: type) -> frozenset[str]:
