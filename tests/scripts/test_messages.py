@@ -31,3 +31,6 @@ def test_three_commands_that_can_follow(tmp_path):
     assert named.endswith(f"--max_accuracy_drop 0.02 --dataset {tmp_path}"), "a folder must be named again"
     (tmp_path / "tokenizer_config.json").touch()
     assert how_to_load(tmp_path).splitlines()[-1].split()[:2] == ["erde-hub", "push"]
+    (tmp_path / "config.json").write_text('{"task": "causal_lm"}')
+    commands = [line.split()[1] for line in how_to_load(tmp_path).splitlines() if "erde-hub" in line]
+    assert commands == ["evaluate", "push"], "demo, calibrate and export are for classifiers"

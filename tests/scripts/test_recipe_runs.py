@@ -330,7 +330,7 @@ def test_what_is_finished_is_not_handed_out_under_other_settings(call, tmp_path,
     printed = capsys.readouterr().out
     assert "exit of the student <- exit of the teacher: layer1 <- layer1, layer2 <- layer2" in printed
     roles = [line.split()[:2] for line in printed.splitlines() if " / " in line and line[:1] in "ts"]
-    assert roles[:2] == [["teacher", "resnet18_cifar,"], ["student", "resnet10_cifar,"]], "one table"
+    assert roles[:2] == [["teacher", "resnet18_cifar"], ["student", "resnet10_cifar"]], "one table"
     assert "exits of the teacher: " in printed
     assert "exits of the student: " in printed
     assert re.search(r"time: .* in all, .* of it the training of this network", printed)

@@ -135,7 +135,11 @@ def how_to_load(folder: Path, dataset: str | None = None) -> str:
         f'model = EarlyExitWrapper.from_pretrained("{folder}")',
         'out = model(model.image_processor()(images, return_tensors="pt")["pixel_values"])',
     ]
-    if _is_causal(folder):
+    again = f" --dataset {shlex.quote(dataset)}" if dataset is not None and Path(dataset).expanduser().is_dir() else ""
+    push, answers = "push --model {} --repo_id org/name", "  # out.logits, out.exit_index"
+    commands = ["demo --model {}", f"calibrate --model {{}} --max_accuracy_drop 0.02{again}", push]
+    if EarlyExitConfig.read(folder / "config.json").get("task") == "causal_lm":
+        commands, answers = [f"evaluate --model {{}}{again}", push], ""
         lines[0] += "; from transformers import AutoTokenizer"
         lines[2:] = [
             f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
@@ -145,25 +149,11 @@ def how_to_load(folder: Path, dataset: str | None = None) -> str:
         lines[0] += "; from transformers import AutoTokenizer"
         lines.insert(2, f'tokenizer = AutoTokenizer.from_pretrained("{folder}")')
         lines[3] = 'out = model(**tokenizer(texts, padding=True, return_tensors="pt"))'
+    else:
+        commands[-1] = "export --model {} --output model.onnx"
     code = "\n".join(f"    {line}" for line in lines)
-    last = "push --model {} --repo_id org/name" if len(lines) > 3 else "export --model {} --output model.onnx"
-    again = f" --dataset {shlex.quote(dataset)}" if dataset is not None and Path(dataset).expanduser().is_dir() else ""
-    commands = (
-        "demo --model {}",
-        f"calibrate --model {{}} --max_accuracy_drop 0.02{again}",
-        last,
-    )
     following = "\n".join(f"    erde-hub {command.format(folder)}" for command in commands)
-    if _is_causal(folder):
-        return f"checkpoint, model card and picture: {folder}\n\n{code}"
-    return (
-        f"checkpoint, model card and picture: {folder}\n\n{code}  # out.logits, out.exit_index\n\n"
-        f"next, for example:\n{following}"
-    )
-
-
-def _is_causal(folder: Path) -> bool:
-    return EarlyExitConfig.read(folder / "config.json").get("task") == "causal_lm"
+    return f"checkpoint, model card and picture: {folder}\n\n{code}{answers}\n\nnext, for example:\n{following}"
 
 
 def describe_networks(networks: Mapping[str, EarlyExitWrapper], loss: ExitLoss | None = None) -> str:
@@ -176,12 +166,12 @@ def describe_networks(networks: Mapping[str, EarlyExitWrapper], loss: ExitLoss |
     rows, lines = [], []
     for role, model in networks.items():
         config, table = model.config, model.exit_table()
-        notable = get_adapter(config.library).notable_arguments(config)
-        name = ", ".join((str(config.architecture), *(f"{key}={value}" for key, value in notable.items())))
         exits = " / ".join(row.exit for row in table)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         macs = " / ".join(mmacs(row.cumulative_macs) for row in table)
-        rows.append((role, name, exits, f"{parameters:,}", macs))
+        rows.append((role, str(config.architecture), exits, f"{parameters:,}", macs))
+        if notable := get_adapter(config.library).notable_arguments(config):
+            lines.append(f"arguments of the {role}: {', '.join(f'{key}={value}' for key, value in notable.items())}")
         if model.exits_reason is not None:
             lines.append(f"exits of the {role}: {model.exits_reason}")
         height, width = (config.input_size or (3, 32, 32))[1:] if model.main_input_name == "pixel_values" else (1, 1)
