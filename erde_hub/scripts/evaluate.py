@@ -22,6 +22,7 @@ from transformers.hf_argparser import HfArg
 
 from erde_hub._image_files import decode
 from erde_hub.data.folders import list_files
+from erde_hub.data.tokens import TokenData
 from erde_hub.errors import ConfigError, DataError
 from erde_hub.evaluation import (
     Drift,
@@ -135,7 +136,8 @@ def main() -> None:
     settings = asdict(evaluation) | asdict(data_args)
     run = recipe.Run(accelerator, data, args, settings)
     records = recipe.collect(run, model, evaluation.split, args.batch_size)
-    with_sets = evaluation.set_alpha > 0 and evaluation.split != "validation"
+    sets = evaluation.set_alpha > 0 and not isinstance(data, TokenData)  # of a vocabulary: none, as in distill's report
+    with_sets = sets and evaluation.split != "validation"
     held_out = recipe.collect(run, model, "validation", args.batch_size) if with_sets else None
 
     def write() -> dict[str, Any]:

@@ -135,6 +135,11 @@ def test_configuration_of_a_language_model_runs(config, call, tmp_path):
     assert "image" not in card.split("## Training")[0]
     (answer,) = pipeline("text-generation", model="out")("To be", max_new_tokens=5, threshold=9.0)
     assert answer["generated_text"].startswith("To be")
+    if config.stem.endswith("small"):
+        own = [*flags[:4], "--max_eval_samples", "6", "--cpu_threads", "1"]
+        call(evaluate, "--model", "out", *own, "--output_dir", "check")
+        check = json.loads((tmp_path / "check" / "results.json").read_text())
+        assert [row["accuracy"] for row in check["per_exit"]] == [row["accuracy"] for row in results["per_exit"]]
 
 
 @pytest.mark.parametrize("config", sorted({*CONFIGS} - {*TEXT_CONFIGS, *LANGUAGE_CONFIGS}), ids=lambda path: path.stem)
