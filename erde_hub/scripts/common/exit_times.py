@@ -119,4 +119,9 @@ def _session(model: EarlyExitWrapper, folder: Path, threads: int) -> Any:
     if not path.is_file():
         export_onnx(model, path)
     session = EarlyExitSession(path, threads=threads)
-    return lambda inputs, thresholds: session(inputs.get("pixel_values", inputs), threshold=thresholds)
+
+    def call(inputs: Mapping[str, Tensor], thresholds: Sequence[float]) -> Any:
+        arrays = {name: value.numpy() for name, value in inputs.items()}  # a session takes longer to read tensors
+        return session(arrays.get("pixel_values", arrays), threshold=thresholds)
+
+    return call
