@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def main() -> None:
     report = Path(args.model).expanduser() / "results.json"
     results = load_results(report) if report.is_file() else None
     print(format_latency(latency, results))
+    if any(later < earlier for one in latency["settings"] for earlier, later in pairwise(one["exit_milliseconds"])):
+        print("\nWarning: an exit took longer than a deeper one, as on a busy machine. Measure again on an idle one.")
     if results is not None and not args.dry_run:
         recipe.write_report(
             {**results, "latency": latency}, report.parent, card=(report.parent / "README.md").is_file()

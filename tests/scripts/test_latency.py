@@ -88,3 +88,12 @@ def test_times_are_kept_and_used(run, call, capsys):
     (run / "results.json").unlink()
     call(latency, "--model", run, "--rounds", 1, "--cpu_threads", 1, "--runtime", "torch")
     assert "the times are not kept: there is no report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("times", "warned"), [([1.0, 2.0, 3.0], False), ([2.0, 1.0, 3.0], True)])
+def test_times_that_fall_are_those_of_a_busy_machine(run, call, capsys, monkeypatch, times, warned):
+    settings = [{"runtime": "torch", "threads": 1, "exit_milliseconds": times}]
+    measured = {"cpu": "this", "cores": 2, "exits": ["a", "b", "c"], "settings": settings}
+    monkeypatch.setattr(latency, "measure_exits", lambda *_, **__: measured)
+    call(latency, "--model", run, "--dry_run")
+    assert ("an exit took longer than a deeper one, as on a busy machine" in capsys.readouterr().out) is warned
