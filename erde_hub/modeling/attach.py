@@ -77,9 +77,9 @@ def new_layers(network: nn.Module) -> dict[str, nn.Module]:
     ``network.new_layers``, names, says it of others.
     """
     names = set(getattr(network, "new_layers", ()))
-    loaded = {name for name, weight in network.named_parameters() if getattr(weight, "_is_hf_initialized", False)}
+    loaded = {id(weight) for weight in network.parameters() if getattr(weight, "_is_hf_initialized", False)}
     for name, module in network.named_modules() if loaded else ():
-        own = {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)}
+        own = {id(weight) for weight in module.parameters(recurse=False)}  # a tied weight was loaded with the other
         bias = getattr(module, "bias", None)
         if own and not own & loaded and not (isinstance(bias, Tensor) and bias.any()):
             names.add(name)

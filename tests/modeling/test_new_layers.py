@@ -7,6 +7,7 @@ import logging
 import pytest
 import timm
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError
@@ -59,6 +60,13 @@ def test_trained_layers_stay_as_they_are(tmp_path):
     bert.train()(**transformers_models.inputs("bert"), labels=torch.arange(8) % 3).loss.backward()
     torch.optim.SGD(bert.parameters(), 0.1).step()
     assert not new_layers(bert), "it has been trained meanwhile"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_tied_to_the_embedding_was_loaded_with_it(tied, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=tied, **sizes)).save_pretrained(tmp_path)
+    assert not new_layers(LlamaForCausalLM.from_pretrained(tmp_path))
 
 
 def test_the_distiller_trains_them_and_nothing_else(tmp_path, caplog):
