@@ -163,7 +163,8 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
     assigned = _assign(content, root.name) if deep else []
     names = sorted({label for _, label, _ in assigned})
     single = len(names) == 1
-    if content.metadata and (single or all(_split_of(name) for name in names)):  # train_images, test_images are none
+    inside = {part for parts in content.metadata for part in parts[:-1]} & set(names)
+    if content.metadata and (len(names) < 2 or _are_splits(names, bool(inside))):
         return _read_metadata(root, content)
     if (len(names) < 2 and texts) or (not assigned and any(name.endswith(_FOR_DATASETS) for name in others)):
         return None
@@ -237,10 +238,24 @@ def _read_metadata(root: Path, content: FolderContent) -> Tables:
     return Tables(root.name, images, [str(root)], report)
 
 
+def _are_splits(names: list[str], described: bool) -> bool:
+    """Tells parts of a data set, such as train_images and test_images, from classes, such as train station and test tube.
+
+    Args:
+        names: Of the folders that images lie in.
+        described: Metadata lie inside the folders, which classes do not have.
+    """
+    rests = [" ".join(word for word in _words(name) if word not in SPLIT_ALIASES) for name in names]
+    return all(map(_split_of, names)) and (described or "" in rests or len(set(rests)) < len(rests))
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split("[^a-z]+", name.lower()) if word]
+
+
 def _split_of(folder: str) -> str | None:
     """Returns the split that a word in the name of a folder stands for, or of one above it."""
-    words = re.split("[^a-z]+", folder.lower())
-    return next((SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES), None)
+    return next((SPLIT_ALIASES[word] for word in _words(folder) if word in SPLIT_ALIASES), None)
 
 
 def _depth(images: Iterable[Parts]) -> int:

@@ -245,6 +245,31 @@ def test_metadata_of_several_splits(tmp_path, load):
     assert (len(data.train), len(data.validation), len(data.test)) == (20, 18, 16)
 
 
+@pytest.mark.parametrize("around", ["", "archive"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_metadata_next_to_classes_called_like_splits(tmp_path, load, caplog, around, labelled):
+    names = ["test tube", "train station"]
+    root = fill(tmp_path / "set" / around, names)
+    lines = [f"{name}/{i}.png,{name}" if labelled else f"{name}/{i}.png,a {i}" for name in names for i in range(12)]
+    (root / "metadata.csv").write_text("\n".join([f"file_name,{'label' if labelled else 'text'}", *lines]))
+    data = load(tmp_path / "set")
+    assert data.class_names == names
+    assert data.files == {"seen": 25, "used": 24, "left_out": {"metadata, while the folders tell the classes": 1}}
+    assert "metadata, while the folders tell the classes" in caplog.text
+
+
+@pytest.mark.parametrize("folders", [("train_images", "test_images"), ("train", "my_test"), ("train 1", "train 2")])
+def test_metadata_next_to_folders_of_splits(tmp_path, load, folders):
+    lines = []
+    for number, folder in enumerate(folders):
+        fill(tmp_path / "set", [folder], 20, first=100 * number)
+        lines += [f"{folder}/{i}.png,{'cat dog'.split()[i % 2]}" for i in range(20)]
+    (tmp_path / "set" / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    data = load(tmp_path / "set")
+    assert data.class_names == ["cat", "dog"]
+    assert data.files["used"] == 41
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
