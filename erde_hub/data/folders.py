@@ -19,6 +19,8 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from erde_hub._image_files import is_image, raster_formats
@@ -130,17 +132,19 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield Path(entry.path)
 
 
-def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
+def read_image_folder(root: Path, content: FolderContent, prefer_tables: bool = False) -> Tables | None:
     """Reads a folder per class, at the top or below ``train``, ``validation`` and ``test``; None where there are none.
 
     Every image below a class folder belongs to the class, however deep it lies. Splits may also lie below every class
     (``cat/train/1.png``), and all of it in one more folder. Images that lie in no class folders may be described by
-    ``metadata.csv`` or ``metadata.jsonl``. A folder that holds parquet files is a table, whatever images lie next to
-    them, and so is one with as many CSV or JSON files as images, where these lie in no class folders.
+    ``metadata.csv`` or ``metadata.jsonl``. A folder with parquet or Arrow files that hold images is a table, whatever
+    images lie next to them. So is one with such files of any kind, or as many CSV or JSON files as images, where the
+    images lie in no class folders.
 
     Args:
         root: The folder.
         content: What :func:`list_files` found in it.
+        prefer_tables: Tables are read where there are any, with or without images.
 
     Returns:
         Per split a data set with the columns ``image`` and ``label``, in the order of the paths.
@@ -152,7 +156,9 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
     unreadable, others = (content.left_out.get(reason, []) for reason in (_UNREADABLE, "no image"))
     pictures = len(content.images) + len(unreadable)
     texts = sum(name.endswith(_TEXTS) for name in others) >= pictures
-    if content.tables or not pictures or (texts and not content.images):
+    if not content.images and (content.tables or texts):
+        return None
+    if content.tables and (prefer_tables or any(map(_holds_images, content.tables))):
         return None
     if not content.images:
         raise DataError(
@@ -163,6 +169,12 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
     assigned = _assign(content, root.name) if deep else []
     names = sorted({label for _, label, _ in assigned})
     single = len(names) == 1
+    if content.tables:
+        if len(names) < 2:
+            return None
+        content.left_out["tables, while the folders tell the classes"] += [
+            path.relative_to(root).as_posix() for path in content.tables
+        ]
     inside = {part for parts in content.metadata for part in parts[:-1]} & set(names)
     if content.metadata and (len(names) < 2 or _are_splits(names, bool(inside))):
         return _read_metadata(root, content)
@@ -198,6 +210,22 @@ def read_image_folder(root: Path, content: FolderContent) -> Tables | None:
         for split, own in rows.items()
     }
     return Tables(root.name, splits, None, files)
+
+
+def _holds_images(table: Path) -> bool:
+    """Tells whether a column of a Parquet or Arrow file holds encoded bytes; a damaged file holds none."""
+    try:
+        if table.suffix.lower() == ".parquet":
+            kinds = pq.read_schema(table).types
+        else:
+            with pa.OSFile(str(table)) as file:  # as a stream, which datasets writes, or with an index at its end
+                indexed = file.read(6) == b"ARROW1"
+                file.seek(0)
+                kinds = (pa.ipc.open_file(file) if indexed else pa.ipc.open_stream(file)).schema.types
+    except (pa.ArrowException, OSError):
+        return False
+    cells = [kind.field("bytes").type if pa.types.is_struct(kind) and "bytes" in kind.names else kind for kind in kinds]
+    return any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in cells)
 
 
 def _read_metadata(root: Path, content: FolderContent) -> Tables:
@@ -239,7 +267,7 @@ def _read_metadata(root: Path, content: FolderContent) -> Tables:
 
 
 def _are_splits(names: list[str], described: bool) -> bool:
-    """Tells parts of a data set, such as train_images and test_images, from classes, such as train station and test tube.
+    """Tells parts of a data set (train_images, test_images) from classes (train station, test tube).
 
     Args:
         names: Of the folders that images lie in.

@@ -75,7 +75,9 @@ def _column(
         classes = rows.labels[[place[int(number)] for number in index]]
         return [data.class_names[int(label)] for label in classes]
     source = data.split_info[rows.name]["source"]
-    table: Any = None if dataset == "digits" else open_tables(dataset, config, cache).splits[source]
+    table: Any = (
+        None if dataset == "digits" else open_tables(dataset, config, cache, data.kind != "image").splits[source]
+    )
     known = [] if table is None else table.column_names
     if column not in known:
         given = ", ".join(known) or "none; 'label' groups by class"

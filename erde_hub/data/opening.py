@@ -65,7 +65,7 @@ def open_source(
             split, rows without label, a single class.
         LabelError: A label outside the classes.
     """
-    opened = open_tables(dataset, config_name, cache_dir)
+    opened = open_tables(dataset, config_name, cache_dir, image_column is not None)
     name, tables = opened.name, opened.splits
     image, label = find_columns(tables["train"].features, name, image_column, label_column)
     class_names, labels = read_labels(tables, name, label)
@@ -75,21 +75,31 @@ def open_source(
     return Source(name, class_names, labels, images, opened.files)
 
 
-def open_tables(dataset: str, config_name: str | None, cache_dir: str | None) -> Tables:
+def open_tables(dataset: str, config_name: str | None, cache_dir: str | None, prefer_tables: bool = False) -> Tables:
     """As :func:`open_dataset`, loaded, with rows in every split.
 
     Raises:
         DataError: See :func:`open_dataset`; also an empty split.
     """
-    opened = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir)
+    opened = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir, prefer_tables=prefer_tables)
     for split, table in opened.splits.items():
         if len(table) == 0:
             raise DataError(f"split {split!r} of {opened.name!r} is empty: give one with rows, or leave it out")
     return opened
 
 
-def open_dataset(dataset: str, config_name: str | None, streaming: bool, cache_dir: str | None) -> Tables:
+def open_dataset(
+    dataset: str, config_name: str | None, streaming: bool, cache_dir: str | None, prefer_tables: bool = False
+) -> Tables:
     """Opens a folder or a data set of the Hub. A folder of images is never streamed: its files lie here.
+
+    Args:
+        dataset: Folder or name.
+        config_name: Configuration of a Hub data set that has several.
+        streaming: Tables are streamed.
+        cache_dir: Of ``datasets``.
+        prefer_tables: A folder's tables are read, whatever class folders lie next to them: for texts, and where the
+            column of images was named.
 
     Raises:
         DataError: Nothing of that name, a folder without data or without train split, files outside the folder, or a
@@ -104,7 +114,7 @@ def open_dataset(dataset: str, config_name: str | None, streaming: bool, cache_d
             raise DataError(
                 f"folder {dataset!r} holds no files: give one with parquet files or with a folder per class"
             )
-        opened = read_image_folder(path, content)
+        opened = read_image_folder(path, content, prefer_tables)
         if opened is None:
             loaded = _load(str(path), content, config_name, streaming, cache_dir)
             opened = Tables(path.name, loaded, [str(path), str(datasets.config.EXTRACTED_DATASETS_PATH)])

@@ -190,7 +190,9 @@ def open_stream(
         DataError: No such data, a column missing or in doubt, labels without class names, an unreadable image, a split
             file of other data or with row numbers.
     """
-    opened = open_dataset(dataset, config_name, streaming=True, cache_dir=cache_dir)
+    opened = open_dataset(
+        dataset, config_name, streaming=True, cache_dir=cache_dir, prefer_tables=image_column is not None
+    )
     name, streams, roots = opened.name, opened.splits, opened.roots
     features = streams["train"].features or streams["train"]._resolve_features().features
     image, label = find_columns(features, name, image_column, label_column)

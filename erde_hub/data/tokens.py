@@ -221,7 +221,7 @@ def _read(
     files = {SPLIT_ALIASES[path.stem]: path for path in sorted(folder.glob("*.txt")) if path.stem in SPLIT_ALIASES}
     if folder.is_dir() and "train" in files:
         return folder.resolve().name, {split: [_read_text(path)] for split, path in files.items()}
-    opened = open_tables(source, config_name, None if cache_dir is None else os.fspath(cache_dir))
+    opened = open_tables(source, config_name, None if cache_dir is None else os.fspath(cache_dir), prefer_tables=True)
     features = opened.splits["train"].features
     if "input_ids" in features and text_column is None:
         joined = {s: np.concatenate([np.asarray(v) for v in t["input_ids"]]) for s, t in opened.splits.items()}

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_metadata_next_to_folders_of_splits(tmp_path, load, folders):
     lines = []
     for number, folder in enumerate(folders):
         fill(tmp_path / "set", [folder], 20, first=100 * number)
-        lines += [f"{folder}/{i}.png,{'cat dog'.split()[i % 2]}" for i in range(20)]
+        lines += [f"{folder}/{i}.png,{['cat', 'dog'][i % 2]}" for i in range(20)]
     (tmp_path / "set" / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
     data = load(tmp_path / "set")
     assert data.class_names == ["cat", "dog"]
@@ -330,6 +331,45 @@ def test_parquet_with_pictures_next_to_it_is_a_table(tmp_path, load):
     folder = write_parquet(tmp_path / "set", {"train": rows(30)})
     fill(tmp_path / "set" / "figures", ["a", "b"])
     assert load(folder).num_classes == 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "feather", "damaged", "empty"])
+def test_a_table_without_images_next_to_class_folders_is_left_out(tmp_path, load, caplog, kind):
+    names = ["cat", "dog", "test tube"]
+    root = fill(tmp_path / "set", names, 8)
+    for number, file in enumerate(("train.png", "val_1.png", "7.Jpg", "none")):
+        save(root / "cat" / file, 900 + number, format="PNG")
+    table = datasets.Dataset.from_dict({"file_name": ["cat/0.png"], "boxes": [[1.0, 2.0]]})
+    file = root / f"annotations.{'parquet' if kind == 'parquet' else 'arrow'}"
+    if kind == "parquet":
+        table.to_parquet(str(file))
+    elif kind == "arrow":
+        table.save_to_disk(str(tmp_path / "saved"))
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(file)
+    elif kind == "feather":
+        table.to_pandas().to_feather(file)
+    else:
+        file.write_bytes(b"ARROW1 and no table" if kind == "damaged" else b"")
+    data = load(root)
+    assert data.class_names == names
+    assert data.files == {"seen": 29, "used": 28, "left_out": {"tables, while the folders tell the classes": 1}}
+    assert f"1 tables, while the folders tell the classes ({file.name})" in caplog.text
+
+
+def test_texts_in_tables_with_folders_of_pictures_next_to_them(tmp_path):
+    datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]}).to_parquet(str(tmp_path / "train.parquet"))
+    fill(tmp_path, ["docs", "plots"], 1)
+    opened = open_tables(str(tmp_path), None, str(tmp_path / ".cache"), prefer_tables=True)
+    assert opened.splits["train"]["text"][:] == ["good", "bad"]
+
+
+def test_a_named_column_of_paths_in_a_table_next_to_folders(tmp_path, load):
+    root = fill(tmp_path / "set", ["a", "b"], 20)
+    files = [str(root / folder / f"{i}.png") for folder in "ab" for i in range(20)]
+    columns = {"path": files, "label": [i % 4 for i in range(40)]}
+    datasets.Dataset.from_dict(columns).to_parquet(str(root / "train.parquet"))
+    assert load(root).num_classes == 2
+    assert load(root, image_column="path").num_classes == 4
 
 
 def test_copies_stay_on_one_side_where_we_cut(tmp_path, load):
