@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ from .preprocessing import (
 )
 from .splits import SPLIT_NAMES, SplitPlan, bucket_of, leave_out_copies, limit_plan, load_plan, plan_splits
 from .streaming import open_stream
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["BatchLoader", "ImageData", "image_data_from_arrays", "load_image_data"]
 
@@ -133,8 +136,9 @@ def load_image_data(
             holds a rule that data which are loaded follow too; one with row numbers is of no use to a stream.
         check_images: Large images that cannot be read are found here and not in the middle of training: "all" decodes
             every image once, on all cores, and remembers in ``cache_dir`` that it did; "headers" opens up to 20,000 of
-            each split; "none" looks at nothing. Small images are decoded here in any case, streams never; of a stream
-            "all" reads given validation and test splits before training, so that copies of them are left out of train.
+            each split; "none" looks at nothing. Copies in splits of more than about a gigabyte are found by "all" only.
+            Small images are decoded here in any case, streams never; of a stream "all" reads given validation and test
+            splits before training, so that copies of them are left out of train.
         seed: Of the held-out rows; 0 gives the splits that other people get.
         progress: Show progress bars.
 
@@ -190,6 +194,13 @@ def load_image_data(
         kept = folder / "erde_hub_checked" / f"{fingerprint}-{split}.keys"
         keys[split] = content_keys(images, kept, check_images == "all", progress)
     known = {split: own.tolist() for split, own in keys.items() if own is not None}
+    if len(known) < len(keys):
+        _logger.warning(
+            "%s: copies of images in %s are not looked for, and may be on both sides of the cut: more than about a"
+            " gigabyte is read for that with check_images='all' only",
+            source.name,
+            ", ".join(split for split in keys if split not in known),
+        )
     plan = (
         plan_splits(source.labels, seed, known)
         if split_file is None

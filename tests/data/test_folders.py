@@ -415,6 +415,17 @@ def test_copies_of_held_out_images_are_not_trained_on(tmp_path, load, caplog, si
     assert "3 rows of train are copies of held-out rows" in caplog.text
 
 
+@pytest.mark.parametrize("check", ["all", "headers", "none"])
+def test_copies_that_are_not_looked_for_are_told(tmp_path, load, caplog, monkeypatch, check):
+    monkeypatch.setattr("erde_hub.data.decoding._FULL_HASH_BYTES", 4000)
+    train = rows(30)
+    test = {name: values[:6] for name, values in train.items()}
+    data = load(write_parquet(tmp_path / "set", {"train": train, "test": test}), check_images=check)
+    told = "copies of images in train are not looked for" in caplog.text
+    assert told == (check != "all")
+    assert len(data.train) + len(data.validation) == (30 if told else 24)
+
+
 def test_a_stream_of_class_folders(tmp_path, load):
     root = fill(tmp_path / "set", ["cat", "dog", "train"], 30)
     stream, loaded = load(root, streaming=True), load(root)
