@@ -218,8 +218,10 @@ def _changed_by_hand(
     module: nn.Module, rebuilt: nn.Module, differs: Sequence[str], classifier: Sequence[str]
 ) -> str | None:
     """Says what was done to a network after it was created, and what to do about it; None where it does not show."""
+    texts = getattr(module, "main_input_name", None) == "input_ids"  # without a mask, as a Sequential takes one input
+    inputs = "example_inputs=input_ids) for texts without padding" if texts else "input_size=...)"
     own_class = (
-        "; to keep it, wrap EarlyExitWrapper(nn.Sequential(model), input_size=...), whose checkpoints load with"
+        f"; to keep it, wrap EarlyExitWrapper(nn.Sequential(model), {inputs}, whose checkpoints load with"
         " from_pretrained(path, backbone=nn.Sequential(model))"
     )
     parts, before = dict(module.named_modules()), dict(rebuilt.named_modules())
@@ -237,6 +239,19 @@ def _changed_by_hand(
         path, _, weight = pruned.removesuffix("_mask").rpartition(".")
         return (
             f": {path!r} is pruned: torch.nn.utils.prune.remove(module, {weight!r}) makes it permanent before wrapping"
+        )
+    spectral = next((name for name in differs if name.endswith("_orig")), None)
+    if spectral is not None:
+        path, _, weight = spectral.removesuffix("_orig").rpartition(".")
+        return (
+            f": {path!r} has spectral_norm: torch.nn.utils.remove_spectral_norm(module, {weight!r}) makes the weight"
+            " plain before wrapping"
+        )
+    doubled = next((name.partition(".aux_bn.")[0] for name in differs if ".aux_bn." in name), None)
+    if doubled is not None:
+        return (
+            f": the batch norm {doubled!r} was split by convert_splitbn_model: wrap the network as it was before, which"
+            " takes these weights with load_state_dict(weights, strict=False)"
         )
     if any(name.endswith("weight_g") for name in differs):
         return f": {first!r} belongs to weight_norm: torch.nn.utils.remove_weight_norm(module) before wrapping"

@@ -206,6 +206,7 @@ class TransformersAdapter(BackboneAdapter):
             self.logits,
             str(config.architecture),
             "; its layers were changed after it was built: change its config instead, and build it from that",
+            self.classifier_names(module),
         )
 
     def candidates(self, module: nn.Module, traced: Trace) -> list[str]:

@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.layers import convert_splitbn_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, RebuildError
@@ -84,6 +85,15 @@ def test_what_changes_training_alone_is_found(kwargs, place):
     ]
 
 
+def test_what_undoes_a_change_helps():
+    """As the messages on spectral norm and on split batch norms say."""
+    module = CHANGED["spectral norm"][0]()
+    nn.utils.remove_spectral_norm(module.layer1[0].conv1, "weight")
+    EarlyExitWrapper(module, exits=1)
+    module = timm.create_model("resnet10t", num_classes=3)
+    assert not module.load_state_dict(CHANGED["split norms"][0]().state_dict(), strict=False).missing_keys
+
+
 def test_another_number_of_classes_is_no_argument():
     module = timm.create_model("resnet8_cifar", width=4)
     module.reset_classifier(7)
@@ -137,6 +147,21 @@ def _weight_norm(module: nn.Module) -> None:
     parametrizations.weight_norm(module.layer1[0].conv1)
 
 
+def _spectral_norm(module: nn.Module) -> None:
+    nn.utils.spectral_norm(module.layer1[0].conv1)
+
+
+def _split_norms(module: nn.Module) -> nn.Module:
+    return convert_splitbn_model(module, 2)
+
+
+def _bert() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    module = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **sizes))
+    module.classifier = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    return module
+
+
 def _freeze(module: nn.Module) -> None:
     timm.utils.freeze(module, ["layer1"], include_bn_running_stats=True)
 
@@ -145,6 +170,15 @@ CHANGED = {
     "head": (_with(_new_head), r"classifier 'fc' was replaced by hand.*model\.reset_classifier"),
     "frozen": (_with(_freeze), r"batch norm 'layer1\.0\.bn1' was frozen: timm\.utils\.unfreeze"),
     "pruned": (_with(_prune), r"'layer1\.0\.conv1' is pruned: torch\.nn\.utils\.prune\.remove\(module, 'weight'\)"),
+    "spectral norm": (
+        _with(_spectral_norm),
+        r"'layer1\.0\.conv1' has spectral_norm: .*remove_spectral_norm\(module, 'we",
+    ),
+    "split norms": (_with(_split_norms), r"batch norm 'conv1\.1' was split .*as it was before.*strict=False"),
+    "head of texts": (
+        _bert,
+        r"classifier 'classifier' was replaced by hand.*Sequential\(model\), example_inputs=input_ids",
+    ),
     "weight norm": (_with(_weight_norm), r"weights of 'layer1\.0\.conv1'.*remove_parametrizations"),
     "fused": (_with(_fused), r"'conv1\.1' was fused.*wrap the network as it was before"),
     "reparameterised": (_with(timm.utils.model.reparameterize_model, "repvit_m0_9"), r"'stem\.conv1' was fused or"),
@@ -157,12 +191,20 @@ def test_what_was_changed_by_hand_is_named_with_what_helps(name):
     with pytest.raises(RebuildError, match=words) as caught:
         EarlyExitWrapper(make(), exits=1)
     assert "pass the arguments" not in str(caught.value)
+    assert "change its config" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["head", "fused"])
-def test_inside_a_sequence_it_is_kept_as_it_is(name, tmp_path):
-    make, x = CHANGED[name][0], torch.randn(2, 3, 64, 64)
-    model = EarlyExitWrapper(nn.Sequential(make()), exits=["0.layer2"], input_size=(3, 64, 64)).eval()
+@pytest.mark.parametrize(
+    ("name", "place", "x"),
+    [
+        ("head", "0.layer2", torch.randn(2, 3, 64, 64)),
+        ("fused", "0.layer2", torch.randn(2, 3, 64, 64)),
+        ("head of texts", "0.bert.encoder.layer.0", torch.randint(0, 50, (2, 7))),
+    ],
+)
+def test_inside_a_sequence_it_is_kept_as_it_is(name, place, x, tmp_path):
+    make = CHANGED[name][0]
+    model = EarlyExitWrapper(nn.Sequential(make()), exits=[place], example_inputs=x[:1]).eval()
     model.save_pretrained(tmp_path)
     loaded = EarlyExitWrapper.from_pretrained(tmp_path, backbone=nn.Sequential(make()))
     for ours, theirs in zip(*(m(x, output_all_exits=True).exit_logits for m in (model, loaded)), strict=True):
