@@ -364,8 +364,12 @@ def _check_is_no_other_name(module: nn.Module, path: str, traced: Trace) -> None
         )
 
 
+# Share of the MACs below which two places cost nearly the same, as a stage and the cheap layer behind it do.
+_APART = 0.03
+
+
 def spread_exits(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint], str]:
-    """Chooses places evenly spaced in MACs."""
+    """Chooses places evenly spaced in MACs, and none that costs nearly as much as the one before it if that can be."""
     # Too early and the head sees edges only; too late and an exit saves nothing.
     useful = [p for p in points if 0.08 <= p.share <= 0.92] or [p for p in points if p.share <= 0.99]
     if not isinstance(exits, str) and len(useful) < exits:
@@ -376,15 +380,26 @@ def spread_exits(points: ExitPoints, exits: int | str) -> tuple[list[ExitPoint],
     number = min(3, len(useful)) if isinstance(exits, str) else exits
     if not 1 <= number <= len(points):
         raise ExitPointError(f"exits={exits!r}: this backbone has {len(points)} places, ask for 1 to {len(points)}")
+    picked = _nearest_to_even(useful, number)
+    if any(later.share - earlier.share < _APART for earlier, later in itertools.pairwise(picked)):
+        apart = useful[:1]
+        for point in useful[1:]:
+            apart += [point] if point.share - apart[-1].share >= _APART else []
+        if isinstance(exits, str) or len(apart) >= number:
+            number = min(number, len(apart))
+            picked = _nearest_to_even(apart, number)
+    places = ", ".join(f"{p.name} ({p.share:.0%} of the MACs)" for p in picked)
+    return picked, f"{number} of {len(points)} places, nearest to even shares of the computation: {places}"
+
+
+def _nearest_to_even(points: Sequence[ExitPoint], number: int) -> list[ExitPoint]:
     chosen: list[int] = []
     for i in range(1, number + 1):
         target = i / (number + 1)
         first = chosen[-1] + 1 if chosen else 0
-        last = len(useful) - (number - i)  # leave room for those that follow
-        chosen.append(min(range(first, last), key=lambda j: abs(useful[j].share - target)))
-    picked = [useful[j] for j in chosen]
-    places = ", ".join(f"{p.name} ({p.share:.0%} of the MACs)" for p in picked)
-    return picked, f"{number} of {len(points)} places, nearest to even shares of the computation: {places}"
+        last = len(points) - (number - i)  # leave room for those that follow
+        chosen.append(min(range(first, last), key=lambda j: abs(points[j].share - target)))
+    return [points[j] for j in chosen]
 
 
 def find_feature(output: Any, batch: int, grouped: bool = False) -> tuple[Tensor, int | None, tuple[int, ...]]:

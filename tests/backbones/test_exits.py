@@ -12,7 +12,9 @@ from torch import nn
 
 from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.backbones import find_adapter, get_adapter, list_libraries
+from erde_hub.backbones.base import ExitPoint, ExitPoints, spread_exits
 from erde_hub.errors import ExitPointError, UnknownNameError
+from erde_hub.heads import FeatureSpec
 from tests.fakes.networks import FAMILIES, Plain, build, sequential
 
 
@@ -295,6 +297,26 @@ def test_auto_avoids_places_that_are_useless(name):
     assert all(0.08 <= shares[exit_name] <= 0.92 for exit_name in chosen)
 
 
+@pytest.mark.parametrize(
+    ("shares", "exits", "expected"),
+    [
+        ([10, 30, 64, 65], "auto", [10, 30, 64]),
+        ([30, 64, 65], "auto", [30, 64]),
+        ([64, 64, 65], "auto", [64]),
+        ([10, 64, 64, 66, 90], 3, [10, 64, 90]),
+        ([30, 64, 65], 3, [30, 64, 65]),
+        (list(range(10, 90, 2)), 3, [24, 50, 74]),
+        (list(range(10, 90, 2)), 40, list(range(10, 90, 2))),
+    ],
+)
+def test_places_of_nearly_one_cost_are_not_chosen_together(shares, exits, expected):
+    spec = FeatureSpec(8, "NC")
+    points = ExitPoints(ExitPoint(str(i), 8, "NC", share, share / 100, spec) for i, share in enumerate(shares))
+    picked, reason = spread_exits(points, exits)
+    assert [point.macs for point in picked] == expected
+    assert reason.startswith(f"{len(expected)} of {len(shares)} places")
+
+
 def test_no_place_at_all():
     with pytest.raises(ExitPointError, match="no place for an exit"):
         EarlyExitWrapper(nn.Sequential(nn.Linear(4, 3)), exits="auto", input_size=(4,))
@@ -313,6 +335,13 @@ class Inside(nn.Module):
 
     def forward(self, x):
         return self.fc(self.trunk(x))
+
+
+def test_auto_inside_two_modules_takes_no_two_places_of_nearly_one_cost():
+    with torch.device("meta"):
+        swin = torchvision.models.SwinTransformer([4, 4], 32, [1, 1, 3, 1], [1, 2, 4, 8], [4, 4], num_classes=3)
+        model = EarlyExitWrapper(Inside(Inside(swin, 3), 4), exits="auto", input_size=(3, 64, 64))
+    assert model.exit_names[:-1] == [f"trunk.trunk.features.{i}" for i in (1, 3, 5)]
 
 
 def test_stages_are_found_inside_a_network_that_is_part_of_another():
