@@ -13,12 +13,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from erde_hub.errors import ExitPointError, ShapeError
 
 from .compilation import StageCompiler
 from .hooks import ExitHook, HookRunner, add_exit_hooks, parse_exit
 from .stages import ExitVisitor, Stage, run_stages
+
+#: Hooks that torch calls for every module there is, as ``register_module_forward_hook`` keeps them.
+_GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
+    torch_modules._global_forward_hooks,
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
+)
 
 
 class Adapter(Protocol):
@@ -90,7 +99,8 @@ class ExitRunner:
         found = self._found
         if found is None or found.backbone is not self.backbone or not found.holds():
             found = self._found = self._find()
-        return None if found.stages is None or any(found.hooks) else found.stages
+        skips = found.stages is None or any(found.hooks) or (any(_GLOBAL_HOOKS) and _are_hooks_of_others())
+        return None if skips else found.stages
 
     def _find(self) -> _Found:
         backbone = _uncompiled(self.backbone)
@@ -226,7 +236,7 @@ class _Found:
 def calls_are_replaced(backbone: nn.Module, exits: Sequence[str]) -> bool:
     """Tells whether hooks, or a replaced forward, sit on modules that are not called where stages are run."""
     bypassed = list(_bypassed(_uncompiled(backbone), exits))
-    return any(_hooks_of(bypassed)) or any(map(_has_own_forward, bypassed))
+    return any(_hooks_of(bypassed)) or _are_hooks_of_others() or any(map(_has_own_forward, bypassed))
 
 
 def _uncompiled(backbone: nn.Module) -> nn.Module:
@@ -259,6 +269,12 @@ def _hooks_of(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
             module._backward_pre_hooks,
         )
     ]
+
+
+def _are_hooks_of_others() -> bool:
+    """Tells whether there are hooks on every module; those of torch's own counters only watch."""
+    hooks = chain.from_iterable(map(dict.values, _GLOBAL_HOOKS))  # type: ignore[arg-type]
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
 
 
 def _remove_hooks(backbone: weakref.ref[nn.Module], owned: Sequence[object]) -> None:

@@ -31,6 +31,7 @@ from erde_hub.errors import (
     ConfigError,
     ErdeError,
     ExitPointError,
+    ExportError,
     InputTypeError,
     NotSupportedError,
     ShapeError,
@@ -62,6 +63,8 @@ from .truncated import TruncatedModel, truncate
 logger = logging.get_logger(__name__)
 
 CLASSIFIER = "classifier"
+#: Arguments that the forward pass takes by place.
+_POSITIONAL = 5
 
 
 class EarlyExitWrapper(EarlyExitPreTrainedModel):
@@ -670,6 +673,19 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         if return_dict is None:
             return_dict = read_field(self.config, "return_dict")
         return output if return_dict else output.to_tuple()
+
+    def _slow_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """What torch calls in place of :meth:`forward` while it traces; its old exporter gives every argument by place.
+
+        Raises:
+            ExportError: The old ONNX exporter was given the model itself.
+        """
+        if torch.onnx.is_in_onnx_export() and len(inputs) > _POSITIONAL:
+            raise ExportError(
+                "torch.onnx.export(dynamo=False) cannot write a model with exits: erde_hub.export.export_onnx writes all"
+                " of it, and torch.onnx.export takes the network of one exit, model.truncate(exit)"
+            )
+        return super()._slow_forward(*inputs, **kwargs)
 
     def _sets_of(self, output: EarlyExitOutput) -> Tensor:
         """Sets of the routed answers, or where every exit was run of the last exit's."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from timm.utils import freeze
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.calibration import create_calibrator
@@ -190,6 +193,13 @@ def test_a_trace_of_a_routed_pass_is_refused():
     assert torch.equal(traced(x), model(x, threshold=0.0).logits)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_the_old_exporter_of_torch_is_refused(threshold):
+    model = wrap("resnet", threshold=threshold)
+    with pytest.raises(ExportError, match=r"export_onnx .* model\.truncate\(exit\)"):
+        torch.onnx.export(model, (images("resnet", 2),), io.BytesIO(), dynamo=False)
+
+
 # Hooks of others
 
 
@@ -224,6 +234,29 @@ def test_a_hook_on_what_contains_the_stages_counts_in_every_call(name, place):
             assert calls == [1]
     assert_one_answer(model, x)
     handle.remove()
+
+
+@pytest.mark.parametrize("name", ["vit", "sequential", "resnet"])
+def test_a_hook_on_every_module_counts_in_every_call(name):
+    model, x = wrap(name), images(name, 8)
+    before = all_logits(model, x)
+    for register, hook in (
+        (register_module_forward_hook, lambda module, _args, output: output * 0.9 if type(output) is Tensor else None),
+        (
+            register_module_forward_pre_hook,
+            lambda module, args: halve(module, args) if module is model.backbone else None,
+        ),
+    ):
+        handle = register(hook)
+        try:
+            assert not is_staged(model)
+            assert_one_answer(model, x)
+            assert not torch.equal(all_logits(model, x)[-1], before[-1])
+        finally:
+            handle.remove()
+    assert is_staged(model)
+    with FlopCounterMode(display=False):  # whose hooks on every module only watch
+        assert is_staged(model)
 
 
 def test_a_hook_on_a_stage_is_called_by_the_stages_themselves():
