@@ -382,8 +382,8 @@ class EarlyExitConfig(PreTrainedConfig):
 
 #: More values than any input has: an image of 8192 x 8192 pixels has fewer.
 _MAX_INPUT = 2**28
-#: More classes than any data set has; transformers makes a name for each.
-_MAX_CLASSES = 1_000_000
+#: Classes without names that a file may ask for: transformers makes a name for each, before a weight is looked at.
+_MAX_CLASSES = 100_000
 
 
 def _check_stored(values: Any) -> None:
@@ -400,7 +400,10 @@ def _check_stored(values: Any) -> None:
     if number is not None and (
         isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= _MAX_CLASSES
     ):
-        raise ConfigError(f"num_labels={number!r} is no number of classes, 1 to {_MAX_CLASSES}")
+        raise ConfigError(
+            f"num_labels={number!r} is no number of classes, 1 to {_MAX_CLASSES}; a file with more names them in"
+            " id2label"
+        )
     for key, value in values.items():
         if key.endswith(("attn_implementation", "experts_implementation")) and value not in (None, *ATTENTION):
             raise ConfigError(f"{key}={value!r} is not allowed in a stored config: one of {', '.join(ATTENTION)}")

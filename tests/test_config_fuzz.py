@@ -178,6 +178,22 @@ def test_code_of_an_image_processor_is_not_run(tmp_path, monkeypatch):
     assert known_preprocessing(_vit_from(tmp_path)) is None
 
 
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("generates")
+    EarlyExitWrapper(transformers_models.causal("gpt2"), exits=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text", ['{"cache_implementation": 5}', '{"max_new_tokens": -1}', '{"watermarking_config": [1]}', "[1]", "null"]
+)
+def test_a_generation_config_that_cannot_be_used(text, language_model):
+    (language_model / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config|could not be loaded"):
+        EarlyExitWrapper.from_pretrained(language_model)
+
+
 LONG = [pytest.param(name, "all", marks=pytest.mark.long) for name in ("resnet", "bert", "swin")]
 
 

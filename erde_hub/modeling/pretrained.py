@@ -348,7 +348,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         """Leaves out what loading shares again, and copies what it cannot know to be shared.
 
         Raises:
-            RebuildError: A module that sat in several places when it was wrapped was replaced in one of them.
+            RebuildError: A module, or a weight of a plain network, that sat in several places when it was wrapped was
+                replaced in one of them.
         """
         modules = dict(self.backbone.named_modules(remove_duplicate=False))
         modules = {name.replace("_orig_mod.", ""): module for name, module in modules.items()}
@@ -357,6 +358,16 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 raise RebuildError(
                     f"{names[0]!r} and {names[1]!r} of this {type(self.backbone).__name__} were one module when it was"
                     " wrapped, and loading makes them one again: change the network first, then wrap it"
+                )
+        weights = {name.replace("_orig_mod.", ""): p for name, p in self.named_parameters(remove_duplicate=False)}
+        for names in self._shared_weights if self.config.library == "torch" else ():
+            there = [name for name in names if name in weights and not weights[name].is_meta]
+            own = {id(weights[name]): name for name in reversed(there)}
+            if len(own) > 1:  # loading into the class that was wrapped would end with an error
+                one, other = [name.removeprefix("backbone.") for name in sorted(own.values())][:2]
+                raise RebuildError(
+                    f"{one!r} and {other!r} of this {type(self.backbone).__name__} were one weight when it was wrapped,"
+                    " and loading makes them one again: change the network first, then wrap it"
                 )
         state, repeated = save_once(state, self._shared_weights, self.all_tied_weights_keys)
         if repeated and self.config.library != "torch":
@@ -518,8 +529,13 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         if config.dtype is None and kwargs.get("dtype", "auto") == "auto":
             kwargs["dtype"] = next((t[:].dtype for t in tensors.values() if t.get_dtype() in _FLOATS), None)
         if config.task == "causal_lm" and kwargs.get("generation_config") is None:
-            with contextlib.suppress(OSError):  # a checkpoint need not hold one
-                kwargs["generation_config"] = GenerationConfig.from_pretrained(source, **reaching)
+            try:
+                with contextlib.suppress(OSError):  # a checkpoint need not hold one
+                    kwargs["generation_config"] = GenerationConfig.from_pretrained(source, **reaching)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"generation_config.json of {source} holds what is not allowed: {error}"
+                ) from error
         return {**kwargs, "config": config, "state_dict": tensors}
 
     @torch.no_grad()

@@ -682,8 +682,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
         """
         if torch.onnx.is_in_onnx_export() and len(inputs) > _POSITIONAL:
             raise ExportError(
-                "torch.onnx.export(dynamo=False) cannot write a model with exits: erde_hub.export.export_onnx writes all"
-                " of it, and torch.onnx.export takes the network of one exit, model.truncate(exit)"
+                "torch.onnx.export(dynamo=False) cannot write a model with exits: erde_hub.export.export_onnx writes"
+                " all of it, and torch.onnx.export takes the network of one exit, model.truncate(exit)"
             )
         return super()._slow_forward(*inputs, **kwargs)
 

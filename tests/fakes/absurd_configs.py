@@ -49,7 +49,10 @@ FIELDS = {
         for exits in (2, 3, 10**9)
     ],
     "exits": [{"exits": [f"layer{i}" for i in range(30_000)], "exit_features": None}],
-    "num_labels": [{"num_labels": 10**9, "id2label": None}, {"id2label": {str(i): "a" for i in range(300_000)}}],
+    "num_labels": [
+        *({"num_labels": number, "id2label": None} for number in (10**5, 10**6, 10**9)),
+        {"id2label": {str(i): "a" for i in range(300_000)}},
+    ],
 }
 
 

@@ -281,10 +281,19 @@ def test_a_shared_module_that_was_replaced_is_told_when_it_is_saved(tmp_path):
         model.save_pretrained(tmp_path)
 
 
-def test_weights_that_are_no_longer_one_do_not_load_into_one(tmp_path):
-    model = EarlyExitWrapper(OneParameter(), exits=["a"], input_size=(6,)).eval()
-    model.backbone.c.weight = nn.Parameter(model.backbone.c.weight + 1)
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("by", [0, 1])
+def test_a_shared_weight_that_was_replaced_is_told_when_it_is_saved(by, tmp_path):
+    model = EarlyExitWrapper(OneParameter(), exits=["a"], input_size=(6,))
+    model.backbone.c.weight = nn.Parameter(model.backbone.c.weight + by)
+    with pytest.raises(RebuildError, match=r"'b\.weight' and 'c\.weight' of this OneParameter were one weight"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_one_do_not_load_into_one(tmp_path):
+    network = OneParameter()
+    network.c.weight = nn.Parameter(network.c.weight + 1)
+    EarlyExitWrapper(network, exits=["a"], input_size=(6,)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"different values for 'b\.weight' and 'c\.weight'"):
         EarlyExitWrapper.from_pretrained(tmp_path, backbone=OneParameter())
 
