@@ -61,6 +61,7 @@ def build_results(
     thresholds: Sequence[float | Sequence[float]] | None = None,
     fine: int = 100,
     groups: tuple[torch.Tensor, Sequence[str]] | None = None,
+    other_data: bool = False,
 ) -> dict[str, Any]:
     """Assembles the contents of ``results.json``; nothing is run, everything is read off the records.
 
@@ -85,6 +86,7 @@ def build_results(
         fine: Number of thresholds of the fine sweep, 0 for none.
         groups: Group of every sample (N,) and the names of the groups: their metrics at the stored threshold are
             reported as ``slices``, see :func:`~erde_hub.evaluation.slice_metrics`.
+        other_data: The samples are of other data than the model was trained on: warnings give no advice on training.
 
     Returns:
         A dict of plain JSON values that passed :func:`validate_results`.
@@ -137,6 +139,7 @@ def build_results(
             records,
             fine_sweep or sweep,
             never=policy_name(as_policy(policy)) == "never",
+            other_data=other_data,
             teacher_records=teacher_records,
             teacher_correct=(training or {}).get("teacher_correct"),
         ),

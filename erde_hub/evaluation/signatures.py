@@ -34,6 +34,7 @@ def failure_signatures(
     sweep: Sequence[Mapping[str, Any]],
     *,
     never: bool = False,
+    other_data: bool = False,
     teacher_records: ExitRecords | None = None,
     teacher_correct: float | None = None,
 ) -> list[str]:
@@ -43,15 +44,17 @@ def failure_signatures(
         records: The exits on the samples that are reported.
         sweep: Rows of :func:`~erde_hub.evaluation.sweep_thresholds`, the finer the better.
         never: The policy lets no sample exit, on purpose.
+        other_data: The samples are of other data than the model was trained on: nothing is said about its training.
         teacher_records: The teacher's exits on the same samples.
         teacher_correct: Fraction of the training samples on which the teacher was correct.
     """
     correct = records.logits.argmax(-1) == records.labels
-    found = _at_chance(records, correct) or [*_collapsed(records, correct), _overtaken(records, correct)]
+    found = _at_chance(records, correct, other_data)
+    found = found or [*_collapsed(records, correct, other_data), _overtaken(records, correct, other_data)]
     if not never and records.num_exits > 1:
-        found.append(_threshold_signature(records, sweep))
+        found.append(_threshold_signature(records, sweep, other_data))
     if teacher_records is not None and teacher_records.labels.equal(records.labels):
-        found.append(_weak_teacher(teacher_records, correct[-1]))
+        found.append(_weak_teacher(teacher_records, correct[-1], other_data))
     if teacher_correct is not None:
         found.append(teacher_signature(teacher_correct))
     return [signature for signature in found if signature]
@@ -95,40 +98,45 @@ def untrained_signature(accuracy: float, largest_class: float) -> str | None:
     )
 
 
-def collapse_signature(exit_name: str, accuracy: float, largest_class: float) -> str | None:
+def collapse_signature(exit_name: str, accuracy: float, largest_class: float, other_data: bool = False) -> str | None:
     """Tells where an exit is no better than the most frequent class.
 
     Args:
         exit_name: Of the exit.
         accuracy: Its accuracy.
         largest_class: Fraction of the most frequent class among the labels.
+        other_data: See :func:`failure_signatures`.
     """
     if accuracy > largest_class or accuracy == 1.0:
         return None
     return (
         f"exit {exit_name} has collapsed: it is correct on {percent(accuracy)} % of the samples, and always naming the"
-        f" most frequent class would be on {percent(largest_class)} %. {_COLLAPSED}"
+        f" most frequent class would be on {percent(largest_class)} %.{'' if other_data else _COLLAPSED}"
     )
 
 
-_COLLAPSED = "Lower the learning rate, give the exit a larger weight (exit_weights), or place it deeper."
+_COLLAPSED = " Lower the learning rate, give the exit a larger weight (exit_weights), or place it deeper."
 
 
-def _at_chance(records: ExitRecords, correct: Tensor) -> list[str | None]:
+def _at_chance(records: ExitRecords, correct: Tensor, other_data: bool) -> list[str | None]:
     """One sentence where no exit is better than the most frequent class: then none of them is the cause."""
     largest = float(records.labels.bincount().max() / records.num_samples)
     best = float(correct.double().mean(1).max())
     if records.num_exits == 1 or collapse_signature("", best, largest) is None:
         return []
+    advice = (
+        "check that the classes are in the order of its training, and that the samples are prepared as there."
+        if other_data
+        else "nothing was learned yet. Train longer, with another learning rate, or begin with pretrained weights."
+    )
     text = (
         "no exit, nor the network's last layer, is better than always naming the most frequent class (best"
-        f" {percent(best)} %, that class {percent(largest)} %): nothing was learned yet. Train longer, with another"
-        " learning rate, or begin with pretrained weights."
+        f" {percent(best)} %, that class {percent(largest)} %): {advice}"
     )
     return [text]
 
 
-def _collapsed(records: ExitRecords, correct: Tensor) -> Iterator[str | None]:
+def _collapsed(records: ExitRecords, correct: Tensor, other_data: bool) -> Iterator[str | None]:
     classes = records.logits.shape[-1]
     labels = records.labels.bincount(minlength=classes) / records.num_samples
     for e, name in enumerate(records.exit_names[:-1]):
@@ -138,39 +146,42 @@ def _collapsed(records: ExitRecords, correct: Tensor) -> Iterator[str | None]:
             answer = records.class_names[most] if records.class_names else most
             yield (
                 f"exit {name} has collapsed: {percent(float(answers[most]))} % of its answers are {answer!r}, as are"
-                f" {percent(float(labels[most]))} % of the samples. {_COLLAPSED}"
+                f" {percent(float(labels[most]))} % of the samples.{'' if other_data else _COLLAPSED}"
             )
         else:
-            yield collapse_signature(name, float(correct[e].double().mean()), float(labels.max()))
+            yield collapse_signature(name, float(correct[e].double().mean()), float(labels.max()), other_data)
 
 
-def _overtaken(records: ExitRecords, correct: Tensor) -> str | None:
+def _overtaken(records: ExitRecords, correct: Tensor, other_data: bool) -> str | None:
     """The last exit is clearly worse than an earlier one, so that it is no reference."""
     best = int(correct.sum(1).argmax())  # the first of equals
     if not _is_clearly_better(correct[best], correct[-1]):
         return None
     return (
         f"the last exit is correct on {_percent(correct[-1])} % of the samples, {records.exit_names[best]} on"
-        f" {_percent(correct[best])} %: most often the training was too short. What routing saves or costs against all"
-        " layers says little here."
+        f" {_percent(correct[best])} %{'' if other_data else ': most often the training was too short'}. What routing"
+        " saves or costs against all layers says little here."
     )
 
 
-def _weak_teacher(records: ExitRecords, student: Tensor) -> str | None:
+_WEAK = " Train it longer, or take a larger one."
+
+
+def _weak_teacher(records: ExitRecords, student: Tensor, other_data: bool) -> str | None:
     teacher = records.logits[-1].argmax(-1) == records.labels
     if not _is_clearly_better(student, teacher):
         return None
     return (
         f"the teacher is correct on {_percent(teacher)} % of the samples, its student on {_percent(student)} %: a"
-        " teacher that is weaker than its student has little to teach. Train it longer, or take a larger one."
+        f" teacher that is weaker than its student has little to teach.{'' if other_data else _WEAK}"
     )
 
 
-def _threshold_signature(records: ExitRecords, sweep: Sequence[Mapping[str, Any]]) -> str | None:
+def _threshold_signature(records: ExitRecords, sweep: Sequence[Mapping[str, Any]], other_data: bool) -> str | None:
     if all(row["exit_share"][-1] == 1.0 for row in sweep):
         return (
             f"no sample exits early at any of {len(sweep)} thresholds, so nothing is saved: the early exits are never"
-            " confident. Train them longer, or sweep a wider range of thresholds."
+            f" confident. {'Sweep' if other_data else 'Train them longer, or sweep'} a wider range of thresholds."
         )
     full, rows = records.cumulative_macs[-1], sorted(sweep, key=lambda row: -row["mean_macs"])
     steps = []

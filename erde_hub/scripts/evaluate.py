@@ -151,6 +151,7 @@ def main() -> None:
             set_alpha=evaluation.set_alpha,
             thresholds=evaluation.thresholds,
             groups=groups,
+            other_data=data_args.dataset is not None and recipe.is_other_data(data, evaluation.model),
         )
         results["figures"] = recipe.draw_figures(
             records, model, getattr(data, evaluation.split), folder, results.get("slices")

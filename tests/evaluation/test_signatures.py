@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -57,6 +59,20 @@ def test_a_network_at_chance_gets_one_sentence_and_no_advice_for_single_exits():
     assert not [text for text in others if "collapsed" in text]
     sure(records, 0, correct=300)
     assert "nothing was learned" not in " ".join(found(records)), "an early exit did learn"
+
+
+def test_other_data_than_those_of_the_training_say_nothing_about_it():
+    chance, overtaken, collapsed = (make_records() for _ in range(3))
+    for exit_ in range(3):
+        sure(chance, exit_, correct=30)
+    sure(overtaken, 0, correct=400)
+    sure(overtaken, 2, correct=200)
+    collapsed.logits[0, :, 3] += 100.0
+    for records in (chance, overtaken, collapsed):
+        here, elsewhere = (" ".join(found(records, other_data=other, thresholds=[0.0])) for other in (False, True))
+        assert re.search("[Tt]rain .*longer|training was|learning rate", here)
+        assert elsewhere.startswith(here[:40])
+        assert not re.search("longer|too short|learn", elsewhere)
 
 
 def test_a_sweep_at_which_nobody_exits_is_told_unless_the_policy_never_lets_one():

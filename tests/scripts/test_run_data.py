@@ -53,6 +53,11 @@ def test_the_data_of_a_run_are_found_again(tmp_path, data):
     leave_report(tmp_path, fingerprint="another")
     with pytest.raises(DataError, match=r"has changed since; give --dataset digits to use it all the same"):
         recipe.load_data_of(str(tmp_path), TrainedDataArguments(), progress=False)
+    assert recipe.is_other_data(data, str(tmp_path))
+    leave_report(tmp_path, fingerprint=data.fingerprint)
+    assert not recipe.is_other_data(data, str(tmp_path))
+    (tmp_path / "results.json").write_text("{")
+    assert recipe.is_other_data(data, str(tmp_path))
     named = TrainedDataArguments(dataset="digits")
     assert recipe.load_data_of(str(tmp_path), named, progress=False).fingerprint == data.fingerprint
 

@@ -42,7 +42,7 @@ from .phases import (
     train_network,
 )
 from .reporting import draw_figures, draw_sets, report, write_report
-from .run_data import extend_fitted_on, rows_fitted_on, rows_trained_on, save_fitted_on
+from .run_data import extend_fitted_on, is_other_data, rows_fitted_on, rows_trained_on, save_fitted_on
 from .teacher import TeacherPlan, train_static_student
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "groups_of",
     "how_to_load",
     "inputs_of",
+    "is_other_data",
     "load_data",
     "load_data_of",
     "load_model",

@@ -16,7 +16,7 @@ from erde_hub.data.base import LabelledData
 from erde_hub.data.loader import Split
 from erde_hub.data.splits import StoredSplit
 from erde_hub.data.streaming import StreamSplit
-from erde_hub.errors import ConfigError, DataError
+from erde_hub.errors import ConfigError, DataError, ResultsError
 from erde_hub.evaluation import ExitRecords, load_results
 
 from .arguments import DataArguments
@@ -78,6 +78,17 @@ def data_of_run(model: str, args: DataArguments) -> tuple[DataArguments, str | N
     fields = [f.name for f in dataclasses.fields(args)]
     same = {key: told.get(key) for key in _OF_THE_DATA if key in fields and getattr(args, key) is None}
     return dataclasses.replace(args, dataset=name, **same), dataset.get("fingerprint")
+
+
+def is_other_data(data: LabelledData, model: str) -> bool:
+    """Tells whether a model's run was trained on other data, or does not say on which."""
+    path = run_file(model, RESULTS_FILE)
+    try:
+        own = {} if path is None else load_results(path)["dataset"]
+    except ResultsError:
+        return True
+    key = "name" if data.streamed else "fingerprint"  # a stream has a fingerprint of its own
+    return bool(own.get(key) != getattr(data, key))
 
 
 def save_trained_on(data: LabelledData, folder: Path) -> None:
