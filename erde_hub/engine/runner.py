@@ -273,8 +273,11 @@ def _hooks_of(modules: Sequence[nn.Module]) -> list[Mapping[int, Any]]:
 
 def _are_hooks_of_others() -> bool:
     """Tells whether there are hooks on every module; those of torch's own counters only watch."""
-    hooks = chain.from_iterable(map(dict.values, _GLOBAL_HOOKS))  # type: ignore[arg-type]
-    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("torch.")
+        for hooks in _GLOBAL_HOOKS
+        for hook in hooks.values()
+    )
 
 
 def _remove_hooks(backbone: weakref.ref[nn.Module], owned: Sequence[object]) -> None:

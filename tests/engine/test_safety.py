@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
+import gc
 import io
 import pickle
+import resource
 import threading
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +22,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from erde_hub import EarlyExitWrapper
+from erde_hub import EarlyExitWrapper, route_batches
 from erde_hub.engine import hooks
 from erde_hub.errors import ConfigError, ExitNotReachedError
+from erde_hub.export import EarlyExitSession, export_onnx
 from tests.fakes.networks import (
     CLASSES,
     FAMILIES,
@@ -288,17 +294,68 @@ def test_inference_mode_and_autocast(name):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01), (torch.float64, 1e-10)], ids=str
+)
 @pytest.mark.parametrize("name", DRIVEN)
-def test_bfloat16_models(name):
-    model = wrap(name).to(torch.bfloat16)
-    x = images(name).bfloat16()
+def test_models_in_other_types(name, dtype, tolerance):
+    model = wrap(name).to(dtype)
+    x = images(name).to(dtype)
     full = all_logits(model, x)
     cuts = quantile_thresholds(model, x)
     answers, taken, clear = route_reference("entropy", full, cuts)
     out = model(x, threshold=cuts)
-    assert out.logits.dtype == torch.bfloat16
+    assert out.logits.dtype == dtype
+    assert clear.sum() > len(x) // 2
     assert torch.equal(out.exit_index[clear], taken[clear])
-    torch.testing.assert_close(out.logits[clear].float(), answers[clear].float(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(out.logits[clear], answers[clear].to(dtype), rtol=tolerance, atol=tolerance)
+
+
+# Leaks
+
+
+def _objects_after(calls: int, call: Callable[[], Any]) -> int:
+    for _ in range(calls):
+        call()
+    gc.collect()
+    return len(gc.get_objects())
+
+
+@pytest.mark.parametrize("way", ["routed", "all", "streamed"])
+@pytest.mark.parametrize("name", DRIVEN)
+def test_calls_leave_no_objects(name, way):
+    model, x, cuts = wrap(name), images(name, 4), list(thresholds_of(name))
+    calls: dict[str, Callable[[], Any]] = {
+        "routed": lambda: model(x, threshold=cuts),
+        "all": lambda: model(x, output_all_exits=True),
+        "streamed": lambda: list(route_batches(model, [x, x], threshold=cuts)),
+    }
+    before = _objects_after(5, calls[way])
+    assert _objects_after(30, calls[way]) - before < 30, "one object a call"
+
+
+@pytest.mark.slow
+def test_calls_of_a_session_leave_no_objects(tmp_path):
+    pytest.importorskip("onnxruntime")
+    session = EarlyExitSession(export_onnx(wrap("resnet"), tmp_path / "model.onnx"), threads=1)
+    x, cuts = images("resnet", 4).numpy(), list(thresholds_of("resnet"))
+    before = _objects_after(5, lambda: session(x, cuts))
+    assert _objects_after(30, lambda: session(x, cuts)) - before < 30, "one object a call"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("name", DRIVEN)
+def test_memory_stays_level_over_many_calls(name):
+    model, x, cuts = wrap(name), images(name, 4), list(thresholds_of(name))
+
+    def pages_after(calls: int) -> int:
+        _objects_after(calls, lambda: model(x, threshold=cuts))
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    with torch.no_grad():
+        before = pages_after(500)
+        assert (pages_after(3000) - before) * resource.getpagesize() < 8 * 2**20, "3 kB a call"
 
 
 # Activation checkpointing
