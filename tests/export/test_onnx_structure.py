@@ -100,6 +100,7 @@ def test_metadata(tiny_file):
         "input_size": [3, 16, 16],
         "preprocessing": model.config.preprocessing,
         "quantization": None,
+        "prediction_sets": None,
         "input_names": ["pixel_values"],
         "batch_size": None,
         "max_length": None,
