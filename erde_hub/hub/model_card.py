@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from erde_hub.calibration.choice import describe_confidence
 from erde_hub.errors import ConfigError, MissingDependencyError
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
 from erde_hub.evaluation.results_file import mean_milliseconds, validate_results
+from erde_hub.losses import get_loss, list_losses
 
 #: Accuracy that a cheap operating point may lose against the full network, as a fraction.
 TOLERANCE = 0.01
@@ -118,7 +120,7 @@ def _context(results: Mapping[str, Any], repo_id: str | None, license: str | Non
     cheap = _cheapest(results)
     latency = _latency(results)
     times = [] if latency is None else latency["times"]
-    loss = results.get("loss")
+    loss = _without_defaults(results.get("loss"))
     static = results.get("static_student")
     names = {"teacher": teacher, "student": student, "student without exits": static}
     return {
@@ -310,6 +312,15 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
         " tested."
     )
     return lines
+
+
+def _without_defaults(loss: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The name of a loss and its arguments that are not the defaults; all of them where the loss is not known here."""
+    if loss is None or loss.get("name") not in list_losses():
+        return None if loss is None else dict(loss)
+    parameters = inspect.signature(get_loss(loss["name"]).cls).parameters
+    usual = {key: parameter.default for key, parameter in parameters.items()}
+    return {key: value for key, value in loss.items() if key not in usual or usual[key] != value}
 
 
 def _citation(results: Mapping[str, Any]) -> str:
