@@ -141,7 +141,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         if size not in self._costs:
             self._costs[size] = count_exits(self.runner, self.exits_and_heads(), size, self.config.head)
         table = self._costs[size]
-        return table if self.calibrator is None else table.with_costs(map(self.calibrator.macs, range(len(table))))
+        calibrator = getattr(self, "calibrator", None)  # a truncated model has none
+        return table if calibrator is None else table.with_costs(map(calibrator.macs, range(len(table))))
 
     def set_preprocessing(
         self,
