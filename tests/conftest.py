@@ -70,16 +70,15 @@ def _fresh_state(_set_up_process: None) -> Iterator[None]:
     torch_state = torch.random.get_rng_state()
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    logger = logging.getLogger("erde_hub")  # recipes set it up for a terminal
-    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    logger = logging.getLogger("erde_hub")  # recipes set it up for a terminal, in fixtures of modules too
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps one precision per process
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries under test draw from it
     torch.manual_seed(0)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
     random.setstate(python_state)
     np.random.set_state(numpy_state)  # noqa: NPY002 - as above
     torch.random.set_rng_state(torch_state)
