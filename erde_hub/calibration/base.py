@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,11 @@ class Calibrator(nn.Module):
     def macs(self, exit_index: int) -> int:
         """Returns the multiply-accumulates that one sample costs at an exit; sums of products alone are counted."""
         return 0
+
+    @property
+    def cumulative_macs(self) -> list[int]:
+        """:meth:`macs` up to each exit."""
+        return list(itertools.accumulate(map(self.macs, range(self.num_exits))))
 
     def forward(self, exit_index: int, logits: Tensor, feature: Tensor | None, state: list[Tensor]) -> Tensor:
         """Calibrates one exit of a pass; exits come in order, shallow to deep.

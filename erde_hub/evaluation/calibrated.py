@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 from erde_hub.calibration import Calibrator, calibrator_name
 from erde_hub.errors import RecordsError
@@ -27,6 +26,5 @@ def calibrate_records(records: ExitRecords, calibrator: Calibrator) -> ExitRecor
         raise RecordsError(f"these records are calibrated already ({records.info['calibrator']}): use the raw ones")
     name = calibrator_name(calibrator) or type(calibrator).__name__
     logits = calibrator.calibrate(records.logits, records.features)
-    added = itertools.accumulate(calibrator.macs(e) for e in range(records.num_exits))
-    macs = [macs + own for macs, own in zip(records.cumulative_macs, added, strict=True)]
+    macs = [macs + own for macs, own in zip(records.cumulative_macs, calibrator.cumulative_macs, strict=True)]
     return dataclasses.replace(records, logits=logits, cumulative_macs=macs, info=records.info | {"calibrator": name})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -110,8 +109,9 @@ def collect_exit_records(
 def _macs(core: Any) -> list[int]:
     """Cost up to each exit without the calibrator, which raw logits have not passed."""
     macs, calibrator = core.exit_table().cumulative_macs, getattr(core, "calibrator", None)
-    own = [0] * len(macs) if calibrator is None else [calibrator.macs(e) for e in range(len(macs))]
-    return [total - before for total, before in zip(macs, itertools.accumulate(own), strict=True)]
+    if calibrator is None:
+        return list(macs)
+    return [total - own for total, own in zip(macs, calibrator.cumulative_macs, strict=True)]
 
 
 class _Parts:
