@@ -210,7 +210,7 @@ def test_code_runs(page, demo):
         student = json.loads((runs / "student" / "results.json").read_text())
         check = json.loads((runs / "check" / "results.json").read_text())
         assert [row["accuracy"] for row in check["per_exit"]] == [row["accuracy"] for row in student["per_exit"]]
-        pictures = ["contact_sheet.png", "frontier.png", "reliability.png", "scores.png", "shares.png"]
+        pictures = ["contact_sheet.png", "frontier.png", "reliability.png", "scores.png", "sets.png", "shares.png"]
         assert sorted(p.name for p in (runs / "check").iterdir()) == sorted([*pictures, "results.json", "sweep.csv"])
     if page == "docs/distributed.md":
         newest = max(runs.glob("digits-*"), key=lambda path: int(path.name.removeprefix("digits-")))
