@@ -2,7 +2,7 @@
 # make test        the tests (about twelve minutes on two cores);  make test-fast   without the slow ones
 # make test-long   every block of README and docs, wrapping of every family of networks (a quarter of an hour)
 # make test-families   one network of every further family trained, routed, saved and exported (an hour or more)
-# make test-browser   the page of `erde-hub demo`; ERDE_HUB_CHROMIUM names the browser, which CI has not
+# make test-browser   the page of `erde-hub demo`; ERDE_HUB_CHROMIUM names the browser
 # make lint        formatting, lint and layers;  make types   static types
 # make docs        the pages in build/docs; a warning is an error
 # Each installs into .venv when it is missing or pyproject.toml has changed.
@@ -34,7 +34,7 @@ test-families: $(VENV)/.dev
 
 test-browser: $(VENV)/.dev
 	$(BIN)/pip install --quiet --editable ".[demo]" selenium
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser tests/scripts/test_demo_page.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -22,6 +23,9 @@ from PIL import Image
 
 import erde_hub
 from erde_hub import calibration, errors, heads, losses, policies
+from erde_hub.export import export_onnx
+from tests.fakes import hub_server
+from tests.fakes.networks import resnet8
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCS, README = ROOT / "erde_hub", ROOT / "docs", ROOT / "README.md"
@@ -108,6 +112,23 @@ def test_the_loss_of_the_page_is_what_it_says(tmp_path, monkeypatch):
     assert set(result.terms) == {"logits", "ce", "teacher_right", "ea_kd_weight"}
 
 
+def test_the_fastapi_app_of_the_page_answers(tmp_path, monkeypatch):
+    testclient = pytest.importorskip("fastapi.testclient", reason="fastapi is not installed")
+    monkeypatch.chdir(tmp_path)
+    export_onnx(resnet8(3, 4, 8, ("layer1",)).eval(), "model.onnx")
+    (app,) = re.findall(r"^```py\n(from io.*?)^```$", PAGES["docs/deploy.md"].read_text(), re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(compile(app, "docs/deploy.md", "exec"), names)
+    client, image = testclient.TestClient(names["app"]), io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(image, "png")
+    for threshold, exit_ in ((0.0, "classifier"), (9.0, "layer1")):
+        answer = client.post(f"/predict?threshold={threshold}", content=image.getvalue())
+        assert (answer.status_code, answer.json()["exit"]) == (200, exit_)
+    assert client.post("/predict", content=image.getvalue()).status_code == 200
+    assert client.post("/predict", content=b"no image").status_code == 400
+    assert client.post("/predict?threshold=-1", content=image.getvalue()).status_code == 400
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A stand-in for a checkout after installation: this environment in the place of .venv, and a folder of images."""
@@ -138,7 +159,9 @@ def checkout(tmp_path_factory):
 
 def run(folder: Path, *command: str, **env: str) -> str:
     """Runs a command with the folder's .venv active, and returns what it printed."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "ACCELERATE_"))}
+    # `make` of the folder takes the folder's own .venv, whichever one these tests were started from
+    dropped = ("PYTEST_", "ACCELERATE_", "MAKE", "VENV")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     path = f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command,
@@ -161,7 +184,7 @@ def demo(checkout):
     return checkout
 
 
-def run_page(folder: Path, page: str) -> str:
+def run_page(folder: Path, page: str, **env: str) -> str:
     """Runs the blocks of a page in the checkout; `make test` collects one file only.
 
     Two warnings are not ours: torch's where the Trainer's loader pins no memory, and that of transformers about a name
@@ -172,7 +195,7 @@ def run_page(folder: Path, page: str) -> str:
     script.write_text(json.dumps([(kind, DONE.sub("", text)) for kind, text in blocks(page)]))
     return run(
         folder, "python", "-c", DRIVER, str(script),
-        CI="", PYTEST_ADDOPTS="--collect-only -q tests/test_files.py", PYTHONWARNINGS=foreign,
+        CI="", PYTEST_ADDOPTS="--collect-only -q tests/test_files.py", PYTHONWARNINGS=foreign, **env,
     )  # fmt: skip
 
 
@@ -197,8 +220,11 @@ def test_make_demo_leaves_everything_the_pages_promise(demo):
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", LONG)
-def test_code_runs(page, demo):
-    printed = run_page(demo, page)
+def test_code_runs(page, demo, tmp_path):
+    with hub_server.running() as hub:
+        pushes = page == "docs/transformers.md"
+        env = hub_server.environment(hub, str(tmp_path), HF_TOKEN=hub.token) if pushes else {}
+        printed = run_page(demo, page, **env)
     runs = demo / "runs"
     if page == "README.md":
         assert "torch.Size([8, 10])" in printed
@@ -206,6 +232,10 @@ def test_code_runs(page, demo):
         found = [json.loads(path.read_text()) for path in sorted(runs.glob("*/results.json"))]
         networks = [results["student"]["architecture"] for results in found if results["dataset"]["name"] == "folder"]
         assert sorted(networks) == ["resnet18", "resnet8_cifar"]
+    if pushes:
+        pushed = {name: own.commits[own.refs["main"]].keys() for name, own in hub.repositories.items()}
+        assert pushed["org/name"] > {"README.md", "results.json", "frontier.png", "model.safetensors"}
+        assert pushed["org/other-name"] > {"config.json", "preprocessor_config.json", "model.safetensors"}
     if page == "docs/commands.md":
         student = json.loads((runs / "student" / "results.json").read_text())
         check = json.loads((runs / "check" / "results.json").read_text())
@@ -218,7 +248,9 @@ def test_code_runs(page, demo):
         assert training | {"processes": 2, "batch_size": 64, "steps": 20} == training
 
 
-def test_install_is_what_make_does(checkout):
+def test_install_is_what_make_does(checkout, monkeypatch):
+    monkeypatch.setenv("VENV", "/another/environment")  # as .ci/run sets it
+    assert "pip install" not in run(checkout, "make", "--dry-run", "demo")
     (extra,) = re.search(r'pip install -e "\.\[(\w+)\]"', README.read_text(encoding="utf-8")).groups()
     assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     printed = run(checkout, "make", "--dry-run", "--always-make", "demo")

@@ -1,6 +1,6 @@
 """The page of `erde-hub demo` in a real browser: `make test-browser` with ERDE_HUB_CHROMIUM=/usr/bin/chromium.
 
-Needs gradio, selenium and a chromedriver next to the browser or on the path; CI has none of these.
+Needs gradio, selenium and a chromedriver next to the browser or on the path; `.ci/run` installs them.
 """
 
 import os
@@ -35,7 +35,8 @@ def address():
 def driver():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1100"):
+    quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1100", *quiet):
         options.add_argument(f"--{flag}")
     service = webdriver.chrome.service.Service(shutil.which("chromedriver"))
     found = webdriver.Chrome(options=options, service=service)
