@@ -58,6 +58,20 @@ def kinds_that_cannot_owe(config: Any, cache: Cache) -> list[str]:
     return sorted(named or {kind.__name__ for kind in kept})
 
 
+def rotary_limit(config: Any) -> int | None:
+    """Returns after how many tokens the rotary positions of all tokens change (longrope, dynamic); None where never."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one for all layers, or by their type
+    return min(
+        (
+            kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            for kind in kinds
+            if kind.get("rope_type") in ("longrope", "dynamic")
+        ),
+        default=None,
+    )
+
+
 def window_mask(sliding: bool, config: Any, hidden: Tensor, padding: Tensor | None, cache: Cache, layer: int) -> Any:
     """Returns the mask for tokens that are added to one layer, in the form that the model's attention takes.
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from erde_hub.engine.routing import RoutingPlan
-from erde_hub.errors import ConfigError
+from erde_hub.errors import ConfigError, InputTypeError
 
 from ._transformers import kinds_that_cannot_owe
 
@@ -119,3 +119,30 @@ def unchanged_on_error(cache: Cache | None) -> Iterator[None]:
                 vars(layer).clear()
                 vars(layer).update(values)
         raise
+
+
+def check_cache(cache: object, config: Any) -> None:
+    """Refuses what is no cache, and one of more layers than the model has, which would be used without a word.
+
+    Raises:
+        InputTypeError: Something else than a cache.
+        ConfigError: More layers than the model's.
+    """
+    if not isinstance(cache, Cache):
+        raise InputTypeError(
+            f"cache must be one of transformers, such as DynamicCache(config=...), got {type(cache).__name__}"
+        )
+    if isinstance(cache, DynamicCache) and len(cache.layers) > config.num_hidden_layers:
+        raise ConfigError(
+            f"the cache is another model's: it has {len(cache.layers)} layers, this model {config.num_hidden_layers}"
+        )
+
+
+def explain_cache(cache: Cache | None) -> ConfigError | None:
+    """Returns why a model may have failed on a cache; None where it held nothing."""
+    if not isinstance(cache, DynamicCache) or not cache.get_seq_length():
+        return None
+    return ConfigError(
+        f"the cache is not one of this model and these texts: it has {len(cache.layers)} layers, the first with keys of"
+        f" shape {tuple(cache.layers[0].keys.shape)}; leave it out"
+    )

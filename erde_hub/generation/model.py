@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -18,8 +18,8 @@ from erde_hub.engine.routing import RoutingPlan, exit_mask
 from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, nearest
 from erde_hub.modeling.wrapper import EarlyExitWrapper
 
-from ._transformers import DraftGenerationMixin, check_version, merged_config
-from .cache import OwedCache, Span, unchanged_on_error
+from ._transformers import DraftGenerationMixin, check_version, merged_config, rotary_limit
+from .cache import OwedCache, Span, check_cache, explain_cache, unchanged_on_error
 from .drafting import ExitDrafter
 from .layers import DecoderLayers
 
@@ -118,7 +118,8 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
             ExitPointError: No such exit to draft with.
             ConfigError: Beam search and other ways of decoding with early exits; settings that exclude each other;
                 layers to which tokens cannot be added later; a cache of another model.
-            ShapeError: A prompt longer than the model's positions; several texts with ``assistant_early_exit``.
+            ShapeError: A prompt longer than the model's positions; several texts with ``assistant_early_exit``; early
+                exits where the text grows past the length at which rotary positions change (Phi-3's longrope).
             InputTypeError: A model whose layers cannot be run by themselves.
             MissingDependencyError: Another version of transformers is needed.
         """
@@ -139,6 +140,8 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
         settings = merged_config(self, generation_config, dict(kwargs))
         self._check_length(kwargs.get("inputs_embeds") if ids is None else ids, settings)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None:
+            check_cache(cache, self._text_config)
         try:
             with unchanged_on_error(cache):
                 if plan is None and drafting is None:
@@ -150,13 +153,7 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
             raise
         except (RuntimeError, IndexError) as error:
             typed = self._adapter.explain_failure(self.backbone, {"input_ids": ids})
-            if typed is None and isinstance(cache, DynamicCache) and cache.get_seq_length():
-                shapes = [tuple(layer.keys.shape) for layer in cache.layers[:1]]
-                typed = ConfigError(
-                    f"the cache is not one of this model and these texts: it has {len(cache.layers)} layers,"
-                    f" the first with keys of shape {shapes[0]}; leave it out"
-                )
-            raise typed or error from error
+            raise typed or explain_cache(cache) or error from error
 
     def _generate(
         self,
@@ -232,11 +229,10 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
                 f"a prompt must be token ids (N, L), int64, of at least one token, got {prompt.dtype}"
                 f" {tuple(prompt.shape)}"
             )
-        longest = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+        longest = getattr(self._text_config, "max_position_embeddings", None)
         tables = [m for m in self.backbone.modules() if isinstance(m, nn.Embedding)]
         learned = any(table is not self.backbone.get_input_embeddings() for table in tables)  # type: ignore[operator]
-        length, new = prompt.shape[1], settings.max_new_tokens
-        new = max(0, (settings.max_length or 0) - length) if new is None else new
+        length, new = prompt.shape[1], _new_tokens(settings, prompt.shape[1])
         if longest is not None and (length > longest or (learned and length + new - 1 > longest)):
             raise ShapeError(
                 f"a prompt of {length} tokens and {new} new ones do not fit the {longest} positions of"
@@ -279,6 +275,21 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
                 f"{settings.num_return_sequences}: call generate for each, or use threshold"
             )
 
+        limit = rotary_limit(self._text_config)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        first = ids.shape[1] if cache is None else cache.get_seq_length()
+        length, new = ids.shape[1], _new_tokens(settings, ids.shape[1])
+        if limit is not None and first <= limit < length + new - 1:
+            raise ShapeError(
+                f"{type(self.backbone).__name__} turns all positions otherwise after {limit} tokens, so keys that were"
+                f" kept before do not fit those that come later: with {asked}, {length} tokens and {new} new ones"
+                f" must stay within {limit}, or the prompt be longer; generate without {asked}"
+            )
+
+    @property
+    def _text_config(self) -> Any:
+        return self.backbone.config.get_text_config()  # type: ignore[union-attr,operator]
+
     def _decoder_layers(self) -> DecoderLayers:
         backbone = getattr(self.backbone, "_orig_mod", self.backbone)
         if self._layers is None or self._layers.backbone is not backbone:
@@ -305,19 +316,28 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
         """As :meth:`erde_hub.EarlyExitWrapper.forward`; :meth:`generate` also hands in its own cache."""
         if isinstance(cache, OwedCache) and input_ids is not None:
             return self._step(input_ids, cache, attention_mask, position_ids, logits_to_keep)
+        given = cache if cache is not None else kwargs.get("past_key_values")
+        if given is not None:
+            check_cache(given, self._text_config)
         if cache is not None:
             kwargs["cache"] = cache
-        return super().forward(
-            pixel_values,
-            labels,
-            threshold,
-            output_all_exits,
-            return_dict,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **kwargs,
-        )
+        try:
+            with unchanged_on_error(given):
+                return super().forward(
+                    pixel_values,
+                    labels,
+                    threshold,
+                    output_all_exits,
+                    return_dict,
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    **kwargs,
+                )
+        except (ErdeError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise explain_cache(given) or error from error
 
     def _step(
         self, ids: Tensor, cache: OwedCache, padding: Tensor | None, position_ids: Tensor | None, keep: int
@@ -372,6 +392,11 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
             span = owed if span is None else span if owed is None else owed.then(span)
             if span is not None:
                 span = layers.run(stage, span, cache, cache.padding)
+
+
+def _new_tokens(settings: GenerationConfig, length: int) -> int:
+    new = settings.max_new_tokens
+    return max(0, (settings.max_length or 0) - length) if new is None else new
 
 
 class _Token:

@@ -46,6 +46,20 @@ def generate(name="llama", ids=None, **options):
     return known(name).generate(prompt() if ids is None else ids, **{"max_new_tokens": 4, **options})
 
 
+def forward(ids=None, **options):
+    with torch.no_grad():
+        return known()(input_ids=prompt(1) if ids is None else ids, **options)
+
+
+@functools.cache
+def longrope():
+    """Phi-3 whose positions all turn otherwise once there are more than 16."""
+    scaled = {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 2.0], "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **scaled}
+    backbone = causal("phi3", original_max_position_embeddings=16, rope_parameters=rope)
+    return EarlyExitWrapper(backbone.double(), exits=2).eval()
+
+
 def without_output_embedding():
     backbone = causal("llama")
     backbone.get_output_embeddings = lambda: None
@@ -115,6 +129,38 @@ CASES = {
     "cache of several texts": (
         lambda: with_cache(cache_of(causal("llama"), 2), threshold=0.5), ConfigError, r"these texts.*\(2, 1, 9, 8\)"
     ),
+    "cache of more layers": (
+        lambda: with_cache(cache_of(causal("llama", num_hidden_layers=7))), ConfigError, "has 7 layers, this model 5"
+    ),
+    "forward, cache of other heads": (
+        lambda: forward(cache=cache_of(causal("llama", num_key_value_heads=2))), ConfigError, r"keys of shape \(1, 2, 9"
+    ),
+    "forward, cache of fewer layers": (
+        lambda: forward(past_key_values=cache_of(causal("llama", num_hidden_layers=3))), ConfigError, "it has 3 layers"
+    ),
+    "forward, cache of more layers": (
+        lambda: forward(cache=cache_of(causal("llama", num_hidden_layers=7))), ConfigError, "another model's: it has 7"
+    ),
+    "forward, cache of several texts": (
+        lambda: forward(cache=cache_of(causal("llama"), 2)), ConfigError, "these texts: it has 5"
+    ),
+    "forward, no cache": (
+        lambda: forward(cache=((torch.zeros(1, 1, 9, 8),) * 2,) * 5), InputTypeError, "one of transformers.*got tuple"
+    ),
+    "forward, a token outside, with a cache": (
+        lambda: forward(torch.tensor([[60]]), cache=cache_of(causal("llama"))), InputTypeError, "input_ids hold 60"
+    ),
+    "longrope, a text that grows long": (
+        lambda: longrope().generate(prompt(12), max_new_tokens=6, threshold=0.5), ShapeError,
+        "after 16 tokens, .* with threshold, 12 tokens and 6 new ones must stay within 16",
+    ),
+    "longrope, drafts of a text that grows long": (
+        lambda: longrope().generate(prompt(16), max_length=18, assistant_early_exit=0), ShapeError, "within 16"
+    ),
+    "longrope, a short cache": (
+        lambda: longrope().generate(prompt(18), max_new_tokens=2, threshold=0.5, cache=cache_of(longrope().backbone)),
+        ShapeError, "within 16",
+    ),
     "prompt longer than the positions": (
         lambda: generate(ids=prompt(65)), ShapeError, "a prompt of 65 tokens and 4 new ones do not fit the 64 positions"
     ),
@@ -157,3 +203,13 @@ def test_a_refused_cache_is_what_it_was():
         with_cache(cache)
     assert [layer.keys.shape for layer in cache.layers] == [layer.keys.shape for layer in before.layers]
     assert torch.equal(cache.layers[0].keys, before.layers[0].keys)
+
+
+@pytest.mark.parametrize(("length", "new"), [(6, 11), (17, 12)])
+def test_longrope_on_either_side_of_its_length(length, new):
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+    expected = longrope().backbone.generate(prompt(length), **settings)
+    for options in ({"threshold": 1e-9}, {"assistant_early_exit": 0}, {"assistant_early_exit": 1}):
+        assert torch.equal(longrope().generate(prompt(length), **settings, **options), expected), options
+    grown = longrope().generate(prompt(12), max_new_tokens=9, do_sample=False, eos_token_id=None)  # without exits
+    assert grown.shape == (1, 21)
