@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,23 +20,41 @@ from .kd import KDLoss
 
 #: The early read-out: an exit of the student, or a head that is trained for the purpose on the same feature.
 READOUT_SOURCES = ("exit", "head")
+#: Where the confidence of the read-out is taken from.
+ReadoutConfidence = Literal["softmax", "laplace", "prediction_set"]
 
 
-def readout_weights(logits: Tensor, labels: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+def readout_weights(
+    logits: Tensor, labels: Tensor, alpha: float, beta: float, confidence: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Weight of each sample from the logits of an early read-out, and where that is wrong.
 
     With p = softmax(logits) and cm = p_(1) - p_(2), the largest minus the second: exp(beta cm^alpha) where argmax p is
     not the label, else 1. The power is the reading of the released code; with a small alpha most wrong samples get
     about exp(beta).
 
+    Args:
+        logits: Of the read-out.
+        labels: Class indices.
+        alpha: Power of the confidence.
+        beta: Factor of the exponent.
+        confidence: cm, where it is not the margin of the softmax.
+
     Shape:
-        logits: (N, K). labels: (N,). Returns (N,) weights in [1, exp(beta)] and (N,) bool.
+        logits: (N, K). labels, confidence: (N,), confidence in [0, 1]. Returns (N,) weights in [1, exp(beta)] and (N,)
+        bool.
     """
     log_probs = functional.log_probs(logits.detach())
-    best = log_probs.topk(2, dim=-1).values.exp()
     wrong = ~functional.correct(log_probs, labels)
-    weights = torch.exp(beta * (best[..., 0] - best[..., 1]).clamp_min(0.0) ** alpha)
+    cm = probability_margin(log_probs) if confidence is None else confidence.to(log_probs)
+    weights = torch.exp(beta * cm**alpha)
     return torch.where(wrong, weights, torch.ones_like(weights)), wrong
+
+
+def probability_margin(log_probs: Tensor) -> Tensor:
+    """Largest probability minus the second, (..., K) to (...)."""
+    best = log_probs.topk(2, dim=-1).values.exp()
+    return (best[..., 0] - best[..., 1]).clamp_min(0.0)
 
 
 class ReadoutWeight(SampleWeight):
@@ -74,6 +92,10 @@ class ReadoutWeight(SampleWeight):
             returns to 1.
         readout_normalize: Divide by the mean over the training set, which leaves the size of the term as it is.
         readout_weighs_ce: Weigh the cross-entropy too, as the released code does; the same where its weight is 0.
+        readout_confidence: cm. "softmax" is the margin above; "laplace" the margin of the probabilities of a
+            :class:`~erde_hub.calibration.LaplaceCalibrator`; "prediction_set" is 1 - (size - 1) / (K - 1) of the set of
+            an :class:`~erde_hub.prediction_sets.AVCSClassifier`, 0 where it is empty. The last two are fitted in every
+            round on the validation split: where the misleading cue does not hold there, the read-out is less sure.
 
     Raises:
         ConfigError: A number out of range, or no such source.
@@ -82,8 +104,9 @@ class ReadoutWeight(SampleWeight):
     References:
         Tiwari et al., Using Early Readouts to Mediate Featural Bias in Distillation, 2023, arXiv 2310.18590; the power
         in the exponent, the defaults of both schedules and both switches as in the released code. Deviations: the
-        margin is top-1 minus top-2 for any number of classes; the student's own exits as a source, ``readout_lr`` and
-        ``readout_normalize`` are ours; the feature is detached, where the released code freezes the student's stem.
+        margin is top-1 minus top-2 for any number of classes; the student's own exits as a source, ``readout_lr``,
+        ``readout_normalize`` and ``readout_confidence`` are ours; the feature is detached, where the released code
+        freezes the student's stem.
 
     Example:
         >>> import torch
@@ -114,6 +137,7 @@ class ReadoutWeight(SampleWeight):
         readout_sticky: bool = False,
         readout_normalize: bool = False,
         readout_weighs_ce: bool = False,
+        readout_confidence: ReadoutConfidence = "softmax",
     ) -> None:
         super().__init__()
         self.readout_alpha = check_number("readout_alpha", readout_alpha, zero=False)
@@ -126,6 +150,7 @@ class ReadoutWeight(SampleWeight):
         self.readout_sticky = check_flag("readout_sticky", readout_sticky)
         self.readout_normalize = check_flag("readout_normalize", readout_normalize)
         self.readout_weighs_ce = check_flag("readout_weighs_ce", readout_weighs_ce)
+        self.readout_confidence = check_choice("readout_confidence", readout_confidence, get_args(ReadoutConfidence))
         self.register_buffer("table", torch.ones(0))
         self.register_buffer("scale", torch.ones(()))
 
@@ -174,32 +199,41 @@ class ReadoutWeight(SampleWeight):
             weights[: self.readout_exit + 1] = 1.0
         return weights
 
-    def update(self, index: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    def update(
+        self, index: Tensor, logits: Tensor, labels: Tensor, confidence: Tensor | None = None
+    ) -> dict[str, float]:
         """Ends a round: gives every sample its new weight. All processes call it, each with its own samples.
 
         Args:
             index: Stable numbers. A sample that several processes hold, as padding, counts once.
             logits: Those of the read-out.
             labels: Class indices.
+            confidence: How sure the read-out is, where ``readout_confidence`` is not "softmax".
 
         Shape:
-            index, labels: (N,), N may be 0 and differ between processes. logits: (N, K).
+            index, labels: (N,), N may be 0 and differ between processes. logits: (N, K). confidence: (N,) in [0, 1].
 
         Returns:
             ``wrong``, the fraction of samples that the read-out gets wrong, and ``mean_weight``, ``max_weight`` of all.
 
         Raises:
             ConfigError: :meth:`allocate` was not called.
-            InputTypeError, ShapeError, LabelError: Tensors that do not fit each other or the table; no sample at all.
+            InputTypeError, ShapeError, LabelError: Tensors that do not fit each other, the table or
+                ``readout_confidence``; no sample at all.
         """
         if not len(self.table):
             raise ConfigError("the table of weights has no rows: call allocate(largest index + 1) once before training")
+        if (confidence is None) != (self.readout_confidence == "softmax"):
+            needed = "takes none" if confidence is not None else "needs the confidence= (N,) of every sample"
+            raise InputTypeError(f"a round with readout_confidence={self.readout_confidence!r} {needed}")
+        if confidence is not None and confidence.shape != labels.shape:
+            raise ShapeError(f"confidence must be {tuple(labels.shape)} as the labels, got {tuple(confidence.shape)}")
         gathered = self.table.new_zeros(3, len(self.table))  # weight where wrong, wrong, seen
         if len(logits):
             rows = _required(check_index(index, logits)).to(self.table.device)
             self._check_range(rows)
             labels = check_labels(labels, logits, values=True)
-            weights, wrong = readout_weights(logits, labels, self.readout_alpha, self.readout_beta)
+            weights, wrong = readout_weights(logits, labels, self.readout_alpha, self.readout_beta, confidence)
             values = torch.stack([weights * wrong, wrong.to(weights.dtype), torch.ones_like(weights)])
             gathered[:, rows] = values.to(self.table)
         if self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -266,6 +300,7 @@ class DEDIERLoss(KDLoss):
         exit_weights: One number per exit, or a preset (:func:`~erde_hub.losses.exit_weights_preset`).
         teacher_exits: For each student exit the teacher exit it learns from; None is the rule of
             :func:`~erde_hub.losses.map_teacher_exits`.
+        readout_confidence: cm: "softmax", "laplace" or "prediction_set"; the last two read the validation split.
 
     Shape:
         student_logits: E tensors (N, K), shallow to deep. teacher_logits: any number of tensors (N, K). labels, index:
@@ -311,12 +346,13 @@ class DEDIERLoss(KDLoss):
         label_smoothing: float = 0.0,
         exit_weights: str | Sequence[float] = "uniform",
         teacher_exits: Sequence[int] | None = None,
+        readout_confidence: ReadoutConfidence = "softmax",
     ) -> None:
         super().__init__(temperature, kl_weight, ce_weight, label_smoothing, exit_weights, teacher_exits)
         self._contain(
             ReadoutWeight(
                 readout_alpha, readout_beta, readout_source, readout_exit, readout_every, readout_epochs, readout_lr,
-                readout_sticky, readout_normalize, readout_weighs_ce,
+                readout_sticky, readout_normalize, readout_weighs_ce, readout_confidence,
             )
         )  # fmt: skip
 

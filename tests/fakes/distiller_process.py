@@ -146,7 +146,7 @@ def readout_round(accelerator) -> dict[str, list[float]]:
     """What is to be equal in all processes where a loss has a table, a trained head and projections, under EMA."""
     found, heads = {}, []
     new, readout.new_readout = readout.new_readout, lambda *given: heads.append(new(*given)) or heads[-1]
-    student, weight = network(), ReadoutWeight(readout_source="head", readout_lr=0.01)
+    student, weight = network(), ReadoutWeight(readout_source="head", readout_lr=0.01, readout_confidence="laplace")
     loss = create_loss("kd").add(weight, FeatureTerm())
     data = load_image_data("digits", max_train_samples=150, max_eval_samples=40)
     args = run_args(None, gradient_accumulation_steps=1, checkpoint_steps=0)

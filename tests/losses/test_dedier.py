@@ -188,6 +188,7 @@ def test_the_readout_gets_no_gradient():
         ({"readout_alpha": 0.0}, ConfigError, r"readout_alpha must be finite and above 0, got 0\.0"),
         ({"readout_beta": -1.0}, ConfigError, r"readout_beta.*-1\.0"),
         ({"readout_source": "exits"}, ConfigError, "unknown readout_source 'exits'; did you mean 'exit'"),
+        ({"readout_confidence": "laplac"}, ConfigError, "unknown readout_confidence 'laplac'; did you mean 'laplace'"),
         ({"readout_exit": -1}, ConfigError, "readout_exit must be at least 0, got -1"),
         ({"readout_every": 0}, ConfigError, "readout_every must be at least 1, got 0"),
         ({"readout_epochs": 1.5}, InputTypeError, r"readout_epochs must be a whole number, got 1\.5"),
@@ -198,6 +199,23 @@ def test_bad_arguments(arguments, error, message):
     for cls in (ReadoutWeight, DEDIERLoss):
         with pytest.raises(error, match=message):
             cls(**arguments)
+
+
+def test_another_confidence_is_given_by_whoever_fitted_it():
+    labels, index = torch.arange(3) % 4, torch.arange(3)
+    logits, given = wrong_everywhere(labels), torch.tensor([0.0, 0.25, 1.0])
+    weight = ReadoutWeight(readout_alpha=0.5, readout_beta=2.0, readout_confidence="prediction_set")
+    weight.allocate(3)
+    weight.update(index, logits, labels, given)
+    torch.testing.assert_close(weight.table, torch.tensor([1.0, math.exp(1.0), math.exp(2.0)]))
+    with pytest.raises(InputTypeError, match=r"readout_confidence='prediction_set' needs the confidence= \(N,\)"):
+        weight.update(index, logits, labels)
+    with pytest.raises(ShapeError, match=r"confidence must be \(3,\) as the labels, got \(2,\)"):
+        weight.update(index, logits, labels, given[:2])
+    softmax = ReadoutWeight()
+    softmax.allocate(3)
+    with pytest.raises(InputTypeError, match="readout_confidence='softmax' takes none"):
+        softmax.update(index, logits, labels, given)
 
 
 def test_bad_calls():

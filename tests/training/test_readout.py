@@ -1,5 +1,6 @@
 """Rounds of DEDIER in the Distiller: who answers, when, in what order, and that a resumed run does the same."""
 
+import dataclasses
 import logging
 import math
 
@@ -7,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from erde_hub.calibration import LaplaceCalibrator
+from erde_hub.data.loader import BatchLoader
 from erde_hub.errors import ConfigError
+from erde_hub.evaluation import collect_exit_records
 from erde_hub.heads import FeatureSpec
 from erde_hub.losses import DEDIERLoss, ReadoutWeight, create_loss
+from erde_hub.prediction_sets import AVCSClassifier
 from erde_hub.training import Distiller, readout
 from erde_hub.training._checks import all_exits
 from erde_hub.training.readout import ConvReadout, new_readout
@@ -91,6 +96,55 @@ def test_a_trained_head_leaves_the_student_and_the_generators_alone(data):
     assert torch.equal(loss.readout.table, table), "a function of seed and epoch"
 
 
+@pytest.fixture(scope="module")
+def larger_data():
+    """With enough validation samples to fit a confidence on."""
+    return make_data(rows=300)
+
+
+@pytest.mark.parametrize("confidence", ["laplace", "prediction_set"])
+@pytest.mark.parametrize("exit_", [0, 1])
+def test_the_confidence_of_an_exit_is_fitted_on_the_validation_split(larger_data, confidence, exit_):
+    student, loss = network(), DEDIERLoss(readout_alpha=0.5, readout_exit=exit_, readout_confidence=confidence)
+    distiller = Distiller(student, larger_data, make_args(seed=3), loss, network(seed=1))
+    with distiller._prepared():
+        summary = distiller.loss_inputs.rounds[0].run(student, epoch=0)
+    held_out, train = (
+        collect_exit_records(student, BatchLoader(split, 8), features=True, progress=False)
+        for split in (larger_data.validation, larger_data.train)
+    )
+    if confidence == "laplace":  # each exit is fitted by itself
+        probs = LaplaceCalibrator.fit(held_out, seed=3).calibrate(train.logits, train.features)[exit_].softmax(-1)
+        best = probs.sort(-1).values
+        expected = best[:, -1] - best[:, -2]
+    else:
+        keep = slice(exit_ + 1)
+        sets = AVCSClassifier.fit(cut(held_out, keep), seed=3).sets(train.logits[keep])[-1]
+        expected = torch.tensor([0.0, 1.0, 0.5, 0.0])[sets.sum(-1)]  # none, one, two or all of three classes
+    wrong = train.logits[exit_].argmax(-1) != train.labels
+    weight = torch.where(wrong, torch.exp(4.0 * expected**0.5), 1.0)
+    torch.testing.assert_close(loss.readout.table[train.index], weight, rtol=1e-4, atol=1e-4)
+    assert summary["wrong"] > 0
+    assert len(expected[wrong].unique()) > 1
+
+
+def cut(records, exits):
+    return dataclasses.replace(
+        records,
+        logits=records.logits[exits],
+        exit_names=records.exit_names[exits],
+        cumulative_macs=records.cumulative_macs[exits],
+        features=None,
+    )
+
+
+@pytest.mark.parametrize("confidence", ["laplace", "prediction_set"])
+def test_the_confidence_of_a_trained_head_is_its_own(larger_data, confidence):
+    loss = DEDIERLoss(readout_source="head", readout_exit=1, readout_confidence=confidence)
+    _, result = run(larger_data, loss, network(), batch_size=32)
+    assert 1 <= result.history[0]["readout"]["mean_weight"] <= result.history[0]["readout"]["max_weight"] <= math.exp(4)
+
+
 @pytest.fixture
 def made(monkeypatch):
     """The auxiliary heads as they are made, each with its first weights."""
@@ -151,15 +205,17 @@ def test_an_exit_that_is_there_for_the_head_alone_stays_as_it_is(data):
     assert result.history[0]["readout"]["max_weight"] > 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"readout_source": "head", "readout_sticky": True}])
-def test_a_resumed_run_has_the_same_weights_bit_for_bit(data, tmp_path, settings):
+@pytest.mark.parametrize(
+    "settings", [{}, {"readout_source": "head", "readout_sticky": True, "readout_confidence": "laplace"}]
+)
+def test_a_resumed_run_has_the_same_weights_bit_for_bit(larger_data, tmp_path, settings):
     class Stop(Exception):  # noqa: N818
         pass
 
     def build(folder, **changes):
         loss = create_loss("erde").add(ReadoutWeight(**settings))
-        args = make_args(epochs=3, output_dir=folder and str(folder), **changes)
-        return loss, Distiller(network(), data, args, loss, network(seed=1))
+        args = make_args(epochs=3, batch_size=32, output_dir=folder and str(folder), **changes)
+        return loss, Distiller(network(), larger_data, args, loss, network(seed=1))
 
     whole, distiller = build(None)
     distiller.train()
@@ -203,6 +259,11 @@ def test_what_cannot_be_read_out_is_refused_before_training(data):
         run(data, DEDIERLoss(readout_exit=1))
     with pytest.raises(ConfigError, match="TinyExits has no early exits whose features could be read"):
         run(data, DEDIERLoss(readout_source="head"))
+
+    with pytest.raises(ConfigError, match="TinyExits has no early exits whose features could be read"):
+        run(make_data(rows=300), DEDIERLoss(readout_confidence="laplace"))
+    with pytest.raises(ConfigError, match=r"'laplace' is fitted on the validation split, which has \d+ samples: .* 20"):
+        run(data, DEDIERLoss(readout_confidence="laplace"))
 
     class Stream:
         class train:  # noqa: N801 - an attribute
