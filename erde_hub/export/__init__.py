@@ -1,7 +1,8 @@
-"""One ONNX file with the exits inside, and a small runtime for it.
+"""One file with the exits inside, for ONNX or ExecuTorch, and a small runtime for it.
 
-What writes files needs torch and the extra ``onnx``; :class:`EarlyExitSession` needs neither torch nor onnx. Names are
-looked up when they are used, so that importing one side does not import what the other needs.
+What writes files needs torch and the extra ``onnx`` or ``executorch``; for ONNX files :class:`EarlyExitSession` needs
+neither torch nor onnx. Names are looked up when they are used, so that importing one side does not import what the
+other needs.
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ from typing import TYPE_CHECKING, Any
 from erde_hub.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from .executorch_file import export_executorch
     from .metadata import FileInfo
     from .onnx_file import ExportCheck, check_onnx, export_onnx
     from .session import EarlyExitSession, SessionOutput
 
-__all__ = ["EarlyExitSession", "ExportCheck", "FileInfo", "SessionOutput", "check_onnx", "export_onnx"]
+__all__ = [
+    "EarlyExitSession",
+    "ExportCheck",
+    "FileInfo",
+    "SessionOutput",
+    "check_onnx",
+    "export_executorch",
+    "export_onnx",
+]
 
 _HOME = {
     "EarlyExitSession": "session",
@@ -24,6 +34,7 @@ _HOME = {
     "FileInfo": "metadata",
     "SessionOutput": "session",
     "check_onnx": "onnx_file",
+    "export_executorch": "executorch_file",
     "export_onnx": "onnx_file",
 }
 

@@ -21,6 +21,7 @@ from erde_hub.backbones.transformers import longest_text
 from erde_hub.engine.routing import AllExits, pools_tokens
 from erde_hub.errors import ExportError
 from erde_hub.modeling.wrapper import EarlyExitWrapper
+from erde_hub.policies import ExitPolicy
 
 from .signature import input_names, reads_texts
 
@@ -43,7 +44,7 @@ class _Passes:
         return sum(1 for logits in self.latest.exit_logits if logits is not None) if self.latest else 0
 
 
-class _EveryExit(nn.Module):
+class EveryExit(nn.Module):
     """What the flat graph computes.
 
     Args:
@@ -78,6 +79,7 @@ class _EveryExit(nn.Module):
         return exit_logits
 
     def forward(self, *inputs_and_threshold: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
         *inputs, threshold = inputs_and_threshold
         exit_logits = self._exit_logits(inputs)
         if self.last is not None:
@@ -91,9 +93,22 @@ class _EveryExit(nn.Module):
         log_probs: list[Tensor] = []
         for logits, own in zip(exit_logits, threshold.split(1), strict=False):
             log_probs = [*(log_probs if self.model.policy.uses_history else ()), logits.float().log_softmax(-1)]
-            check = poison + logits.sum(-1)  # what overflowed on the way answers nothing: it goes on, as in torch
-            leaves.append(self.model.policy(torch.stack(log_probs), own) & (check - check == 0))
+            leaves.append(exit_decision(self.model.policy, logits, torch.stack(log_probs), own, poison))
         return (*exit_logits, *leaves, poison)
+
+
+def exit_decision(policy: ExitPolicy, logits: Tensor, log_probs: Tensor, threshold: Tensor, poison: Tensor) -> Tensor:
+    """Returns which samples exit, (N,), with operators that can be traced.
+
+    Args:
+        policy: Decides.
+        logits: (N, K), of this exit. What overflowed on the way answers nothing: such a sample goes on, as in torch.
+        log_probs: (exits so far, N, K).
+        threshold: (1,).
+        poison: (N,), NaN for samples that never exit.
+    """
+    check = poison + logits.sum(-1)
+    return policy(log_probs, threshold) & (check - check == 0)
 
 
 def flat_model(model: EarlyExitWrapper, opset: int, batch_size: int | None = None) -> ir.Model:
@@ -110,21 +125,21 @@ def flat_model(model: EarlyExitWrapper, opset: int, batch_size: int | None = Non
     Raises:
         ExportError: torch or its ONNX exporter cannot; the message names exit and reason.
     """
-    return _flat_graph(_exportable_copy(model), opset, batch_size)
+    return _flat_graph(exportable_copy(model), opset, batch_size)
 
 
 def _flat_graph(clone: EarlyExitWrapper, opset: int, batch_size: int | None) -> ir.Model:
     early = len(clone.heads.active)
     names = [*(f"logits_{i}" for i in range(early + 1)), *(f"leaves_{i}" for i in range(early)), "poison"]
     passes = _Passes()
-    module = _EveryExit(clone, passes=passes)
+    module = EveryExit(clone, passes=passes)
     try:
-        program = _trace(module, batch_size)
+        program = trace(module, batch_size)
     except Exception as error:
         if passes.complete:  # it ran, and what torch.export found out about shapes does not hold for every batch
             raise ExportError(
-                f"{type(clone.backbone).__name__} cannot be exported for batches of any size ({_reason(error)}): try"
-                " batch_size=1"
+                f"{type(clone.backbone).__name__} cannot be exported for batches of any size ({error_reason(error)}):"
+                " try batch_size=1"
             ) from error
         raise _export_error(clone, passes.exits_seen(), "torch.export cannot trace", error) from error
     try:
@@ -134,20 +149,22 @@ def _flat_graph(clone: EarlyExitWrapper, opset: int, batch_size: int | None) -> 
             return _flat_graph(clone, opset, batch_size)
         step = "torch.onnx cannot translate"
         for exit_index in range(early + 1):
-            module = _EveryExit(clone, exit_index)
+            module = EveryExit(clone, exit_index)
             try:
-                _translate(_trace(module, batch_size), module, names[:1], opset, batch_size)
+                _translate(trace(module, batch_size), module, names[:1], opset, batch_size)
             except Exception as inner:
                 raise _export_error(clone, exit_index, step, inner) from inner
-        raise ExportError(f"policy {clone.config.policy!r} cannot be exported: {step} it ({_reason(error)})") from error
+        raise ExportError(
+            f"policy {clone.config.policy!r} cannot be exported: {step} it ({error_reason(error)})"
+        ) from error
 
 
-def _exportable_copy(model: EarlyExitWrapper) -> EarlyExitWrapper:
-    """A float32 copy on the CPU, in eval mode, without recomputation and without compiled parts."""
+def exportable_copy(model: EarlyExitWrapper) -> EarlyExitWrapper:
+    """Returns a float32 copy on the CPU, in eval mode, without recomputation and without compiled parts."""
     try:
         clone = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     except (NotImplementedError, RuntimeError) as error:
-        raise ExportError(f"the model cannot be copied to the CPU in float32 ({_reason(error)})") from error
+        raise ExportError(f"the model cannot be copied to the CPU in float32 ({error_reason(error)})") from error
     clone.backbone = getattr(clone.backbone, "_orig_mod", clone.backbone)
     for module in clone.modules():
         if getattr(module, "grad_checkpointing", False) is True:
@@ -164,7 +181,8 @@ def _spell_out_attention(clone: EarlyExitWrapper) -> bool:
 
 
 @torch.no_grad()
-def _trace(module: _EveryExit, batch_size: int | None) -> torch.export.ExportedProgram:
+def trace(module: EveryExit, batch_size: int | None) -> torch.export.ExportedProgram:
+    """Returns the traced graph; for ``batch_size`` see :func:`flat_model`."""
     model = module.model
     size, dtype = tuple(model.config.input_size or ()), torch.float32
     if reads_texts(model):
@@ -172,12 +190,12 @@ def _trace(module: _EveryExit, batch_size: int | None) -> torch.export.ExportedP
     # Two samples: torch.export takes an axis of 1 to be always 1.
     inputs = [torch.ones((batch_size or 2, *size), dtype=dtype) for _ in module.names]
     threshold = torch.zeros(len(model.heads.active))
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # where it prints the graph so far before it raises
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # where it prints the graph so far before it raises
         shapes = _dynamic_shapes(module, batch_size)
         return torch.export.export(module, (*inputs, threshold), dynamic_shapes=shapes, strict=False)
 
 
-def _dynamic_shapes(module: _EveryExit, batch_size: int | None) -> Any:
+def _dynamic_shapes(module: EveryExit, batch_size: int | None) -> Any:
     axes = {}
     if batch_size is None:
         axes[0] = torch.export.Dim(BATCH)
@@ -188,9 +206,9 @@ def _dynamic_shapes(module: _EveryExit, batch_size: int | None) -> Any:
 
 @torch.no_grad()  # attention is decomposed otherwise where gradients are wanted, into views that some strides forbid
 def _translate(
-    program: torch.export.ExportedProgram, module: _EveryExit, outputs: list[str], opset: int, batch_size: int | None
+    program: torch.export.ExportedProgram, module: EveryExit, outputs: list[str], opset: int, batch_size: int | None
 ) -> ir.Model:
-    with _quiet():
+    with quiet():
         exported = torch.onnx.export(
             program,
             input_names=[*module.names, "threshold"],
@@ -206,7 +224,7 @@ def _translate(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What torch logs and warns of while it traces is for its own developers; what matters to a user is raised."""
     loggers = [
         logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.onnx", "onnxscript")
@@ -227,11 +245,11 @@ def _export_error(model: EarlyExitWrapper, exit_index: int, step: str, error: Ba
     names = model.exit_names
     return ExportError(
         f"{type(model.backbone).__name__} cannot be exported: {step} what exit {names[exit_index]!r} (number"
-        f" {exit_index} of 0 to {len(names) - 1}) computes ({_reason(error)})"
+        f" {exit_index} of 0 to {len(names) - 1}) computes ({error_reason(error)})"
     )
 
 
-def _reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """The first lines of the error that started it; the exporter's own are a page of advice."""
     while error.__cause__ is not None:
         error = error.__cause__

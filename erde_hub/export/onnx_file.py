@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import os
 import re
@@ -17,20 +16,15 @@ from torch import Tensor
 
 from erde_hub._files import disk_errors, replacing_all
 from erde_hub._version import __version__
-from erde_hub.backbones.transformers import longest_text
-from erde_hub.calibration import get_calibrator, list_calibrators
 from erde_hub.engine.inputs import check_pixel_values
 from erde_hub.errors import ConfigError, ExportError, InputTypeError, ShapeError
 from erde_hub.modeling.wrapper import EarlyExitWrapper
-from erde_hub.policies import get_policy, list_policies
-from erde_hub.tasks import REGRESSION
 
 from ._inputs import file_path
 from ._requirements import require
-from ._texts import tokenizer_json
 from .metadata import FileInfo
 from .session import EarlyExitSession
-from .signature import input_names, padding_token, reads_texts, vocabulary
+from .signature import check_exportable, file_info
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -114,14 +108,12 @@ def export_onnx(
     if not (batch_size is None or (type(batch_size) is int and batch_size == 1)):
         raise ConfigError(f"batch_size must be 1, or None for batches of any size, got {batch_size!r}")
     check_method(calibration_method, used=calibration_data is not None)
-    _check_exportable(model)
-    _check_calibrator(model)
-    _check_preprocessing(model)
+    check_exportable(model)
     target = file_path(path)
     with disk_errors(target):
         if target.is_dir() or not target.name:
             raise ConfigError(f"{str(path)!r} is a folder: give the name of the file, such as model.onnx")
-    info = _file_info(model, batch_size, tokenizer, "int8" if calibration_data is not None else None)
+    info = file_info(model, batch_size, tokenizer, "int8" if calibration_data is not None else None)
     with replacing_all(target.parent, last=target.name) as folder:
         batches = None if calibration_data is None else calibration_batches(calibration_data, info)
         file = flat_model(model, opset, batch_size)
@@ -223,76 +215,6 @@ def _differences(a: Tensor, b: Tensor) -> Tensor:
     """Absolute differences; 0 where both are NaN or the same infinity, infinite where only one is no number."""
     same = (a == b) | (a.isnan() & b.isnan())
     return torch.where(same, 0.0, (a - b).abs()).nan_to_num(torch.inf, posinf=torch.inf)
-
-
-def _check_exportable(model: EarlyExitWrapper) -> None:
-    if model.config.task != "classification":
-        raise ExportError(
-            f"{type(model.backbone).__name__} is a language model, whose keys and values from token to token the file"
-            " does not hold: classifiers can be written"
-        )
-    if model.config.problem_type == REGRESSION:
-        raise ExportError(
-            "a regression has no class probabilities, which the policies of an ONNX file (entropy and its like) read:"
-            " export the static network of an exit, torch.onnx.export(model.truncate(exit), ...)"
-        )
-    if not model.policy.exportable:
-        possible = [name for name in list_policies() if get_policy(name).cls.exportable]
-        raise ExportError(
-            f"policy {model.config.policy!r} cannot be written into an ONNX file (those that can:"
-            f" {', '.join(possible)}): wrap the model with one of them"
-        )
-
-
-def _check_calibrator(model: EarlyExitWrapper) -> None:
-    if model.calibrator is not None and not model.calibrator.affine:
-        possible = [name for name in list_calibrators() if get_calibrator(name).cls.affine]
-        raise ExportError(
-            f"calibrator {model.config.calibrator!r} cannot be written into an ONNX file (those that can:"
-            f" {', '.join(possible)}): fit one of them, or take it off with model.set_calibrator(None)"
-        )
-
-
-def _check_preprocessing(model: EarlyExitWrapper) -> None:
-    """A file answers one size only, and must get it from the images that its own metadata prepare."""
-    preprocessing = model.config.preprocessing
-    if preprocessing is None:
-        return
-    made, taken = [len(preprocessing["mean"]), *preprocessing["size"]], list(model.config.input_size or [])
-    if made != taken:
-        raise ConfigError(
-            f"the preprocessing makes images of shape {tuple(made)}, the model was wrapped for {tuple(taken)}, which is"
-            " what the file would take: call model.set_preprocessing(...) with that size, or wrap the model with"
-            f" input_size={tuple(made)}"
-        )
-
-
-def _file_info(model: EarlyExitWrapper, batch_size: int | None, tokenizer: Any, quantization: str | None) -> FileInfo:
-    """What the file says of itself."""
-    config, texts = model.config, reads_texts(model)
-    info = FileInfo(
-        erde_hub_version=__version__,
-        policy=str(config.policy),
-        threshold=model.routing_plan().thresholds,
-        threshold_range=list(model.policy.threshold_range),
-        exit_names=model.exit_names,
-        cumulative_macs=model.exit_table().cumulative_macs,
-        id2label={int(i): str(label) for i, label in (config.id2label or {}).items()},
-        input_size=list(config.input_size or []),
-        preprocessing=config.preprocessing,
-        prediction_sets=model.prediction_sets,
-        quantization=quantization,
-        input_names=tuple(input_names(model)),
-        batch_size=batch_size,
-        max_length=longest_text(model.backbone) if texts else None,
-        vocab_size=vocabulary(model) if texts else None,
-        pad_token_id=padding_token(model) if texts else None,
-    )
-    if tokenizer is None:
-        return info
-    if not texts:
-        raise ConfigError(f"{type(model.backbone).__name__} reads images: leave tokenizer out")
-    return dataclasses.replace(info, tokenizer=tokenizer_json(tokenizer, info))
 
 
 def _describe(nested: ir.Model, info: FileInfo) -> None:

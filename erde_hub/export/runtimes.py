@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,7 @@ class OpenVino:
 
     def __init__(self, file: Path, threads: int | None, providers: Any) -> None:
         runtime: Any = require("openvino", "runtime='openvino'", "openvino")
-        if providers != CPU_PROVIDER:
-            raise ConfigError(f"providers={providers!r} are onnxruntime's: leave them out for OpenVINO")
+        _check_providers_left_out(providers, "OpenVINO")
         # Its own choice is bfloat16 on some processors.
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
@@ -102,20 +103,89 @@ class OpenVino:
         return answers["logits"].copy(), answers["exit_index"].copy()
 
 
-_RUNTIMES: dict[str, Callable[[Path, int | None, Any], Any]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+class ExecuTorch:
+    """An ExecuTorch program, on the processor; it answers one sample at a time. See :class:`OnnxRuntime`.
+
+    A method runs where the exit before it is not sure.
+
+    Raises:
+        MissingDependencyError: executorch is not installed.
+        CheckpointError: It does not load the file.
+        ConfigError: Providers were given, or threads for a second program that differ from those of the first: all
+            programs of a process share them.
+    """
+
+    batches_int8 = True
+    _opened = False
+
+    def __init__(self, file: Path, threads: int | None, providers: Any) -> None:
+        runtime: Any = require("executorch.runtime", "a .pte file", "executorch")
+        _check_providers_left_out(providers, "ExecuTorch")
+        self._set_threads(threads)
+        try:
+            program = runtime.Runtime.get().load_program(file)
+            early = sum(name.startswith("stage_") for name in program.method_names) - 1
+            self._stages = [program.load_method(f"stage_{i}") for i in range(early + 1)]
+            text = program.load_method("metadata").execute([])[0] if "metadata" in program.method_names else "{}"
+            self.metadata: dict[str, str] = json.loads(text)
+            image, logits = (), ()
+            if self._stages:
+                image = self._stages[0].metadata.input_tensor_meta(1).sizes()
+                logits = self._stages[-1].metadata.output_tensor_meta(0).sizes()
+        except Exception as error:  # it raises RuntimeError, and others of its own
+            raise CheckpointError(f"ExecuTorch cannot load {str(file)!r}: {_reason(error)}") from error
+        self.inputs = {"pixel_values": [*image], "threshold": [early]}
+        self.outputs = {"logits": [*logits], "exit_index": [1]}
+        self._from_numpy = importlib.import_module("torch").from_numpy
+        self._lock = threading.Lock()  # the methods of a program share their memory
+
+    @classmethod
+    def _set_threads(cls, threads: int | None) -> None:
+        library: Any = importlib.import_module("executorch.extension.pybindings.portable_lib")
+        current = library._threadpool_get_thread_count()
+        if threads not in (None, current):
+            if cls._opened:  # the first program would use threads that are gone
+                raise ConfigError(
+                    f"threads={threads} where an ExecuTorch program of this process runs with {current}, which all"
+                    " share: leave threads out, or give it to the first"
+                )
+            library._unsafe_reset_threadpool(threads)
+        cls._opened = True
+
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Returns logits and exit index."""
+        tensors = [self._from_numpy(np.ascontiguousarray(feed["pixel_values"]))]
+        thresholds = self._from_numpy(feed["threshold"].astype(np.float32)).split(1)
+        with self._lock:
+            for exit_index, (stage, threshold) in enumerate(zip(self._stages, thresholds, strict=False)):
+                logits, exits, *tensors = stage.execute((threshold, *tensors))
+                if exits.item():
+                    return logits.numpy(), np.array([exit_index])
+            (logits,) = self._stages[-1].execute(tensors)
+            return logits.numpy(), np.array([len(thresholds)])
 
 
-def find_runtime(name: str | None) -> Callable[[Path, int | None, Any], Any]:
+_RUNTIMES: dict[str, Callable[[Path, int | None, Any], Any]] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
+    "executorch": ExecuTorch,
+}
+
+
+def find_runtime(name: str | None, file: Path) -> Callable[[Path, int | None, Any], Any]:
     """Returns what opens files.
 
     Args:
-        name: Of a runtime; None for the first that is installed.
+        name: Of a runtime; None for ExecuTorch where the file is a ``.pte``, otherwise the first that is installed.
+        file: The file.
 
     Raises:
         UnknownNameError: No such runtime.
     """
+    if name is None and file.suffix == ".pte":
+        name = "executorch"
     if name is None:
-        name = next((name for name in _RUNTIMES if _installed(name)), "onnxruntime")
+        name = next((name for name in ("onnxruntime", "openvino") if _installed(name)), "onnxruntime")
     if name not in _RUNTIMES:
         raise unknown_name("runtime", name, _RUNTIMES)
     return _RUNTIMES[name]
@@ -130,6 +200,11 @@ def _installed(name: str) -> bool:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:600]
+
+
+def _check_providers_left_out(providers: Any, runtime: str) -> None:
+    if providers != CPU_PROVIDER:
+        raise ConfigError(f"providers={providers!r} are onnxruntime's: leave them out for {runtime}")
 
 
 def _check_providers(providers: Any, available: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ class SessionOutput:
 
 
 class EarlyExitSession:
-    """Runs a file that :func:`~erde_hub.export.export_onnx` wrote.
+    """Runs a file that :func:`~erde_hub.export.export_onnx` or :func:`~erde_hub.export.export_executorch` wrote.
 
     Layers behind the exit that the last sample of a batch took are not run. A sample with NaN or infinity in its input
     never leaves early and gets NaN logits; nor does one leave at an exit whose logits overflowed to NaN or infinity, so
@@ -55,8 +55,9 @@ class EarlyExitSession:
     A file for one sample runs the samples of a batch one after the other, as OpenVINO does with any int8 file.
 
     Args:
-        path: The ONNX file; one above 2 GB needs its ``.data`` file beside it.
-        runtime: ``onnxruntime`` or ``openvino``, which runs on the processor; None takes the first that is installed.
+        path: The ONNX file; one above 2 GB needs its ``.data`` file beside it. Or the ExecuTorch program, ``.pte``.
+        runtime: ``onnxruntime``, or ``openvino``, which runs on the processor; None takes the first that is installed.
+            ``executorch`` for a program, which is also known by its name.
         threads: Threads of the runtime; None leaves it to the runtime (one per core).
         providers: Execution providers of onnxruntime, in order of preference: names, or pairs of name and options.
 
@@ -84,10 +85,10 @@ class EarlyExitSession:
         threads: int | None = None,
         providers: Sequence[str | tuple[str, dict[str, Any]]] = CPU_PROVIDER,
     ) -> None:
-        open_file = find_runtime(runtime)
+        file = file_path(path)
+        open_file = find_runtime(runtime, file)
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be an integer of at least 1, or None for one per core, got {threads!r}")
-        file = file_path(path)
         try:
             found = file.is_file()
         except OSError:  # a name that is too long

@@ -10,12 +10,15 @@ at exit 0, files for one sample at most 1.05 of the prefix at exit 0. Run it on 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from inference_extras import export_files, onnx_contestant
@@ -24,6 +27,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.hf_argparser import HfArg
 
 from erde_hub import EarlyExitWrapper, __version__
+from erde_hub.export.executorch_file import export_executorch, lower
+from erde_hub.export.flat import EveryExit, exportable_copy, trace
+from erde_hub.export.runtimes import CPU_PROVIDER, ExecuTorch
 from erde_hub.scripts.common.command_line import parse_arguments, run_script
 from erde_hub.scripts.common.results_files import write_results
 from erde_hub.scripts.common.turns import summary, take_turns
@@ -37,7 +43,7 @@ class ExportedBenchmark:
         default_factory=lambda: ["minilm", "resnet18", "vit_small_patch16_224"],
         help="minilm, for texts, and names of timm",
     )
-    cpu_threads: int = HfArg(default=1, help="threads of onnxruntime")
+    cpu_threads: int = HfArg(default=1, help="threads of the runtime")
     rounds: int = HfArg(default=30, help="rounds at most; in each, all files take turns")
     min_rounds: int = HfArg(default=10, help="rounds at least")
     seconds: float = HfArg(default=60.0, help="seconds after which no round begins")
@@ -60,6 +66,8 @@ def measure_model(name: str, args: ExportedBenchmark) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = text_model() if name == "minilm" else image_model(name)
     rows = []
+    if name != "minilm" and importlib.util.find_spec("executorch") is not None:
+        rows.append({"model": name, "file": "ExecuTorch, batch 1", **measure_executorch(model, args, name)})
     for batch_size in (None, 1):
         with tempfile.TemporaryDirectory() as folder:
             files = export_files(model, inputs_of(model, 4, 128), Path(folder), batch_size)
@@ -105,6 +113,27 @@ def measure_files(
             nested = onnx_contestant(files[f"{kind}_nested"], inputs, [threshold] * early, args.cpu_threads)
             runs[f"{kind}, {name}"] = nested
     return summary(take_turns(runs, args.rounds, args.min_rounds, args.seconds, label))
+
+
+def measure_executorch(model: EarlyExitWrapper, args: ExportedBenchmark, label: str) -> dict[str, Any]:
+    """Times of the program at both ends, of one method with all exits and no decision, and of one up to exit 0."""
+    from executorch.runtime import Runtime  # noqa: PLC0415 - an extra
+
+    x, early, runs = torch.randn(1, *(model.config.input_size or [])), len(model.heads), {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_executorch(model, Path(folder) / "model.pte")
+        program = ExecuTorch(path, args.cpu_threads, CPU_PROVIDER)
+        for name, last in (("flat", None), ("prefix", 0)):
+            other = path.with_name(f"{name}.pte")
+            other.write_bytes(lower({"forward": trace(EveryExit(exportable_copy(model), last), 1)}))
+            method = Runtime.get().load_program(other).load_method("forward")
+            runs[f"executorch {name}"] = functools.partial(method.execute, (x, torch.zeros(early)))
+    for name, threshold in (("all the way", 0.0), ("exit 0", math.inf)):
+        feed = {"pixel_values": x.numpy(), "threshold": np.full(early, threshold, np.float32)}
+        runs[f"executorch, {name}"] = functools.partial(program.run, feed)
+    pairs = [("executorch, all the way", "executorch flat"), ("executorch, exit 0", "executorch prefix")]
+    times = take_turns(runs, args.rounds, args.min_rounds, args.seconds, f"{label}, ExecuTorch")
+    return {"inputs": " x ".join(map(str, x.shape)), **summary(times, pairs)}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from erde_hub.errors import CheckpointError, ConfigError, MissingDependencyError, UnknownNameError
 from erde_hub.export import EarlyExitSession, check_onnx, export_onnx
-from erde_hub.export.runtimes import OnnxRuntime, OpenVino, find_runtime
+from erde_hub.export.runtimes import ExecuTorch, OnnxRuntime, OpenVino, find_runtime
 from tests.fakes.onnx_models import build, images, safe_thresholds
 from tests.fakes.transformers_models import inputs, wrap
 
@@ -40,7 +40,9 @@ def test_the_page_shows_how_without_a_session(tmp_path, monkeypatch, capsys):
     model = build("resnet8_cifar", 32, {"width": 8}, ["layer1"])
     export_onnx(model, tmp_path / "model.onnx")
     page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (code,) = (
+        block for block in re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if "compile_model" in block
+    )
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     out = model(torch.zeros(1, 3, 32, 32), threshold=0.5)
@@ -110,10 +112,11 @@ def test_later_layers_lie_in_a_branch(file):
 
 
 def test_which_runtime_is_taken(tiny_file, monkeypatch):
-    assert find_runtime(None) is OnnxRuntime
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert find_runtime(None) is OpenVino
     _, path = tiny_file
+    assert find_runtime(None, path) is OnnxRuntime
+    assert find_runtime(None, path.with_suffix(".pte")) is ExecuTorch
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert find_runtime(None, path) is OpenVino
     x = np.zeros((1, 3, 16, 16), np.float32)
     session = EarlyExitSession(path, threads=1)
     assert session(x, 0.0).exit_index.tolist() == [2]
