@@ -101,8 +101,8 @@ def try_family(name: str, seconds: float = 0.0, before: dict[str, Any] | None = 
     given = {} if size is None else {"input_size": (3, size, size)}
     torch.manual_seed(0)
     model = EarlyExitWrapper(lively(transformers_model(name), size), exits=2, **given).eval()
-    spread_heads(model, example(size, model))
-    inputs = example(size, model)
+    spread_heads(model, example(size, model.backbone))
+    inputs = example(size, model.backbone)
     thresholds = routed(model, inputs)[0]
     row: dict[str, Any] = {"model": type(model.backbone).__name__, "exits": model.exit_names[:-1]}
     with tempfile.TemporaryDirectory() as folder:

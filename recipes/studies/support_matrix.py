@@ -5,10 +5,11 @@
     python recipes/studies/support_matrix.py --resume                           # rows that are missing or of other code
 
 Each family runs in a process of its own with a limit, and its row is written at once, with a digest of the code that
-was tried; several such commands may share the file. What is tried: exits attached, a training step in which every
-head gets gradients, routing against the full forward masked per sample, a stream of small batches against calls of
-their own, a checkpoint that comes back bit for bit, a copy that answers alike, and an ONNX file that does. The result
-is recipes/results/support_matrix.json, from which `make_tables.py` makes docs/support_matrix.md.
+was tried; several such commands may share the file. What is tried: exits attached, which leaves the network as it was
+(weights, buffers, modes, hooks, outputs) as everything after it does, a training step in which every head gets
+gradients, routing against the full forward masked per sample, a stream of small batches against calls of their own, a
+checkpoint that comes back bit for bit, a copy that answers alike, and an ONNX file that does. The result is
+recipes/results/support_matrix.json, from which `make_tables.py` makes docs/support_matrix.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 import timm
 import torch
 import transformers
+from network_state import changes, mix_states, network_state
 from support_models import (
     CLASSES,
     TRANSFORMERS_TEXT,
@@ -188,19 +190,23 @@ def check_model(
     given = {} if size is None else {"input_size": (3, size, size)}
     try:
         backbone = lively(make(), size)
-        before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-        model = EarlyExitWrapper(backbone, exits="auto", backbone_kwargs=kwargs or None, **given).eval()
+        inputs = example(size, backbone)
+        hook = mix_states(backbone)
+        before = network_state(backbone, (*inputs.values(),))
+        model = EarlyExitWrapper(backbone, exits="auto", backbone_kwargs=kwargs or None, **given)
     except ErdeError as error:
         return {"attach": f"refused: {_line(error)}"}
     except Exception as error:  # noqa: BLE001 - the row says which
         return {"attach": f"{type(error).__name__}: {_line(error)}"}
-    changed = [name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])]
+    changed = changes(backbone, before, (*inputs.values(),))
     if changed:
-        return {"attach": f"wrapping changed {len(changed)} tensors, first {changed[0]}"}
+        return {"attach": f"wrapping changed {len(changed)} things, first the {changed[0]}"}
+    hook.remove()
+    model.requires_grad_(True).eval()
+    before = network_state(backbone, (*inputs.values(),))
     row["attach"] = "yes"
     row["exits"] = model.exit_names[:-1]
     row["parameters"] = sum(p.numel() for p in model.backbone.parameters())
-    inputs = example(size, model)
     decisive(model, inputs)
     for check, function in _FUNCTIONS.items():
         report(row)
@@ -213,6 +219,9 @@ def check_model(
                 row[check] = f"refused: {_line(error)}"
             except Exception as error:  # noqa: BLE001 - the row says which
                 row[check] = f"{type(error).__name__}: {_line(error)}"
+    changed = changes(backbone, before, (*inputs.values(),))
+    if changed:
+        row["attach"] = f"a later check changed {len(changed)} things, first the {changed[0]}"
     return row
 
 
@@ -264,11 +273,11 @@ def _images(size: int, count: int, seed: int) -> Tensor:
     return smooth + 0.3 * torch.randn((count, 3, size, size), generator=generator)
 
 
-def example(size: int | None, model: EarlyExitWrapper) -> dict[str, Tensor]:
+def example(size: int | None, backbone: nn.Module) -> dict[str, Tensor]:
     """Images, or padded texts of different lengths."""
     if size is not None:
         return {"pixel_values": _images(size, BATCH, 3)}
-    padding = int(model.backbone.config.pad_token_id or 0)
+    padding = int(backbone.config.pad_token_id or 0)
     ids = torch.randint(5, 99, (BATCH, 11), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     for row in range(BATCH):

@@ -28,7 +28,11 @@ _STAGES = {"depths": [1, 1, 1, 1]}
 TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224", 32, _VIT),
     "cait": ("cait_xxs24_224", 32, {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}),
-    "coat": ("coat_tiny", 64, {"img_size": 64}),
+    "coat": (
+        "coat_tiny",
+        64,
+        {"img_size": 64, "embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 3},
+    ),
     "convnext": ("convnext_atto", 64, {**_STAGES, "dims": [8, 16, 24, 32]}),
     "crossvit": ("crossvit_tiny_240", 240, {}),
     "deepseek_vit": ("deepseek_vit_412m", 56, {"depth": 3, "embed_dim": 96, "num_heads": 3}),
@@ -57,6 +61,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "sequencer": ("sequencer2d_s", 64, {}),
     "swin_transformer": ("swin_tiny_patch4_window7_224", 56, {"img_size": 56, "embed_dim": 24, "depths": [1, 1, 1]}),
     "tnt": ("tnt_s_legacy_patch16_224", 64, {"img_size": 64}),
+    "twins": ("twins_svt_small", 64, {"img_size": 64, "embed_dims": [16, 16, 32, 32], "depths": [1, 1, 2, 1]}),
     "vision_transformer": ("vit_tiny_patch16_224", 32, _VIT),
     "volo": ("volo_d1_224", 64, {"img_size": 64}),
     "xcit": ("xcit_nano_12_p16_224", 64, {}),
