@@ -327,8 +327,10 @@ def _scatter_weights(module: nn.Module, generator: torch.Generator) -> None:
     for tensor in {id(tensor): tensor for tensor in _stored_tensors(module).values()}.values():
         if not tensor.is_floating_point():
             continue
+        in_place = tensor.device.type == "cpu" and tensor.dtype.itemsize > 1  # no second copy of a large tensor
+        values = tensor if in_place else torch.empty(tensor.shape)
         if tensor.ndim < 2:  # gains, biases, statistics: variances must be positive
-            values = torch.rand(tensor.shape, generator=generator).add_(0.5)
+            values.uniform_(0.5, 1.5, generator=generator)
         else:
-            values = torch.randn(tensor.shape, generator=generator).mul_((len(tensor) / tensor.numel()) ** 0.5)
+            values.normal_(0, (len(tensor) / tensor.numel()) ** 0.5, generator=generator)
         tensor.copy_(values)

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, InputTypeError, LabelError, ShapeError, ThresholdError
-from tests.fakes.memory import PeakMemory
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = {
@@ -81,15 +80,6 @@ def test_training_reaches_every_head_and_a_checkpoint_comes_back(model, texts, t
             strict=True,
         ):
             assert torch.equal(one, two)
-
-
-def test_wrapping_takes_the_memory_of_one_more_copy():
-    """In the model's own type; random values are made in float32, one tensor after the other."""
-    sizes = {**_SIZES, "hidden_size": 512, "intermediate_size": 2048}
-    backbone = t.LlamaForCausalLM(t.LlamaConfig(**sizes, **_SPECIAL)).bfloat16()
-    with PeakMemory() as memory:  # its own weights are counted when they are first read
-        EarlyExitWrapper(backbone, exits=1)
-    assert memory.peak < 2.5 * sum(p.numel() * p.element_size() for p in backbone.parameters())
 
 
 def test_nobody_leaves(model, texts):

@@ -13,10 +13,18 @@ from timm.layers import convert_splitbn_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, RebuildError
+from tests.fakes.memory import PeakMemory
 from tests.fakes.networks import FAMILIES
 
 _SWIN = FAMILIES["swin"].kwargs
@@ -220,3 +228,37 @@ def test_auxiliary_logits_are_left_aside(make, size):
     output = model(torch.randn(2, *size), labels=torch.tensor([0, 1]))
     assert [logits.shape for logits in output.exit_logits] == [(2, 3)] * 2
     output.loss.backward()
+
+
+def _large_layers() -> nn.Module:
+    relu = nn.ReLU()  # twice in one module, so that its stages are compared with its own forward
+    convs = [nn.Conv2d(3, 256, 4, stride=4), relu, nn.Conv2d(256, 512, 3, padding=1), relu]
+    return nn.Sequential(
+        *convs, nn.Conv2d(512, 512, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 5)
+    )
+
+
+def _llama() -> nn.Module:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).bfloat16()
+
+
+_WIDE_VIT = {**_VIT, "embed_dim": 384, "depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (_large_layers, {"input_size": (3, 16, 16)}),
+        (lambda: timm.create_model("vit_tiny_patch16_224", **_WIDE_VIT), {"backbone_kwargs": _WIDE_VIT}),
+        (lambda: timm.create_model("resnet10t"), {"input_size": (3, 32, 32)}),
+        (_llama, {}),
+    ],
+    ids=["sequential", "vit", "resnet", "llama"],
+)
+def test_wrapping_takes_the_memory_of_one_more_copy(make, given):
+    """In the model's own type. Its own weights are counted when they are first read."""
+    backbone = make()
+    with PeakMemory() as memory:
+        EarlyExitWrapper(backbone, exits=1, **given)
+    assert memory.peak < 2.1 * sum(p.numel() * p.element_size() for p in backbone.parameters())
