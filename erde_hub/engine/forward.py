@@ -15,7 +15,7 @@ from erde_hub.errors import ConfigError, ExportError
 from erde_hub.outputs import EarlyExitOutput
 
 from .features import CalibratedExits, capture_features
-from .inputs import ModelInputs
+from .inputs import NO_GRAPH, ModelInputs
 from .recomputation import is_recomputing, without_recomputation
 from .routing import AllExits, Router, RoutingPlan, pools_tokens, route_one
 from .runner import ExitRunner
@@ -74,11 +74,7 @@ def route(plan: RoutingPlan, inputs: ModelInputs) -> EarlyExitOutput:
         everything: Any = run_all(runner, plan.heads, inputs)
         return _routed_together(plan, everything.logits, len(plan.heads))
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        raise ExportError(
-            "a pass in which samples exit early depends on their values and is no graph that torch.export, torch.jit or"
-            " the old ONNX exporter can write: export model.truncate(exit), or all of it with"
-            " erde_hub.export.export_onnx, or call the model with output_all_exits=True"
-        )
+        raise ExportError(NO_GRAPH)
     stages = runner.stages()
     mask = runner.token_mask(inputs.kwargs) if plan.pools_tokens else None
     if batch == 1 and plan.looks_at_one and mask is None and stages is not None:

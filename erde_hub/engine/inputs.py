@@ -8,10 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from erde_hub.errors import InputTypeError, ShapeError
+from erde_hub.errors import ExportError, InputTypeError, ShapeError
 
 #: What text models take, by name; all but one have one row per sample, and positions may be shared.
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+#: Why a routed pass cannot be captured.
+NO_GRAPH = (
+    "a pass in which samples exit early depends on their values and is no graph that torch.export, torch.jit, torch.fx,"
+    " torch.vmap or the old ONNX exporter can hold: take model.truncate(exit), or write all of it with"
+    " erde_hub.export.export_onnx, or call the model with output_all_exits=True"
+)
 
 
 class ModelInputs(NamedTuple):
@@ -77,7 +84,7 @@ def _kind(value: Any) -> str:
 def explain_failure(error: Exception, inputs: ModelInputs, input_size: Sequence[int], dtype: torch.dtype) -> Exception:
     """Returns a typed error in place of a backbone's own where the inputs are not those of its config, else ``error``.
 
-    Checked only where a backbone failed: many take other sizes, and some convert other types.
+    Checked only where a pass failed: many backbones take other sizes, and some convert other types.
 
     Args:
         error: What the backbone raised.
@@ -85,7 +92,11 @@ def explain_failure(error: Exception, inputs: ModelInputs, input_size: Sequence[
         input_size: Shape of one input at wrapping.
         dtype: Of its weights.
     """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # noqa: PLC0415 - seldom needed
+
     x = inputs.main
+    if get_proxy_mode() is not None or torch._C._functorch.is_batchedtensor(x):
+        return ExportError(f"{NO_GRAPH} ({error})")
     if x.is_floating_point() and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         return InputTypeError(f"the inputs are {x.dtype}, the weights {dtype}: convert one with .to(...) ({error})")
     if len(input_size) == 3 and tuple(x.shape[1:]) != tuple(input_size):

@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from erde_hub._files import read_json
 from erde_hub.config import EarlyExitConfig
-from erde_hub.errors import CheckpointError
+from erde_hub.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,17 @@ def write_weights(
         config: With its ``save_id``; it is stored in the header.
         max_shard_size: In bytes, or as text such as ``"5GB"``: above it there are several files and an index.
         variant: Part of the files' names.
+
+    Raises:
+        ConfigError: ``max_shard_size`` is neither.
     """
     pattern = _variant(f"model-{config.save_id:.8}{{suffix}}.safetensors", variant)
-    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(
+            dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f'max_shard_size={max_shard_size!r} is no number of bytes, nor text as "5GB"') from error
     metadata = {"format": "pt", "save_id": str(config.save_id), "config": config.to_json_string()}
     shards = split.filename_to_tensors if split.is_sharded else {_variant(SAFE_WEIGHTS_NAME, variant): [*tensors]}
     for name, keys in shards.items():

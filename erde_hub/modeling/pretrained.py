@@ -476,9 +476,12 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
 
         Raises:
             CheckpointError: No such folder, or one without a checkpoint; weights that are missing, left over or of
-                other shapes than the config says; a plain backbone without ``backbone=``.
+                other shapes than the config says, or no floats where the model has floats; a plain backbone without
+                ``backbone=``.
+            ConfigError: ``dtype`` is no floating-point type.
         """
         source = pretrained_model_name_or_path
+        _check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         try:
@@ -493,10 +496,11 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             raise
         except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, StrictDataclassError) as error:
             raise CheckpointError(
-                f"{source} could not be loaded: config or files are damaged, or an argument"
-                f" of from_pretrained is none ({type(error).__name__}: {error})"
+                f"{source} could not be loaded: config or files are damaged, or from_pretrained"
+                f" has no such argument ({type(error).__name__}: {error})"
             ) from error
         _check_all_fits(source, info, may_differ)
+        _check_floats(source, kwargs.get("state_dict") or {}, model)
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         model._own_what_was_loaded()
         return (model, info) if wants_info else model
@@ -576,6 +580,25 @@ def _check_all_fits(source: Any, info: dict[str, Any], may_differ: bool) -> None
             f"the weights of {source} do not match its config ({what}): the file belongs to another model, or the"
             " config was edited"
         )
+
+
+def _check_floats(source: Any, stored: Mapping[str, Any], model: nn.Module) -> None:
+    """Raises :class:`CheckpointError` for integers in the place of weights: they would be taken as they are."""
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    types = {name: t.get_dtype() for name, t in stored.items() if name in floats and hasattr(t, "get_dtype")}
+    wrong = sorted(name for name, dtype in types.items() if not dtype.startswith(("F", "BF")))
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} weights of {source} are stored as {types[wrong[0]]}, first {wrong[0]!r}, where the model has"
+            " floats: they were quantised or damaged; save the model before it is quantised"
+        )
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raises :class:`ConfigError` for what is no type of weights."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ConfigError(f"dtype={dtype!r} is no floating-point type: pass torch.bfloat16, 'float16' or 'auto', say")
 
 
 def _check_is_there(name: Any, kwargs: dict[str, Any]) -> None:

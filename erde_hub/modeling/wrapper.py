@@ -23,7 +23,7 @@ from erde_hub.calibration import Calibrator, calibrator_name, create_calibrator
 from erde_hub.config import EarlyExitConfig, read_field
 from erde_hub.engine.features import last_linears, place_feature_hooks
 from erde_hub.engine.forward import route, run_all
-from erde_hub.engine.inputs import explain_failure
+from erde_hub.engine.inputs import NO_GRAPH, explain_failure
 from erde_hub.engine.recomputation import is_recomputing, recomputing
 from erde_hub.engine.routing import PlanCache, RoutingPlan
 from erde_hub.engine.runner import ExitRunner
@@ -686,6 +686,14 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
                 " all of it, and torch.onnx.export takes the network of one exit, model.truncate(exit)"
             )
         return super()._slow_forward(*inputs, **kwargs)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks first.
+
+        Raises:
+            ExportError: Always.
+        """
+        raise ExportError(NO_GRAPH)
 
     def _sets_of(self, output: EarlyExitOutput) -> Tensor:
         """Sets of the routed answers, or where every exit was run of the last exit's."""

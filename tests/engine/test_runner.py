@@ -15,6 +15,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from timm.utils import freeze
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -191,6 +192,18 @@ def test_a_trace_of_a_routed_pass_is_refused():
         torch.jit.trace(lambda given: model(given, threshold=0.3).logits, x)
     traced = torch.jit.trace(lambda given: model(given, threshold=0.0).logits, x)
     assert torch.equal(traced(x), model(x, threshold=0.0).logits)
+
+
+def test_other_ways_to_capture_a_routed_pass_are_refused():
+    model, x = wrap("resnet").requires_grad_(False), images("resnet", 2)
+    with pytest.raises(ExportError, match=r"torch\.fx.*truncate\(exit\)"):
+        make_fx(lambda given: model(given, threshold=0.3).logits)(x)
+    with pytest.raises(ExportError, match=r"torch\.vmap.*truncate\(exit\)"):
+        torch.vmap(lambda given: model(given[None], threshold=0.3).logits)(x)
+    with pytest.raises(ExportError, match=r"torch\.jit.*truncate\(exit\)"):
+        torch.jit.script(model)
+    every = torch.vmap(lambda given: model(given[None], output_all_exits=True).exit_logits[0])(x)
+    torch.testing.assert_close(every[:, 0], model(x, output_all_exits=True).exit_logits[0])
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])

@@ -345,6 +345,34 @@ def test_a_config_that_was_edited(damaged, changes):
         EarlyExitWrapper.from_pretrained(damaged)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats(damaged, dtype):
+    edit_weights(damaged, **{"backbone.conv1.weight": torch.ones(8, 3, 3, 3).to(dtype)})
+    with pytest.raises(CheckpointError, match=r"1 weights of .* are stored as .*, first 'backbone\.conv1\.weight'"):
+        EarlyExitWrapper.from_pretrained(damaged)
+
+
+def test_weights_of_other_floats_load(damaged):
+    edit_weights(damaged, **{"backbone.fc.bias": torch.ones(CLASSES).half()})
+    assert torch.equal(EarlyExitWrapper.from_pretrained(damaged).backbone.fc.bias, torch.ones(CLASSES))
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    "dtype", ["bogus", "nn", "Tensor", "int8", torch.int32, 3, [torch.float16], {"": torch.float16}]
+)
+def test_a_type_that_weights_cannot_have(saved, name, dtype):
+    with pytest.raises(ConfigError, match=r"dtype=.* is no floating-point type"):
+        EarlyExitWrapper.from_pretrained(saved, **{name: dtype})
+
+
+@pytest.mark.parametrize("size", ["5 parsecs", "", None, [1]])
+def test_a_size_of_shards_that_is_none(model, tmp_path, size):
+    with pytest.raises(ConfigError, match=r"max_shard_size=.* is no number of bytes"):
+        model.save_pretrained(tmp_path / "new", max_shard_size=size)
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "keep", "words"),
     [("model.safetensors", keep, r"damaged.*cut short") for keep in (0, 4, 60, -100)]
