@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ._files import parse_json, read_json, write_text
 from ._published_weights import check_backbone_weights
 from ._registry import Entry
-from .calibration import get_calibrator
+from .calibration import ThresholdChoice, get_calibrator
 from .errors import CheckpointError, ConfigError, ErdeError, ExitPointError, InputTypeError, UnknownNameError, nearest
 from .heads import FeatureSpec, get_head
 from .losses.exit_weights import check_exit_weights, weights_per_exit
@@ -281,8 +281,14 @@ class EarlyExitConfig(PreTrainedConfig):
         thresholds = policy.check_threshold(self.threshold, len(self.exits))
         if self.task == "causal_lm":
             check_no_early_exit(policy, thresholds)
-        if (self.threshold_profile or {}).get("threshold") != self.threshold:
+        profile = self.threshold_profile
+        if isinstance(profile, dict) and (profile.get("threshold"), profile.get("policy")) != (
+            self.threshold,
+            self.policy,
+        ):
             self.threshold_profile = None  # it speaks of another threshold
+        elif profile is not None:
+            ThresholdChoice.from_dict(profile)
 
     @contextlib.contextmanager
     def _plugin_named(self, key: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -18,10 +19,13 @@ from hypothesis import strategies as st
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.backbones.transformers_preprocessing import known_preprocessing
+from erde_hub.calibration import ThresholdChoice
 from erde_hub.errors import CheckpointError, ConfigError, ErdeError
+from erde_hub.modeling import heads_only
 from erde_hub.prediction_sets import ConformalClassifier
 from erde_hub.preprocessing import check_preprocessing
 from tests.fakes import transformers_models
+from tests.fakes.memory import PeakMemory
 from tests.fakes.networks import CLASSES, wrap
 
 _NUMBERS = st.one_of(
@@ -52,6 +56,11 @@ def checkpoint(request, tmp_path_factory) -> Path:
         config = transformers.BertConfig(**sizes, vocab_size=30, max_position_embeddings=16, num_labels=CLASSES)
         model = EarlyExitWrapper(transformers.BertForSequenceClassification(config), exits=["bert.encoder.layer.0"])
     model.set_prediction_sets(ConformalClassifier([0.5] * model.num_exits, randomized=False))
+    model.config.threshold_profile = ThresholdChoice(
+        threshold=model.threshold, policy="entropy", target="accuracy_drop", bound=0.1, confidence=0.9, method="exact",
+        per_exit=False, samples=100, tested=60, value=0.0, upper_bound=None, accuracy=0.9, full_accuracy=0.9,
+        mean_macs=1.0, full_macs=2, saving=0.5, possible_saving=0.5, exit_share=[0.5, 0.5], never_exits=False,
+    ).to_dict()  # fmt: skip
     model.save_pretrained(folder)
     return folder
 
@@ -67,9 +76,8 @@ def _quiet():
 
 
 def _places(config: dict) -> list[tuple[str, ...]]:
-    inner = [
-        (key, name) for key in ("backbone_kwargs", "preprocessing", "prediction_sets") for name in config.get(key) or {}
-    ]
+    nested = ("backbone_kwargs", "preprocessing", "prediction_sets", "threshold_profile")
+    inner = [(key, name) for key in nested for name in config.get(key) or {}]
     first = [("exit_features", "0", name) for name in (config.get("exit_features") or [{}])[0]]
     return [
         *((key,) for key in config),
@@ -107,7 +115,8 @@ def test_one_field_says_something_else(checkpoint, data):
     (folder / "config.json").write_text(json.dumps(_changed(config, place, value)))
     before = set(sys.modules)
     with contextlib.suppress(ErdeError):
-        EarlyExitWrapper.from_pretrained(folder)
+        profile = EarlyExitWrapper.from_pretrained(folder).config.threshold_profile
+        assert profile is None or str(ThresholdChoice.from_dict(profile))
     assert not [name for name in set(sys.modules) - before if "transformers_modules" in name]
 
 
@@ -131,6 +140,23 @@ def test_what_would_be_costly_or_dangerous(changes, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises((ConfigError, CheckpointError), match=words):
         EarlyExitWrapper.from_pretrained(tmp_path)
+
+
+def test_a_heads_only_checkpoint_that_describes_a_large_backbone(monkeypatch, tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    network = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=30))
+    network.save_pretrained(tmp_path / "published")
+    weights = tmp_path / "published" / "model.safetensors"
+    monkeypatch.setattr(heads_only, "fetch", lambda *_: (weights, hashlib.sha256(weights.read_bytes()).hexdigest()))
+    model = EarlyExitWrapper(network, exits=1)
+    model.save_pretrained(tmp_path / "heads", heads_only=True, backbone_weights={"repo_id": "org/name"})
+    EarlyExitWrapper.from_pretrained(tmp_path / "heads")
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    config["backbone_kwargs"]["vocab_size"] = 10**7
+    (tmp_path / "heads" / "config.json").write_text(json.dumps(config))
+    with PeakMemory() as memory, pytest.raises(CheckpointError):
+        EarlyExitWrapper.from_pretrained(tmp_path / "heads")
+    assert memory.peak < 2**25
 
 
 def _vit_from(folder: Path) -> transformers.ViTConfig:

@@ -111,7 +111,7 @@ class ThresholdChoice:
         """Reads what :meth:`to_dict` gave.
 
         Raises:
-            ConfigError: Something else, or a key is missing or unknown.
+            ConfigError: Something else, a key that is missing or unknown, or a value of another kind.
         """
         if not isinstance(profile, Mapping) or profile.get("format") != cls.FORMAT:
             found = profile.get("format") if isinstance(profile, Mapping) else profile
@@ -128,6 +128,15 @@ class ThresholdChoice:
         if unknown or missing:
             what = f"unknown key {unknown[0]!r}{nearest(unknown[0], names)}" if unknown else f"no {missing[0]!r}"
             raise ConfigError(f"a threshold profile of {cls.FORMAT!r} is damaged: {what}")
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        wrong = [name for name, value in values.items() if not _is_of(kinds[name], value)]
+        wrong += [key for key, table in (("target", TARGETS), ("method", METHODS)) if values[key] not in [*table]]
+        if wrong:
+            raise ConfigError(
+                f"a threshold profile of {cls.FORMAT!r} is damaged: {wrong[0]} is {values[wrong[0]]!r:.80}"
+            )
+        if values["confidence"] is not None:
+            check_confidence(values["confidence"])
         return cls(**values)
 
     @property
@@ -178,6 +187,16 @@ class ThresholdChoice:
         if self.advice:
             lines.append(self.advice)
         return "\n".join(lines)
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Tells whether a value is what an annotation such as ``float | list[float]`` says; NaN is nothing."""
+    if " | " in kind:
+        return any(_is_of(one, value) for one in kind.split(" | "))
+    if kind.startswith("list["):
+        return isinstance(value, (list, tuple)) and all(_is_of(kind[5:-1], item) for item in value)
+    types = {"None": type(None), "str": str, "bool": bool, "int": int, "float": (int, float)}[kind]
+    return isinstance(value, types) and isinstance(value, bool) == (kind == "bool") and value == value
 
 
 def describe_bound(target: str, bound: float) -> str:

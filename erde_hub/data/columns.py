@@ -115,7 +115,7 @@ def read_labels(tables: Mapping[str, Any], dataset: str, column: str) -> tuple[l
     """Reads the labels of all splits as integers from 0 and names the classes.
 
     Class names are those of the ClassLabel feature; otherwise the sorted values of the train split. A test split whose
-    labels are all missing (None or -1) is left out, as it cannot be scored.
+    labels are all missing (None, an empty text or -1) is left out, as it cannot be scored.
 
     Raises:
         DataError: Rows without label, or fewer than two classes in train.
@@ -130,6 +130,8 @@ def read_labels(tables: Mapping[str, Any], dataset: str, column: str) -> tuple[l
             raise DataError(f"splits 'train' and {split!r} of {dataset!r} name the classes of {column!r} differently")
         storage = table.data.column(column)
         missing = np.asarray(storage.is_null())
+        if storage.type in _STRING_TYPES:  # an empty cell names no class
+            missing = missing | np.array([not (label or "").strip() for label in storage.to_pylist()], bool)
         if isinstance(feature, datasets.ClassLabel):
             missing = missing | (np.asarray(storage.fill_null(-1)) == -1)
         if split != "train" and missing.all():

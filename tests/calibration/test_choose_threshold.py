@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 
 import numpy as np
@@ -202,9 +203,16 @@ def test_reports_go_into_json_and_come_back():
         ({**profile, "format": "x/2"}, "format 'erde_hub.threshold_profile/1', got 'x/2'"),
         ({**profile, "savin": 1}, "unknown key 'savin'; did you mean 'saving'"),
         ({k: v for k, v in profile.items() if k != "bound"}, "no 'bound'"),
+        ({**profile, "saving": "much"}, "damaged: saving is 'much'"),
+        ({**profile, "saving": math.nan}, "damaged: saving is nan"),
+        ({**profile, "samples": True}, "damaged: samples is True"),
+        ({**profile, "exit_share": [0.5, None]}, "damaged: exit_share is"),
+        ({**profile, "target": "fame"}, "damaged: target is 'fame'"),
+        ({**profile, "method": [1]}, "damaged: method is [1]"),
+        ({**profile, "confidence": 1.0}, "confidence must be between 0 and 1"),
         (3, "got 3"),
     ):
-        with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             ThresholdChoice.from_dict(damaged)
 
 

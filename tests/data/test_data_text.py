@@ -151,6 +151,21 @@ def test_a_class_of_a_csv_file_may_be_called_na(tmp_path, name):
         load(tmp_path / "set", tmp_path)
 
 
+@pytest.mark.parametrize("empty", ["", "  ", "\t", None])
+def test_an_empty_label_is_none(tmp_path, empty):
+    """In files other than CSV too; NA and None are classes there as well."""
+    own = columns(60)
+    own["label"] = [("NA", "None")[i % 2] for i in range(60)]
+    test = {**columns(9, first=100), "label": [empty] * 9}  # as in the test splits of many benchmarks
+    kinds = dict.fromkeys(own, datasets.Value("string"))
+    data = load(write_texts(tmp_path / "set", {"train": own, "test": test}, kinds), tmp_path)
+    assert data.class_names == ["NA", "None"]
+    assert len(data.train) + len(data.validation) + len(data.test) == 60
+    own["label"][5] = own["label"][17] = empty
+    with pytest.raises(DataError, match=r"2 rows of split 'train' of 'empty' have no label .* first is row 5: remove"):
+        load(write_texts(tmp_path / "empty", {"train": own}, kinds), tmp_path)
+
+
 def test_rows_without_text(folder, tmp_path):
     own = columns(30)
     own["sentence"][11] = None
