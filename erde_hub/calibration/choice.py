@@ -195,8 +195,8 @@ def _is_of(kind: str, value: Any) -> bool:
         return any(_is_of(one, value) for one in kind.split(" | "))
     if kind.startswith("list["):
         return isinstance(value, (list, tuple)) and all(_is_of(kind[5:-1], item) for item in value)
-    types = {"None": type(None), "str": str, "bool": bool, "int": int, "float": (int, float)}[kind]
-    return isinstance(value, types) and isinstance(value, bool) == (kind == "bool") and value == value
+    known: dict[str, Any] = {"None": type(None), "str": str, "bool": bool, "int": int, "float": (int, float)}
+    return isinstance(value, known[kind]) and isinstance(value, bool) == (kind == "bool") and value == value
 
 
 def describe_bound(target: str, bound: float) -> str:
