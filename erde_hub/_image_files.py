@@ -26,6 +26,8 @@ Image.init()
 _NO_RASTER = {"BUFR", "EMF", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 # Formats without a signature, for which other files are mistaken.
 _UNSIGNED = {"IM", "IMT", "IPTC", "MCIDAS", "PCD", "SPIDER", "TGA", "XVTHUMB"}
+#: Longest image in units of its shorter side, which is resized to the network's input before the centre is cut out.
+_MOST_SIDES = 1000
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 
 
@@ -50,8 +52,8 @@ def decode(content: bytes, where: object) -> Image.Image:
     number in :class:`~erde_hub.export.EarlyExitSession`, so it is refused here too.
 
     Raises:
-        DataError: The bytes are no image, a damaged one, or hold grey values beyond 8 bits; the message names
-            ``where``.
+        DataError: The bytes are no image, a damaged one, one side is more than 1,000 times the other, or they hold grey
+            values beyond 8 bits; the message names ``where``.
     """
     try:
         image = Image.open(io.BytesIO(content), formats=raster_formats())
@@ -63,6 +65,11 @@ def decode(content: bytes, where: object) -> Image.Image:
 def upright_rgb(image: Image.Image, where: object) -> Image.Image:
     """Turns an image of Pillow, of any mode, upright and to 8-bit RGB; raises what :func:`decode` raises."""
     try:
+        if max(image.size) > _MOST_SIDES * min(image.size):
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, one side more than {_MOST_SIDES} times the other: resized"
+                " for a network it would take gigabytes; crop it"
+            )
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         if image.mode in ("F", "I") or image.mode.startswith("I;"):

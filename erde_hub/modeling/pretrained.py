@@ -503,6 +503,15 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         _check_floats(source, kwargs.get("state_dict") or {}, model)
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         model._own_what_was_loaded()
+        size, own = (model.config.preprocessing or {}).get("size"), model.config.input_size or ()
+        if size is not None and len(own) == 3 and list(size) != list(own[1:]):
+            logger.warning(
+                "the preprocessing of %s makes images of %s pixels, costs are counted for input_size=%s: one was"
+                " edited, or set for other images",
+                source,
+                list(size),
+                list(own),
+            )
         return (model, info) if wants_info else model
 
     @classmethod

@@ -95,6 +95,14 @@ def test_grey_of_many_bits_means_the_same_in_training_and_in_a_pipeline_or_is_re
             decode(stored(values), "row 0")
 
 
+@pytest.mark.parametrize("shape", [(1, 65_000), (65_000, 1), (2, 2001)])
+def test_a_strip_that_would_be_resized_to_gigabytes_is_refused(shape):
+    strip = encode(Image.fromarray(np.zeros(shape, np.uint8)), "PNG")
+    with pytest.raises(DataError, match=f"row 3 .*{shape[1]} x {shape[0]} pixels.*1000 times the other"):
+        decode(strip, "row 3")
+    assert decode(encode(Image.fromarray(np.zeros((2, 2000), np.uint8)), "PNG"), "row 3").size == (2000, 2)
+
+
 @pytest.mark.parametrize("kind", ["EPS", "PDF"])
 def test_pages_are_no_images(kind):
     buffer = io.BytesIO()

@@ -357,6 +357,16 @@ def test_weights_of_other_floats_load(damaged):
     assert torch.equal(EarlyExitWrapper.from_pretrained(damaged).backbone.fc.bias, torch.ones(CLASSES))
 
 
+def test_a_size_of_images_that_contradicts_the_costs_is_told(saved, damaged, caplog):
+    config = json.loads((damaged / "config.json").read_text())
+    edit_config(damaged, preprocessing={**config["preprocessing"], "size": [64, 64]})
+    EarlyExitWrapper.from_pretrained(damaged)
+    assert "makes images of [64, 64] pixels, costs are counted for input_size=[3, 16, 16]" in caplog.text
+    caplog.clear()
+    EarlyExitWrapper.from_pretrained(saved)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(
     "dtype", ["bogus", "nn", "Tensor", "int8", torch.int32, 3, [torch.float16], {"": torch.float16}]
