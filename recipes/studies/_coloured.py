@@ -4,12 +4,20 @@ scikit-learn's handwritten digits, each painted red or green. The class is wheth
 the colour agrees with the class for a stated share of the images, so a network can get that share right without looking
 at a shape; in validation (unless asked otherwise) and test every image occurs in both colours, so that the colour says
 nothing and the four groups (class and colour) are of one size per class.
+
+    python recipes/studies/_coloured.py coloured   # writes them into a folder, with a column for the colour
+
+Any command takes that folder as a data set: `erde-hub distill --dataset coloured --readout dedier`, then
+`erde-hub evaluate --model RUN --group_column label colour`.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -88,6 +96,25 @@ def coloured_digits(correlation: float = 0.95, seed: int = 0, *, misleading_vali
     return GroupedImages(data, groups, names)
 
 
+def save_coloured_digits(folder: Path, correlation: float = 0.95) -> None:
+    """Writes a parquet file per split with columns ``image``, ``label`` and ``colour``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grouped = coloured_digits(correlation)
+    columns = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=list(CLASS_NAMES)),
+        "colour": datasets.Value("string"),
+    }
+    for split, groups in grouped.groups.items():
+        rows = getattr(grouped.data, split)
+        table = {
+            "image": list(rows.pixels(np.arange(len(rows)))),
+            "label": rows.labels.tolist(),
+            "colour": [list(COLOURS)[group % 2] for group in groups[rows.indices].tolist()],
+        }
+        datasets.Dataset.from_dict(table, datasets.Features(columns)).to_parquet(folder / f"{split}.parquet")
+
+
 def _mostly(classes: NDArray[np.int64], correlation: float, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """Colours that are those of the class but for an exact share of each class, chosen by a hash of the row."""
     colours = classes.copy()
@@ -102,3 +129,7 @@ def _mostly(classes: NDArray[np.int64], correlation: float, rows: NDArray[np.int
 def _paint(grey: NDArray[np.uint8], colours: NDArray[np.int64]) -> NDArray[np.uint8]:
     palette = np.array(list(COLOURS.values()), dtype=np.float64) / 255
     return np.rint(grey[..., None] * palette[colours][:, None, None, :]).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    save_coloured_digits(Path(sys.argv[1]))

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from _coloured import COLOURS, coloured_digits
+from _coloured import COLOURS, coloured_digits, save_coloured_digits
 
+from erde_hub.data import load_image_data
+from erde_hub.data.groups import read_groups
 from erde_hub.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
@@ -65,6 +67,18 @@ def test_the_seed_chooses_the_exceptions_and_nothing_else(grouped):
     assert not torch.equal(other.groups["train"], grouped.groups["train"])
     assert torch.equal(again.groups["train"], grouped.groups["train"])
     assert again.data.fingerprint == grouped.data.fingerprint != other.data.fingerprint
+
+
+def test_a_folder_with_a_column_for_the_colour(tmp_path):
+    save_coloured_digits(tmp_path, 0.9)
+    data, grouped = load_image_data(str(tmp_path)), coloured_digits(0.9)
+    assert data.class_names == ["below five", "five or more"]
+    for name in SPLITS:
+        rows, expected = getattr(data, name), getattr(grouped.data, name)
+        np.testing.assert_array_equal(rows.pixels(np.arange(len(rows))), expected.pixels(np.arange(len(rows))))
+        groups, names = read_groups(data, name, ["label", "colour"], rows.indices, str(tmp_path))
+        found = [names[group] for group in groups]
+        assert found == [grouped.group_names[i].replace(", ", " / ") for i in grouped.groups[name][expected.indices]]
 
 
 @pytest.mark.parametrize("correlation", [0, 0.5, 1.0])
