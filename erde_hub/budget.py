@@ -46,8 +46,8 @@ class BudgetController:
         bounds: Lowest and highest threshold of any exit. Policies other than ``entropy``, ``confidence`` and ``margin``
             need them, because the range of their scores is not known.
         step: How far a sample moves the level at most; larger follows faster, smaller is steadier.
-        max_step: How far a batch moves the level at most. Above 4, where a batch whose cost is off by a part of the range
-            moves the level by that part divided by the steepest slope of a logistic curve, large batches overshoot.
+        max_step: How far a batch moves the level at most. The cost follows about a logistic curve of the level, whose
+            slope is at most 1/4, so steps above 4 overshoot with large batches.
 
     Attributes:
         target: What is kept.

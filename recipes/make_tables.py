@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from pages import calibration, inference, methods, pretrained, rotation, speed, studies, support
+from pages import calibration, export, inference, methods, pretrained, rotation, speed, studies, support
 from pages.markdown import RESULTS, load, registry_table, table
 from PIL import Image, PngImagePlugin
 
@@ -192,7 +192,7 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-_PAGES = (calibration, inference, methods, pretrained, rotation, speed, studies, support)
+_PAGES = (calibration, export, inference, methods, pretrained, rotation, speed, studies, support)
 _TABLES: dict[str, Callable[[], str]] = {
     **{name: make for page in _PAGES for name, make in page.TABLES.items()},
     "policies": lambda: registry_table(list_policies(), get_policy),

@@ -10,7 +10,7 @@ from pages.markdown import load, table
 
 CHECKS = ("attach", "train", "routing", "stream", "save", "copy", "onnx")
 
-_SIGNS = {"yes": "yes", None: "not tried", "images only": "-"}
+_SIGNS = {"yes": "yes", None: "not tried", "images only": "-", "one sample only": "batch 1"}
 
 
 def matrix() -> dict[str, Any]:

@@ -7,8 +7,8 @@ nothing and the four groups (class and colour) are of one size per class.
 
     python recipes/studies/_coloured.py coloured   # writes them into a folder, with a column for the colour
 
-Any command takes that folder as a data set: `erde-hub distill --dataset coloured --readout dedier`, then
-`erde-hub evaluate --model RUN --group_column label colour`.
+Any command takes that folder as a data set; `erde-hub evaluate --dataset coloured --group_column label colour` measures
+each group.
 """
 
 from __future__ import annotations
