@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from erde_hub import EarlyExitWrapper
+from tests.fakes.copies import copied
 
 CLASSES = 5
 
@@ -112,7 +113,6 @@ FAMILIES = {
     "sequential": Family(None, {}, ("0", "1.0", "1"), 16, staged=True, make=sequential),
 }  # fmt: skip
 STAGED = [name for name, family in FAMILIES.items() if family.staged]
-HOOKED = [name for name, family in FAMILIES.items() if not family.staged]
 TIMM = [name for name, family in FAMILIES.items() if family.architecture]
 
 
@@ -137,6 +137,7 @@ def build(name: str) -> nn.Module:
     return module
 
 
+@copied
 def wrap(name: str, **kwargs: Any) -> EarlyExitWrapper:
     """A wrapped backbone in eval mode whose exits disagree with each other."""
     family = FAMILIES[name]

@@ -10,6 +10,7 @@ from support_models import CLASSES, TRANSFORMERS_VISION, transformers_model
 from torch import Tensor, nn
 
 from erde_hub import EarlyExitWrapper
+from tests.fakes.copies import copied
 
 __all__ = ["CAUSAL", "CLASSES", "TEXT", "VISION", "causal", "inputs", "side", "text", "vision", "wrap"]
 
@@ -73,6 +74,7 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@copied
 def causal(name: str, **kwargs: Any) -> nn.Module:
     """A tiny causal language model of 50 tokens and five layers, in eval mode, whose layers disagree."""
     class_name, more = CAUSAL[name]
@@ -132,6 +134,7 @@ def text(name: str) -> nn.Module:
     return _lively(transformers_model(TEXT[name][0]))
 
 
+@copied
 def tiny_bert(**kwargs: Any) -> EarlyExitWrapper:
     """Two layers, one early exit, and the words of the tests' tokenizer."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -144,6 +147,7 @@ def tiny_bert(**kwargs: Any) -> EarlyExitWrapper:
     return model.eval()
 
 
+@copied
 def wrap(name: str, **kwargs: Any) -> EarlyExitWrapper:
     """A wrapped model in eval mode whose exits disagree."""
     torch.manual_seed(2)
