@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
+from erde_hub import allocator
 from erde_hub.allocator import keep_freed_memory
 
 #: Page faults of the second to fifth time that 64 MiB are asked for, written and freed.
 SCRIPT = """
-import ctypes, resource, sys
-from erde_hub.allocator import keep_freed_memory
+import ctypes, resource, runpy, sys
+keep_freed_memory = runpy.run_path(sys.argv[2])["keep_freed_memory"]  # without the package, which takes seconds
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -29,7 +30,7 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(mode: str, **env: str) -> tuple[bool, int]:
     given = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "TUNABLES" not in name}
-    script = [sys.executable, "-c", SCRIPT, mode]
+    script = [sys.executable, "-c", SCRIPT, mode, allocator.__file__]
     done = subprocess.run(script, capture_output=True, text=True, check=True, env={**given, **env})
     kept, count = done.stdout.split()
     return kept == "1", int(count)

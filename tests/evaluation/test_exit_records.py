@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +31,7 @@ from erde_hub.evaluation import (
     route_records,
 )
 from erde_hub.policies import create_policy
-from tests.fakes.processes import run_pair
+from tests.fakes.processes import free_port, join_group, run_pair
 from tests.fakes.records import FakeExits, batches
 
 
@@ -402,9 +401,7 @@ def test_wrapper_modes_weights_and_fingerprint_survive(wrapper, tmp_path):
 
 
 def collect_share(rank, folder, port):
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()})
-    os.environ.update({"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"})
+    join_group(rank, port)
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     model, data = FakeExits(), batches(10, 2)
@@ -426,10 +423,7 @@ def collect_share(rank, folder, port):
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run_pair(collect_share, tmp_path, port)
+    run_pair(collect_share, tmp_path, free_port())
     torch.manual_seed(0)
     model, data = FakeExits(), batches(10, 2)
     one = collect_exit_records(model, data, features=True, progress=False)

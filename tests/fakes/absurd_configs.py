@@ -1,18 +1,10 @@
-"""Loads a checkpoint once for every stored value that was replaced by an absurd one; run as a process with limits.
-
-    python -m tests.fakes.absurd_configs FOLDER WHAT
-
-``WHAT`` is ``all``, or ``fields``: only the values that fit a field and are absurd all the same.
-Prints one line for every value that ends in another way than with a model or an error of ours, or that takes more than
-300 MiB or 5 seconds of the processor.
-"""
+"""Loads a checkpoint once for every stored value that was replaced by an absurd one."""
 
 from __future__ import annotations
 
 import json
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +79,13 @@ def stop(*_: Any) -> None:
     raise Slow
 
 
-def main(folder: Path, which: str) -> None:
+def main(folder: Path, which: str, found: Path) -> None:
+    """Writes a line for every value that ends otherwise than with a model or an error of ours, or that costs too much.
+
+    Sets limits of this process. ``which`` is ``all``, or ``fields``: only the values that fit a field and are absurd
+    all the same. Too much is more than 300 MiB, or 5 seconds of the processor.
+    """
+    lines = []
     torch.set_num_threads(1)
     transformers.logging.set_verbosity(50)
     transformers.logging.disable_progress_bar()
@@ -113,9 +111,5 @@ def main(folder: Path, which: str) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
         if end or grown > MEMORY:
-            sys.stdout.write(f"{what}: {end} {time.process_time() - start:.1f} s, {grown >> 20} MiB\n")
-    sys.stdout.write(f"{tried} configs\n")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+            lines.append(f"{what}: {end} {time.process_time() - start:.1f} s, {grown >> 20} MiB")
+    found.write_text("\n".join([*lines, f"{tried} configs"]))

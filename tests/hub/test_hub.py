@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,29 +31,68 @@ from tests.fakes.networks import images, wrap
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with running() as hub:
-        yield hub
+Run = Callable[..., tuple[str, str]]
+#: Reads scripts, forks for each of them, and says how it ended.
+FORKS = """
+import json, os, sys, traceback
+import huggingface_hub, timm, transformers
+import erde_hub.hub, erde_hub.scripts.push, tests.fakes.networks
+for line in sys.stdin:
+    script, variables, *files = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        huggingface_hub.constants.HF_HUB_OFFLINE = "HF_HUB_OFFLINE" in variables
+        os.environ.update(variables)
+        try:
+            exec(script, {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
 
 
-def run(hub: Hub, home: Path, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with that Hub; huggingface_hub reads its variables once, when it is imported."""
+@pytest.fixture(scope="module")
+def hub_and_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, subprocess.Popen[str]]]:
+    """A Hub, and Python that knows it: huggingface_hub reads its variables once, when it is imported."""
     path = os.pathsep.join(str(folder) for folder in (ROOT, ROOT / "recipes"))
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path, **environment(hub, str(home), **variables)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    with running() as hub:
+        env = {**os.environ, "PYTHONPATH": path, **environment(hub, str(tmp_path_factory.mktemp("home")))}
+        command = [sys.executable, "-c", FORKS]
+        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as python:
+            yield hub, python
+            python.stdin.close()
 
 
-def checked(hub: Hub, home: Path, script: str, **variables: str) -> str:
-    done = run(hub, home, script, **variables)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().splitlines()[-1]
+@pytest.fixture
+def hub(hub_and_python: tuple[Hub, subprocess.Popen[str]]) -> Hub:
+    hub = hub_and_python[0]
+    for kept in (hub.repositories, hub.blobs, hub.requests, hub.drop):
+        kept.clear()
+    return hub
+
+
+@pytest.fixture
+def run(hub_and_python: tuple[Hub, subprocess.Popen[str]], tmp_path: Path) -> Run:
+    """Runs a script in a process of its own with that Hub; returns what it printed, and what it logged."""
+
+    def run(script: str, **variables: str) -> tuple[str, str]:
+        python, files = hub_and_python[1], [tmp_path / "printed", tmp_path / "logged"]
+        for file in files:
+            file.write_text("")
+        python.stdin.write(json.dumps([script, variables, *map(str, files)]) + "\n")
+        python.stdin.flush()
+        ended = python.stdout.readline()
+        printed, logged = (file.read_text() for file in files)
+        assert ended == "0\n", logged[-3000:]
+        return printed.strip(), logged
+
+    return run
 
 
 PUSH = """
@@ -87,10 +126,10 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_upload_private_and_load_with_a_bad_line(hub, tmp_path):
+def test_upload_private_and_load_with_a_bad_line(hub, run):
     """A refused token, a dropped connection on the way up and down, a private repository; then without the Hub."""
     hub.drop = {r"POST /preupload/": 1, r"GET /resolve/[^/]+/model\.safetensors": 1}
-    assert checked(hub, tmp_path / "writer", PUSH) == "401 True done"
+    assert run(PUSH)[0] == "401 True done"
     assert list(hub.repositories) == ["org/exits"]
     repository = hub.repositories["org/exits"]
     assert repository.private
@@ -101,13 +140,13 @@ def test_upload_private_and_load_with_a_bad_line(hub, tmp_path):
     assert "early-exit" in card
     assert json.loads(files["config.json"])["model_type"] == "early_exit"
 
-    answers = checked(hub, tmp_path / "reader", LOAD, PYTHONHASHSEED="0")
+    answers, _ = run(LOAD)
     assert all(left == 0 for left in hub.drop.values())
     with torch.no_grad():
         here = wrap("resnet", id2label=list("abcde"))(images("resnet", 3), threshold=0).logits
     assert answers == str(hash(tuple(here.flatten().tolist())))
     asked = len(hub.requests)
-    assert checked(hub, tmp_path / "reader", LOAD, PYTHONHASHSEED="0", HF_HUB_OFFLINE="1") == answers
+    assert run(LOAD, HF_HUB_OFFLINE="1")[0] == answers
     assert len(hub.requests) == asked
 
 
@@ -121,7 +160,7 @@ print(EarlyExitWrapper.from_pretrained("org/run", revision="second").num_exits)
 
 
 @pytest.mark.slow
-def test_a_run_is_published_with_its_card(hub, tmp_path):
+def test_a_run_is_published_with_its_card(hub, run, tmp_path):
     folder = tmp_path / "run"
     wrap("resnet").save_pretrained(folder)
     results = ROOT / "recipes" / "results" / "digits.json"
@@ -129,7 +168,7 @@ def test_a_run_is_published_with_its_card(hub, tmp_path):
     shutil.copy(ROOT / "model_cards" / "digits" / "frontier.png", folder)
     (folder / "optimizer.bin").write_bytes(b"no part of the model")
     script = PUSH_FOLDER.format(folder=str(folder), recipe=str(ROOT / "recipes" / "push.py"))
-    assert checked(hub, tmp_path / "home", script, HF_TOKEN="hf_loopback") == "4"
+    assert run(script, HF_TOKEN="hf_loopback")[0].splitlines()[-1] == "4"
     repository = hub.repositories["org/run"]
     assert repository.private
     files = repository.commits[repository.refs["second"]]
@@ -323,7 +362,7 @@ except Exception as error:
 
 
 @pytest.mark.slow
-def test_heads_alone_with_the_published_backbone(hub, tmp_path):
+def test_heads_alone_with_the_published_backbone(hub, run, tmp_path):
     """Heads on backbones of ours, of transformers and of timm; pushed, in shards, on devices, in other types."""
     _, digest = published(hub)
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
@@ -332,13 +371,13 @@ def test_heads_alone_with_the_published_backbone(hub, tmp_path):
         transformers.BertForSequenceClassification(bert).save_pretrained(tmp_path / name)
         data = (tmp_path / name / "model.safetensors").read_bytes()
         hub.publish("org/two", {f"{name}.safetensors": data})
-    done = run(hub, tmp_path, (HEADS + HEADS_OF_OTHERS + PLACES).format(folder=str(tmp_path)))
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout.strip().splitlines()[-3:]
-    assert said == ["CheckpointError True CheckpointError True False", "done", "CheckpointError True"]
-    assert (
-        done.stderr.count("LOAD REPORT") == 2
-    )  # of a call in the script and of weights that are refused; none of ours
+    printed, logged = run((HEADS + HEADS_OF_OTHERS + PLACES).format(folder=str(tmp_path)))
+    assert printed.splitlines()[-3:] == [
+        "CheckpointError True CheckpointError True False",
+        "done",
+        "CheckpointError True",
+    ]
+    assert logged.count("LOAD REPORT") == 2  # of a call in the script and of weights that are refused; none of ours
     config = json.loads((tmp_path / "heads" / "config.json").read_text())
     assert config["backbone_weights"] == {
         "repo_id": "org/backbone",

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from erde_hub.errors import LaunchError
 from erde_hub.training import _launch
 from tests.fakes import distiller_process
 from tests.fakes.distiller_process import one_step, texts, train
+from tests.fakes.processes import free_port, join_group, run_pair
 from tests.fakes.training import assert_same, weights
 
 SCRIPT = Path(distiller_process.__file__)
@@ -105,8 +105,20 @@ def check_group(folder, alone):
         torch.testing.assert_close(gradient, gradients[name], rtol=0, atol=1e-5, msg=name)
 
 
+def group_of_two(rank, folder, port):
+    join_group(rank, port)
+    distiller_process.group(folder)
+    os._exit(0)  # gloo's threads can abort a process that ends while its cores are busy
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, alone):
+    run_pair(group_of_two, tmp_path, free_port())
+    check_group(tmp_path, alone)
+
+
+@pytest.mark.long
+def test_two_processes_that_a_launcher_starts_are_one_with_twice_the_batch(tmp_path, alone):
     command = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
     output, _ = start(command, "group", tmp_path, ACCELERATE_USE_CPU="true").communicate(timeout=280)
     assert (tmp_path / "rank1.json").exists(), output
@@ -149,12 +161,6 @@ def test_two_machines_are_one_with_twice_the_batch(tmp_path, alone):
     outputs = [machine.communicate(timeout=280)[0] for machine in machines]
     assert (tmp_path / "rank1.json").exists(), "\n".join(outputs)
     check_group(tmp_path, alone)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.long
