@@ -11,7 +11,7 @@ import timm
 import torch
 from pages import support
 from support_matrix import CHECKS, check_model, try_family
-from support_models import CLASSES, TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families
+from support_models import CLASSES, TIMM, TRANSFORMERS_TEXT, TRANSFORMERS_VISION, timm_choice, timm_families
 
 from erde_hub import EarlyExitWrapper, list_exit_points
 from erde_hub.errors import ExitPointError, InputTypeError
@@ -100,12 +100,13 @@ def test_families_without_a_classifier(family):
 
 def test_places_that_are_offered_can_be_used():
     """coat reshapes with the number of samples it began with until its parallel blocks, twins has steps of its own."""
+    name, _, kwargs = TIMM["coat"]
     with torch.device("meta"):
-        coat = timm.create_model("coat_tiny", img_size=64, num_classes=3)
-        twins = timm.create_model("twins_svt_small", num_classes=3)
+        coat = timm.create_model(name, num_classes=3, **kwargs)
+        twins = timm.create_model("twins_svt_small", num_classes=3, depths=[2, 1, 2, 2])
     assert {p.name.split(".")[0] for p in list_exit_points(coat, input_size=(3, 64, 64))} == {"parallel_blocks"}
     with pytest.raises(ExitPointError, match=r"cannot shrink behind all of \['serial_blocks1\.0'\].*list_exit_points"):
-        EarlyExitWrapper(coat, exits=["serial_blocks1.0"], input_size=(3, 64, 64), backbone_kwargs={"img_size": 64})
+        EarlyExitWrapper(coat, exits=["serial_blocks1.0"], input_size=(3, 64, 64), backbone_kwargs=kwargs)
     names = [p.name for p in list_exit_points(twins)]
     assert "blocks.0.0" in names
     assert "pos_block.2" in names
