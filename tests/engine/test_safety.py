@@ -457,7 +457,7 @@ def test_a_model_without_checkpointing_says_so():
 # torch.compile
 
 
-@pytest.mark.parametrize("name", ["resnet", "plain"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("plain", marks=pytest.mark.long)])  # one break per hook
 def test_a_compiled_backbone_gives_the_same_answers(name):
     model = wrap(name)
     expected = answer(model, name)

@@ -1,5 +1,7 @@
 """The file answers what the model answers, for every family, policy, threshold and batch size."""
 
+import re
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -7,7 +9,16 @@ import torch
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.export import EarlyExitSession, check_onnx, export_onnx
-from tests.fakes.onnx_models import MORE_FAMILIES, build, first_exits, images, safe_thresholds, tiny
+from tests.fakes.onnx_models import (
+    MORE_FAMILIES,
+    build,
+    first_exits,
+    images,
+    levels,
+    read_in,
+    safe_thresholds,
+    tiny,
+)
 
 
 def assert_same(model, path, batch, thresholds):
@@ -36,6 +47,28 @@ def check_all(model, path):
 
 def test_families(family_file):
     check_all(*family_file)
+
+
+def test_one_branch_per_exit(family_file):
+    model, path = family_file
+    assert len(levels(path)) == model.num_exits
+
+
+def test_every_initializer_lies_where_it_is_used(family_file):
+    """Outside its branch a weight is no constant to onnxruntime, which then packs and fuses nothing."""
+    _, path = family_file
+    for graph in levels(path):
+        assert set(graph.initializers) <= read_in(graph)
+    largest = max(
+        (value for graph in levels(path) for value in graph.initializers.values()), key=lambda v: v.const_value.nbytes
+    )
+    assert largest.graph is not levels(path)[0]
+
+
+def test_no_trace_of_the_machine(family_file):
+    _, path = family_file
+    content = path.read_bytes()
+    assert not re.findall(rb"(?:site-packages|/home/|/root/|\.py\b|File \")", content)
 
 
 @pytest.mark.families

@@ -53,9 +53,19 @@ def which(folder: Path, load: Callable = EarlyExitWrapper.from_pretrained) -> st
     return "old" if threshold == THRESHOLDS["old"] else "new"
 
 
-@pytest.mark.parametrize("before", [{}, {"max_shard_size": "10KB"}], ids=["file", "shards"])
+FILE, SHARDS = {}, {"max_shard_size": "10KB"}
+
+
 @pytest.mark.parametrize(
-    ("width", "after"), [(4, {}), (8, {}), (4, {"max_shard_size": "10KB"})], ids=["file", "wider", "shards"]
+    ("before", "width", "after"),
+    [
+        pytest.param(FILE, 4, FILE, id="file-file"),
+        pytest.param(SHARDS, 8, FILE, id="shards-wider"),
+        pytest.param(FILE, 4, SHARDS, id="file-shards"),
+        pytest.param(SHARDS, 4, FILE, id="shards-file", marks=pytest.mark.long),
+        pytest.param(FILE, 8, FILE, id="file-wider", marks=pytest.mark.long),
+        pytest.param(SHARDS, 4, SHARDS, id="shards-shards", marks=pytest.mark.long),
+    ],
 )
 def test_a_kill_at_any_point_leaves_one_of_the_two(old, before, width, after, tmp_path):
     model, folder, saved, found, point = make("new", width), tmp_path / "a", tmp_path / "saved", set(), 0

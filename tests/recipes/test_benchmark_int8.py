@@ -14,7 +14,7 @@ from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_files_answer_the_same_images(tmp_path, call):
     backbone = timm.create_model("resnet8_cifar", width=8, num_classes=10)
     model = EarlyExitWrapper(backbone, exits=["layer1"], threshold=2.3, backbone_kwargs={"width": 8})

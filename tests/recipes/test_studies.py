@@ -45,6 +45,7 @@ def run(images, monkeypatch):
     return run
 
 
+@pytest.mark.long
 def test_ladder_of_losses_continues_after_a_kill(run, tmp_path, monkeypatch):
     study = importlib.import_module("_study")
     arguments = ("--methods", "ce", "erde", "--max-steps", 3, "--epochs", 3, "--teacher-epochs", 3, "--width", 8)
@@ -77,6 +78,7 @@ def test_ladder_of_losses_continues_after_a_kill(run, tmp_path, monkeypatch):
     assert whole["arguments"]["output"] == "whole"  # no path
 
 
+@pytest.mark.long
 def test_exits_on_a_pretrained_network(run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(STUDIES)
     board = importlib.import_module("pretrained_board")

@@ -142,7 +142,32 @@ def test_configuration_of_a_language_model_runs(config, call, tmp_path):
         assert [row["accuracy"] for row in check["per_exit"]] == [row["accuracy"] for row in results["per_exit"]]
 
 
-@pytest.mark.parametrize("config", sorted({*CONFIGS} - {*TEXT_CONFIGS, *LANGUAGE_CONFIGS}), ids=lambda path: path.stem)
+#: One of each kind of network and data; the others differ in names and numbers.
+QUICK = ("digits", "own_images", "cifar10_convnext_tiny_convnext_atto", "cifar10_resnet18_resnet10-small")
+
+
+class ReachesTheDataError(Exception):
+    """Raised where a script would load its data: all arguments are accepted."""
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_is_accepted(config, call, monkeypatch):
+    def load(*_, **__):
+        raise ReachesTheDataError
+
+    monkeypatch.setattr(distill.recipe, "load_data", load)
+    with pytest.raises(ReachesTheDataError):
+        call(distill, "--config", config, "--cpu_threads", "1", "--output_dir", "out")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.long)
+        for path in CONFIGS
+        if path not in (*TEXT_CONFIGS, *LANGUAGE_CONFIGS)
+    ],
+)
 @pytest.mark.slow
 def test_configuration_runs(config, call, tmp_path):
     settings = yaml.safe_load(config.read_text())
