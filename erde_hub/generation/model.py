@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from erde_hub.config import EarlyExitConfig
+from erde_hub.config import EarlyExitConfig, read_field
 from erde_hub.engine.routing import RoutingPlan, exit_mask
 from erde_hub.errors import ConfigError, ErdeError, ExitPointError, InputTypeError, ShapeError, nearest
 from erde_hub.modeling.wrapper import EarlyExitWrapper
@@ -310,12 +310,20 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As :meth:`erde_hub.EarlyExitWrapper.forward`; :meth:`generate` also hands in its own cache."""
+        """As :meth:`erde_hub.EarlyExitWrapper.forward`; :meth:`generate` also hands in its own cache.
+
+        ``logits_to_keep`` returns the logits of the last so many tokens, or of tokens at these places, as in
+        transformers; ``loss`` is of all of them.
+
+        Raises:
+            ConfigError: A cache that is another model's.
+            InputTypeError: A cache that is none.
+        """
         if isinstance(cache, OwedCache) and input_ids is not None:
-            return self._step(input_ids, cache, attention_mask, position_ids, logits_to_keep)
+            return self._step(input_ids, cache, attention_mask, position_ids, int(logits_to_keep))
         given = cache if cache is not None else kwargs.get("past_key_values")
         if given is not None:
             check_cache(given, self._text_config)
@@ -323,12 +331,12 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
             kwargs["cache"] = cache
         try:
             with unchanged_on_error(given):
-                return super().forward(
+                output: Any = super().forward(
                     pixel_values,
                     labels,
                     threshold,
                     output_all_exits,
-                    return_dict,
+                    True,
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
@@ -338,6 +346,14 @@ class EarlyExitForCausalLM(EarlyExitWrapper, DraftGenerationMixin, task="causal_
             raise
         except (RuntimeError, IndexError) as error:
             raise explain_cache(given) or error from error
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+            output.logits = output.logits[:, kept]
+            if output.exit_logits is not None:
+                output.exit_logits = tuple(logits[:, kept] for logits in output.exit_logits)
+        if return_dict is None:
+            return_dict = read_field(self.config, "return_dict")
+        return output if return_dict else output.to_tuple()
 
     def _step(
         self, ids: Tensor, cache: OwedCache, padding: Tensor | None, position_ids: Tensor | None, keep: int

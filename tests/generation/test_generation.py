@@ -378,6 +378,18 @@ def test_bad_prompts_and_caches(llama):
         llama.generate(inputs_embeds=torch.zeros(1, 3, 16).double(), threshold=0.5)
 
 
+@torch.no_grad()
+def test_logits_of_some_tokens(llama):
+    ids = prompts(2)
+    whole = llama(input_ids=ids, output_all_exits=True, labels=ids)
+    for keep, rows in ((2, slice(7, None)), (torch.tensor([0, 4]), [0, 4]), (0, slice(None))):
+        some = llama(input_ids=ids, output_all_exits=True, labels=ids, logits_to_keep=keep)
+        for a, b in zip((some.logits, *some.exit_logits), (whole.logits, *whole.exit_logits), strict=True):
+            assert torch.equal(a, b[:, rows])
+        assert torch.equal(some.loss, whole.loss)
+    assert llama(input_ids=ids, return_dict=False, logits_to_keep=1)[0].shape == (2, 1, 50)
+
+
 def test_models_that_cannot(llama, monkeypatch):
     images = wrap_images("resnet")
     assert not hasattr(images, "generate")
