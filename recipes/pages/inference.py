@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,35 @@ def bounds_table() -> str:
     return table(("time or memory, divided by", "at most", *results["networks"]), rows)
 
 
+#: Ratios of one image in `batch1_table`, and their bounds: the worst exit, then pairs of the benchmark.
+BATCH1 = {
+    "leaving at exit k / stages and head by hand, worst k": 1.05,
+    "exit 0 / earlyon exit 0": 1.02,
+    "never, heads skipped / bare": None,
+}
+
+
+def batch1_table() -> str:
+    """One image at a time in several runs: the median over the runs, and the lowest and the highest."""
+    networks = load(f"{FILE}_batch1")["networks"]
+    rows = []
+    for name, bound in BATCH1.items():
+        cells = []
+        for entry in networks.values():
+            runs = sorted(_of_one_image(name, setting["ratios"]) for setting in entry["settings"])
+            middle = statistics.median(runs)
+            missed = bound is not None and round(middle, 3) > bound
+            cells.append(f"{middle:.3f}{' (missed)' if missed else ''}, {runs[0]:.3f} to {runs[-1]:.3f}")
+        rows.append((name, "-" if bound is None else f"{bound:g}", *cells))
+    return table(("time, divided by", "at most", *networks), rows)
+
+
+def _of_one_image(name: str, ratios: Mapping[str, Mapping[str, float]]) -> float:
+    if name in ratios:
+        return ratios[name]["median"]
+    return max(r["median"] for pair, r in ratios.items() if pair.startswith("exit ") and pair.endswith("by hand"))
+
+
 def compiled_table() -> str:
     """What ``compile_stages()`` makes of the times, and what compiling takes."""
     results = load(FILE)
@@ -194,6 +224,16 @@ def compiled_table() -> str:
             )
         )
     return table(header, rows)
+
+
+def exported_table() -> str:
+    """Exported files of texts and for one sample, next to the flat graph and to the part up to exit 0."""
+    pairs = [(f"{kind}, {way}", f"{kind} {peer}") for kind in ("float", "int8") for way, peer in _ONNX_PAIRS]
+    rows = []
+    for row in load("benchmark_exported")["rows"]:
+        cells = [f"{row['ratios'][' / '.join(pair)]['median']:.3f}" for pair in pairs]
+        rows.append((f"`{row['model']}`", row["file"].removeprefix("batch "), row["inputs"], *cells))
+    return table(("network", "batch of the file", "inputs", *(" / ".join(pair) for pair in pairs)), rows)
 
 
 def stream_table() -> str:
@@ -289,6 +329,8 @@ def draw_saving(results: Results, path: str) -> None:
 TABLES: dict[str, Callable[[], str]] = {
     "saving": saving_table,
     "bounds": bounds_table,
+    "batch1": batch1_table,
+    "exported": exported_table,
     "compiled": compiled_table,
     "stream": stream_table,
 }
