@@ -15,12 +15,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from erde_hub.data import load_image_data
 from erde_hub.evaluation import load_results, save_results
+from erde_hub.scripts.playground.networks import PICTURES
 from erde_hub.scripts.playground.samples import MOST_IMAGES, SHIPPED
 
 RECIPES = Path(__file__).parent
+CARD = RECIPES.parent / "model_cards" / "digits"
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "results.json")
 
 
@@ -39,8 +42,19 @@ def main() -> None:
         for name in FILES:
             shutil.copyfile(Path(run) / name, SHIPPED / name)
         results = load_results(SHIPPED / "results.json")
-        results.pop("figures", None)  # the published card has the frontier alone
-        save_results(results, RECIPES / "results" / "digits.json")
+        results["figures"] = [*PICTURES, "sample.png"]  # the card and the page show no others
+        for path in (SHIPPED / "results.json", RECIPES / "results" / "digits.json"):
+            save_results(results, path)
+        CARD.mkdir(parents=True, exist_ok=True)
+        for name in results["figures"]:
+            shutil.copyfile(Path(run) / name, CARD / name)
+        for name in PICTURES:  # half the size and few colours: they travel in the package
+            with Image.open(CARD / name) as drawn:
+                small = (
+                    drawn.convert("RGB").reduce(2).quantize(32, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+                )
+            for folder in (CARD, SHIPPED):
+                small.save(folder / name, optimize=True)
     test = load_image_data("digits").test
     images = np.stack([np.asarray(image.convert("L")) for image in test.images(range(MOST_IMAGES))])
     np.savez_compressed(SHIPPED / "samples.npz", images=images, labels=test.labels[:MOST_IMAGES].numpy())

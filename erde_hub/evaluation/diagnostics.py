@@ -167,7 +167,7 @@ def plot_scores(
 
 
 def plot_fractions(records: ExitRecords, policy: PolicyKey | ExitPolicy, path: str | os.PathLike[str]) -> None:
-    """Draws the fraction of samples that takes each exit, against the cost that a shared threshold saves.
+    """Draws the fraction of samples that takes each exit, against a shared threshold and against what it saves.
 
     Args:
         records: Of test data; calibrated if the model is.
@@ -181,27 +181,31 @@ def plot_fractions(records: ExitRecords, policy: PolicyKey | ExitPolicy, path: s
     policy = as_policy(policy)
     scores, early = exit_scores(records, policy), records.num_exits - 1
     macs = torch.tensor(records.cumulative_macs, dtype=torch.float64)
-    points = []
-    for threshold in [*fine_thresholds(records, policy), policy.never_threshold]:
+    thresholds, saved, fractions = [], [], []
+    for threshold in sorted([*fine_thresholds(records, policy), policy.never_threshold]):
         index = exit_indices(scores, policy, policy.check_threshold(threshold, early))
-        fractions = torch.bincount(index, minlength=records.num_exits).double() / records.num_samples
-        points.append((float(100 * (1 - fractions @ macs / macs[-1])), (100 * fractions).tolist()))
-    points.sort()
+        taken = torch.bincount(index, minlength=records.num_exits).double() / records.num_samples
+        thresholds.append(threshold)
+        saved.append(float(100 * (1 - taken @ macs / macs[-1])))
+        fractions.append((100 * taken).tolist())
+    near = [i for i, threshold in enumerate(thresholds) if abs(threshold) < 1e7] or [0]  # without "never"
+    by_cost = sorted(range(len(saved)), key=saved.__getitem__)
 
     def draw(figure: Figure) -> None:
-        ax = figure.subplots()
-        saved, fractions = zip(*points, strict=True)
-        layers = list(zip(*fractions, strict=True))
-        colors = [SHADES[round(e * (len(SHADES) - 1) / early)] for e in range(len(layers))]
-        stacks = ax.stackplot(saved, layers, colors=colors, edgecolor="white", linewidth=1)
-        ax.set_xlim(saved[0], saved[-1])
-        ax.set_ylim(0, 100)
-        ax.set_xlabel("saved of the full model's MACs, %")
-        ax.set_ylabel("samples, %")
-        ax.grid(visible=False)
+        axes = figure.subplots(1, 2, sharey=True)
+        colors = [SHADES[round(e * (len(SHADES) - 1) / early)] for e in range(records.num_exits)]
+        sides = ((thresholds, near, f"threshold ({policy_name(policy)})"), (saved, by_cost, "MACs saved, %"))
+        for ax, (values, order, label) in zip(axes, sides, strict=True):
+            places, layers = [values[i] for i in order], zip(*(fractions[i] for i in order), strict=True)
+            stacks = ax.stackplot(places, list(layers), colors=colors, edgecolor="white", linewidth=1)
+            ax.set_xlim(places[0], max(places[-1], places[0] + 1e-6))
+            ax.set_xlabel(label)
+            ax.grid(visible=False)
+        axes[0].set_ylim(0, 100)
+        axes[0].set_ylabel("samples, %")
         figure.legend(stacks, records.exit_names, loc="outside right center", title="exit", reverse=True)
 
-    save_figure(draw, path, (6.4, 4.4))
+    save_figure(draw, path, (8.4, 4.0))
 
 
 def plot_contact_sheet(

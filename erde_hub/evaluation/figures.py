@@ -23,6 +23,7 @@ FIGURES = (
     "slices.png",
     "sets.png",
     "contact_sheet.png",
+    "sample.png",  # an image of the data, for the widget on the Hub
 )
 
 # Okabe and Ito's palette, told apart with any kind of colour vision; shapes differ as well.

@@ -17,7 +17,7 @@ from erde_hub.calibration.choice import describe_confidence
 from erde_hub.errors import ConfigError, MissingDependencyError
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label, thresholds_of, with_point
 from erde_hub.evaluation.results_file import mean_milliseconds, validate_results
-from erde_hub.losses import get_loss, list_losses
+from erde_hub.losses import get_addition, get_loss, list_additions, list_losses
 
 #: Accuracy that a cheap operating point may lose against the full network, as a fraction.
 TOLERANCE = 0.01
@@ -34,29 +34,44 @@ _TEXT = "The home team won an exciting final."
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+")
 
-_ERDE = """\
-@misc{guidez2025erde,
-  title         = {{ERDE}: Entropy-Regularized Distillation for Early-exit},
-  author        = {Guidez, Martial and Duffner, Stefan and Alpou, Yannick and R{\\"o}th, Oscar and Garcia, Christophe},
-  year          = {2025},
-  eprint        = {2510.04856},
-  archivePrefix = {arXiv},
-}"""
-_HINTON = """\
-@misc{hinton2015distilling,
-  title         = {Distilling the Knowledge in a Neural Network},
-  author        = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
-  year          = {2015},
-  eprint        = {1503.02531},
-  archivePrefix = {arXiv},
-}"""
-_BRANCHYNET = """\
-@inproceedings{teerapittayanon2016branchynet,
-  title         = {{BranchyNet}: Fast Inference via Early Exiting from Deep Neural Networks},
-  author        = {Teerapittayanon, Surat and McDanel, Bradley and Kung, H. T.},
-  booktitle     = {International Conference on Pattern Recognition},
-  year          = {2016},
-}"""
+#: arXiv number of a method to the rest of its citation: key, title, authors, year.
+_PAPERS = {
+    "2510.04856": (
+        "guidez2025erde",
+        "{ERDE}: Entropy-Regularized Distillation for Early-exit",
+        'Guidez, Martial and Duffner, Stefan and Alpou, Yannick and R{\\"o}th, Oscar and Garcia, Christophe',
+        2025,
+    ),
+    "1503.02531": (
+        "hinton2015distilling",
+        "Distilling the Knowledge in a Neural Network",
+        "Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+        2015,
+    ),
+    "1709.01686": (
+        "teerapittayanon2016branchynet",
+        "{BranchyNet}: Fast Inference via Early Exiting from Deep Neural Networks",
+        "Teerapittayanon, Surat and McDanel, Bradley and Kung, H. T.",
+        2016,
+    ),
+    "2311.13621": ("su2023eakd", "{EA-KD}: Entropy-based Adaptive Knowledge Distillation", "Su and others", 2023),
+    "2310.18590": (
+        "tiwari2023readouts",
+        "Using Early Readouts to Mediate Featural Bias in Distillation",
+        "Tiwari, Rishabh and others",
+        2023,
+    ),
+    "2203.08679": ("zhao2022dkd", "Decoupled Knowledge Distillation", "Zhao, Borui and others", 2022),
+    "1412.6550": ("romero2014fitnets", "{FitNets}: Hints for Thin Deep Nets", "Romero, Adriana and others", 2014),
+    "1905.08094": ("zhang2019teacher", "Be Your Own Teacher", "Zhang, Linfeng and others", 2019),
+    "2605.01732": ("egad2026", "{EGAD}: Entropy-Guided Adaptive Token Distillation", None, 2026),
+    "2311.05931": (
+        "jazbec2024nested",
+        "Early-Exit Neural Networks with Nested Prediction Sets",
+        "Jazbec, Metod and others",
+        2024,
+    ),
+}
 
 
 def render_model_card(
@@ -104,7 +119,7 @@ def render_model_card(
 _FIGURES = {
     "frontier_ms.png": "Accuracy against mean milliseconds of one sample per call: threshold sweep and single exits",
     "contact_sheet.png": "Test images that take each exit at the stored threshold, with their predictions",
-    "shares.png": "Fraction of the samples that takes each exit, against the cost that a shared threshold saves",
+    "shares.png": "Fraction of the samples that takes each exit, against a shared threshold and the cost that it saves",
     "slices.png": "Accuracy per slice of the test data, with early exits and at all layers, worst first",
     "sets.png": "Size, coverage and nestedness of prediction sets over their error rate; dotted: what was asked for",
     "reliability.png": "Accuracy against confidence at each exit, with its expected calibration error",
@@ -198,10 +213,18 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
         datasets=[data_name] if on_hub else None,
         metrics=["accuracy"],
         tags=tags,
-        **({"widget": [{"text": _TEXT}]} if _kind(results) == "text" else {}),
+        **({"widget": widget} if (widget := _widget(results)) else {}),
         model_name=repo_id.split("/")[-1] if repo_id else _plain(student["architecture"]),
         eval_results=evaluations,
     )
+
+
+def _widget(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What the Hub's page offers to try: a sentence, or an image that is published with the model."""
+    if _kind(results) == "text":
+        return [{"text": _TEXT}]
+    name = "sample.png"
+    return [{"src": name, "example_title": "An image of the test set"}] if name in results.get("figures", []) else []
 
 
 def _kind(results: Mapping[str, Any]) -> str:
@@ -324,15 +347,23 @@ def _without_defaults(loss: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _citation(results: Mapping[str, Any]) -> str:
-    loss = (results.get("loss") or {}).get("name")
-    entries = []
-    if loss == "erde" or results["student"].get("head", "fc") == "fc":
-        entries.append(_ERDE)
-    if loss == "kd":
-        entries.append(_HINTON)
+    """BibTeX of what the exits are trained with, of their heads and of their policy."""
+    loss = results.get("loss") or {}
+    added = [key for key, value in loss.items() if isinstance(value, Mapping)]
+    sources = [get_loss(loss["name"]).reference] if loss.get("name") in list_losses() else []
+    sources += [get_addition(key).reference for key in added if key in list_additions()]
+    if results["student"].get("head", "fc") == "fc":
+        sources.append("arXiv 2510.04856")
     if results["student"].get("policy") == "entropy" and len(results["per_exit"]) > 1:
-        entries.append(_BRANCHYNET)
-    return "\n\n".join(entries)
+        sources.append("arXiv 1709.01686")
+    numbers = dict.fromkeys(source.removeprefix("arXiv ") for source in sources)
+    return "\n\n".join(_bibtex(number, *_PAPERS[number]) for number in numbers if number in _PAPERS)
+
+
+def _bibtex(number: str, key: str, title: str, authors: str | None, year: int) -> str:
+    fields = {"title": title, "author": authors, "year": year, "eprint": number, "archivePrefix": "arXiv"}
+    lines = [f"  {name:<13} = {{{value}}}," for name, value in fields.items() if value is not None]
+    return "\n".join([f"@misc{{{key},", *lines, "}"])
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], bool]]:

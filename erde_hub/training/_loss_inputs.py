@@ -11,10 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from erde_hub.data.base import LabelledData
-from erde_hub.losses import EGADLoss, ExitLoss, FeatureTerm, ReadoutWeight
+from erde_hub.losses import EGADLoss, ExitLoss, FeatureTerm
 
-from .arguments import DistillationArguments
 from .exit_states import ExitStates
 from .features import ExitFeatures
 from .readout import ReadoutRounds
@@ -30,13 +28,11 @@ class LossInputs:
         student: The student; a loss that compares features needs its early exits.
         teacher: The teacher, if there is one.
         teacher_exits: For each student exit the teacher exit that it learns from.
-        data: For weights per training sample.
-        args: The seed, of the loss's own weights too: they are the same in every process.
-        accelerator: The processes.
+        seed: Of the loss's own weights, which are the same in every process.
+        rounds: What renews weights per training sample.
 
     Raises:
-        ConfigError: The loss reads features and one of the models has no early exits of this library; it keeps a weight
-            per sample and the training set is a stream.
+        ConfigError: The loss reads features and one of the models has no early exits of this library.
     """
 
     def __init__(
@@ -45,22 +41,16 @@ class LossInputs:
         student: nn.Module,
         teacher: nn.Module | None,
         teacher_exits: Sequence[int] | None,
-        data: LabelledData,
-        args: DistillationArguments,
-        accelerator: Accelerator,
+        seed: int,
+        rounds: Sequence[ReadoutRounds] = (),
     ) -> None:
-        self.loss = loss
-        self.rounds = [
-            ReadoutRounds(weight, student, data, args, accelerator)
-            for weight in loss.sample_weights
-            if isinstance(weight, ReadoutWeight)
-        ]
+        self.loss, self.rounds = loss, rounds
         self.features: list[ExitFeatures] = []
         if isinstance(loss, EGADLoss):  # it compares states that it is given anyway
             if loss.reads_features and teacher is not None and teacher_exits is not None:
                 widths = ExitStates(teacher).widths
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(args.seed)
+                    torch.manual_seed(seed)
                     loss.build(ExitStates(student).widths, [widths[exit_] for exit_ in teacher_exits])
             return
         if not loss.reads_features or teacher is None or teacher_exits is None:
@@ -68,7 +58,7 @@ class LossInputs:
         self.features = [ExitFeatures(student), ExitFeatures(teacher)]
         teacher_widths = [self.features[1].widths[exit_] for exit_ in teacher_exits]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
+            torch.manual_seed(seed)
             for term in loss.extra_terms:
                 if isinstance(term, FeatureTerm):
                     term.build(self.features[0].widths, teacher_widths)

@@ -52,6 +52,7 @@ from .arguments import DistillationArguments
 from .checkpointing import CHECKPOINTS, load_checkpoint, save_checkpoint
 from .exit_states import ExitStates
 from .layerskip import check_layers, enabled_exits, layer_dropout
+from .readout import readout_rounds
 from .run_folder import check_run_folder, warn_from_start
 from .run_identity import describe_run
 from .schedules import create_schedule
@@ -169,7 +170,8 @@ class Distiller:
         self.tokens = isinstance(data, TokenData)
         self.student_states = ExitStates(student)
         self.teacher_states = None if teacher is None else ExitStates(teacher)
-        self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, data, args, accelerator)
+        rounds = readout_rounds(self.loss, student, data, args, accelerator)
+        self.loss_inputs = LossInputs(self.loss, student, teacher, self.teacher_exits, args.seed, rounds)
         place_models(student, teacher, self.loss, args, accelerator.device)
         adopt_data(student, data)
         self.teacher_normalization = teacher_normalization(teacher, data.preprocessing)

@@ -21,7 +21,7 @@ from erde_hub.engine.modes import evaluating
 from erde_hub.errors import ConfigError
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
 from erde_hub.heads.base import ToNCHW
-from erde_hub.losses import ReadoutWeight
+from erde_hub.losses import ExitLoss, ReadoutWeight
 from erde_hub.losses.dedier import probability_margin
 from erde_hub.prediction_sets import AVCSClassifier
 from erde_hub.records import MIN_SAMPLES, ExitRecords
@@ -242,6 +242,14 @@ def last_linear(head: nn.Module) -> nn.Linear:
     if not layers:
         raise ConfigError(f"readout_confidence='laplace' needs a linear layer, and {type(head).__name__} has none")
     return layers[-1]
+
+
+def readout_rounds(
+    loss: ExitLoss, student: nn.Module, data: LabelledData, args: DistillationArguments, accelerator: Accelerator
+) -> list[ReadoutRounds]:
+    """Returns the rounds of a loss, one per weight that a read-out renews."""
+    weights = [weight for weight in loss.sample_weights if isinstance(weight, ReadoutWeight)]
+    return [ReadoutRounds(weight, student, data, args, accelerator) for weight in weights]
 
 
 def new_readout(spec: FeatureSpec, num_labels: int) -> ExitHead:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, Trainer, TrainingArguments
@@ -19,7 +21,11 @@ from erde_hub.losses.exit_weights import check_exit_weights, weights_per_exit
 from erde_hub.tasks import REGRESSION
 
 from ._checks import all_exits, check_loss, exit_names
+from ._loss_inputs import LossInputs
 from ._setup import adopt_class_names, teacher_normalization
+
+#: What a checkpoint holds of a loss that learns, next to the optimizer's state.
+LOSS_FILE = "loss.safetensors"
 
 
 def all_exits_loss(
@@ -66,8 +72,8 @@ class EarlyExitTrainer(Trainer):
     the last exit with their plain names as well; ``eval_loss`` is the model's own loss. Checkpoints, resuming, PEFT and
     logging are the Trainer's; the terms of the loss are logged next to it.
 
-    :class:`~erde_hub.training.Distiller` resumes bit for bit, reads this library's data, and trains the losses that
-    need more than logits; take this class where a project uses the Trainer already.
+    :class:`~erde_hub.training.Distiller` resumes bit for bit, reads this library's data, and has ``dedier`` and losses
+    over tokens; take this class where a project uses the Trainer already.
 
     Args:
         model: An :class:`~erde_hub.EarlyExitWrapper`, or a PEFT model around one. It takes the class names of the
@@ -82,8 +88,8 @@ class EarlyExitTrainer(Trainer):
 
     Raises:
         InputTypeError: A model without exits.
-        ConfigError: Loss, teacher and model do not go together, the loss reads features or keeps a weight per sample,
-            or the classes of the training set are not the model's.
+        ConfigError: Loss, teacher and model do not go together, the loss keeps a weight per sample, or the classes of
+            the training set are not the model's.
 
     Example:
         Trainer and data are those of transformers; what is new is in the second line::
@@ -114,12 +120,14 @@ class EarlyExitTrainer(Trainer):
         config: Any = model.config
         regression = config.problem_type == REGRESSION
         self.loss = create_loss(loss) if isinstance(loss, str) else loss
-        if self.loss.reads_features or self.loss.reads_index:
+        if self.loss.reads_index:
             raise ConfigError(
-                f"{type(self.loss).__name__} needs features of exits or the number of each sample, which the Trainer"
-                " does not hand on: train it with erde_hub.training.Distiller"
+                f"{type(self.loss).__name__} keeps a weight per training sample and renews it between epochs from"
+                " answers to the whole training set. The Trainer hands on no number of a sample and draws augmented"
+                " ones only: train it with erde_hub.training.Distiller"
             )
-        check_loss(self.loss, model, teacher, self.args.label_smoothing_factor, regression)
+        pairs = check_loss(self.loss, model, teacher, self.args.label_smoothing_factor, regression)
+        self.loss_inputs = LossInputs(self.loss, model, teacher, pairs, self.args.seed)
         self.label_smoother = None
         self.loss.to(self.args.device)
         self._adopt(config)
@@ -131,6 +139,7 @@ class EarlyExitTrainer(Trainer):
         self.compute_metrics = self._metrics_per_exit
         self._terms: dict[str, Tensor] = {}
         self._batches = 0
+        self._stepped = True  # the optimizer since the last batch
 
     def _adopt(self, config: Any) -> None:
         processor: Any = self.processing_class
@@ -154,18 +163,47 @@ class EarlyExitTrainer(Trainer):
         labels, inputs = inputs["labels"], {name: value for name, value in inputs.items() if name != "labels"}
         epochs = max(1, math.ceil(self.state.num_train_epochs))
         self.loss.set_epoch(min(int(self.state.epoch or 0) + 1, epochs), epochs)
-        outputs = model(**inputs)
-        teacher_logits = None
-        if self.teacher is not None:
-            if self.teacher_normalization is not None:
-                inputs["pixel_values"] = self.teacher_normalization(inputs["pixel_values"])
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = all_exits(self.teacher, inputs)
-        result = self.loss(outputs.exit_logits, teacher_logits, labels)
+        with self.loss_inputs.watching():
+            outputs = model(**inputs)
+            teacher_logits = None
+            if self.teacher is not None:
+                if self.teacher_normalization is not None:
+                    inputs["pixel_values"] = self.teacher_normalization(inputs["pixel_values"])
+                with torch.no_grad(), self.accelerator.autocast():
+                    teacher_logits = all_exits(self.teacher, inputs)
+            features = self.loss_inputs.of(inputs)
+        result = self.loss(outputs.exit_logits, teacher_logits, labels, **features)
         for name, value in result.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + value
         self._batches += 1
         return (result.loss, outputs) if return_outputs else result.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer, which knows no parameters of a loss: their gradients are averaged over the processes here."""
+        if self._stepped:
+            self.loss.zero_grad()
+        loss = super().training_step(*args, **kwargs)
+        self.loss_inputs.average_gradients(self.accelerator)
+        self._stepped = self.accelerator.sync_gradients
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with a group for the parameters of the loss."""
+        new, own = self.optimizer is None, self.loss_inputs.parameters()
+        optimizer = super().create_optimizer(model)
+        if new and own:
+            optimizer.add_param_group({"params": own, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and (state := self.loss.state_dict()):
+            save_file(state, Path(output_dir) / LOSS_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.loss.state_dict():
+            load_model(self.loss, Path(checkpoint) / LOSS_FILE)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer, with the mean of each term of the loss since the last time."""

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from erde_hub.errors import ConfigError, MissingDependencyError, ResultsError
 from erde_hub.evaluation.formatting import duration, mmacs, percent, threshold_label
 from erde_hub.hub import render_model_card
+from erde_hub.losses import get_addition, get_loss, list_additions, list_losses
 
 
 def make_results(**changes):
@@ -180,6 +181,22 @@ def test_milliseconds_come_first():
     assert "| 0.4 \\* | 91.5 | 2.000 | 1.000 | 24.0 |" in text  # 0.5 x 1 + 0.25 x 2 + 0.25 x 4
     assert "| layer2 | 87.0 | 2.000 | 1.000 | 22.0 |" in text
     assert "Latency was not measured" not in text
+
+
+def test_an_image_that_is_published_is_offered_to_the_widget():
+    data, _ = split_card(render_model_card(make_results(figures=["sample.png"])))
+    assert [entry["src"] for entry in data["widget"]] == ["sample.png"]
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_every_loss_is_cited_and_every_addition(name):
+    source = get_loss(name).reference.removeprefix("arXiv ")
+    cited = render_model_card(make_results(loss={"name": name})).partition("## Citation")[2]
+    assert cited.count("@misc{") == cited.count("  title ") == cited.count("  eprint ")
+    assert cited.count(f"= {{{source}}}") == 1
+    for addition in list_additions():
+        card = render_model_card(make_results(loss={"name": name, addition: {"weight": 1.0}}))
+        assert get_addition(addition).reference.removeprefix("arXiv ") in card.partition("## Citation")[2]
 
 
 def test_a_text_gets_a_widget_and_results_come_before_use():

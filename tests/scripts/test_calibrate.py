@@ -64,7 +64,7 @@ def test_threshold_profile_and_report_are_rewritten(call, run, capsys):
     assert config_of(run)["threshold"] == 0.0
     assert "slices" not in json.loads((run / "results.json").read_text()), "those of the old threshold would stay"
     figures = json.loads((run / "results.json").read_text())["figures"]
-    assert figures == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png"]
+    assert figures == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png", "sample.png"]
     assert all((run / name).is_file() for name in figures), "those of the old threshold would stay"
     assert "No sample exits early" in capsys.readouterr().out
 
@@ -119,7 +119,7 @@ def test_parts_are_fitted_and_records_compared(call, run, tmp_path, capsys):
         call(evaluate, "--model", run, "--split", split, "--save_records", "--output_dir", split, "--cpu_threads", 1)
         drawn = json.loads((tmp_path / split / "results.json").read_text())["figures"]
         sets = ["sets.png"] if split == "test" else []  # fitted on validation images
-        assert drawn == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png", *sets]
+        assert drawn == ["reliability.png", "scores.png", "shares.png", "contact_sheet.png", "sample.png", *sets]
         assert all((tmp_path / split / name).is_file() for name in drawn)
     report = json.loads((tmp_path / "test" / "results.json").read_text())
     assert report["student"]["calibrator"] == "temperature"

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from erde_hub.scripts import demo
 from erde_hub.scripts.playground.checkpoint import open_checkpoint
 from erde_hub.scripts.playground.networks import SCORES, Answers, Network, open_onnx, promise_of, slider
 from erde_hub.scripts.playground.samples import SHIPPED, Item, Shown, first_samples
-from erde_hub.scripts.playground.views import frontier, views
+from erde_hub.scripts.playground.views import frontier, pictures, views
 from tests.fakes.networks import resnet8
 from tests.fakes.onnx_models import tiny
 from tests.fakes.texts import make_tokenizer, write_encoder
@@ -106,6 +107,15 @@ def test_the_point_on_the_frontier_is_a_measured_one(toy):
     assert network.measured([0.5, 0.6]) is None, "thresholds per exit that nobody measured"
     assert frontier([network, network], [0.8, 0.5]).count("<circle") == 2
     assert "No results.json" in frontier([Network(**{**vars(network), "results": None})], [0.8])
+
+
+def test_pictures_next_to_the_network_are_shown(shipped, toy):
+    shown = pictures([shipped])
+    for png in shipped.pictures.values():
+        with Image.open(BytesIO(png)) as picture:
+            assert picture.width > 800
+    assert shown.count('<img src="data:image/png;base64,') == len(shipped.pictures) == 3
+    assert pictures([toy[0]]) == ""
 
 
 def test_the_shipped_checkpoint_is_small_and_its_report_holds(shipped, digits):

@@ -117,6 +117,13 @@ def test_images_are_added_and_a_broken_file_gives_a_message(page, tmp_path):
     assert "all 61 so far" in page.text("table")
 
 
+def test_pictures_of_the_test_set_open_with_the_keyboard(page):
+    size = "return [...document.querySelectorAll('details img')].map(e => e.checkVisibility() && e.naturalWidth)"
+    assert page.driver.execute_script(size) == [False] * 3
+    page.press("details summary", webdriver.common.keys.Keys.ENTER)
+    page.wait(lambda: min(page.driver.execute_script(size)) > 800)
+
+
 def test_nothing_is_asked_of_another_computer(page, address):
     script = "return performance.getEntriesByType('resource').map(entry => entry.name)"
     names = page.driver.execute_script(script)

@@ -23,7 +23,7 @@ from transformers import (
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.errors import ConfigError, InputTypeError
-from erde_hub.losses import create_loss
+from erde_hub.losses import create_loss, list_losses
 from erde_hub.training import EarlyExitTrainer, all_exits_loss
 from tests.fakes import transformers_models
 from tests.fakes.networks import resnet8
@@ -168,7 +168,7 @@ def trainer_of(name, kind, folder, **options):
     model = network() if name == "resnet" else transformers_models.wrap(name)
     if kind is EarlyExitTrainer:
         teacher = transformers_models.wrap(name, policy="never") if name == "vit" else network(seed=7)
-        options |= {"loss": "erde", "teacher": teacher}
+        options |= {"loss": "erde" if name == "vit" else "feature_kd", "teacher": teacher}
     data = rows(24, model.config.input_size[1])
     arguments = settings(
         folder, save_strategy="steps", save_steps=2, save_total_limit=1, metric_for_best_model="accuracy"
@@ -254,6 +254,20 @@ def test_metrics_per_exit_terms_and_the_loss_are_those_computed_by_hand(tmp_path
     assert metrics["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", [key for key in list_losses() if key not in ("dedier", "egad", "mse")])
+def test_every_loss_of_the_table_over_classes_trains(loss, tmp_path):
+    student, teacher = network(4), network(6, seed=1) if create_loss(loss).reads_teacher else None
+    before = weights(student.heads)
+    trainer = EarlyExitTrainer(
+        student, settings(tmp_path, max_steps=2), loss=loss, teacher=teacher, train_dataset=rows()
+    )
+    own = weights(trainer.loss)
+    trainer.train()
+    assert len(own) == (2 if loss == "feature_kd" else 0)
+    for old, new in ((before, weights(student.heads)), (own, weights(trainer.loss))):
+        assert not any(torch.equal(old[name], new[name]) for name in old if "num_batches" not in name)
+
+
 def test_classes_and_preprocessing_of_the_training_set_are_taken(tmp_path):
     features = Features({"pixel_values": Sequence(Value("float32")), "label": ClassLabel(names=CLASSES)})
     data = Dataset.from_dict({"pixel_values": [[0.0]], "label": [1]}, features=features)
@@ -274,8 +288,9 @@ def test_classes_and_preprocessing_of_the_training_set_are_taken(tmp_path):
     [
         ({"loss": "erde"}, ConfigError, "pass teacher="),
         ({"loss": "ce", "teacher": network()}, ConfigError, "does not use a teacher"),
-        ({"loss": "dedier", "teacher": network()}, ConfigError, "Distiller"),
-        ({"loss": "feature_kd", "teacher": network()}, ConfigError, "Distiller"),
+        ({"loss": "dedier", "teacher": network()}, ConfigError, "whole training set.*Distiller"),
+        ({"loss": "egad", "teacher": network()}, ConfigError, "language models"),
+        ({"loss": "mse"}, ConfigError, "is for regression"),
         ({"compute_loss_func": all_exits_loss()}, ConfigError, "leave it out"),
         ({"model": nn.Linear(2, 2)}, InputTypeError, "wrap it"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from erde_hub._files import write_text
+from erde_hub._files import replacing, write_text
 from erde_hub.data.loader import ImageSplit, Split
 from erde_hub.data.streaming import StreamSplit
 from erde_hub.data.texts import TextData
@@ -134,7 +134,7 @@ def draw_figures(
     Args:
         records: Of the split, raw.
         model: Whose exits.
-        split: For the contact sheet; None draws none.
+        split: For the contact sheet and the sample of the card's widget; None draws none.
         folder: Where the files go.
         slices: Of the results; None draws none.
 
@@ -161,7 +161,9 @@ def draw_figures(
             return split.images([place[i] for i in index])
 
         plot_contact_sheet(shown, model.policy, model.threshold, images, folder / "contact_sheet.png")
-        drawn.append("contact_sheet.png")
+        with replacing(folder / "sample.png") as temporary:
+            split.images([0])[0].save(temporary, "png")
+        drawn += ["contact_sheet.png", "sample.png"]
     return drawn
 
 

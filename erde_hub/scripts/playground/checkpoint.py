@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from erde_hub.scripts.common.exit_times import known_exit_times, measure_exits
 from erde_hub.scripts.common.run_data import RESULTS_FILE, run_file
 from erde_hub.tasks import REGRESSION
 
-from .networks import Answers, Network, promise_of, slider
+from .networks import Answers, Network, pictures_of, promise_of, slider
 
 
 def open_checkpoint(source: str) -> Network:
@@ -69,6 +70,7 @@ def open_checkpoint(source: str) -> Network:
         promise=_promise(model) or promise_of(results),
         results=results,
         answer=answer,
+        pictures=pictures_of(results, partial(run_file, source)),
     )
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ from erde_hub.export.session import EarlyExitSession
 
 #: Calls whose median is the time of an exit of an ONNX file.
 CALLS = 20
+#: Figures of a run that the page shows, and what it says of them.
+PICTURES = {
+    "contact_sheet.png": "Test images that take each exit at the stored threshold, with their predictions",
+    "shares.png": "Samples that take each exit, against a shared threshold and against the cost that it saves",
+    "reliability.png": "Accuracy against confidence at each exit, with its expected calibration error",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Network:
         promise: What is known of how the stored threshold was chosen, one sentence.
         results: The report that lies next to the network, None where there is none.
         answer: Runs every exit on a list of PIL images, or of texts.
+        pictures: PNG files of the report's figures, by what they show.
     """
 
     name: str
@@ -74,6 +81,7 @@ class Network:
     promise: str
     results: Mapping[str, Any] | None
     answer: Callable[[Sequence[Any]], Answers]
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
 
     def route(self, answers: Answers, threshold: float | Sequence[float]) -> NDArray[np.int64]:
         """Returns the exit that each sample takes: the first whose score passes, otherwise the last.
@@ -156,6 +164,7 @@ def open_onnx(path: str | os.PathLike[str]) -> Network:
         promise=promise_of(results),
         results=results,
         answer=answer,
+        pictures=pictures_of(results, lambda name: Path(path).parent / name),
     )
 
 
@@ -186,6 +195,15 @@ def promise_of(results: Mapping[str, Any] | None) -> str:
     samples = f", on {choice['samples']:,} {choice['split']} samples" if "samples" in choice else ""
     limits = " It holds for data like these." if samples else ""
     return f"The stored threshold: {choice['rule']}{samples}.{limits}"
+
+
+def pictures_of(
+    results: Mapping[str, Any] | None, find: Callable[[str], str | os.PathLike[str] | None]
+) -> dict[str, bytes]:
+    """Reads the figures that a report lists, by what they show; those that cannot be found are left out."""
+    listed = (results or {}).get("figures", [])
+    files = {caption: find(name) for name, caption in PICTURES.items() if name in listed}
+    return {caption: Path(file).read_bytes() for caption, file in files.items() if file and Path(file).is_file()}
 
 
 def _report_of(folder: Path, exit_names: Sequence[str], macs: Sequence[int]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from erde_hub.errors import ConfigError, ErdeError
 
 from .networks import Network
 from .samples import first_samples
-from .views import CSS, frontier, views
+from .views import CSS, frontier, pictures, views
 
 #: The largest file that is taken.
 LARGEST_FILE = "50mb"
@@ -99,6 +99,7 @@ def build_page(networks: Sequence[Network], images: str | None = None) -> gr.Blo
                     given = gr.Textbox(label="Your own text", info="Enter adds it")
                 note = gr.Markdown("", elem_id="note")
                 curve = gr.HTML(first[1], apply_default_css=False)
+        gr.HTML(pictures(networks), apply_default_css=False)
         drawn: list[Any] = [tiles, curve, *panels]
         quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
         for i, (slider, button) in enumerate(zip(sliders, buttons, strict=True)):

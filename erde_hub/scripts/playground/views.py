@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -55,6 +56,8 @@ CSS = """
 .exits .tile[aria-pressed=true] { outline: 3px solid var(--body-text-color) }
 .exits .tile:focus-visible { outline: 3px dashed var(--body-text-color); outline-offset: 1px }
 .exits .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; margin-bottom: 8px }
+.exits summary { cursor: pointer; margin: 8px 0 }
+.exits details img { max-width: 100%; height: auto; padding: 8px; margin-bottom: 16px; background: #fff }
 .exits svg { width: 100%; max-width: 560px; height: auto }
 .exits svg text { fill: var(--body-text-color); font-size: 15px }
 """
@@ -217,6 +220,18 @@ def frontier(networks: Sequence[Network], thresholds: Sequence[Any]) -> str:
     label = "accuracy against mean cost on the test set"
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(marks)}{axes}</svg>'
     return f'<div class="exits">{"".join(words)}{svg}</div>'
+
+
+def pictures(networks: Sequence[Network]) -> str:
+    """Figures of the test set that lie next to the networks, folded."""
+    shown = "".join(
+        f"<p>{escape(network.name)}. {escape(caption)}:</p>"
+        f'<img src="data:image/png;base64,{b64encode(png).decode()}" alt="{escape(caption)}">'
+        for network in networks
+        for caption, png in network.pictures.items()
+    )
+    summary = "Pictures of the test set"
+    return f'<div class="exits"><details><summary>{summary}</summary>{shown}</details></div>' if shown else ""
 
 
 def _curve(network: Network) -> list[tuple[float, float]]:
