@@ -193,9 +193,12 @@ def _card_data(results: Mapping[str, Any], repo_id: str | None, license: str | N
             dataset_split=_plain(results.get("metrics", {}).get("split", "test")),
             metric_type="accuracy",
             metric_value=round(row["accuracy"], 6),
-            metric_name=f"Accuracy, threshold {threshold_label(row['threshold'], policy, among)},"
+            metric_name=f"Accuracy, threshold {(label := threshold_label(row['threshold'], policy, among))},"
             f" {mmacs(row['mean_macs'])} MMACs",
-            metric_args={"threshold": row["threshold"], "mean_macs": round(row["mean_macs"])},
+            metric_args={
+                "threshold": label if label in ("never", "always") else row["threshold"],
+                "mean_macs": round(row["mean_macs"]),
+            },
         )
         for row in (full, *([] if point is None or point["threshold"] == full["threshold"] else [point]))
     ]
@@ -421,7 +424,8 @@ def _literal(threshold: Any, among: Sequence[float]) -> str:
     """A threshold as Python source."""
     if isinstance(threshold, (list, tuple)):
         return f"[{', '.join(_literal(value, among) for value in threshold)}]"
-    return threshold_label(threshold, among=among) if math.isfinite(float(threshold)) else f'float("{threshold}")'
+    label = threshold_label(threshold, among=among)
+    return f'float("{label}")' if math.isinf(float(label)) else label
 
 
 def _number(value: int) -> str:

@@ -260,7 +260,7 @@ def test_code_in_the_card_is_python_and_says_where_and_how():
     assert 'pipeline("image-classification", model="org/name")' in blocks[1]
 
 
-@pytest.mark.parametrize("threshold", ["inf", [0.2, 0.4], ["inf", 0.4], 1e-7])
+@pytest.mark.parametrize("threshold", [[0.2, 0.4], ["inf", 0.4], 1e-7])
 def test_every_kind_of_threshold(threshold):
     results = make_results(fine_sweep=[])
     for row in (results["sweep"][1], results["operating_point"]):
@@ -269,6 +269,20 @@ def test_every_kind_of_threshold(threshold):
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         ast.parse(block)
     assert data["model-index"][0]["results"][0]["metrics"][1]["args"]["threshold"] == threshold
+
+
+@pytest.mark.parametrize(
+    ("policy", "threshold", "word"),
+    [("margin", "inf", "never"), ("margin", 1e8, "never"), ("entropy", "inf", "always")],
+)
+def test_a_threshold_beyond_all_scores_is_a_word(policy, threshold, word):
+    results = make_results(fine_sweep=[])
+    results["student"]["policy"], results["sweep"][0]["threshold"] = policy, threshold
+    results["sweep"][1]["accuracy"] = 0.5  # so that the example of the card has this threshold
+    card = render_model_card(results)
+    assert split_card(card)[0]["model-index"][0]["results"][0]["metrics"][0]["args"]["threshold"] == word
+    assert 'threshold=float("inf"))' in card
+    assert "100000000" not in card
 
 
 def test_the_least_that_results_may_hold():

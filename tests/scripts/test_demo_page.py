@@ -135,6 +135,7 @@ def test_a_narrow_screen_shows_all(page):
     size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
+        page.press("details summary", webdriver.common.keys.Keys.ENTER)
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 360
         widths = [track.size["width"] for track in page.find(".exit.taken .track")]
         assert min(widths) > 60

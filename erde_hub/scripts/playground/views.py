@@ -57,7 +57,8 @@ CSS = """
 .exits .tile:focus-visible { outline: 3px dashed var(--body-text-color); outline-offset: 1px }
 .exits .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; margin-bottom: 8px }
 .exits summary { cursor: pointer; margin: 8px 0 }
-.exits details img { max-width: 100%; height: auto; padding: 8px; margin-bottom: 16px; background: #fff }
+.exits details { overflow-x: auto }
+.exits details img { max-width: max(100%, 640px); height: auto; padding: 8px; margin-bottom: 16px; background: #fff }
 .exits svg { width: 100%; max-width: 560px; height: auto }
 .exits svg text { fill: var(--body-text-color); font-size: 15px }
 """
