@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -22,14 +22,24 @@ class DraftGenerationMixin(GenerationMixin):
         return self.create_drafter(exit_index, generation_config, kwargs["logits_processor"], cache)
 
 
+class ExitCandidates(CandidateGenerator):
+    """Drafts that need no outputs of the verifying pass but its end: the cache tells where to go on."""
+
+    requires_model_outputs = True
+    model_kwargs_overrides: ClassVar[dict[str, Any]] = {}
+
+
 def what_moved() -> list[str]:
     """Returns what this transformers has under other names than the ones used here."""
+    verifying = getattr(getattr(GenerationMixin, "_assisted_decoding", None), "__code__", None)
+    read = () if verifying is None else verifying.co_names
     found = {
         "the argument cache of GenerationMixin.prepare_inputs_for_generation": "cache"
         in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters,
         "GenerationMixin._get_candidate_generator": hasattr(GenerationMixin, "_get_candidate_generator"),
         "GenerationMixin._prepare_generation_config": hasattr(GenerationMixin, "_prepare_generation_config"),
-        "CandidateGenerator.requires_model_outputs": hasattr(CandidateGenerator, "requires_model_outputs"),
+        "CandidateGenerator.requires_model_outputs": "requires_model_outputs" in read,
+        "CandidateGenerator.model_kwargs_overrides": "model_kwargs_overrides" in read,
         "the argument layer_idx of create_causal_mask": "layer_idx" in inspect.signature(create_causal_mask).parameters,
     }
     return [name for name, there in found.items() if not there]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ._transformers import CandidateGenerator
+from ._transformers import ExitCandidates
 from .cache import OwedCache
 
 
@@ -21,7 +21,7 @@ class Drafts(Protocol):
         """Returns an exit's logits (1, V) for the token after ``ids`` (1, 1), whose deeper layers it owes."""
 
 
-class ExitDrafter(CandidateGenerator):
+class ExitDrafter(ExitCandidates):
     """Drafts tokens with the head of an exit; the verifying pass goes on from the states of the drafts.
 
     Drafts are chosen as the model's own tokens are, from logits that went through the same processors, and these are
@@ -38,8 +38,6 @@ class ExitDrafter(CandidateGenerator):
         cache: Of the text that is generated.
     """
 
-    requires_model_outputs = True
-
     def __init__(
         self,
         model: Drafts,
@@ -55,7 +53,6 @@ class ExitDrafter(CandidateGenerator):
         self.config = config
         self.processors = processors
         self.number = int(config.num_assistant_tokens)
-        self.model_kwargs_overrides: dict[str, Any] = {}
         self.cache = cache
 
     def get_candidates(

@@ -2,8 +2,8 @@
 
 scikit-learn's handwritten digits, each painted red or green. The class is whether the digit is below five. In training
 the colour agrees with the class for a stated share of the images, so a network can get that share right without looking
-at a shape; in validation (unless asked otherwise) and test every image occurs in both colours, so that the colour says
-nothing and the four groups (class and colour) are of one size per class.
+at a shape; in validation and test every image occurs in both colours, so that the colour says nothing and the four
+groups (class and colour) are of one size per class.
 
     python recipes/studies/_coloured.py coloured   # writes them into a folder, with a column for the colour
 
@@ -54,14 +54,13 @@ class GroupedImages:
     group_names: list[str]
 
 
-def coloured_digits(correlation: float = 0.95, seed: int = 0, *, misleading_validation: bool = False) -> GroupedImages:
+def coloured_digits(correlation: float = 0.95, seed: int = 0) -> GroupedImages:
     """Builds coloured digits.
 
     Args:
         correlation: Share of training images, within each class, whose colour is that of their class; 0.5 makes the
             colour say nothing, 1 leaves no exception to learn from.
         seed: Which images are the exceptions. The splits are the same for every seed.
-        misleading_validation: The colour of validation images agrees as often as that of training images.
 
     Raises:
         ConfigError: A correlation outside [0, 1].
@@ -82,7 +81,7 @@ def coloured_digits(correlation: float = 0.95, seed: int = 0, *, misleading_vali
     arrays, groups = {}, {}
     for split, chosen in rows.items():
         classes = (digits[chosen] >= 5).astype(np.int64)
-        if split == "train" or (split == "validation" and misleading_validation):
+        if split == "train":
             images, colours = grey[chosen], _mostly(classes, correlation, chosen, seed)
         else:  # every image in both colours
             images, classes = np.repeat(grey[chosen], 2, axis=0), np.repeat(classes, 2)

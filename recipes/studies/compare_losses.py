@@ -76,9 +76,6 @@ class Comparison:
     teacher_correlation: float = HfArg(
         default=0.5, help="coloured_digits: the same share for the images that the teacher learns from"
     )
-    misleading_validation: bool = HfArg(
-        default=False, help="coloured_digits: the colour misleads in the validation images of students as in training"
-    )
     split: Literal["validation", "test"] = HfArg(
         default="test", help="what is measured on: choose settings on validation, report on test"
     )
@@ -112,7 +109,7 @@ def check_data_arguments(data_args: DataArguments, comparison: Comparison) -> No
         ConfigError: A part or a form of coloured digits, or a correlation of other data, is asked for.
     """
     coloured = data_args.dataset == COLOURED
-    given = _changed(comparison, ("correlation", "teacher_correlation", "misleading_validation"))
+    given = _changed(comparison, ("correlation", "teacher_correlation"))
     if coloured:
         given = _changed(data_args, [f.name for f in dataclasses.fields(data_args) if f.name != "dataset"])
     for name, value in given.items():
@@ -153,8 +150,7 @@ def main() -> None:
     }
     pretrained = [teacher_args.teacher_pretrained, student_args.student_pretrained]
     settings |= {"pretrained": pretrained} if any(pretrained) else {}
-    sections_read = (exits, teacher_args, data_args, comparison)
-    settings |= {name: value for part in sections_read for name, value in _unusual(part).items()}
+    settings |= {name: value for part in (exits, teacher_args, data_args) for name, value in _unusual(part).items()}
     preprocessing = recipe.existing_preprocessing(None, teacher_args, student_args)
     output, results = find_results(comparison.output, published_arguments(settings))
     say = Announcements(comparison.methods, comparison.seeds, results["runs"], accelerator.print)
@@ -273,7 +269,6 @@ def _unusual(arguments: Any) -> dict[str, Any]:
     """Returns what of a section decides about results, where it is not the default."""
     names = (
         "exits", "head", "head_kwargs", "teacher_exit_points", "teacher_exit_weights", "image_size", "max_eval_samples",
-        "misleading_validation",
     )  # fmt: skip
     return _changed(arguments, names)
 
@@ -297,8 +292,7 @@ def _data(
     if data_args.dataset != COLOURED:
         data = recipe.load_data(data_args, preprocessing, progress=False)
         return data, data
-    misleading = comparison.misleading_validation
-    grouped = coloured_digits(comparison.correlation, seed, misleading_validation=misleading)
+    grouped = coloured_digits(comparison.correlation, seed)
     return grouped, coloured_digits(comparison.teacher_correlation, seed).data
 
 

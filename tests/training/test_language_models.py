@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DataCollatorForLanguageModeling, LlamaConfig, LlamaForCausalLM
 
 from erde_hub import EarlyExitWrapper
 from erde_hub.data import load_token_data
@@ -153,6 +153,9 @@ def test_blocks_are_the_text_and_splits_are_cut_off_its_end(tmp_path):
     assert found.vocab_size == 257
     batch = found.train.inputs(np.array([1, 0]), None, 0)
     assert torch.equal(batch["input_ids"], found.train.labels[[1, 0]])
+    collated = DataCollatorForLanguageModeling(found.tokenizer, mlm=False)(list(found.train.labels[:3]))
+    assert torch.equal(collated["input_ids"], found.train.inputs(np.arange(3), None, 0)["input_ids"])
+    assert torch.equal(collated["labels"], found.train.labels[:3])
     larger = load_token_data(tmp_path, block_size=32, vocab_size=300)
     assert len(larger.train) + len(larger.test) < len(found.train)  # merges: fewer tokens
 
