@@ -180,6 +180,7 @@ def quantize_flat(flat: ir.Model, batches: list[dict[str, NDArray[Any]]], method
         ir.external_data.load_to_model(quantized)  # the folder is about to go
     quantized.metadata_props.clear()
     _read_unrounded(quantized, set(decisions))
+    _keep_products_apart(quantized)
     return quantized
 
 
@@ -234,6 +235,27 @@ def _read_unrounded(quantized: ir.Model, names: set[str]) -> None:
             quantize = dequantize.inputs[0].producer()
             if quantize is not None and quantize.op_type == "QuantizeLinear":
                 node.replace_input_with(position, quantize.inputs[0])
+
+
+def _keep_products_apart(quantized: ir.Model) -> None:
+    """Gives biases that follow a product three axes, (1, 1, C).
+
+    Where onnxruntime knows every size, it joins a product and a bias of one axis into a Gemm, for which it has no int8
+    code without an int32 bias: texts took 1.6 times as long as in float.
+    """
+    for node in quantized.graph:
+        if node.op_type == "Add" and any(v is not None and _is_product_of_three_axes(v) for v in node.inputs):
+            for position, bias in enumerate(node.inputs):
+                if bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1:
+                    array = bias.const_value.numpy().reshape(1, 1, -1)
+                    apart = ir.Value(name=f"{bias.name}_apart_{node.name}", const_value=ir.tensor(array))
+                    quantized.graph.register_initializer(apart)
+                    node.replace_input_with(position, apart)
+
+
+def _is_product_of_three_axes(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "MatMul" and value.shape is not None and len(value.shape) == 3
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Files for one sample: every shape is fixed, and answers are those of the file for any batch."""
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -94,3 +96,17 @@ def test_texts(text_file, tmp_path):
     np.testing.assert_allclose(one(short, 0.0).logits, several(short, 0.0).logits, atol=1e-5)
     with pytest.raises(ShapeError, match="texts must have 1 to 40 tokens, got 41"):
         one({"input_ids": np.ones((1, 41), int)})
+
+
+@pytest.mark.slow
+def test_texts_in_int8(text_model_and_flat, tmp_path):
+    model, _ = text_model_and_flat
+    data = [{"input_ids": torch.randint(0, 14, (4, 40)), "attention_mask": torch.ones(4, 40, dtype=torch.long)}]
+    path = export_onnx(model, tmp_path / "one.onnx", batch_size=1, calibration_data=data)
+    one = {key: value[:1] for key, value in data[0].items()}
+    assert check_onnx(model, path, one, [0.0, 50.0], threads=1).same_exit == 1
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = Counter(node.op_type for graph in levels(tmp_path / "optimised.onnx") for node in graph)
+    assert kinds["MatMulIntegerToFloat"] >= 6, "layers of the encoder that int8 instructions compute"
