@@ -59,7 +59,7 @@ def one_sample_file(
 
 
 #: Families exported by `make test`; the others by `make test-long`, because each takes up to twenty seconds.
-QUICK = ("resnet", "convnext", "vit")
+QUICK = ("resnet", "vit")
 
 
 @pytest.fixture(

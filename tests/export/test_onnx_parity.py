@@ -122,7 +122,7 @@ def test_zeros_padded_before_pooling(tmp_path):
     assert check.relative_difference < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["confidence", "margin"])
+@pytest.mark.parametrize("policy", ["margin", pytest.param("confidence", marks=pytest.mark.long)])
 def test_policies_that_leave_above(policy, tmp_path):
     model = tiny(policy=policy)
     path = export_onnx(model, tmp_path / "model.onnx")

@@ -98,7 +98,7 @@ def test_metadata(tiny_file):
     assert info.num_early_exits == 2
 
 
-@pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.parametrize("opset", [18, pytest.param(21, marks=pytest.mark.long)])
 def test_operator_sets(opset, tmp_path):
     model = tiny()
     path = export_onnx(model, tmp_path / "model.onnx", opset=opset)

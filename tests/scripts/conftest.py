@@ -1,5 +1,6 @@
 """What tests of recipes share."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,19 +21,27 @@ def drawn_figures():
 @pytest.fixture(autouse=True)
 def _blank_figures(request, monkeypatch):
     """Figures are written but not drawn: the five of a report take longer than all else in a small run."""
+    if "drawn_figures" not in request.fixturenames:
+        draw_nothing(monkeypatch)
 
+
+def draw_nothing(monkeypatch):
     def write(draw, path, size):
         Image.new("L", (1, 1)).save(Path(path))
 
-    if "drawn_figures" not in request.fixturenames:
-        monkeypatch.setattr("erde_hub.evaluation.plots.save_figure", write)
-        monkeypatch.setattr("erde_hub.evaluation.diagnostics.save_figure", write)
-        monkeypatch.setattr("erde_hub.evaluation.set_plots.save_figure", write)
+    for module in ("plots", "diagnostics", "set_plots"):
+        monkeypatch.setattr(f"erde_hub.evaluation.{module}.save_figure", write)
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(finished_run, tmp_path):
     """What a run leaves: a small network on digits whose heads were fitted by least squares, and its report."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    torch.manual_seed(0)
     data = load_image_data("digits", progress=False)
     model = resnet8(10, head="linear", id2label=data.class_names).eval()
     model.set_preprocessing(**data.preprocessing)
@@ -46,8 +55,10 @@ def run(tmp_path):
         with torch.no_grad():
             layer.weight.copy_(solution[:-1].T)
             layer.bias.copy_(solution[-1])
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("finished") / "run"
     model.save_pretrained(folder)
     test = collect_exit_records(model, BatchLoader(data.test, 256), progress=False)
-    recipe.write_report(build_results(test, model, data, {"seed": 0}), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        recipe.write_report(build_results(test, model, data, {"seed": 0}), folder)
     return folder

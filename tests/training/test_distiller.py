@@ -319,7 +319,15 @@ def never_stopped(data):
     return train(data, "erde", teacher=TinyExits(seed=9), **full_run())
 
 
-@pytest.mark.parametrize(("number", "at"), [("SIGTERM", 1), ("SIGINT", 4), ("SIGINT", 7), ("SIGTERM", 9)])
+@pytest.mark.parametrize(
+    ("number", "at"),
+    [
+        ("SIGTERM", 1),
+        ("SIGINT", 7),
+        pytest.param("SIGINT", 4, marks=pytest.mark.long),
+        pytest.param("SIGTERM", 9, marks=pytest.mark.long),
+    ],
+)
 def test_stopped_by_a_signal_and_resumed_it_is_the_run_that_never_stopped(data, tmp_path, never_stopped, number, at):
     teacher = TinyExits(seed=9)
     expected, whole = never_stopped

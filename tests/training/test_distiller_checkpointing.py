@@ -118,7 +118,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(root, failing, monkeypatch):
     assert cp.newest_checkpoint(root) == root / "step-000020"
 
 
-@pytest.mark.parametrize("room", [0.0, 0.2, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize(
+    "room", [0.0, 0.4, 0.8, *(pytest.param(room, marks=pytest.mark.long) for room in (0.2, 0.6, 0.95))]
+)
 def test_a_disk_that_is_really_full(tmp_path, room):
     """It fills up in the weights, in the optimizer, in the averaged weights: the checkpoint before is continued."""
     if shutil.which("mount") is None or os.geteuid() != 0:
