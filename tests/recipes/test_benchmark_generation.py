@@ -27,7 +27,7 @@ def results(tmp_path, call):
     return json.loads((tmp_path / "b.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_way_is_counted_and_timed(results):
     early = ["model.layers.0", "model.layers.2"]
     drafts = [f"{theirs}{exit_} drafts 2" for exit_ in early for theirs in ("", "transformers, ")]

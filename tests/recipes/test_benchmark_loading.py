@@ -26,7 +26,7 @@ def test_passing_and_lasting_memory_are_told_apart():
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_is_loaded_within_its_own_size(call, tmp_path, monkeypatch):
     output = tmp_path / "new" / "loading.json"
     flags = ["--rounds", "1", "--output", str(output)]

@@ -37,7 +37,7 @@ def test_a_method_is_a_loss_and_what_joins_it():
             compare_losses.build_method(text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_coloured_digits_have_groups_and_a_file_is_added_to(compare, tmp_path, capsys):
     output = tmp_path / "results.json"
     flags = ["--dataset", "coloured_digits", "--seeds", "3", "--output", output, "--methods"]
