@@ -124,12 +124,16 @@ def test_accumulated_steps_are_one_step_with_the_whole_batch(tmp_path, kind):
                 module.train = lambda mode=True, module=module: module
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        options = {"compute_loss_func": all_exits_loss()} if kind is Trainer else {}
+        options = {"compute_loss_func": all_exits_loss()}
+        if kind is EarlyExitTrainer:
+            options = {"loss": "feature_kd", "teacher": network(6, seed=7)}
         arguments = settings(
             tmp_path, max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, optim="sgd"
         )
-        kind(model, arguments, train_dataset=rows(16), **options).train()
-        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        trainer = kind(model, arguments, train_dataset=rows(16), **options)
+        trainer.train()
+        parameters = [*model.parameters(), *getattr(trainer, "loss", nn.Module()).parameters()]
+        trained.append(torch.cat([p.detach().flatten() for p in parameters]))
     torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-6)
 
 
