@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pages.markdown import links, load, registry_table, table
+from scipy.stats import t
 
 from erde_hub._registry import Entry
 from erde_hub.losses import SampleWeight, get_addition, get_loss, list_additions, list_losses
@@ -75,6 +76,29 @@ def groups_table() -> str:
         keys = ("worst_group_first_exit", "worst_group_last_exit", "mean_of_groups_last_exit")
         rows.append((f"`{row['method']}`", _seeds(row), *(_percent(row, key) for key in keys)))
     header = ("method", "seeds", "worst group, first exit %", "worst group, last exit %", "mean of groups, last exit %")
+    return table(header, rows)
+
+
+def readout_table() -> str:
+    """One row per confidence of DEDIER's read-out; differences are taken seed by seed, under one teacher."""
+    results = load("studies/readout_confidence")
+    teachers = [teacher["groups"][-1] for teacher in results["teachers"]]
+    worst, mean = (statistics.fmean(teacher[key] for teacher in teachers) for key in ("worst_group", "mean_of_groups"))
+    rows = [("(teacher)", "-", str(len(teachers)), f"{100 * worst:.1f}", f"{100 * mean:.1f}", "-")]
+    by_seed = {(run["method"], run["seed"]): run["groups"][-1]["worst_group"] for run in results["runs"]}
+    for row in sorted(results["summary"], key=lambda row: "readout_alpha" in row["method"]):
+        method, _, settings = row["method"].partition(":")
+        values = dict(part.split("=") for part in settings.split(",") if part)
+        confidence = values.get("readout_confidence")
+        softmax = row["method"].removesuffix(f",readout_confidence={confidence}")
+        gaps = [100 * (by_seed[row["method"], seed] - by_seed[softmax, seed]) for seed in row["seeds"]]
+        half = t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+        against = f"{statistics.fmean(gaps):+.0f} ± {half:.0f}" if confidence else "-"
+        name = f"`{confidence or 'softmax'}`" if "dedier" in method else f"(`{method}` alone)"
+        alpha = values.get("readout_alpha", "0.05") if "dedier" in method else "-"
+        cells = (_percent(row, key) for key in ("worst_group_last_exit", "mean_of_groups_last_exit"))
+        rows.append((name, alpha, _seeds(row), *cells, against))
+    header = ("confidence", "alpha", "seeds", "worst group %", "mean of groups %", "worst group minus `softmax`")
     return table(header, rows)
 
 
@@ -145,6 +169,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison_table,
     "comparison_cifar10": lambda: comparison_table("comparison_cifar10"),
     "groups": groups_table,
+    "readout": readout_table,
     "egad": egad_table,
     "speed": speed_table,
 }
