@@ -321,7 +321,7 @@ def _objects_after(calls: int, call: Callable[[], Any]) -> int:
     return len(gc.get_objects())
 
 
-@pytest.mark.parametrize("way", ["routed", "all", "streamed"])
+@pytest.mark.parametrize("way", ["routed", "streamed", pytest.param("all", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", DRIVEN)
 def test_calls_leave_no_objects(name, way):
     model, x, cuts = wrap(name), images(name, 4), list(thresholds_of(name))

@@ -22,7 +22,13 @@ def numbers(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+#: Deep networks of maps, as resnet and convnext are shallow ones.
+DEEP = ("efficientnet", "mobilenetv3", "regnet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in DEEP else name for name in FAMILIES]
+)
 def test_every_exit_of_every_family(name):
     model, x = wrap(name), images(name, 3)
     before = copy.deepcopy(model.state_dict())

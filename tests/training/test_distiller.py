@@ -408,12 +408,12 @@ def two_steps(data, tmp_path_factory):
     [
         {"epochs": 4},
         {"lr": 0.2},
-        {"seed": 1},
-        {"batch_size": 8},
         {"augment": "none"},
-        {"ema_decay": 0.5},
-        {"label_smoothing": 0.0},
         {"optimizer": "adamw"},
+        pytest.param({"seed": 1}, marks=pytest.mark.long),
+        pytest.param({"batch_size": 8}, marks=pytest.mark.long),
+        pytest.param({"ema_decay": 0.5}, marks=pytest.mark.long),
+        pytest.param({"label_smoothing": 0.0}, marks=pytest.mark.long),
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_name(data, two_steps, change):
