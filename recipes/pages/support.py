@@ -19,9 +19,9 @@ def matrix() -> dict[str, Any]:
 
 
 def columns() -> list[str]:
-    """The checks that at least one row holds: the file may be of a time before one of them."""
+    """The checks that were tried in at least one row: the file may be of a time before one of them."""
     rows = matrix()["families"].values()
-    return [check for check in CHECKS if any(check in row for row in rows)]
+    return [check for check in CHECKS if any(row.get(check) not in (None, "images only") for row in rows)]
 
 
 def support_rows(library: str) -> list[tuple[str, ...]]:
@@ -77,12 +77,14 @@ def support_summary() -> str:
             outcomes = [row[check] for row in rows if row.get(check) not in (None, "images only")]
             if outcomes:
                 counts.append(f"{words} {outcomes.count('yes')} of the {len(outcomes)} that were tried")
+            if "one sample only" in outcomes:
+                counts[-1] += f", and {outcomes.count('one sample only')} for one sample only"
         lines.append(f"{'; '.join(counts)}.")
     failures = [
         f"- `{name}`, {check}: {row[check]}"
         for name, row in found["families"].items()
         for check in CHECKS
-        if row.get(check) not in ("yes", None, "images only")
+        if row.get(check) not in ("yes", None, "images only", "one sample only")
     ]
     return "\n".join([*lines, *(["", "What did not work:", "", *failures] if failures else [])])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+Inputs = Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def mix_states(module: nn.Module) -> RemovableHandle:
@@ -19,12 +21,12 @@ def mix_states(module: nn.Module) -> RemovableHandle:
     return next(m for m in module.modules() if not [*m.children()]).register_forward_hook(_own_hook)
 
 
-def network_state(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
+def network_state(module: nn.Module, inputs: Inputs) -> dict[str, dict[str, Any]]:
     """Returns what :func:`changes` compares: tensors, their values, modules, modes, hooks, and the logits in eval mode.
 
     Args:
         module: A classifier or a language model.
-        inputs: Of its forward pass, by place; the pass is run without gradients.
+        inputs: Of its forward pass, by place or by name; the pass is run without gradients.
     """
     modules = dict(module.named_modules(remove_duplicate=False))
     logits = _logits(module, modules, inputs)  # some layers keep what their first pass computes
@@ -45,7 +47,7 @@ def network_state(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, dict
     }
 
 
-def changes(module: nn.Module, before: dict[str, dict[str, Any]], inputs: Sequence[Tensor]) -> list[str]:
+def changes(module: nn.Module, before: dict[str, dict[str, Any]], inputs: Inputs) -> list[str]:
     """Names what differs from an earlier :func:`network_state` of the module on the same inputs, to the last bit."""
     now = network_state(module, inputs)
     return [
@@ -84,11 +86,11 @@ def _foreign_hooks(module: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def _logits(module: nn.Module, modules: dict[str, nn.Module], inputs: Sequence[Tensor]) -> Tensor:
+def _logits(module: nn.Module, modules: dict[str, nn.Module], inputs: Inputs) -> Tensor:
     modes = {name: child.training for name, child in modules.items()}
     for child in modules.values():  # Module.eval would let some layers forget what they keep
         child.training = False
-    output = module(*inputs)
+    output = module(**inputs) if isinstance(inputs, Mapping) else module(*inputs)
     for name, child in modules.items():
         child.training = modes[name]
     output = getattr(output, "logits", output)

@@ -91,11 +91,12 @@ def main() -> None:
         row = {**before, **in_process(name, skip, args.timeout), "code": code}
         print(name, {check: row.get(check) for check in CHECKS}, flush=True)
         rows = {**stored_rows(path), name: row}  # another command may have added to the file meanwhile
-        versions = {
-            "erde_hub": erde_hub.__version__,
-            "timm": timm.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        versions = {  # rows that are kept may be of earlier ones
+            module.__name__: " and ".join(
+                dict.fromkeys([*filter(None, stored.get(module.__name__, "").split(" and ")), module.__version__])
+            )
+            for module in (erde_hub, timm, transformers, torch)
         }
         ordered = {family: rows[family] for family in everything if family in rows}
         write_results(args.output, {**versions, "families": ordered})
@@ -191,19 +192,20 @@ def check_model(
     try:
         backbone = lively(make(), size)
         inputs = example(size, backbone)
+        own_inputs: Any = inputs if size is None else (*inputs.values(),)  # timm calls images x
         hook = mix_states(backbone)
-        before = network_state(backbone, (*inputs.values(),))
+        before = network_state(backbone, own_inputs)
         model = EarlyExitWrapper(backbone, exits="auto", backbone_kwargs=kwargs or None, **given)
     except ErdeError as error:
         return {"attach": f"refused: {_line(error)}"}
     except Exception as error:  # noqa: BLE001 - the row says which
         return {"attach": f"{type(error).__name__}: {_line(error)}"}
-    changed = changes(backbone, before, (*inputs.values(),))
+    changed = changes(backbone, before, own_inputs)
     if changed:
         return {"attach": f"wrapping changed {len(changed)} things, first the {changed[0]}"}
     hook.remove()
     model.requires_grad_(True).eval()
-    before = network_state(backbone, (*inputs.values(),))
+    before = network_state(backbone, own_inputs)
     row["attach"] = "yes"
     row["exits"] = model.exit_names[:-1]
     row["parameters"] = sum(p.numel() for p in model.backbone.parameters())
@@ -219,7 +221,7 @@ def check_model(
                 row[check] = f"refused: {_line(error)}"
             except Exception as error:  # noqa: BLE001 - the row says which
                 row[check] = f"{type(error).__name__}: {_line(error)}"
-    changed = changes(backbone, before, (*inputs.values(),))
+    changed = changes(backbone, before, own_inputs)
     if changed:
         row["attach"] = f"a later check changed {len(changed)} things, first the {changed[0]}"
     return row
