@@ -5,11 +5,12 @@ of two saves. So each file of weights carries in its header the hash of all tens
 too) and the config that they were saved with. Where the hashes differ, the weights and the config in their header are
 the checkpoint; where they agree, ``config.json`` counts, which people edit. The hash of a variant ends in its name: the
 one config of a folder is that of the variant saved last. Shards have names of their own, so that none is overwritten.
-Weights without a hash, of earlier versions and other programs, go with any config.
+Weights without a hash, of earlier versions and other programs, go with a config without one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -21,7 +22,7 @@ from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -68,6 +69,22 @@ def write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / _variant(SAFE_WEIGHTS_INDEX_NAME, variant)).write_text(text, encoding="utf-8")
+
+
+def add_save_id(folder: Path, config: EarlyExitConfig, variant: str | None) -> None:
+    """Marks a config, and weights that transformers has written, as one save; one file is in memory at a time."""
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    config.save_id = ".".join(filter(None, (digest.hexdigest()[:32], variant)))
+    config.save_pretrained(folder)
+    metadata = {"format": "pt", "save_id": config.save_id, "config": config.to_json_string()}
+    for path in files:
+        marked = path.with_suffix(".marked")
+        save_file(load_file(path), marked, metadata)
+        marked.replace(path)
 
 
 def remove_other_weights(folder: Path, written: set[str]) -> None:
@@ -125,7 +142,13 @@ def read_checkpoint(
         for weights in found:
             if weights.save_id == config.save_id:
                 return config, weights.tensors
-    weights = found[0]
+    weights = next((weights for weights in found if weights.save_id is not None), found[0])
+    if weights.save_id is None and _is_of(config, variant):
+        raise CheckpointError(
+            f"{CONFIG_NAME} of {source} has a save_id and the weights have none: a save was killed, or another program"
+            f" wrote the weights. Save the checkpoint again; if you know that the weights belong to this {CONFIG_NAME},"
+            " delete its save_id"
+        )
     if weights.save_id is not None:
         config = build(EarlyExitConfig.parse(weights.config, f"the config in the header of the weights of {source}"))
         logger.warning("%s of %s belongs to other weights: the config in their header is used", CONFIG_NAME, source)
@@ -147,13 +170,13 @@ def read_weights(
         CheckpointError: Also weights of another save.
     """
     save_id = None if config is None else config.save_id
-    is_known = config is not None and (save_id or "").partition(".")[2] == (variant or "")
+    is_known = config is not None and _is_of(config, variant)
     for is_last in (False, True):
         for weights in _read_weights(source, reaching, variant, or_raise=is_last):
-            if not is_known or weights.save_id in (None, save_id):
+            if not is_known or weights.save_id == save_id:
                 return weights.tensors
     why = (
-        "they were saved anew in between, or a save was killed"
+        "they were saved anew in between, a save was killed, or another program wrote them"
         if save_id is not None
         else "they have a save_id and it holds none of theirs"
     )
@@ -213,6 +236,11 @@ def _open(paths: list[str]) -> _Weights:
     if len(ids) > 1:
         raise CheckpointError("its files of weights belong to several saves")
     return _Weights(tensors, ids.pop(), headers[0].get("config", ""))
+
+
+def _is_of(config: EarlyExitConfig, variant: str | None) -> bool:
+    """Whether a config was saved with this variant's weights, and not with those of another variant."""
+    return (config.save_id or "").partition(".")[2] == (variant or "")
 
 
 def _variant(name: str, variant: str | None) -> str:

@@ -49,7 +49,15 @@ from erde_hub.tasks import (
 )
 
 from ._quiet import without_bar
-from .checkpoint import REACHING, check_size, read_checkpoint, read_weights, remove_other_weights, write_weights
+from .checkpoint import (
+    REACHING,
+    add_save_id,
+    check_size,
+    read_checkpoint,
+    read_weights,
+    remove_other_weights,
+    write_weights,
+)
 from .exit_table import ExitTable, count_exits
 from .heads_only import published_tensors, without_published
 
@@ -280,14 +288,22 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         tensors: dict[str, Tensor],
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
+        save_original_format: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Writes config and weights; tensors that are offloaded or sharded, and PEFT's, as transformers does."""
+        """Writes config and weights; tensors that are offloaded or sharded, and PEFT's, as transformers does.
+
+        All other arguments, such as Accelerate's ``save_function``, change nothing there either.
+        """
         plain = all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors.values())
-        if kwargs or not plain or self._hf_peft_config_loaded or getattr(self, "hf_quantizer", None) is not None:
-            super().save_pretrained(folder, True, tensors, max_shard_size=max_shard_size, variant=variant, **kwargs)
+        if not plain or self._hf_peft_config_loaded or getattr(self, "hf_quantizer", None) is not None:
+            kwargs |= {"max_shard_size": max_shard_size, "variant": variant}
+            super().save_pretrained(folder, True, tensors, save_original_format=save_original_format, **kwargs)
+            if not self._hf_peft_config_loaded:
+                add_save_id(folder, self.config, variant)
             return
-        tensors = revert_weight_conversion(self, tensors)
+        if save_original_format:
+            tensors = revert_weight_conversion(self, tensors)
         self.config.save_id = ".".join(filter(None, (hash_tensors(tensors), variant)))
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         self.config.architectures = [type(self).__name__]

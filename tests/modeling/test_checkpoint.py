@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -53,9 +53,11 @@ def damaged(saved, tmp_path) -> Path:
 
 
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights = {key: value.clone() for key, value in weights.items()} | changes
-    save_file({k: v for k, v in weights.items() if v is not None}, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        mark = file.metadata()
+    weights = {key: value.clone() for key, value in load_file(path).items()} | changes
+    save_file({k: v for k, v in weights.items() if v is not None}, path, mark)
 
 
 def edit_config(folder: Path, **changes) -> None:

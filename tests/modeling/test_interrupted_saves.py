@@ -54,6 +54,8 @@ def which(folder: Path, load: Callable = EarlyExitWrapper.from_pretrained) -> st
 
 
 FILE, SHARDS = {}, {"max_shard_size": "10KB"}
+#: Arguments of older versions, which Accelerate's documentation still passes.
+LEGACY = {"safe_serialization": True, "save_function": torch.save}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,7 @@ FILE, SHARDS = {}, {"max_shard_size": "10KB"}
         pytest.param(FILE, 4, FILE, id="file-file"),
         pytest.param(SHARDS, 8, FILE, id="shards-wider"),
         pytest.param(FILE, 4, SHARDS, id="file-shards"),
+        pytest.param(LEGACY, 4, LEGACY, id="legacy", marks=pytest.mark.long),
         pytest.param(SHARDS, 4, FILE, id="shards-file", marks=pytest.mark.long),
         pytest.param(FILE, 8, FILE, id="file-wider", marks=pytest.mark.long),
         pytest.param(SHARDS, 4, SHARDS, id="shards-shards", marks=pytest.mark.long),
@@ -198,12 +201,37 @@ def test_equal_weights_are_one_save(old, tmp_path):
     assert json.loads((tmp_path / "shards" / "config.json").read_text())["save_id"] == one["save_id"]
 
 
+class Gathered(torch.Tensor):
+    """Stands for tensors that transformers has to gather before it writes them."""
+
+
+@pytest.mark.parametrize("arguments", [LEGACY, {"token": "a"}, {"max_shard_size": "10KB", "variant": "b"}])
+@pytest.mark.parametrize("kind", [torch.Tensor, Gathered])
+def test_every_save_marks_what_belongs_together(new, kind, arguments, tmp_path):
+    new.save_pretrained(tmp_path, state_dict={k: v.as_subclass(kind) for k, v in new.state_dict().items()}, **arguments)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["save_id"] == config["save_id"]
+    load = partial(EarlyExitWrapper.from_pretrained, variant=arguments.get("variant"))
+    assert which(tmp_path, load) == "new"
+    config |= {"save_id": "0" * 32, "threshold": THRESHOLDS["old"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert which(tmp_path, load) == "new"
+
+
 @pytest.mark.parametrize("mark", [None, {"format": "pt"}])
-def test_weights_of_other_programs_go_with_the_config(old, mark, tmp_path):
+@pytest.mark.parametrize("load", [EarlyExitWrapper, AutoModelForImageClassification])
+def test_weights_without_an_id_go_with_a_config_without_one(old, load, mark, tmp_path):
+    """As an older version saved them; a config with an id next to them is that of another save."""
     old.save_pretrained(tmp_path)
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors.new", mark)
     (tmp_path / "model.safetensors.new").rename(tmp_path / "model.safetensors")
-    assert which(tmp_path) == "old"
+    with pytest.raises(CheckpointError, match="another program"):
+        load.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"save_id": None}))
+    assert which(tmp_path, load.from_pretrained) == "old"
 
 
 def test_shards_of_two_saves(old, new, tmp_path):

@@ -303,7 +303,7 @@ def test_files_that_hold_a_shared_weight_twice_load(tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_file(whole, path, {"format": "pt"})
+    save_file(whole, path, {"format": "pt", "save_id": model.config.save_id})
     again = EarlyExitWrapper.from_pretrained(tmp_path, backbone=OneParameter())
     assert again.backbone.c.weight is again.backbone.b.weight
     assert torch.equal(again.backbone.c.weight, model.backbone.b.weight)
