@@ -111,8 +111,9 @@ def headline() -> str:
         f"CIFAR-10, one run of {results['training']['epochs']} epochs: with all its layers a small network has"
         f" {percent(full['accuracy'])} % at {mmacs(full['macs'])} million multiply-accumulates (MACs) per image, with"
         f" early exits {percent(point['accuracy'])} % at {mmacs(point['mean_macs'])} million. If every image,"
-        f" easy or not, left at the last early exit, it would have {percent(static['accuracy'])} % at {mmacs(static['macs'])} million. The larger"
-        f" network that it learned from has {percent(teacher['accuracy'])} % at {mmacs(teacher['macs'])} million."
+        f" easy or not, left at the last early exit, it would have {percent(static['accuracy'])} % at"
+        f" {mmacs(static['macs'])} million. The larger network that it learned from has"
+        f" {percent(teacher['accuracy'])} % at {mmacs(teacher['macs'])} million."
     )
 
 
