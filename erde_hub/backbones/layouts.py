@@ -1,7 +1,8 @@
 """Which axis of a feature holds the channels, found from what can be known of a network; never guessed from lengths.
 
-A weightless copy is run on inputs of two sizes: the axes that follow the size are no channels. Where a network takes
-one size only, the layers that make or read a feature tell, a convolution or a linear layer for instance.
+A weightless copy is run on inputs of other sizes: where it takes one, the axes that follow the size are no channels.
+Where it takes none, the layers that make or read a feature tell, a convolution or a linear layer for instance, unless
+the sizes, as far as the copy got, contradict them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from .tracing import Trace, example_batch, weightless_copy
 
 #: Formats by the number of axes: channels in front of all other axes, and behind them.
 _FORMATS = {4: ("NCHW", "NHWC"), 3: ("NCL", "NLC")}
+
+#: Axis of the channels, 1 or -1, by a layer of that name in that call.
+_Claim = tuple[int, str, int]
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase)
@@ -91,14 +95,12 @@ def find_format(module: nn.Module, name: str, feature: Tensor, position: tuple[i
         traced.layout_runs = [_Run(module, traced.inputs, traced.batch), *_resized(module, traced)]
     own, *others = traced.layout_runs
     first, last = _FORMATS[feature.ndim]
-    for run in others:
-        other = run.shape(name, position)
-        if other is None or len(other) != len(shape):
-            continue
-        moved = [a != b for a, b in zip(shape, other, strict=True)]
-        if moved[1] != moved[-1]:
-            return last if moved[1] else first
-    axes = own.axes(name, position)
+    axes = _fixed_axis(own, [run for run in others if run.ended], "made", name, position)
+    if not axes:
+        claims = own.claims(name, position)
+        axes = {axis for axis, _, _ in claims} | _fixed_axis(own, others, "made", name, position)
+        for _, layer, call in claims:  # a linear layer over the tokens of (N, C, T) reads an axis that follows the size
+            axes |= _fixed_axis(own, others, "read", layer, (call, 0))
     for axis, others_are_one in ((1, max(shape[2:]) == 1), (-1, max(shape[1:-1]) == 1)):
         if axes == {axis} or (not axes and others_are_one):
             return first if axis == 1 else last
@@ -107,6 +109,18 @@ def find_format(module: nn.Module, name: str, feature: Tensor, position: tuple[i
         f"exit {name!r}: it cannot be told which axis of its output, ({sizes}), holds the channels: write"
         f" feature_format={{{name!r}: {first!r}}} where it is the second, {{{name!r}: {last!r}}} where it is the last"
     )
+
+
+def _fixed_axis(own: _Run, others: Sequence[_Run], what: str, name: str, position: tuple[int, int]) -> set[int]:
+    """The outer axis, 1 or -1, that keeps its length where the other one follows the size; empty where that is open."""
+    shape = own.shape(what, name, position)
+    found: set[int] = set()
+    for run in others:
+        other = run.shape(what, name, position)
+        if shape is not None and other is not None and len(other) == len(shape) > 2:
+            moved = [a != b for a, b in zip(shape, other, strict=True)]
+            found |= {-1 if moved[1] else 1} if moved[1] != moved[-1] else set()
+    return found if len(found) == 1 else set()
 
 
 def _resized(module: nn.Module, traced: Trace) -> list[_Run]:
@@ -130,35 +144,44 @@ class _Run:
         module: The backbone.
         inputs: Example inputs, batch first.
         batch: Number of samples.
+
+    Attributes:
+        ended: Whether the network takes inputs of that size.
     """
 
     @torch.no_grad()
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor], batch: int) -> None:
         clone, device = weightless_copy(module)
-        self._calls: dict[str, list[list[Tensor]]] = {}
-        self._axes: dict[int, set[int]] = {}  # by the id of a tensor, all of which are kept
+        self.ended = False
+        self._shown: dict[str, dict[str, list[list[Tensor]]]] = {"made": {}, "read": {}}  # by name, then by call
+        self._claims: dict[int, set[_Claim]] = {}  # by the id of a tensor, all of which are kept
         self._same: dict[int, int] = {}  # tensors that an activation or dropout made of others
-        self._inside: list[tuple[str, tuple[int, ...], int]] = []  # name, shape of what it makes, axis of channels
-        self._kept: list[Any] = []
+        self._inside: list[tuple[tuple[int, ...], _Claim]] = []  # with the shape of what the layer makes
         for name, child in clone.named_modules():
-            child.register_forward_hook(lambda m, args, output, name=name: self._note(name, m, args, output))
+            child.register_forward_pre_hook(lambda m, args, name=name: self._note("read", name, args[:1]))
+            child.register_forward_hook(lambda m, args, output, name=name: self._note_layer(name, m, args, output))
         try:
             with device:
                 clone(*example_batch(inputs, batch, device))
+            self.ended = True
         except Exception:  # noqa: BLE001 - a size that the network does not take; what ran before counts
             return
 
-    def _note(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        made = tensors(output)
-        self._calls.setdefault(name, []).append(made)
+    def _note(self, what: str, name: str, tree: Any) -> None:
+        self._shown[what].setdefault(name, []).append(tensors(tree))
+
+    def _note_layer(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._note("made", name, output)
+        calls = self._shown["made"][name]
+        made = calls[-1]
         read = [x for x in args[:1] if isinstance(x, Tensor)]
-        self._kept.append((read, made))
         elementwise = type(module).__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
         axis = _channel_axis(module)
         if axis is not None:
-            self._inside += [(name, tuple(tensor.shape), axis) for tensor in made[:1]]
+            claim = (axis, name, len(calls) - 1)
+            self._inside += [(tuple(tensor.shape), claim) for tensor in made[:1]]
             for tensor in (*read, *made[:1]):
-                self._axes.setdefault(self._root(tensor), set()).add(axis)
+                self._claims.setdefault(self._root(tensor), set()).add(claim)
         elif elementwise and read and made and self._root(read[0]) != self._root(made[0]):
             self._same[self._root(made[0])] = self._root(read[0])
 
@@ -168,31 +191,31 @@ class _Run:
             key = self._same[key]
         return key
 
-    def _tensor(self, name: str, position: tuple[int, int]) -> Tensor | None:
+    def _tensor(self, what: str, name: str, position: tuple[int, int]) -> Tensor | None:
         call, number = position
-        calls = self._calls.get(name, [])
+        calls = self._shown[what].get(name, [])
         return calls[call][number] if call < len(calls) and number < len(calls[call]) else None
 
-    def shape(self, name: str, position: tuple[int, int]) -> tuple[int, ...] | None:
-        """Shape of a feature, None where the pass did not get there."""
-        tensor = self._tensor(name, position)
+    def shape(self, what: str, name: str, position: tuple[int, int]) -> tuple[int, ...] | None:
+        """Shape of what a module "made" or "read", None where the pass did not get there."""
+        tensor = self._tensor(what, name, position)
         return None if tensor is None else tuple(tensor.shape)
 
-    def axes(self, name: str, position: tuple[int, int]) -> set[int]:
-        """Where the layers that made or read a feature have its channels: 1, -1, or both.
+    def claims(self, name: str, position: tuple[int, int]) -> set[_Claim]:
+        """Where the layers that made or read a feature have its channels.
 
         Where none did, layers inside the stage count whose outputs have its shape, if no other axis is as long.
         """
-        tensor = self._tensor(name, position)
+        tensor = self._tensor("made", name, position)
         if tensor is None:
             return set()
-        if self._root(tensor) in self._axes:
-            return self._axes[self._root(tensor)]
+        if self._root(tensor) in self._claims:
+            return self._claims[self._root(tensor)]
         shape = tuple(tensor.shape)
         return {
-            axis
-            for layer, made, axis in self._inside
-            if layer.startswith(f"{name}.") and made == shape and shape[1:].count(shape[axis]) == 1
+            claim
+            for made, claim in self._inside
+            if claim[1].startswith(f"{name}.") and made == shape and shape[1:].count(shape[claim[0]]) == 1
         }
 
 

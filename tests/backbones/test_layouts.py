@@ -36,6 +36,16 @@ class OneSize(nn.Conv2d):
         return super().forward(x)
 
 
+class Frames(nn.Conv2d):
+    """Frames (N, T, C * F) of a spectrogram (N, T, F)."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None]).permute(0, 2, 1, 3).flatten(2)
+
+
 def _conv(width: int, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     return kind(3, width, 3, padding=1)
 
@@ -89,6 +99,34 @@ def _open() -> nn.Module:
 
 
 SIZE = (3, 12, 12)
+
+
+class Recurrent(nn.GRU):
+    """Takes sequences of width 32 and returns the states alone."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 12, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+@pytest.mark.parametrize("reader", [Recurrent, lambda: nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 12))])
+def test_what_the_next_layer_takes_outranks_a_size_that_it_does_not_take(reader):
+    """Twice as many bands make its input wider, twice as many frames do not."""
+    model = EarlyExitWrapper(Net(Frames(), reader(), (1,), 12), exits=["stem"], input_size=(10, 8))
+    feature = model.config.exit_features[0]
+    assert (feature["width"], feature["format"]) == (32, "NLC")
+
+
+@pytest.mark.parametrize("width", [144, 12])
+@pytest.mark.parametrize("name", ["stage", "stage.0"])
+def test_a_linear_layer_over_tokens_is_asked_for(name, width):
+    """As in an MLP-Mixer: the layer claims the last axis, which follows the size of the image."""
+    over_tokens = nn.Sequential(nn.Linear(144, 144), Call(lambda x: x.sin()))
+    net = Net(nn.Sequential(_conv(width), nn.Flatten(2)), over_tokens, (2,), width)
+    with pytest.raises(ExitPointError, match=r"cannot be told which axis.*write feature_format="):
+        EarlyExitWrapper(net, exits=[name], input_size=SIZE)
 
 
 def test_what_stays_open_is_asked_for():
