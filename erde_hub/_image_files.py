@@ -48,6 +48,9 @@ def is_image(path: str | Path) -> bool:
 def decode(content: bytes, where: object) -> Image.Image:
     """Decodes an image of any mode to 8-bit RGB, upright.
 
+    Transparency means what it does in transformers' pipelines (``load_image``, then the image processor): an alpha
+    channel, or one value per colour of a palette, is dropped; pixels of a single transparent colour are white.
+
     Grey of 16 or 32 bits is taken as it is up to 255. What lies above would be white in transformers' pipelines, and no
     number in :class:`~erde_hub.export.EarlyExitSession`, so it is refused here too.
 
@@ -74,7 +77,7 @@ def upright_rgb(image: Image.Image, where: object) -> Image.Image:
         turn = _UPRIGHT.get(_orientation(image))
         if image.mode in ("F", "I") or image.mode.startswith("I;"):
             image = _grey_of_8_bits(image)
-        return (image if turn is None else image.transpose(turn)).convert("RGB")
+        return _white_where_clear((image if turn is None else image.transpose(turn)).convert("RGB"))
     except Exception as error:
         raise _unreadable(error, where) from error
 
@@ -86,6 +89,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _white_where_clear(image: Image.Image) -> Image.Image:
+    """Paints the transparent colour that Pillow keeps with an RGB image white, as transformers' processors do."""
+    if image.info.get("transparency") is None:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def _grey_of_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no stated range; store 8-bit images")
@@ -95,7 +106,9 @@ def _grey_of_8_bits(image: Image.Image) -> Image.Image:
             f"grey of mode {image.mode} with values from {values.min()} to {values.max()}, which pipelines of"
             " transformers would clip at 255: scale the images and store them with 8 bits"
         )
-    return Image.fromarray(values.astype(np.uint8))
+    grey = Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    grey.info = image.info  # the transparent level, which Pillow does not convert: only 0 has an effect
+    return grey
 
 
 def header_size(content: bytes, where: object) -> tuple[int, int]:

@@ -260,12 +260,13 @@ class DecodedCache:
         folder: Where the files are; created when first written to.
         fingerprint: Content hash of the data set.
         preprocessing: Decides the pixels, so its resizing part is in the file's name.
+            v2: transparent colours are white.
     """
 
     def __init__(self, folder: Path, fingerprint: str, preprocessing: Preprocessing) -> None:
         _, height, width = preprocessing.input_size
         self._folder = folder
-        self._stem = f"{fingerprint}-{height}x{width}-{preprocessing.interpolation}-{preprocessing.crop_pct:g}"
+        self._stem = f"{fingerprint}-v2-{height}x{width}-{preprocessing.interpolation}-{preprocessing.crop_pct:g}"
         if preprocessing.crop_mode != "center":
             self._stem += f"-{preprocessing.crop_mode}"
 

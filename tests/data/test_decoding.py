@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image, PngImagePlugin
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from erde_hub._image_files import decode
 from erde_hub.errors import DataError
+from erde_hub.export._inputs import read_picture
 from tests.fakes.images import encode, picture, rows, write_parquet
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
@@ -93,6 +95,33 @@ def test_grey_of_many_bits_means_the_same_in_training_and_in_a_pipeline_or_is_re
     for values in (levels * 257, levels + 1, *([levels - 1] if dtype == "i4" else [])):
         with pytest.raises(DataError, match=r"row 0 cannot be read .*grey of mode I.* would clip at 255.*8 bits"):
             decode(stored(values), "row 0")
+
+
+TRANSPARENT = [
+    ("RGB", "PNG", (255, 0, 0)), ("L", "PNG", 76), ("P", "PNG", 0), ("P", "GIF", 0), ("P", "PNG", b"\0\x80"),
+    ("1", "PNG", 0), ("I;16", "PNG", 76), ("I;16", "PNG", 0),
+    ("RGBA", "PNG", None), ("LA", "PNG", None), ("RGBA", "WEBP", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "kind", "clear"), TRANSPARENT)
+def test_transparency_means_the_same_in_training_in_a_pipeline_and_in_a_session(tmp_path, mode, kind, clear):
+    """Half of the image is clear; transformers' own functions say what it looks like."""
+    image = Image.new("RGBA", (16, 16), "blue")
+    image.paste((0, 0, 0, 0) if clear == 0 else (255, 0, 0, 0), (0, 0, 8, 16))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16))
+    else:
+        image = image.convert("RGB").quantize(2) if mode == "P" else image.convert(mode)
+    path = tmp_path / f"image.{kind.lower()}"
+    if mode == "P":
+        clear = image.getpixel((0, 0)) if clear == 0 else clear
+    image.save(path, kind, lossless=True, **({} if clear is None else {"transparency": clear}))
+    expected = convert_to_rgb(load_image(str(path)), return_numpy=True)
+    assert np.array_equal(np.asarray(decode(path.read_bytes(), "row 0")), expected)
+    assert np.array_equal(read_picture(path, 3, 0), expected)
+    with Image.open(path) as opened:
+        assert np.array_equal(read_picture(opened, 3, 0), expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 65_000), (65_000, 1), (2, 2001)])
