@@ -212,18 +212,23 @@ def read_image_folder(root: Path, content: FolderContent, prefer_tables: bool = 
     return Tables(root.name, splits, None, files)
 
 
-def _holds_images(table: Path) -> bool:
-    """Tells whether a column of a Parquet or Arrow file holds encoded bytes; a damaged file holds none."""
+def read_schema(table: Path) -> pa.Schema | None:
+    """Returns the columns of a Parquet or Arrow file; None for a damaged one."""
     try:
         if table.suffix.lower() == ".parquet":
-            kinds = pq.read_schema(table).types
-        else:
-            with pa.OSFile(str(table)) as file:  # as a stream, which datasets writes, or with an index at its end
-                indexed = file.read(6) == b"ARROW1"
-                file.seek(0)
-                kinds = (pa.ipc.open_file(file) if indexed else pa.ipc.open_stream(file)).schema.types
+            return pq.read_schema(table)
+        with pa.OSFile(str(table)) as file:  # as a stream, which datasets writes, or with an index at its end
+            indexed = file.read(6) == b"ARROW1"
+            file.seek(0)
+            return (pa.ipc.open_file(file) if indexed else pa.ipc.open_stream(file)).schema
     except (pa.ArrowException, OSError):
-        return False
+        return None
+
+
+def _holds_images(table: Path) -> bool:
+    """Tells whether a column of a Parquet or Arrow file holds encoded bytes; a damaged file holds none."""
+    schema = read_schema(table)
+    kinds = [] if schema is None else schema.types
     cells = [kind.field("bytes").type if pa.types.is_struct(kind) and "bytes" in kind.names else kind for kind in kinds]
     return any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in cells)
 

@@ -23,12 +23,14 @@ from erde_hub.errors import DataError, nearest
 
 from .columns import as_images, find_columns, read_labels
 from .decoding import EncodedImages
-from .folders import SPLIT_ALIASES, FolderContent, Tables, list_files, read_image_folder
+from .folders import SPLIT_ALIASES, FolderContent, Tables, list_files, read_image_folder, read_schema
 
 _logger = logging.getLogger(__name__)
 
 # Builders of ``datasets`` by the ending of files.
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+# Files that ``datasets`` writes next to its tables.
+_NO_ROWS = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 _HUB_ADDRESS = re.compile(r"^(https?://)?(huggingface\.co|hf\.co)/datasets/|^hf://(datasets/)?|^datasets/")
 
 
@@ -159,6 +161,8 @@ def _load(
     try:
         builder = datasets.load_dataset_builder(where, config_name, cache_dir=cache_dir, **options)
         _check_files(builder, source, content, config_name)
+        if content is not None:
+            _check_contents(builder, source)
         if isinstance(builder.config, CsvConfig):
             options |= {"keep_default_na": False, "na_values": [""]}
         elif content is None:  # no second round of requests to the Hub
@@ -177,10 +181,13 @@ def _load(
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             raise DataError(f"{name!r} has several configurations: {reason}; name one with --dataset_config") from error
         if content is not None:
-            raise DataError(
-                f"folder {source!r} cannot be read by datasets.load_dataset: {reason}; give one with parquet files or"
-                " with a folder of images per class (below train/ and test/)"
-            ) from error
+            advice = "give one with parquet files or with a folder of images per class (below train/ and test/)"
+            capital = [table for table in _other_tables(content) if Path(table).suffix != Path(table).suffix.lower()]
+            if "'utf-8' codec" in reason:
+                advice = "save its files as UTF-8"
+            elif capital:
+                advice = f"write the endings of its files in small letters, not like {capital[0]!r}"
+            raise DataError(f"folder {source!r} cannot be read by datasets.load_dataset: {reason}; {advice}") from error
         raise DataError(
             f"data set {source!r} is neither 'digits' nor a folder here, and the Hub did not give it: {reason}; check"
             f" the name and the network{_near_folder(Path(source))}"
@@ -200,16 +207,55 @@ def _check_files(builder: Any, source: str, content: FolderContent | None, confi
     if content is None or config_name is not None:
         return
     real = {os.path.realpath(file) for file in used}
-    unused = sorted(path.name for path in content.tables if os.path.realpath(path) not in real)
+    tables = content.tables + [Path(source, name) for name in _other_tables(content)]
+    unused = sorted(path.name for path in tables if os.path.realpath(path) not in real)
     if unused:
         _logger.warning(
             "%d of %d tables in %s are not used (%s): where the names of some files tell a split (train-1.parquet),"
-            " datasets reads those alone, and endings in small letters",
+            " datasets reads those alone, files of one kind only, and endings in small letters",
             len(unused),
-            len(content.tables),
+            len(tables),
             Path(source).name,
             ", ".join(unused[:5]),
         )
+
+
+def _other_tables(content: FolderContent) -> list[str]:
+    """Returns the files of rows that are neither Parquet nor Arrow."""
+    others = {name: Path(name.lower().removesuffix(".gz")) for name in content.left_out.get("no image", [])}
+    endings = (*_BUILDERS, ".tsv", ".txt")
+    return [name for name, path in others.items() if path.suffix in endings and path.name not in _NO_ROWS]
+
+
+def _check_contents(builder: Any, source: str) -> None:
+    """Refuses local tables that ``datasets`` would misread: it reads all with the features of the first."""
+    known: dict[str, tuple[str, list[str]]] = {}
+    if builder.info.features is not None:
+        known = {key: ("the card", kind.names) for key, kind in _classes(builder.info.features)}
+    for file in (str(file) for files in (builder.config.data_files or {}).values() for file in files):
+        path = Path(file)
+        if path.suffix in (".parquet", ".arrow") and (schema := read_schema(path)) is not None:
+            for key, kind in _classes(datasets.Features.from_arrow_schema(schema)):
+                first, names = known.setdefault(key, (path.name, kind.names))
+                if names != kind.names:
+                    raise DataError(
+                        f"{first!r} and {path.name!r} of {Path(source).name!r} name the classes of {key!r} differently,"
+                        f" {names[:20]} and {kind.names[:20]}, and datasets reads all with the names of the first: cast"
+                        " the column to one ClassLabel in all of them and save them again"
+                    )
+        elif path.suffix == ".csv" and path.is_file():
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                header = lines.readline()
+            other = next((mark for mark in ";\t|" if mark in header and "," not in header), None)
+            if other is not None:
+                raise DataError(
+                    f"{path.name!r} of {Path(source).name!r} separates its columns by {other!r} (first line:"
+                    f" {header.strip()[:80]!r}): save it with commas"
+                )
+
+
+def _classes(features: Any) -> list[tuple[str, datasets.ClassLabel]]:
+    return [(key, kind) for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
 
 
 def _check_cache(folder: str, error: Exception) -> None:

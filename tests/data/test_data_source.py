@@ -220,3 +220,12 @@ def test_tables_that_are_not_used_are_told(tmp_path, load, caplog):
         (tmp_path / "set" / "data" / name).write_bytes(b"")
     assert len(load(folder).train) == 22
     assert "2 of 3 tables in set are not used (extra.parquet, more.PARQUET)" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_that_name_their_classes_differently_are_refused(tmp_path, load, streaming):
+    write_parquet(tmp_path / "set", {"train": rows(30)})
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["class 2", "class 1", "class 0"])}
+    folder = write_parquet(tmp_path / "set", {"test": rows(12)}, features)
+    with pytest.raises(DataError, match=r"'label' differently, \['class \d', .*\] and \['class \d', .* one ClassLabel"):
+        load(folder, streaming=streaming)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -211,3 +212,53 @@ def test_the_tokenizer_goes_with_a_checkpoint(folder, data, tmp_path):
     make_tokenizer(pad_token=None).save_pretrained(tmp_path / "unpadded")
     with pytest.raises(ConfigError, match="has no padding token"):
         load(folder, tmp_path, tmp_path / "unpadded")
+
+
+@pytest.mark.parametrize("names", [["positive", "negative"], ["negative", "positive", "mixed"], ["negative"]])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("files", [("train", "test"), ("train-0", "train-1")])
+def test_files_that_name_their_classes_differently_are_refused(tmp_path, names, kind, files):
+    """``datasets`` reads all with the names of the first file."""
+    for file, own in zip(files, (["negative", "positive"], names), strict=True):
+        kinds = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=own)})
+        values = {**columns(60), "label": [0] * 60}
+        if kind == "parquet":
+            write_texts(tmp_path / "set", {file: values}, kinds)
+        else:
+            (tmp_path / "set").mkdir(exist_ok=True)
+            table = datasets.Dataset.from_dict(values, features=kinds).data.table
+            with pa.ipc.new_stream(str(tmp_path / "set" / f"{file}.arrow"), table.schema) as stream:
+                stream.write_table(table)
+    with pytest.raises(DataError, match=r"name the classes of 'label' differently, \['negative', 'positive'\] and \['"):
+        load(tmp_path / "set", tmp_path)
+
+
+def write_csv(path, labels=("a", "b"), separator=",", encoding="utf-8", count=60, first=0):
+    lines = [f"{text}{separator}{labels[i % len(labels)]}" for i, text in enumerate(columns(count, first)["sentence"])]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join([f"text{separator}label", *lines]), encoding=encoding)
+
+
+@pytest.mark.parametrize("name", ["more.csv", "more.jsonl", "more.json", "more.tsv", "more.txt", "more.CSV"])
+def test_tables_of_texts_that_are_not_used_are_told(tmp_path, caplog, name):
+    write_csv(tmp_path / "set" / "train.csv")
+    write_csv(tmp_path / "set" / name, first=100)
+    (tmp_path / "set" / "dataset_info.json").write_text("{}")
+    data = load(tmp_path / "set", tmp_path)
+    assert len(data.train) + len(data.validation) + len(data.test) == 60
+    assert f"1 of 2 tables in set are not used ({name})" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("train.CSV", {}, "in small letters, not like 'train.CSV'"),
+        ("train.csv", {"encoding": "latin-1", "labels": ("ä", "b")}, "save its files as UTF-8"),
+        ("train.csv", {"separator": ";"}, "'train.csv' of 'set' separates its columns by ';' .*save it with commas"),
+        ("train.csv", {"separator": "\t"}, r"separates its columns by '\\t'"),
+    ],
+)
+def test_a_csv_file_of_another_form_says_what_to_do(tmp_path, name, options, message):
+    write_csv(tmp_path / "set" / name, **options)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "set", tmp_path)
