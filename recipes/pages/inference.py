@@ -228,12 +228,16 @@ def compiled_table() -> str:
 
 def exported_table() -> str:
     """Exported files of texts and for one sample, next to the flat graph and to the part up to exit 0."""
-    pairs = [(f"{kind}, {way}", f"{kind} {peer}") for kind in ("float", "int8") for way, peer in _ONNX_PAIRS]
     rows = []
     for row in load("benchmark_exported")["rows"]:
-        cells = [f"{row['ratios'][' / '.join(pair)]['median']:.3f}" for pair in pairs]
+        cells = []
+        for kind in ("executorch",) if row["file"].startswith("ExecuTorch") else ("float", "int8"):
+            ratios = [row["ratios"][f"{kind}, {way} / {kind} {peer}"]["median"] for way, peer in _ONNX_PAIRS]
+            cells += [f"{ratio:.3f}" for ratio in ratios]
+        cells += ["-"] * (4 - len(cells))
         rows.append((f"`{row['model']}`", row["file"].removeprefix("batch "), row["inputs"], *cells))
-    return table(("network", "batch of the file", "inputs", *(" / ".join(pair) for pair in pairs)), rows)
+    columns = [f"{kind}, {way} / {peer}" for kind in ("float", "int8") for way, peer in _ONNX_PAIRS]
+    return table(("network", "batch of the file", "inputs", *columns), rows)
 
 
 def stream_table() -> str:
