@@ -78,7 +78,7 @@ _HUB_ARGUMENTS = (
 #: Arguments that say which state of a repository is meant.
 _RESOLVING = ("token", "cache_dir", "local_files_only", "revision")
 #: Types of stored tensors that tell the type of a model.
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _NO_TEXTS: dict[str, Any] = dict.fromkeys(TEXT_INPUTS)
 
@@ -497,7 +497,9 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             ConfigError: ``dtype`` is no floating-point type.
         """
         source = pretrained_model_name_or_path
-        _check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        _check_dtype(dtype)
+        as_stored = dtype in (None, "auto")
         wants_info = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         try:
@@ -518,7 +520,7 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         _check_all_fits(source, info, may_differ)
         _check_floats(source, kwargs.get("state_dict") or {}, model)
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
-        model._own_what_was_loaded()
+        model._own_what_was_loaded(kwargs.get("state_dict") or {} if as_stored else {})
         size, own = (model.config.preprocessing or {}).get("size"), model.config.input_size or ()
         if size is not None and len(own) == 3 and list(size) != list(own[1:]):
             logger.warning(
@@ -569,23 +571,45 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         return {**kwargs, "config": config, "state_dict": tensors}
 
     @torch.no_grad()
-    def _own_what_was_loaded(self) -> None:
+    def _own_what_was_loaded(self, stored: Mapping[str, Any]) -> None:
         """Lets go of the files, and gives a backbone that was handed in its own tensors back.
+
+        Each of the ``stored`` tensors keeps its own floating-point type: transformers gives all the same, or that of
+        the backbone that was handed in.
 
         Loaded tensors are views of the mapped file, at unaligned addresses: outputs would differ in the last bits from
         those of the model that was saved, and rewriting the file would change this one.
         """
         given = self.__dict__.pop("_given", {})
         own = {id(tensor) for tensor in load_into(self.backbone, given)}
+        floats = {name: t for name, t in stored.items() if hasattr(t, "get_dtype") and t.get_dtype() in _FLOATS}
+        several = len({t.get_dtype() for t in floats.values()}) > 1
+        cast = self._cast_names(floats) if given or several else set()
         types = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
         if given and types and self.config.dtype not in (None, *types):  # transformers leaves it as it was given
             self.backbone.to(self.config.dtype)
+            cast |= self._cast_names(floats)
+        tensors = self._tensors_as_stored() if cast else {}
+        for name in cast:
+            tensors[name].data = floats[name][:].to(tensors[name].device)
+            own.discard(id(tensors[name]))
         if self.config.rotary_dtype == str(self.dtype).removeprefix("torch."):
             for buffer in _rotary_frequencies(self.backbone):
                 buffer.data = buffer.data.to(self.dtype)
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.device.type == "cpu" and id(tensor) not in own:
                 tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+
+    def _tensors_as_stored(self) -> dict[str, Tensor]:
+        """Parameters and buffers by the names that a file has for them."""
+        tensors: dict[str, Tensor] = revert_weight_conversion(self, self.state_dict(keep_vars=True))
+        return tensors
+
+    def _cast_names(self, stored: Mapping[str, Any]) -> set[str]:
+        """Names of the tensors that have another type than the file's."""
+        tensors = self._tensors_as_stored()
+        there = (name for name in tensors.keys() & stored.keys() if not tensors[name].is_meta)
+        return {name for name in there if tensors[name].dtype != _FLOATS[stored[name].get_dtype()]}
 
 
 def _rotary_frequencies(backbone: nn.Module) -> list[Tensor]:

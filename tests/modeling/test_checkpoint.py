@@ -347,6 +347,59 @@ def test_a_config_that_was_edited(damaged, changes):
         EarlyExitWrapper.from_pretrained(damaged)
 
 
+class Scaled(nn.Module):
+    """Keeps a buffer in float32 whatever the type of its weights is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.register_buffer("scale", torch.linspace(0.1, 1.3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.body(x).mean((2, 3))
+        return self.fc((features * self.scale).to(self.fc.weight.dtype))
+
+
+def mixed(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network.to(dtype)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float().running_mean.uniform_(-0.5, 0.5)
+        elif isinstance(module, Scaled):
+            module.scale = buffers["scale"]
+    return network.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("given", "load"),
+    [
+        (None, EarlyExitWrapper),
+        (None, AutoModelForImageClassification),
+        (torch.float32, EarlyExitWrapper),
+        (torch.bfloat16, EarlyExitWrapper),
+        ("mixed", EarlyExitWrapper),
+    ],
+)
+def test_each_tensor_keeps_the_type_that_it_was_saved_in(dtype, given, load, tmp_path):
+    own = given is not None
+    network = Scaled() if own else timm.create_model("resnet8_cifar", num_classes=4, width=4)
+    kwargs = {"input_size": (3, 16, 16)} if own else {"backbone_kwargs": {"width": 4}}
+    model = EarlyExitWrapper(mixed(network, dtype), exits=["body" if own else "layer1"], **kwargs).eval()
+    model.save_pretrained(tmp_path)
+    backbone = mixed(Scaled(), dtype) if given == "mixed" else Scaled().to(given) if own else None
+    again = load.from_pretrained(tmp_path, **({"backbone": backbone} if own else {})).eval()
+    loaded = again.state_dict()
+    assert {k: v.dtype for k, v in loaded.items()} == {k: v.dtype for k, v in model.state_dict().items()}
+    assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
+    x = torch.randn(4, 3, 16, 16, dtype=dtype)
+    for threshold in (0, 10):
+        assert torch.equal(again(x, threshold=threshold).logits, model(x, threshold=threshold).logits)
+    other = load.from_pretrained(tmp_path, dtype=torch.float32, **({"backbone": Scaled()} if own else {}))
+    assert {v.dtype for v in other.state_dict().values() if v.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
 def test_weights_that_are_no_floats(damaged, dtype):
     edit_weights(damaged, **{"backbone.conv1.weight": torch.ones(8, 3, 3, 3).to(dtype)})
