@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -109,6 +110,17 @@ def _could_be_label(feature: Any) -> bool:
 def as_images(table: Any, column: str) -> Any:
     """Casts a column of bytes or paths to images; leaves one that already holds images as it is."""
     return table if _is_image(table.features[column]) else table.cast_column(column, datasets.Image())
+
+
+def label_text(cell: str) -> str:
+    """What a cell of a CSV file says as a label, so that 007 is no 7; pandas calls it (``converters``)."""
+    stripped = cell.strip()
+    return stripped if stripped.lstrip("+-").isdigit() else cell
+
+
+def are_numbers(labels: Iterable[str | None]) -> bool:
+    """Tells whether all labels are whole numbers in their usual form, which are classes in the order of numbers."""
+    return all(re.fullmatch(r"0|-?[1-9]\d{0,17}", label) for label in labels if label is not None)
 
 
 def read_labels(tables: Mapping[str, Any], dataset: str, column: str) -> tuple[list[str], dict[str, NDArray[np.int64]]]:

@@ -26,6 +26,8 @@ from PIL import Image
 from erde_hub._image_files import is_image, raster_formats
 from erde_hub.errors import DataError, LabelError, nearest
 
+from .columns import are_numbers, label_text
+
 _logger = logging.getLogger(__name__)
 
 #: Names of splits, as ``datasets`` knows them.
@@ -246,7 +248,10 @@ def _read_metadata(root: Path, content: FolderContent) -> Tables:
         for parts in sorted(content.metadata):
             path = root.joinpath(*parts)
             if path.suffix == ".csv":  # a class may be called NA
-                table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+                kept = {"label": label_text}
+                table = pd.read_csv(path, keep_default_na=False, na_values=[""], converters=kept)
+                if "label" in table and are_numbers(table["label"].dropna()):
+                    table["label"] = pd.to_numeric(table["label"])
             else:
                 lines = path.read_text(encoding="utf-8").splitlines()
                 table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from erde_hub.errors import DataError, nearest
 
-from .columns import as_images, find_columns, read_labels
+from .columns import are_numbers, as_images, find_columns, label_text, read_labels
 from .decoding import EncodedImages
 from .folders import SPLIT_ALIASES, FolderContent, Tables, list_files, read_image_folder, read_schema
 
@@ -67,7 +67,7 @@ def open_source(
             split, rows without label, a single class.
         LabelError: A label outside the classes.
     """
-    opened = open_tables(dataset, config_name, cache_dir, image_column is not None)
+    opened = open_tables(dataset, config_name, cache_dir, image_column is not None, label_column)
     name, tables = opened.name, opened.splits
     image, label = find_columns(tables["train"].features, name, image_column, label_column)
     class_names, labels = read_labels(tables, name, label)
@@ -77,13 +77,19 @@ def open_source(
     return Source(name, class_names, labels, images, opened.files)
 
 
-def open_tables(dataset: str, config_name: str | None, cache_dir: str | None, prefer_tables: bool = False) -> Tables:
+def open_tables(
+    dataset: str,
+    config_name: str | None,
+    cache_dir: str | None,
+    prefer_tables: bool = False,
+    label_column: str | None = None,
+) -> Tables:
     """As :func:`open_dataset`, loaded, with rows in every split.
 
     Raises:
         DataError: See :func:`open_dataset`; also an empty split.
     """
-    opened = open_dataset(dataset, config_name, streaming=False, cache_dir=cache_dir, prefer_tables=prefer_tables)
+    opened = open_dataset(dataset, config_name, False, cache_dir, prefer_tables, label_column)
     for split, table in opened.splits.items():
         if len(table) == 0:
             raise DataError(f"split {split!r} of {opened.name!r} is empty: give one with rows, or leave it out")
@@ -91,7 +97,12 @@ def open_tables(dataset: str, config_name: str | None, cache_dir: str | None, pr
 
 
 def open_dataset(
-    dataset: str, config_name: str | None, streaming: bool, cache_dir: str | None, prefer_tables: bool = False
+    dataset: str,
+    config_name: str | None,
+    streaming: bool,
+    cache_dir: str | None,
+    prefer_tables: bool = False,
+    label_column: str | None = None,
 ) -> Tables:
     """Opens a folder or a data set of the Hub. A folder of images is never streamed: its files lie here.
 
@@ -102,6 +113,7 @@ def open_dataset(
         cache_dir: Of ``datasets``.
         prefer_tables: A folder's tables are read, whatever class folders lie next to them: for texts, and where the
             column of images was named.
+        label_column: Whose cells stay as they are written in CSV files; ``label`` and ``labels`` where none is named.
 
     Raises:
         DataError: Nothing of that name, a folder without data or without train split, files outside the folder, or a
@@ -118,13 +130,13 @@ def open_dataset(
             )
         opened = read_image_folder(path, content, prefer_tables)
         if opened is None:
-            loaded = _load(str(path), content, config_name, streaming, cache_dir)
+            loaded = _load(str(path), content, config_name, streaming, cache_dir, label_column)
             opened = Tables(path.name, loaded, [str(path), str(datasets.config.EXTRACTED_DATASETS_PATH)])
     else:
         _check_hub_name(dataset, path)
         cached = Path(HF_HUB_CACHE, "datasets--" + dataset.replace("/", "--"))
         roots = [str(cached), f"hf://datasets/{dataset}@", str(datasets.config.EXTRACTED_DATASETS_PATH)]
-        opened = Tables(dataset, _load(dataset, None, config_name, streaming, cache_dir), roots)
+        opened = Tables(dataset, _load(dataset, None, config_name, streaming, cache_dir, label_column), roots)
     tables: dict[str, Any] = {}
     found = ", ".join(map(repr, opened.splits))
     for split, table in opened.splits.items():
@@ -143,14 +155,22 @@ def open_dataset(
 
 
 def _load(
-    source: str, content: FolderContent | None, config_name: str | None, streaming: bool, cache_dir: str | None
+    source: str,
+    content: FolderContent | None,
+    config_name: str | None,
+    streaming: bool,
+    cache_dir: str | None,
+    label_column: str | None,
 ) -> Any:
-    """Calls ``datasets.load_dataset``; in CSV files only an empty cell is missing, so that a class may be called NA.
+    """Calls ``datasets.load_dataset``; in CSV files only an empty cell is missing, so that a class may be called NA,
+    and labels stay as they are written.
 
     Args:
         source: A folder or a name on the Hub.
         content: Of the folder; None for the Hub.
+        label_column: See :func:`open_dataset`.
     """
+    columns: tuple[str, ...] = ()
     name = source if content is None else Path(source).name
     where = source
     options: dict[str, Any] = {}
@@ -165,12 +185,20 @@ def _load(
             _check_contents(builder, source)
         if isinstance(builder.config, CsvConfig):
             options |= {"keep_default_na": False, "na_values": [""]}
+            if builder.info.features is None and not streaming:
+                columns = ("label", "labels") if label_column is None else (label_column,)
+                options["converters"] = dict.fromkeys(columns, label_text)
         elif content is None:  # no second round of requests to the Hub
             if streaming:
                 return builder.as_streaming_dataset()
             builder.download_and_prepare()
             return builder.as_dataset()
-        return datasets.load_dataset(where, config_name, streaming=streaming, cache_dir=cache_dir, **options)
+        tables = datasets.load_dataset(where, config_name, streaming=streaming, cache_dir=cache_dir, **options)
+        for column in columns:
+            own = [table for table in tables.values() if column in table.features]
+            if own and all(are_numbers(table.unique(column)) for table in own):
+                tables = tables.cast_column(column, datasets.Value("int64"))
+        return tables
     except DataError:
         raise
     except Exception as error:  # of many unrelated types, from files, formats, the Hub and the network

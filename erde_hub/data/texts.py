@@ -199,7 +199,7 @@ def load_text_data(
         )
     longest = _check_length(max_length, tokenizer)
     dataset, cache = os.fspath(dataset), None if cache_dir is None else os.fspath(cache_dir)
-    opened = open_tables(dataset, config_name, cache, prefer_tables=True)
+    opened = open_tables(dataset, config_name, cache, prefer_tables=True, label_column=label_column)
     name, tables = opened.name, opened.splits
     text, label = find_text_columns(tables["train"].features, name, text_column, label_column)
     class_names, labels = read_labels(tables, name, label)

@@ -262,3 +262,22 @@ def test_a_csv_file_of_another_form_says_what_to_do(tmp_path, name, options, mes
     write_csv(tmp_path / "set" / name, **options)
     with pytest.raises(DataError, match=message):
         load(tmp_path / "set", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [(("007", "042", "1"), ["007", "042", "1"]), (("10", "9", " 0"), ["0", "9", "10"]), (("1.0", "2"), ["1.0", "2"])],
+)
+@pytest.mark.parametrize("column", [None, "text_class"])
+def test_labels_of_csv_files_stay_as_they_are_written(tmp_path, written, names, column):
+    """Whole numbers in their usual form are classes in their order, as before."""
+    write_csv(tmp_path / "set" / "train.csv", written)
+    write_csv(tmp_path / "set" / "test.csv", written[:1], count=20, first=500)
+    options = {}
+    if column is not None:
+        for path in (tmp_path / "set").iterdir():
+            path.write_text(path.read_text().replace("text,label", f"text,{column}"))
+        options = {"text_column": "text", "label_column": column}
+    data = load(tmp_path / "set", tmp_path, **options)
+    assert data.class_names == names
+    assert {data.class_names[label] for label in data.test.labels.tolist()} == {written[0]}

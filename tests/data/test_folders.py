@@ -226,7 +226,7 @@ def describe(folder, labels, prefix="", count=24, first=0, kind="csv"):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 @pytest.mark.parametrize("prefix", ["", "images/", "a[1]*/b/"])
-@pytest.mark.parametrize("labels", [["cat", "dog", "fox"], ["NA", "None", "nan"], [7, 10, 9]])
+@pytest.mark.parametrize("labels", [["cat", "dog", "fox"], ["NA", "None", "nan"], [7, 10, 9], ["007", "042", "1"]])
 def test_metadata_tell_the_classes_where_folders_do_not(tmp_path, load, kind, prefix, labels):
     root = describe(tmp_path / "set [2]", labels, prefix, kind=kind)
     save(root / prefix / "stray.png", 900)
