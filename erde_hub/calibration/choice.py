@@ -180,8 +180,8 @@ class ThresholdChoice:
         ]
         if self.upper_bound is not None and not self.never_exits:
             used = describe_bound(self.target, self.upper_bound)
-            alone = "this threshold" if self.method == "crc" else "a test of this threshold alone"
-            lines.append(f"promised is that bound; {alone} would pass down to {used}")
+            alone = "" if self.method == "crc" else ", had it been the only one tried"
+            lines.append(f"that bound is promised, no smaller one; on these samples the threshold meets {used}{alone}")
         if self.unsupported_slices:
             lines.append(f"slices that do not support the bound by themselves: {', '.join(self.unsupported_slices)}")
         if self.advice:

@@ -31,8 +31,8 @@ from .drift import check_same_model
 from .groups import slice_metrics
 from .metrics import ECE_BINS
 from .results_file import PLACE, validate_results
-from .signatures import failure_signatures
-from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, sweep_thresholds
+from .signatures import failure_signatures, promise_signature
+from .sweep import accuracy_at_cost, fine_thresholds, per_exit_metrics, route_records, sweep_thresholds
 
 #: Error rate of the prediction sets whose coverage and size a report gives.
 SET_ALPHA = 0.1
@@ -146,8 +146,13 @@ def build_results(
     }
     if described.get("threshold") is not None:
         results["operating_point"] = sweep_thresholds(records, [described["threshold"]], policy, sets=sets)[0]
+        profile = getattr(getattr(student, "config", None), "threshold_profile", None)
+        if profile is not None and profile.get("threshold") == described["threshold"] and not other_data:
+            routed = route_records(records, as_policy(policy), described["threshold"])[1].argmax(-1)
+            right = (records.logits[-1].argmax(-1) == records.labels).double()
+            signature = promise_signature(right - (routed == records.labels).double(), profile)
+            results["warnings"] += [] if signature is None else [signature]
         if groups is not None:
-            profile = getattr(getattr(student, "config", None), "threshold_profile", None)
             results["slices"] = slice_metrics(records, *groups, policy, described["threshold"], profile)
     if static_student is not None:
         results["static_student"] = _describe(static_student, static_records)

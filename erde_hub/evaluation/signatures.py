@@ -13,12 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
+from erde_hub.calibration.choice import describe_bound, describe_confidence
 from erde_hub.records import ExitRecords
 
 from .formatting import percent
 
 #: Fraction of one class among an exit's answers from which on it has collapsed, if the labels hold half as many.
 ONE_ANSWER = 0.9
+#: Samples below which an exit that is no better than one class may be so by chance, as after one short epoch.
+FEW = 50
 #: Loss of accuracy between neighbouring thresholds that is a sharp fall.
 SHARP_FALL = 0.05
 #: How many times the fraction of the cost that the step saves the loss has to be.
@@ -49,8 +52,13 @@ def failure_signatures(
         teacher_correct: Fraction of the training samples on which the teacher was correct.
     """
     correct = records.logits.argmax(-1) == records.labels
-    found = _at_chance(records, correct, other_data)
-    found = found or [*_collapsed(records, correct, other_data), _overtaken(records, correct, other_data)]
+    enough = records.num_samples >= FEW
+    found = _at_chance(records, correct, other_data) if enough else []
+    if not found:
+        found = [
+            *(_collapsed(records, correct, other_data) if enough else []),
+            _overtaken(records, correct, other_data),
+        ]
     if not never and records.num_exits > 1:
         found.append(_threshold_signature(records, sweep, other_data))
     if teacher_records is not None and teacher_records.labels.equal(records.labels):
@@ -112,6 +120,27 @@ def collapse_signature(exit_name: str, accuracy: float, largest_class: float, ot
     return (
         f"exit {exit_name} has collapsed: it is correct on {percent(accuracy)} % of the samples, and always naming the"
         f" most frequent class would be on {percent(largest_class)} %.{'' if other_data else _COLLAPSED}"
+    )
+
+
+def promise_signature(lost: Tensor, profile: Mapping[str, Any]) -> str | None:
+    """Tells what it means that the samples of a report lose more accuracy than was promised for the threshold.
+
+    Args:
+        lost: Per sample 1 where the last exit is correct and the exit that it took is not, -1 where it is the other way
+            round, 0 otherwise (N,).
+        profile: What the threshold was chosen for, as ``config.threshold_profile``.
+    """
+    confidence, bound, loss = profile.get("confidence"), profile.get("bound"), float(lost.mean())
+    if confidence is None or bound is None or profile.get("target") != "accuracy_drop" or loss <= bound:
+        return None
+    error = float(lost.std()) / math.sqrt(len(lost))
+    return (
+        f"the {len(lost):,} samples here lose {describe_bound('accuracy_drop', round(loss, 3))} of accuracy at the"
+        f" stored threshold; {describe_bound('accuracy_drop', bound)} at most was promised. A promise is about the mean"
+        f" over new samples, from which a set of this size differs by about ± {100 * error:.1f} points (standard"
+        f" error), and one with {describe_confidence(confidence)} confidence fails in up to"
+        f" {100 * (1 - confidence):.3g} % of the cases."
     )
 
 

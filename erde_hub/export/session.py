@@ -101,6 +101,11 @@ class EarlyExitSession:
         self._tokenizer: Any = None
         self._made_from = (file.resolve(), runtime, threads, tuple(providers))
 
+    def __repr__(self) -> str:
+        exits, thresholds = ("/".join(map(str, given)) for given in (self.info.exit_names, self.info.threshold))
+        runtime = type(self._session).__name__
+        return f"EarlyExitSession({str(self._made_from[0])!r}: exits {exits}, {runtime}, threshold {thresholds})"
+
     def __reduce__(self) -> Any:
         """A pickle names the file, which is opened again."""
         path, runtime, threads, providers = self._made_from

@@ -141,7 +141,8 @@ def main() -> None:
     public = {"model": name, "weights": own.weights and Path(own.weights).name}
     settings = recipe.settings_dict(name, own, data_args, exits, args) | public
     run = recipe.Run(accelerator, data, args, settings, started)
-    print(f"{recipe.describe_data(data)}\nrun: {folder}\n\n{recipe.describe_networks({'network': model})}")
+    print(f"{recipe.describe_data(data)}\nrun: {folder}{recipe.describe_load(accelerator.device)}")
+    print(f"\n{recipe.describe_networks({'network': model})}")
     print(f"last layer: {'new, it is trained' if new else 'that of the weights, it stays as it is'}")
     if len(layers) > 1:
         print(f"{len(layers)} new layers are trained, so that the network runs in every epoch (--epochs {args.epochs})")

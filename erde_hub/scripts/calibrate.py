@@ -226,7 +226,14 @@ def check_requested(requested: CalibrationArguments, options: dict[str, Any]) ->
         check_alpha(requested.set_alpha)
     if not 0 < requested.fit_share < 1:
         raise ConfigError(f"--fit_share must be between 0 and 1, got {requested.fit_share}")
-    objective = read_objective({key[4:]: value for key, value in options.items() if key.startswith("max_")})
+    targets = {key: value for key, value in options.items() if key.startswith("max_")}
+    given = [f"--{key}" for key, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"give exactly one of --{', --'.join(targets)} (--max_accuracy_drop 0.01, say), got"
+            f" {' and '.join(given) or 'none'}"
+        )
+    objective = read_objective({key[4:]: value for key, value in targets.items()})
     read_milliseconds(requested.exit_milliseconds, objective)
     read_method(options["method"], options["confidence"], objective)
     return objective

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from erde_hub.errors import ErdeError, MissingDependencyError
+from erde_hub.errors import ConfigError, ErdeError, MissingDependencyError
 from erde_hub.scripts.playground.networks import Network, open_onnx
 from erde_hub.scripts.playground.samples import MOST_IMAGES, SHIPPED
 
@@ -42,8 +42,13 @@ def main() -> None:
 
             import_plugins(args.plugins)
         networks = [open_network(model) for model in args.model]
-        address = page.serve(page.build_page(networks, args.images), args.port, browser=not args.no_browser)
-    except (ErdeError, OSError) as error:  # OSError: the port is taken
+        built = page.build_page(networks, args.images)
+        try:
+            address = page.serve(built, args.port, browser=not args.no_browser)
+        except OSError as error:  # gradio's names one of its own variables
+            which = "no port from 7860 on is free" if args.port is None else f"port {args.port} is taken"
+            raise ConfigError(f"{which}: choose another with --port") from error
+    except (ErdeError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(f"{address} (Ctrl-C ends it)", flush=True)

@@ -68,7 +68,7 @@ def main() -> None:
     args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, student_args, exits, teacher_args, loss_args, args)
     run = recipe.Run(accelerator, data, args, settings, started)
-    say(f"{recipe.describe_data(data)}\nrun: {folder}")
+    say(f"{recipe.describe_data(data)}\nrun: {folder}{recipe.describe_load(accelerator.device)}")
 
     results = recipe.finished_before(run, folder)
     if results is None:

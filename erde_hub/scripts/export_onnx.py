@@ -140,10 +140,13 @@ def example(path: Path) -> str:
         )
     channels = info.input_size[0]
     kinds = [] if info.preprocessing is None else [f"uint8 (N, H, W, {channels})"]
-    kinds.append(f"normalised floats (N, {', '.join(map(str, info.input_size))})")
+    if kinds and channels in (1, 3):
+        kinds = ["file names", "PIL images", *kinds]
+    floats = f"normalised floats (N, {', '.join(map(str, info.input_size))})"
+    given = f"{', '.join(kinds)} or {floats}" if kinds else floats
     return (
         "  from erde_hub.export import EarlyExitSession  # NumPy and onnxruntime are enough\n"
-        f"  out = EarlyExitSession({str(path)!r})(images)  # out.logits, out.exit_index; images: {' or '.join(kinds)}"
+        f"  out = EarlyExitSession({str(path)!r})(images)  # out.logits, out.exit_index; images: {given}"
     )
 
 

@@ -11,6 +11,8 @@ GET /health and /metrics (Prometheus) tell how it is. It has no password: put wh
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
@@ -68,6 +70,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"erde-hub serve needs {error.name}: pip install 'erde-hub[serve]'") from error
     configure_logging(True)
+    listener = bind(args.host, args.port)
     served = open_served(args.model, args.cpu_threads, args.device)
     limits = {"batch_size": args.batch_size, "max_waiting": args.max_waiting}
     controller = None
@@ -77,7 +80,25 @@ def main() -> None:
         controller = BudgetController(served.model, exit_milliseconds=times, **targets)
     app = create_app(served, max_body_bytes=int(args.max_body_megabytes * 1e6), controller=controller, **limits)
     print(f"{served.name} answers at http://{args.host}:{args.port}/predict (/health, /metrics; Ctrl-C ends it)")
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes an address, before time is spent on the network that will answer there.
+
+    Raises:
+        ConfigError: The port is taken, or the address is not one of this machine.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or error
+        raise ConfigError(f"cannot listen at {host}:{port} ({reason}): choose another --port, or --host") from error
+    return listener
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main() -> None:
     args.output_dir = plan.args.output_dir = str(folder)
     settings = recipe.settings_dict(name, data_args, teacher_args, exits, args)
     run = recipe.Run(accelerator, data, args, settings, started)
-    say(f"{recipe.describe_data(data)}\nrun: {folder}")
+    say(f"{recipe.describe_data(data)}\nrun: {folder}{recipe.describe_load(accelerator.device)}")
     say(f"\n{recipe.describe_networks({'teacher': plan.model})}")
     _, results = plan.train(run, folder)
     say(f"\n{recipe.format_results(results)}\n\n{recipe.how_to_load(folder, data_args.dataset)}")

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from .state import Position
 
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+_FORMAT = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {desc} [{elapsed}<{remaining}]{postfix}"
 #: Columns of the bar itself and of what surrounds numbers in the format above, times of more than an hour included.
-_FIXED = 6 + len(": 100%|| / [1:00:00<1:00:00]")
+_FIXED = 5 + len("100%|| step /,  [1:00:00<1:00:00]")
 
 
 def progress_bar(position: Position, total_steps: int, epochs: int, shown: bool) -> tqdm[Any]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from erde_hub.data.loader import network_inputs
 from erde_hub.data.tokens import TokenData
 from erde_hub.errors import CheckpointWriteError, ConfigError, NonFiniteLossError
-from erde_hub.evaluation.signatures import collapse_signature, teacher_signature, untrained_signature
+from erde_hub.evaluation.signatures import FEW, collapse_signature, teacher_signature, untrained_signature
 from erde_hub.losses import CELoss, EGADLoss, ExitLoss, LossKey, LossResult, create_loss, next_token_labels
 from erde_hub.tasks import REGRESSION
 
@@ -475,6 +475,8 @@ class Distiller:
         if self.data.streamed or self.tokens or has_targets(self.data):
             return
         labels, accuracies = self.data.validation.labels, record["validation"]["accuracy"]
+        if len(labels) < FEW:
+            return
         largest = labels.bincount().max().item() / len(labels)
         if self.position.epoch == 0 and self.args.freeze_backbone:
             yield untrained_signature(accuracies[-1], largest)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from erde_hub.evaluation import sweep_thresholds
-from erde_hub.evaluation.signatures import collapse_signature, failure_signatures, teacher_signature
+from erde_hub.evaluation.signatures import collapse_signature, failure_signatures, promise_signature, teacher_signature
 from erde_hub.evaluation.sweep import fine_thresholds
 from tests.fakes.records import make_records
 
@@ -45,6 +45,23 @@ def test_an_exit_below_the_most_frequent_class_has_collapsed():
     assert "exit stage1 has collapsed: it is correct on 5.0 % of the samples" in text
     assert collapse_signature("a", 0.51, 0.5) is None
     assert "always naming the most frequent class would be on 50.0 %" in collapse_signature("a", 0.5, 0.5)
+
+
+def test_a_few_samples_do_not_say_that_an_exit_has_collapsed():
+    records = sure(make_records(), 1, correct=0, confidence=0.01)
+    assert not [text for text in found(records.select(torch.arange(40))) if "collapsed" in text]
+    assert [text for text in found(records.select(torch.arange(60))) if "collapsed" in text]
+
+
+def test_a_loss_above_the_promised_one_says_what_a_promise_is():
+    lost = torch.cat([torch.ones(6), -torch.ones(1), torch.zeros(353)])
+    profile = {"target": "accuracy_drop", "bound": 0.01, "confidence": 0.76}
+    text = promise_signature(lost, profile)
+    assert text.startswith("the 360 samples here lose 1.4 points of accuracy at the stored threshold; 1 point at most")
+    assert "differs by about ± 0.7 points" in text
+    assert "with 76 % confidence fails in up to 24 % of the cases" in text
+    for other in ({"bound": 0.02}, {"confidence": None}, {"target": "disagreement"}):
+        assert promise_signature(lost, profile | other) is None
 
 
 def test_a_network_at_chance_gets_one_sentence_and_no_advice_for_single_exits():

@@ -56,7 +56,7 @@ def test_float_against_random_images(call, tmp_path, capsys):
 def test_the_printed_lines_run(call, capsys):
     call("--output", "my file.onnx")
     lines = capsys.readouterr().out.splitlines()[-2:]
-    assert "uint8 (N, H, W, 3) or normalised floats (N, 3, 32, 32)" in lines[1]
+    assert "file names, PIL images, uint8 (N, H, W, 3) or normalised floats (N, 3, 32, 32)" in lines[1]
     for images in (np.zeros((2, 40, 50, 3), np.uint8), np.zeros((2, 3, 32, 32), np.float32)):
         names = {"images": images}
         exec("\n".join(line.strip() for line in lines), names)

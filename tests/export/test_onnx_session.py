@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -264,6 +265,13 @@ def test_metadata_that_were_edited(tiny_file, field, values, tmp_path):
         onnx.save(file, tmp_path / "edited.onnx")
         with pytest.raises(CheckpointError, match=r"metadata of edited\.onnx are damaged"):
             EarlyExitSession(tmp_path / "edited.onnx", threads=1)
+
+
+def test_a_session_says_what_it_is(session):
+    text = repr(session)
+    assert re.fullmatch(
+        r"EarlyExitSession\('.*\.onnx': exits .*/.*, (OnnxRuntime|OpenVino), threshold [\d./e-]+\)", text
+    )
 
 
 def test_a_session_is_pickled_by_its_file(tiny_file, session, monkeypatch, tmp_path):

@@ -84,6 +84,15 @@ def test_what_cannot_be_opened_says_what_to_do(network, tmp_path):
             open_network(*arguments)
 
 
+def test_weights_that_cannot_be_had_name_what_attach_takes(monkeypatch):
+    def unreachable(*_, pretrained=False, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(ConfigError, match="offline; give a file of them with --weights, or a folder with --model"):
+        open_network("resnet18", None, {})
+
+
 def test_a_folder_of_timm(network, tmp_path):
     stored = {"architecture": "resnet8_cifar", "num_classes": 10, "model_args": {"width": 4},
               "pretrained_cfg": {**network.pretrained_cfg, "mean": [0.1, 0.2, 0.3], "num_classes": 10}}  # fmt: skip

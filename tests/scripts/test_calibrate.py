@@ -246,7 +246,7 @@ def test_data_that_were_trained_on_are_refused_and_the_run_names_its_data(call, 
 
 
 def test_refusals_come_before_data_are_read(call, run, monkeypatch):
-    with pytest.raises(ConfigError, match="exactly one of max_accuracy_drop"):
+    with pytest.raises(ConfigError, match=r"give exactly one of --max_accuracy_drop, .* got none"):
         call(calibrate, "--model", run)
     with pytest.raises(UnknownNameError, match="unknown calibrator 'temp'; did you mean 'temperature'"):
         call(calibrate, "--model", run, "--max_accuracy_drop", 0.1, "--calibrator", "temp")

@@ -250,6 +250,19 @@ def test_the_range_of_a_slider_reads_well():
     assert slider(1.0, 4.0, whole=True) == (1.0, 4.0, 1.0)
 
 
+def test_a_port_that_is_taken_is_one_line_that_names_the_flag(monkeypatch, capsys):
+    def serve(*_, **__):
+        raise OSError("Cannot find empty port in range: 7861-7861. Set GRADIO_SERVER_PORT")
+
+    monkeypatch.setattr(demo, "import_page", lambda: SimpleNamespace(build_page=lambda *_: None, serve=serve))
+    monkeypatch.setattr(demo, "open_network", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["erde-hub demo", "--port", "7861"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    said = "erde-hub demo: ConfigError: port 7861 is taken: choose another with --port\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_network_that_is_not_there_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "import_page", lambda: None)
     (tmp_path / "my_heads.py").write_text("")

@@ -1,11 +1,15 @@
 """What the scripts print: what the data are, and what can follow."""
 
 import dataclasses
+import os
+import sys
 
 import pytest
+import torch
 
 from erde_hub.data import load_image_data
-from erde_hub.scripts.common import describe_data, how_to_load
+from erde_hub.scripts.common import describe_data, describe_load, how_to_load
+from erde_hub.scripts.common.messages import resume_command
 from tests.fakes.images import rows, write_parquet
 
 
@@ -34,3 +38,27 @@ def test_three_commands_that_can_follow(tmp_path):
     (tmp_path / "config.json").write_text('{"task": "causal_lm"}')
     commands = [line.split()[1] for line in how_to_load(tmp_path).splitlines() if "erde-hub" in line]
     assert commands == ["evaluate", "push"], "demo, calibrate and export are for classifiers"
+
+
+def test_the_command_that_continues_a_run_is_whole(monkeypatch):
+    flags = ["--lr", "0.1", "--resume", "--student_kwargs", "width=4", "a b=1", "--output-dir=old"]
+    monkeypatch.setattr(sys, "argv", ["erde-hub distill", *flags, "--overwrite_output_dir"])
+    kept = "--lr 0.1 --student_kwargs width=4 'a b=1'"
+    assert resume_command("runs/digits-2") == f"erde-hub distill {kept} --resume --output_dir runs/digits-2"
+    assert resume_command() == f"erde-hub distill {kept} --output-dir=old --resume"
+    monkeypatch.setattr(sys, "argv", ["recipes/distill.py"])
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "recipes/distill.py"])
+    assert resume_command() == ".venv/bin/python recipes/distill.py --resume"
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert resume_command() == "accelerate launch recipes/distill.py --resume"
+
+
+@pytest.mark.parametrize(("load", "threads", "said"), [(14.2, 2, True), (14.2, 1, False), (1.5, 2, False)])
+def test_a_busy_machine_is_told_before_a_training(monkeypatch, load, threads, said):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    line = describe_load(torch.device("cpu"))
+    assert ("its load is 14.2 on 2 cores" in line and "--cpu_threads 1" in line) is said
+    assert bool(line) is said
+    assert describe_load(torch.device("cuda")) == ""

@@ -249,7 +249,7 @@ def test_timm_weights_bring_their_preprocessing():
         recipe.pretrained_preprocessing("convnext_ato")
 
 
-def test_folders_without_a_checkpoint_and_other_models_are_refused(tmp_path):
+def test_folders_without_a_checkpoint_and_other_models_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         recipe.load_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -261,7 +261,13 @@ def test_folders_without_a_checkpoint_and_other_models_are_refused(tmp_path):
         recipe.load_model(str(tmp_path / "runs" / "digits-2"))
     with pytest.raises(CheckpointError, match=r"no folder '[^']*nope' \(there are: "):
         recipe.load_model(str(tmp_path / "runs" / "nope"))
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    monkeypatch.chdir(tmp_path / "runs" / "digits-1")
+    with pytest.raises(CheckpointError, match="there is no folder 'nowhere', and a repository of the Hub is"):
+        recipe.load_model("nowhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no folder 'digits-2'; did you mean 'runs/digits-1'\?"):
+        recipe.load_model("digits-2")
+    with pytest.raises(CheckpointError, match=r"no folder 'nobody/nothing', and on the Hub .* cannot be loaded"):
         recipe.load_model("nobody/nothing")
 
 

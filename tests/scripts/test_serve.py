@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -289,7 +290,8 @@ def test_a_regression_is_not_served(tmp_path):
 def test_the_command_keeps_a_target(call, tiny_file, monkeypatch):
     model, file = tiny_file
     apps = []
-    monkeypatch.setattr("uvicorn.run", lambda app, **_: apps.append(app))
+    monkeypatch.setattr(serve, "bind", lambda *_: None)
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: apps.append(server.config.app))
     macs = model.exit_table().cumulative_macs
     call(serve, "--model", file, "--target_macs", macs[1])
     metrics = TestClient(apps[0]).get("/metrics").text
@@ -298,6 +300,15 @@ def test_the_command_keeps_a_target(call, tiny_file, monkeypatch):
         call(serve, "--model", file, "--target_macs", macs[1], "--target_milliseconds", 1)
     with pytest.raises(ConfigError, match="cannot be met"):
         call(serve, "--model", file, "--target_milliseconds", 1e9)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(call):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen at 127.0.0.1:{port} \(.*--port"):
+            call(serve, "--model", "nowhere.onnx", "--port", port)
+    with serve.bind("127.0.0.1", port) as listener:
+        assert listener.getsockname()[1] == port
 
 
 @pytest.mark.parametrize("flags", [["--port", "0"], ["--batch_size", "0"], ["--max_body_megabytes", "0"]])

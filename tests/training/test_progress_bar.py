@@ -34,8 +34,8 @@ def draw(monkeypatch):
 def test_it_fits(draw, columns):
     line = draw(columns)
     assert len(line) == columns - 1
-    assert line.startswith("epoch 7/20:  34%|")
-    assert ":" in line[line.index("2000/5860 [") :]
+    assert line.startswith(" 34%|")
+    assert ":" in line[line.index("| step 2000/5860, epoch 7/20 [") :]
     known = [f"{name} " for name in ("loss", *VALUES["terms"])]
     for part in line[line.index("]") + 1 :].split(", ")[1:]:
         assert part == "12/46/79/100% correct" or part.startswith(tuple(known))

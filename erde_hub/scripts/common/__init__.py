@@ -10,6 +10,7 @@ from .default_threshold import GIVEN_THRESHOLD, THRESHOLD_RULE, choose_default_t
 from .messages import (
     configure_logging,
     describe_data,
+    describe_load,
     describe_networks,
     format_results,
     how_to_load,
@@ -62,6 +63,7 @@ __all__ = [
     "configure_logging",
     "create_backbone",
     "describe_data",
+    "describe_load",
     "describe_networks",
     "draw_figures",
     "draw_sets",

@@ -31,6 +31,7 @@ from erde_hub.training._launch import lost_process_named
 from erde_hub.training.arguments import OTHER_NAMES, nearest_argument
 
 from .arguments import plain_text
+from .messages import resume_command
 from .phases import Interrupted
 
 #: The configurations that come with the package.
@@ -418,7 +419,7 @@ def clean_errors(resumable: bool = False) -> Iterator[None]:
         print(f"{name}: {stop}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from stop
     except KeyboardInterrupt as stop:  # between two trainings, or the second Ctrl-C in one
-        how = "; what is finished is kept: continue with the same command and --resume" if resumable else ""
+        how = f"; what is finished is kept: continue with {resume_command()}" if resumable else ""
         print(f"\n{name}: interrupted{how}", file=sys.stderr)
         raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from stop
     except ErdeError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging as hf_logging
 
 from erde_hub._tables import format_table
@@ -154,6 +157,35 @@ def how_to_load(folder: Path, dataset: str | None = None) -> str:
     code = "\n".join(f"    {line}" for line in lines)
     following = "\n".join(f"    erde-hub {command.format(folder)}" for command in commands)
     return f"checkpoint, model card and picture: {folder}\n\n{code}{answers}\n\nnext, for example:\n{following}"
+
+
+def resume_command(folder: Path | str | None = None) -> str:
+    """Returns the command of this process, with ``--resume``, as it is typed to continue a run.
+
+    Args:
+        folder: Of the run; None leaves ``--output_dir`` as it was given.
+    """
+    name, own = sys.argv[0], argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("resume", "overwrite_output_dir", *(["output_dir"] if folder is not None else [])):
+        own.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}", dest=flag, nargs="?")
+    flags = [*own.parse_known_args(sys.argv[1:])[1], "--resume"]
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # the launcher's flags are not known here
+        return f"the same command and --resume{'' if folder is None else f' --output_dir {folder}'}"
+    launch = ["accelerate", "launch"] if "ACCELERATE_DYNAMO_BACKEND" in os.environ else [sys.orig_argv[0]]
+    program = [*launch, name] if name.endswith(".py") else name.split()
+    return shlex.join([*program, *flags, *([] if folder is None else ["--output_dir", str(folder)])])
+
+
+def describe_load(device: torch.device) -> str:
+    """Says, as a line of its own, that other programs keep the processor busy; empty where they do not."""
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if device.type != "cpu" or threads < 2 or load <= cores:
+        return ""
+    return (
+        f"\nother programs keep this machine busy: its load is {load:.1f} on {cores} cores, and {threads} threads wait"
+        " for each other; --cpu_threads 1 is quicker beside them"
+    )
 
 
 def describe_networks(networks: Mapping[str, EarlyExitWrapper], loss: ExitLoss | None = None) -> str:

@@ -188,13 +188,19 @@ def create_backbone(
     return create_network(architecture, {**kwargs, "num_classes": data.num_classes}, pretrained)
 
 
-def create_network(architecture: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+def create_network(
+    architecture: str,
+    kwargs: Mapping[str, Any],
+    pretrained: bool = False,
+    instead: str = "train without them (--student_pretrained false, --teacher_pretrained false)",
+) -> nn.Module:
     """Creates a network of timm.
 
     Args:
         architecture: timm name, or ``local-dir:`` or ``hf-hub:`` and a place.
         kwargs: Creation arguments.
         pretrained: Start from published weights.
+        instead: What the command takes where these cannot be had.
 
     Raises:
         ConfigError: No such network, an argument that it does not take, or weights that cannot be had.
@@ -217,10 +223,7 @@ def create_network(architecture: str, kwargs: Mapping[str, Any], pretrained: boo
         if not pretrained:
             raise
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"the weights of {architecture!r} cannot be had: {reason}; train without them (pretrained false), or give"
-            " attach.py a file with --weights"
-        ) from error
+        raise ConfigError(f"the weights of {architecture!r} cannot be had: {reason}; {instead}") from error
 
 
 def build_student(
@@ -248,14 +251,20 @@ def load_model(name: str, **overrides: Any) -> EarlyExitWrapper:
         CheckpointError: There is none, or it is damaged.
     """
     folder = Path(name).expanduser()
-    runs = [] if folder.exists() else sorted(config.parent for config in folder.parent.glob("*/config.json"))
+    there = folder.exists()
+    places = [folder.parent, Path("runs")] if folder.name == name else [folder.parent]
+    runs = [] if there else sorted(config.parent for place in places for config in place.glob("*/config.json"))
     if runs:  # next to other runs: a typing error, and not a repository, for which a look-up may take minutes
-        hint = nearest(folder.name, (run.name for run in runs))
+        close = nearest(folder.name, (run.name for run in runs))
+        hint = next((f"; did you mean {str(run)!r}?" for run in runs if repr(run.name) in close), "")
         raise CheckpointError(f"there is no folder {name!r}{hint} (there are: {', '.join(map(str, runs[:8]))})")
+    if not there and folder.name == name:  # no repository either: these have an owner
+        raise CheckpointError(f"there is no folder {name!r}, and a repository of the Hub is named 'org/name'")
     try:
         return EarlyExitWrapper.from_pretrained(str(folder) if folder.is_dir() else name, **overrides)
     except (OSError, ValueError) as error:
         if isinstance(error, ErdeError):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{name!r} cannot be loaded as an early-exit model: {reason}") from error
+        where = "" if there else f"there is no folder {name!r}, and on the Hub "
+        raise CheckpointError(f"{where}{name!r} cannot be loaded as an early-exit model: {reason}") from error

@@ -56,7 +56,7 @@ def open_network(source: str, weights: str | None, kwargs: Mapping[str, Any]) ->
             raise ConfigError(f"{source!r} is a network of transformers: its folder holds weights and settings")
         return load_transformers(source)
     if weights is None:
-        return create_network(name, kwargs, pretrained=True)
+        return create_network(name, kwargs, True, "give a file of them with --weights, or a folder with --model")
     state = read_weights(weights)
     network = create_network(name, {**kwargs, "num_classes": _classes_in(state, create_network(name, kwargs))})
     own = network.state_dict()

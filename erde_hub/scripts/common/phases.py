@@ -33,6 +33,7 @@ from erde_hub.training.run_folder import find_checkpoint, has_begun, warn_from_s
 
 from .arguments import DataArguments
 from .language_models import TokenExits, token_batches
+from .messages import resume_command
 from .resuming import check_finished
 from .run_data import SPLIT_FILE, data_of_run, run_file
 
@@ -315,7 +316,7 @@ def train_network(
     if result.status == "interrupted":
         raise Interrupted(
             f"the training of the {role} is not finished ({result.step} of {result.total_steps} steps): continue with"
-            f" the same command and --resume --output_dir {run.folder}",
+            f" {resume_command(run.folder)}",
             result.stopped_by,
         )
     return result
