@@ -52,7 +52,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
+def replacing_all(folder: str | os.PathLike[str], last: str, apart: str | None = None) -> Iterator[Path]:
     """Yields an empty folder on the same disk and moves its files into ``folder`` once the block has ended well.
 
     A full disk, or an exception in the block, leaves every earlier file as it was. Errors of the block keep their type:
@@ -63,6 +63,8 @@ def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
     Args:
         folder: Made if it is missing, and removed again if nothing was written. Other files in it stay.
         last: Name of the file that is moved last, once everything that it refers to is in place.
+        apart: Name of a file that no mark tells to belong to the others: where it changes, the earlier one is taken
+            away first and the new one comes after ``last``, so that a kill leaves none and not that of another save.
 
     Raises:
         CheckpointWriteError: ``folder`` is a file or cannot be written, or the disk is full.
@@ -76,11 +78,11 @@ def replacing_all(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
             staging, lock = _new_folder(target)
         yield staging
         with disk_errors(target):
-            files = sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name))
+            files = sorted(staging.iterdir(), key=lambda path: (path.name == apart, path.name == last, path.name))
             for path in files:
                 set_default_mode(path)
                 _sync(path)
-            _move(files, target)
+            _move(files, target, last, apart)
             _sync(target)
     finally:
         if staging is not None:
@@ -254,16 +256,29 @@ def _new_file(folder: Path) -> tuple[Path, int]:
             os.close(handle)
 
 
-def _move(files: list[Path], folder: Path) -> None:
-    """Moves files into a folder; if that is stopped before the last one, files with a new name are removed again."""
+def _move(files: list[Path], folder: Path, last: str, apart: str | None) -> None:
+    """Moves files into a folder; what stops it before ``last`` has it undone, and what stops it then finished."""
     new = [folder / path.name for path in files if not (folder / path.name).exists()]
+    aside: dict[Path, Path] = {}
     try:
+        for path in files:
+            there = folder / path.name
+            if path.name == apart and there.is_file() and there.read_bytes() != path.read_bytes():
+                aside[there] = path.with_name(f"{apart}-replaced")
+                there.replace(aside[there])
         for path in files:
             path.replace(folder / path.name)
     except BaseException:  # Ctrl-C too
-        if files[-1].exists():
+        waiting = [path for path in files if path.exists()]
+        if last in (path.name for path in waiting):
             for path in new:
                 path.unlink(missing_ok=True)
+            for there, old in aside.items():
+                if old.exists():
+                    old.replace(there)
+        else:
+            for path in waiting:
+                path.replace(folder / path.name)
         raise
 
 

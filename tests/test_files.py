@@ -1,5 +1,6 @@
 """Files that replace others: whole, and with the rights of any new file."""
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -68,6 +69,31 @@ def test_several_files_are_moved_together_and_the_last_one_last(tmp_path, monkey
     assert moved == ["a", "z", "index"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "index", "z"]
     assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}
+
+
+@pytest.mark.parametrize("point", range(1, 7))
+def test_an_interruption_leaves_the_files_of_one_save(point, tmp_path, monkeypatch):
+    for name in ("index", "apart"):
+        (tmp_path / name).write_text("old")
+    count, replace = 0, os.replace
+
+    def stop(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == point:
+            raise KeyboardInterrupt
+        return replace(*args, **kwargs)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        replacing_all(tmp_path, last="index", apart="apart") as staging,
+    ):
+        for name in ("z", "index", "apart", "b"):
+            (staging / name).write_text("new")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    new = dict.fromkeys(("z", "index", "apart", "b"), "new")
+    assert found == ({"index": "old", "apart": "old"} if point < 5 else new)
 
 
 def test_a_folder_appears_whole_and_replaces_another(tmp_path):

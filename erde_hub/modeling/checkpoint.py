@@ -5,6 +5,7 @@ of two saves. So each file of weights carries in its header the hash of all tens
 too) and the config that they were saved with. Where the hashes differ, the weights and the config in their header are
 the checkpoint; where they agree, ``config.json`` counts, which people edit. The hash of a variant ends in its name: the
 one config of a folder is that of the variant saved last. Shards have names of their own, so that none is overwritten.
+Nothing marks ``preprocessor_config.json``: where it changes, there is none while the others are replaced.
 Weights without a hash, of earlier versions and other programs, go with a config without one.
 """
 

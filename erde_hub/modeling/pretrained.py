@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitImageProcessor, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import resolve_revision
 
 from erde_hub._files import disk_errors, replacing_all
@@ -258,7 +258,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             # torch.compile puts its own module around the backbone, which a checkpoint must not show.
             state_dict = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
         state_dict = self._saved_once(state_dict)
-        with replacing_all(save_directory, last=CONFIG_NAME) as staging, disk_errors(Path(save_directory)):
+        replacing = replacing_all(save_directory, last=CONFIG_NAME, apart=IMAGE_PROCESSOR_NAME)
+        with replacing as staging, disk_errors(Path(save_directory)):
             self._write(staging, state_dict, **kwargs)
             if self.can_generate():
                 self.generation_config.save_pretrained(staging)

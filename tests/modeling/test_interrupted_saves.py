@@ -104,6 +104,29 @@ def test_after_a_kill_the_auto_classes_load_one_of_the_two_or_say_what_does(old,
     assert found == {"old", "refused", "new"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [FILE, pytest.param(SHARDS, marks=pytest.mark.long)])
+def test_after_a_kill_the_image_processor_is_that_of_the_model_or_missing(after, tmp_path):
+    model, folder, saved, found, done, point = make("old"), tmp_path / "a", tmp_path / "saved", set(), False, 0
+    model.save_pretrained(saved)
+    model.set_preprocessing(mean=[0.75] * 3, std=[0.5] * 3, size=[32, 32])
+    while not done:
+        point += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved, folder)
+        done = run_killed(lambda: model.save_pretrained(folder, **after), point)
+        try:
+            loaded = pipeline("image-classification", model=str(folder))
+        except (OSError, ValueError):
+            found.add("refused")
+            again = EarlyExitWrapper.from_pretrained(folder)
+            again.save_pretrained(folder)
+            loaded = pipeline("image-classification", model=str(folder))
+        assert list(loaded.image_processor.image_mean) == loaded.model.config.preprocessing["mean"]
+        found.add(loaded.image_processor.image_mean[0])
+    assert found == {0.5, "refused", 0.75}
+
+
 def read_while_saving(models: list[EarlyExitWrapper], folder: Path, reads: int) -> set[str]:
     models[0].save_pretrained(folder)
     done, failed = threading.Event(), []
