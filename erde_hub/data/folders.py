@@ -43,6 +43,9 @@ _FOR_DATASETS = (".zip", ".tar", ".gz", "README.md")
 _TEXTS = (".csv", ".tsv", ".json", ".jsonl")
 # Files that say which image has which label; see :func:`_read_metadata`.
 _METADATA = ("metadata.csv", "metadata.jsonl")
+# Folders that programs write beside a user's own files.
+_BY_PROGRAMS = {"__MACOSX", ".git", ".ipynb_checkpoints"}
+_HIDDEN_IMAGES = "in a hidden folder, which is no class (rename it to read it)"
 _UNREADABLE = "in an image format that Pillow does not read"
 
 Parts = tuple[str, ...]
@@ -87,6 +90,8 @@ class FolderContent:
 def list_files(root: Path) -> FolderContent:
     """Lists a folder; symbolic links are followed, hidden files left out, unknown endings opened.
 
+    Images in hidden folders, such as a class called ``.net``, are left out with a warning; torchvision reads them.
+
     Raises:
         DataError: A folder cannot be listed.
     """
@@ -99,7 +104,8 @@ def list_files(root: Path) -> FolderContent:
         name, ending = "/".join(parts), path.suffix.lower()
         content.seen += 1
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-            content.left_out["hidden"].append(name)
+            shown = ending in endings and not path.name.startswith(".") and not _BY_PROGRAMS.intersection(parts)
+            content.left_out[_HIDDEN_IMAGES if shown else "hidden"].append(name)
         elif not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises where a folder may not be searched)
             content.left_out["no file (a broken link or a device)"].append(name)
         elif ending in _TABLES:

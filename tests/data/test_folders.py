@@ -212,6 +212,21 @@ def test_images_that_pillow_does_not_read_are_told(tmp_path, load, caplog):
         load(root)
 
 
+@pytest.mark.parametrize(
+    ("folder", "told"), [(".net", True), ("cat/.old", True), (".git", False), ("cat/.ipynb_checkpoints", False)]
+)
+def test_images_in_hidden_folders_are_told(tmp_path, load, caplog, folder, told):
+    root = fill(tmp_path / "set", ["cat", "dog"])
+    save(root / folder / "0.png", 999)
+    data = load(root)
+    assert data.class_names == ["cat", "dog"]
+    assert used(data) == 24
+    warned = [r.message for r in caplog.records if r.levelname == "WARNING" and "24 of 25 files are used" in r.message]
+    assert [
+        f"1 in a hidden folder, which is no class (rename it to read it) ({folder}/0.png)" in w for w in warned
+    ] == ([True] if told else [])
+
+
 def describe(folder, labels, prefix="", count=24, first=0, kind="csv"):
     """Images whose classes a file next to them tells."""
     lines = []
