@@ -96,7 +96,7 @@ def check_same_network(
 def networks_to_run(
     module: nn.Module, rebuilt: nn.Module | None, inputs: Sequence[Tensor]
 ) -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
-    """Yields what is run in place of a module, in eval mode, and two samples; nothing for a module on meta.
+    """Yields what is run in place of a module, in eval mode, and five samples; nothing for a module on meta.
 
     Args:
         module: It is neither run nor written to.
@@ -108,7 +108,7 @@ def networks_to_run(
         return
     generator = torch.Generator().manual_seed(0)
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    samples = tuple(_two_samples(x, generator).to(weight.device) for x in inputs)
+    samples = tuple(_five_samples(x, generator).to(weight.device) for x in inputs)
     network = rebuilt if rebuilt is not None else copy_around(module, {})
     yield network, samples
     if rebuilt is None:
@@ -116,14 +116,15 @@ def networks_to_run(
         yield network, samples
 
 
-def _two_samples(x: Tensor, generator: torch.Generator) -> Tensor:
+def _five_samples(x: Tensor, generator: torch.Generator) -> Tensor:
     if not x.is_meta and len(x) > 1:
-        return x[:2]
-    if x.is_floating_point():
-        return torch.randn((2, *x.shape[1:]), generator=generator).to(x.dtype)
+        return x[torch.arange(5, device=x.device) % len(x)]
+    if x.is_floating_point():  # of different scales, which are in no order: sorting must move every sample
+        scales = torch.tensor([0.75, 1.0, 2.0, 0.5, 1.5]).view(5, *[1] * (x.ndim - 1))
+        return (torch.randn((5, *x.shape[1:]), generator=generator) * scales).to(x.dtype)
     if x.is_meta:
-        return torch.zeros((2, *x.shape[1:]), dtype=x.dtype)
-    return torch.cat([x, x // 2])  # other indices, and no larger ones
+        return torch.zeros((5, *x.shape[1:]), dtype=x.dtype)
+    return torch.cat([x // divisor for divisor in range(1, 6)])  # other indices, and no larger ones
 
 
 class _Features:

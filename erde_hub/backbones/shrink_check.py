@@ -32,6 +32,10 @@ from .tracing import copy_around, example_batch, weightless_copy
 _FAILURES = (RuntimeError, IndexError, ValueError, AssertionError, TypeError)
 
 
+#: Rows of the samples that are also answered alone: others come before and behind each of them.
+_ALONE = (1, 3)
+
+
 class _DropOneEach:
     """Takes one sample out at every exit, the first and the last one in turn."""
 
@@ -43,33 +47,50 @@ class _DropOneEach:
         self.active_by_size: dict[int, Tensor] = {}
 
     def on_exit(self, exit_index: int, output: Any) -> Any:
-        return self.drop(exit_index, output, first=exit_index % 2 == 0)
-
-    def drop(self, exit_index: int, output: Any, first: bool) -> Any:
         rows = torch.arange(self.count, device=self.device)
-        before = self.active_by_size[self.count] = rows if self.active is None else self.active
-        rows = rows[1:] if first else rows[:-1]
+        return self.keep(exit_index, output, rows[1:] if exit_index % 2 == 0 else rows[:-1])
+
+    def keep(self, exit_index: int, output: Any, rows: Tensor) -> Any:
+        everyone = torch.arange(self.count, device=self.device)
+        before = self.active_by_size[self.count] = everyone if self.active is None else self.active
         self.active = before.index_select(0, rows)
-        self.count -= 1
-        return shrink(output, rows, self.count + 1, self.specs[exit_index].batch_outputs)
+        count, self.count = self.count, len(rows)
+        return shrink(output, rows, count, self.specs[exit_index].batch_outputs)
 
 
-class _DropOne(_DropOneEach):
-    """Takes one of two samples out at the first exit."""
+class _Company(_DropOneEach):
+    """Lets nobody leave, and keeps what the first exit gives to some of the samples, each by itself."""
 
-    def __init__(self, specs: Sequence[FeatureSpec], device: torch.device, first: bool) -> None:
-        super().__init__(2, specs, device)
-        self.first = first
-
-    def on_exit(self, exit_index: int, output: Any) -> Any:
-        return self.drop(exit_index, output, self.first) if exit_index == 0 else output
-
-
-class _KeepAll:
-    """Lets nobody leave."""
+    def __init__(self, batch: int, specs: Sequence[FeatureSpec], device: torch.device) -> None:
+        super().__init__(batch, specs, device)
+        self.alone: dict[int, Any] = {}
 
     def on_exit(self, exit_index: int, output: Any) -> Any:
+        for row in _ALONE if exit_index == 0 else ():
+            rows = torch.tensor([row], device=self.device)
+            self.alone[row] = shrink(output, rows, self.count, self.specs[0].batch_outputs)
         return output
+
+
+class _Alone(_DropOneEach):
+    """Leaves the last sample at the first exit, with what it had there in company, which may be more than it has here.
+
+    Args:
+        batch: Number of samples.
+        specs: What each exit reads.
+        device: Of the backbone.
+        feature: What the next layers get.
+    """
+
+    def __init__(self, batch: int, specs: Sequence[FeatureSpec], device: torch.device, feature: Any) -> None:
+        super().__init__(batch, specs, device)
+        self.feature = feature
+
+    def on_exit(self, exit_index: int, output: Any) -> Any:
+        if exit_index:
+            return output
+        self.keep(0, output, torch.tensor([self.count - 1], device=self.device))
+        return self.feature
 
 
 def check_shrinks(
@@ -267,19 +288,24 @@ def _check_samples_are_apart(
     samples: tuple[Tensor, ...],
     hooked: bool,
 ) -> None:
-    """Lets either of two samples exit first; the other must get the answer that it gets next to it."""
-    run = functools.partial(_answer, adapter, network, exits, samples, hooked)
+    """Compares the answers that some samples get in a batch with those that they get where all others have exited."""
+    run = functools.partial(_answer, adapter, network, exits)
+    batch, device = len(samples[0]), samples[0].device
+    company = _Company(batch, specs, device)
     try:
-        whole = run(_KeepAll())
+        whole = run(samples, hooked, company)
     except _FAILURES:  # as a type for which this device has no kernels
         return
-    for first in (False, True):  # a network may read those before a sample, or the first one, alone
-        dropping = _DropOne(specs, whole.device, first)
+    for row in _ALONE:
+        # Of two where the rest of the pass must go on with fewer samples; stages do by themselves.
+        count = 2 if hooked else 1
+        alone = tuple(x[row + 1 - count : row + 1] for x in samples)
         try:
-            left = run(dropping)
+            left = run(alone, hooked, _Alone(count, specs, device, company.alone[row]))
         except _FAILURES as error:
             raise _reads_the_batch(network, exits, f" ({type(error).__name__}: {error})") from error
-        if not _alike(left, whole[dropping.active]) and torch.equal(run(_KeepAll()), whole):  # else it draws at random
+        same = _alike(left, whole[row : row + 1])
+        if not same and torch.equal(run(samples, hooked, _Company(batch, specs, device)), whole):  # else it is random
             raise _reads_the_batch(network, exits)
 
 

@@ -26,6 +26,22 @@ class ZeroGate(nn.Module):
         return x + self.gate * x.mean(0)
 
 
+class RefineTwo(nn.Module):
+    """Gives the two hardest samples of a batch another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hardest = x.flatten(1).norm(dim=1).topk(min(2, len(x))).indices
+        return x.index_add(0, hardest, self.layer(x[hardest]))
+
+
+def _ghost_norm(x: Tensor) -> Tensor:
+    return torch.cat([part - part.mean(0) for part in x.chunk(2)]) if len(x) > 3 else x
+
+
 MIXING: dict[str, Callable[[], nn.Module]] = {
     "batch norm without statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
     "mean": lambda: Call(lambda x: x - x.mean(0)),
@@ -34,6 +50,11 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "first sample": lambda: Call(lambda x: x - 0.5 * x[:1]),
     "last sample": lambda: Call(lambda x: x - 0.5 * x[-1:]),
     "neighbour": lambda: Call(lambda x: x + x.flip(0)),
+    "third sample": lambda: Call(lambda x: x - x[2:3] if len(x) > 2 else x),
+    "neighbour in sorted order": lambda: Call(lambda x: x + 0.5 * x[x.flatten(1).sum(1).argsort()]),
+    "two hardest": RefineTwo,
+    "ghost norm": lambda: Call(_ghost_norm),
+    "large batches": lambda: Call(lambda x: x - x.mean(0) if len(x) > 4 else x),
     "once it is trained": ZeroGate,
 }  # fmt: skip
 
