@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,9 @@ _GLOBAL_HOOKS: tuple[Mapping[int, Any], ...] = (
     torch_modules._global_backward_hooks,
     torch_modules._global_backward_pre_hooks,
 )
+
+#: Methods named ``forward...`` by class, as they were when a network of that class was first wrapped.
+_WRAPPED_FORWARDS: weakref.WeakKeyDictionary[type[nn.Module], dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 class Adapter(Protocol):
@@ -62,8 +66,8 @@ class ExitRunner:
     """Runs a backbone with its exits.
 
     Which way is taken is decided for each call. Running stages skips the calls of the modules that contain them; hooks
-    on one of those, or a ``forward`` that was replaced there, would be skipped as well, so the backbone then runs its
-    own forward.
+    on one of those, or a ``forward`` that was replaced there or in its class, would be skipped as well, so the backbone
+    then runs its own forward.
 
     A copy or a pickle of a runner finds its own stages; compiled ones belong to the modules they were made from.
 
@@ -106,7 +110,7 @@ class ExitRunner:
         backbone = _uncompiled(self.backbone)
         bypassed = [backbone] if self.hooked else list(_bypassed(backbone, self.exits))
         stages = None
-        if not self.hooked and not any(map(_has_own_forward, bypassed)):
+        if not self.hooked and not any(_has_own_forward(m) or _class_is_patched(type(m)) for m in bypassed):
             stages = self.adapter.stages(backbone, self.exits, checkpointed=False)
         if stages is not None and self.compiler is not None:
             stages = self.compiler.stages(stages)
@@ -215,7 +219,7 @@ class _Found:
         hooks: The hooks of the backbone and the bypassed modules, as the modules keep them.
     """
 
-    __slots__ = ("_children", "_kept", "_lengths", "_sized", "backbone", "hooks", "stages")
+    __slots__ = ("_children", "_forwards", "_kept", "_lengths", "_methods", "_sized", "backbone", "hooks", "stages")
 
     def __init__(self, backbone: nn.Module, bypassed: Sequence[nn.Module], stages: list[Stage] | None) -> None:
         self.backbone = backbone
@@ -225,18 +229,34 @@ class _Found:
         self._kept = [*chain.from_iterable(map(dict.values, self._children))]
         self._sized: list[dict[str, Any]] = [*self._children, *map(vars, bypassed)]  # a forward of its own is in vars
         self._lengths = [*map(len, self._sized)]
+        self._methods = [(attrgetter(*_forwards(kind)), kind) for kind in {*map(type, bypassed)}]
+        self._forwards = [read(kind) for read, kind in self._methods]
 
     def holds(self) -> bool:
-        """Tells whether nothing was replaced, added or taken away since: two comparisons, which every call makes."""
-        return [*map(len, self._sized)] == self._lengths and [
-            *chain.from_iterable(map(dict.values, self._children))
-        ] == self._kept
+        """Tells whether nothing was replaced, added or taken away since: three comparisons, which every call makes."""
+        return (
+            [*map(len, self._sized)] == self._lengths
+            and [*chain.from_iterable(map(dict.values, self._children))] == self._kept
+            and [read(kind) for read, kind in self._methods] == self._forwards
+        )
 
 
 def calls_are_replaced(backbone: nn.Module, exits: Sequence[str]) -> bool:
     """Tells whether hooks, or a replaced forward, sit on modules that are not called where stages are run."""
     bypassed = list(_bypassed(_uncompiled(backbone), exits))
     return any(_hooks_of(bypassed)) or _are_hooks_of_others() or any(map(_has_own_forward, bypassed))
+
+
+def _forwards(kind: type[nn.Module]) -> dict[str, Any]:
+    """The methods of a class named ``forward...``, as they were when a network of that class was first wrapped."""
+    if kind not in _WRAPPED_FORWARDS:
+        _WRAPPED_FORWARDS[kind] = {name: getattr(kind, name) for name in dir(kind) if name.startswith("forward")}
+    return _WRAPPED_FORWARDS[kind]
+
+
+def _class_is_patched(kind: type[nn.Module]) -> bool:
+    """Whether a method of a class was replaced since, as patchers of kernels do."""
+    return any(getattr(kind, name) is not method for name, method in _forwards(kind).items())
 
 
 def _uncompiled(backbone: nn.Module) -> nn.Module:

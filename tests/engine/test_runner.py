@@ -301,6 +301,26 @@ def test_a_forward_that_was_replaced_counts_in_every_call(place):
     assert torch.equal(all_logits(model, x)[0], before)
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "method"),
+    [("resnet", "", "forward"), ("vit", "", "forward_features"), ("sequential", "1", "forward")],
+)
+def test_a_class_that_was_patched_counts_in_every_call(name, place, method, monkeypatch):
+    """As patchers of kernels do, after wrapping."""
+    model, x = wrap(name), images(name, 8)
+    before = all_logits(model, x)
+    kind = type(model.backbone.get_submodule(place))
+    own = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, given, **more: own(self, given, **more) * 0.5)
+    for one in (model, copy.deepcopy(model)):
+        assert not is_staged(one)
+        assert_one_answer(one, x)
+    assert not torch.equal(all_logits(model, x)[-1], before[-1])
+    monkeypatch.undo()
+    assert is_staged(model)
+    assert torch.equal(all_logits(model, x)[-1], before[-1])
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet", "plain"])
 def test_offloaded_weights(name):
     model, x = wrap(name), images(name, 8)
