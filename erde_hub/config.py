@@ -247,6 +247,11 @@ class EarlyExitConfig(PreTrainedConfig):
             self.input_size = list(check_input_size(self.input_size))
         if self.backbone_weights is not None:
             self.backbone_weights = dict(check_backbone_weights(self.backbone_weights))
+        if not isinstance(self.exit_hooks, bool):
+            raise ConfigError(f"exit_hooks must be true or false, got {self.exit_hooks!r}")
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(self, name, None):
+                raise ConfigError(f"{name} must be false: a model with exits answers with logits")
         if self.rotary_dtype not in (None, "bfloat16", "float16"):
             raise ConfigError(f"rotary_dtype must be 'bfloat16', 'float16' or None, got {self.rotary_dtype!r}")
         if self.preprocessing is not None:

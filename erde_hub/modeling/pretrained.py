@@ -275,13 +275,16 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, heads_only=heads_only, backbone_weights=backbone_weights, **hub)
 
     def _check_not_quantized(self) -> None:
-        """Raises :class:`RebuildError` for layers that torch has quantised, whose weights safetensors cannot hold."""
+        """Raises :class:`RebuildError` for what safetensors cannot hold, as layers that torch has quantised."""
+        check_layouts(self.backbone)
         for name, value in self.state_dict().items():
             if not isinstance(value, Tensor) or value.is_quantized:
                 raise RebuildError(
                     f"{name!r} is not a tensor of numbers: {type(self.backbone).__name__} was quantised. Save the model"
                     " before it is quantised; erde_hub.export.export_onnx(..., calibration_data=...) writes int8 files"
                 )
+            if value.dtype.is_complex and value.dtype != torch.complex64:
+                raise RebuildError(f"{name!r} is of type {value.dtype}, which no file holds: make it torch.complex64")
 
     def _write(
         self,
@@ -556,6 +559,8 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
                 setattr(config, key, value)
             read_here = config.name_or_path == str(source)  # as the auto classes do
             tensors = read_weights(source, reaching, variant, config if read_here else None)
+        if kwargs.get("dtype", "auto") in (None, "auto"):
+            _check_dtype(config.dtype)
         if config.backbone_weights is not None:
             hub = {key: value for key, value in reaching.items() if key not in ("subfolder", "revision")}
             tensors = published_tensors(config, hub) | tensors
@@ -611,6 +616,13 @@ class EarlyExitPreTrainedModel(PreTrainedModel):
         tensors = self._tensors_as_stored()
         there = (name for name in tensors.keys() & stored.keys() if not tensors[name].is_meta)
         return {name for name in there if tensors[name].dtype != _FLOATS[stored[name].get_dtype()]}
+
+
+def check_layouts(network: nn.Module) -> None:
+    """Raises :class:`RebuildError` for sparse tensors, which are neither copied nor stored."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if "sparse" in str(tensor.layout):
+            raise RebuildError(f"{name!r} is a sparse tensor, {tensor.layout}: keep it dense, tensor.to_dense()")
 
 
 def _rotary_frequencies(backbone: nn.Module) -> list[Tensor]:

@@ -57,7 +57,7 @@ from erde_hub.tasks import REGRESSION, refuse_regression
 
 from .attach import check_problem_type, choose_exits, class_names, count_classes, inspect_backbone, new_layers
 from .learning_check import LearningCheck
-from .pretrained import EarlyExitPreTrainedModel
+from .pretrained import EarlyExitPreTrainedModel, check_layouts
 from .truncated import TruncatedModel, truncate
 
 logger = logging.get_logger(__name__)
@@ -171,6 +171,8 @@ class EarlyExitWrapper(EarlyExitPreTrainedModel):
             return
         if backbone is not None:
             raise ConfigError("backbone= goes with a config; hand the module in as the first argument instead")
+        if isinstance(model, nn.Module):
+            check_layouts(model)
         adapter, facts, inputs = inspect_backbone(model, input_size, example_inputs)
         traced = trace(model, inputs)
         problem_type = check_problem_type(problem_type, facts.get("problem_type"))

@@ -422,6 +422,37 @@ def test_a_size_of_images_that_contradicts_the_costs_is_told(saved, damaged, cap
     assert not caplog.text
 
 
+@pytest.mark.parametrize(
+    ("buffer", "words"),
+    [
+        (torch.zeros(2, dtype=torch.complex128), r"'backbone\.more' is of type torch\.complex128.*torch\.complex64"),
+        (torch.eye(3).to_sparse(), r"'more' is a sparse tensor.*to_dense"),
+    ],
+)
+def test_buffers_that_no_file_holds(buffer, words, tmp_path):
+    network = Scaled()
+    network.register_buffer("more", buffer)
+    with pytest.raises(RebuildError, match=words):
+        EarlyExitWrapper(network, exits=["body"], input_size=(3, 16, 16)).save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("load", [EarlyExitWrapper, AutoModelForImageClassification])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": "int8"}, "dtype=torch.int8 is no floating-point type"),
+        ({"exit_hooks": "no"}, "exit_hooks must be true or false, got 'no'"),
+        ({"output_hidden_states": True}, "output_hidden_states must be false"),
+        ({"output_attentions": True}, "output_attentions must be false"),
+    ],
+)
+def test_a_stored_config_that_asks_for_what_there_is_not(damaged, changes, words, load):
+    edit_config(damaged, **changes)
+    with pytest.raises(ConfigError, match=words):
+        load.from_pretrained(damaged)
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(
     "dtype", ["bogus", "nn", "Tensor", "int8", torch.int32, 3, [torch.float16], {"": torch.float16}]
