@@ -148,6 +148,16 @@ def test_arguments_that_width_decides_are_refused():
         timm.create_model("resnet10_cifar", width=16, stem_width=32)
 
 
+@pytest.fixture
+def module_as_it_was():
+    """Its classes are put back, as models of other tests are of these."""
+    module = erde_hub.backbones.cifar_resnet
+    names = dict(vars(module))
+    yield
+    vars(module).update(names)
+
+
+@pytest.mark.usefixtures("module_as_it_was")
 def test_importing_again_is_silent_and_a_stolen_name_is_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
