@@ -97,7 +97,7 @@ def test_fused_attention_of_five_axes(tmp_path):
     network = torch.nn.Sequential(
         Windows(), torch.nn.Linear(6, 6), Windows(), torch.nn.Flatten(), torch.nn.Linear(48, 5)
     )
-    model = EarlyExitWrapper(network, exits=["1"], input_size=(8, 6)).eval()
+    model = EarlyExitWrapper(network, exits=["1"], input_size=(8, 6), feature_format="NLC").eval()
     path = export_onnx(model, tmp_path / "model.onnx")
     assert network[0].fused_attn
     x = torch.randn(5, 8, 6)
