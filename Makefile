@@ -1,6 +1,6 @@
 # make demo        everything on the bundled digits: teacher, student, report, checkpoint (about three minutes on two cores)
 # make test        the tests (about twelve minutes on two cores);  make test-fast   without the slow ones
-# make test-long   every block of README and docs, wrapping of every family of networks (a quarter of an hour)
+# make test-long   every block of README and docs, wrapping of every family of networks (half an hour)
 # make test-families   one network of every further family trained, routed, saved and exported (an hour or more)
 # make test-browser   the page of `erde-hub demo`; ERDE_HUB_CHROMIUM names the browser
 # make lint        formatting, lint and layers;  make types   static types

@@ -103,6 +103,6 @@ def test_what_changes_before_the_last_layer_cannot_be_learned_from_kept_features
 def test_a_classifier_that_nobody_knows_to_be_new_is_told_by_its_answers(caplog):
     model = network()
     torch.nn.init.zeros_(model.backbone.fc.weight)
-    Distiller(model, make_data(), make_args(freeze_backbone=True, max_steps=2), "ce").train()
+    Distiller(model, make_data(rows=720), make_args(freeze_backbone=True, max_steps=2), "ce").train()
     assert "the backbone is frozen, and its own classifier is correct on" in caplog.text
     assert "not trained for these classes" in caplog.text

@@ -307,7 +307,7 @@ def test_refusals_leave_no_folder(call, tmp_path):
         (["--loss", "erd"], "did you mean 'erde'"),
         (["--loss", "kd", "--entropy_weight", "0.1"], "no argument 'entropy_weight'"),
         (["--threshold", "0.1", "0.2"], "2 thresholds for 3 early exits"),
-        (["--teacher", "out"], "cannot be loaded"),
+        (["--teacher", "out"], "there is no folder 'out'"),
         (["--dataset", "./nowhere"], "there is no folder"),
         (["--batch_size", "100000"], "lower batch_size to 1294 or less"),
         (["--teacher_training", "gradient_accumulation_steps=5000"], "gradient_accumulation_steps"),
