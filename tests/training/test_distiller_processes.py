@@ -19,7 +19,7 @@ from erde_hub.errors import LaunchError
 from erde_hub.training import _launch
 from tests.fakes import distiller_process
 from tests.fakes.distiller_process import one_step, texts, train
-from tests.fakes.processes import free_port, join_group, run_pair
+from tests.fakes.processes import CONTEXT, free_port, join_group, run_pair
 from tests.fakes.training import assert_same, weights
 
 SCRIPT = Path(distiller_process.__file__)
@@ -228,15 +228,22 @@ def test_threads(monkeypatch):
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
-def test_a_launcher_that_dies_is_noticed(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+def notice_a_launcher_that_dies():
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "NO"
     with _launch.StopRequest() as stop:
         assert not stop
-        monkeypatch.setattr(os, "getppid", lambda: 1)
+        os.getppid = lambda: 1
         assert stop
         assert stop.reason == "its launcher died"
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.reason == "SIGTERM"
+
+
+def test_a_launcher_that_dies_is_noticed():
+    process = CONTEXT.Process(target=notice_a_launcher_that_dies)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize(
