@@ -96,11 +96,16 @@ def last_linears(model: Any) -> dict[str, nn.Linear]:
         if head is None:
             layers[name] = model.runner.classifier_layer(model.config.input_size)
             continue
-        linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
-        if not linear:
+        linear = last_linear(head)
+        if linear is None:
             raise ConfigError(f"features are wanted, but exit {name!r} ends in no linear layer")
-        layers[name] = linear[-1]
+        layers[name] = linear
     return layers
+
+
+def last_linear(head: nn.Module) -> nn.Linear | None:
+    """Returns the last linear layer of a head, None where it has none."""
+    return next((m for m in reversed([*head.modules()]) if isinstance(m, nn.Linear)), None)
 
 
 def place_feature_hooks(model: Any) -> None:

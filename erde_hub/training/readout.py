@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from erde_hub.calibration import LaplaceCalibrator
 from erde_hub.data.base import LabelledData
 from erde_hub.data.loader import network_inputs
-from erde_hub.engine.features import capture_inputs
+from erde_hub.engine.features import capture_inputs, last_linear
 from erde_hub.engine.modes import evaluating
 from erde_hub.errors import ConfigError
 from erde_hub.heads import ExitHead, FeatureSpec, create_head
@@ -103,7 +103,7 @@ class ReadoutRounds:
         self.num_classes = data.num_classes
         self.features = ExitFeatures(student) if weight.readout_source == "head" else None
         laplace = weight.readout_confidence == "laplace"
-        self.layer = last_linear(exit_heads(student)[weight.readout_exit]) if laplace else None
+        self.layer = _linear_of(exit_heads(student)[weight.readout_exit]) if laplace else None
         weight.allocate(int(train.indices.max()) + 1)
 
     def end_epoch(self, student: nn.Module, epoch: int, epochs: int) -> dict[str, float] | None:
@@ -145,7 +145,7 @@ class ReadoutRounds:
             Returns index (N,), logits (N, E, K) of the exits up to the read-out, labels (N,) and features (N, D) of the
             read-out's last layer, D = 0 where they are not needed.
         """
-        layer = self.layer if head is None or self.layer is None else last_linear(head)
+        layer = self.layer if head is None or self.layer is None else _linear_of(head)
         layers = {} if layer is None else {"feature": layer}
         none = torch.zeros(0, dtype=torch.int64)  # of a process without samples
         parts: list[tuple[Tensor, ...]] = []
@@ -232,16 +232,11 @@ class ReadoutRounds:
         return head.eval()
 
 
-def last_linear(head: nn.Module) -> nn.Linear:
-    """Returns the last linear layer of a head, whose weights the Laplace approximation is about.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    if not layers:
+def _linear_of(head: nn.Module) -> nn.Linear:
+    layer = last_linear(head)
+    if layer is None:
         raise ConfigError(f"readout_confidence='laplace' needs a linear layer, and {type(head).__name__} has none")
-    return layers[-1]
+    return layer
 
 
 def readout_rounds(
